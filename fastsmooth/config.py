@@ -1,0 +1,511 @@
+"""Every choice of a run as one frozen Config; flags, TOML files and config.json are all made from its fields.
+
+Nothing here imports torch, so that --help, --plan and every refusal answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A flag, a file or a combination that cannot be run; the message says what and what to do."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is known of the data sets before any of them is opened. Defaults are the papers' (SPEC B.1 to B.3).
+
+PAPER = {"epochs": 200, "lr": 0.1, "batch_size": 32, "min_epochs": 11, "steps": 10_000}
+CIFAR = PAPER | {"model": "resnet18", "image_size": 32}
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """Sizes that --plan needs, and the defaults a data set brings along."""
+
+    train: int | None  # images in the training split; None: only the folder knows
+    test: int | None
+    classes: int | None
+    defaults: dict[str, Any]
+
+
+SETS = {
+    "digits": SetFacts(
+        1437,
+        360,
+        10,
+        {
+            "model": "resnet8",
+            "image_size": 8,
+            "augment": "none",
+            "epochs": 15,
+            "lr": 0.1,
+            "batch_size": 32,
+            "min_epochs": 1,
+            "steps": 200,
+        },
+    ),
+    "cifar10": SetFacts(50_000, 10_000, 10, CIFAR | {"augment": "crop-flip"}),
+    "cifar100": SetFacts(50_000, 10_000, 100, CIFAR | {"augment": "crop-flip-rotate"}),
+    "imagenet": SetFacts(
+        1_281_167,
+        50_000,
+        1000,
+        PAPER
+        | {
+            "model": "torchvision/resnet34",
+            "image_size": 224,
+            "augment": "resized-crop-flip",
+            "batch_size": 256,
+            "steps": 1000,
+        },
+    ),
+    "folder": SetFacts(
+        None,
+        None,
+        None,
+        PAPER
+        | {"model": "resnet20", "image_size": 32, "augment": None, "epochs": 20, "min_epochs": 1, "steps": 200},
+    ),
+}
+
+# Published bounds (optimizer, model) -> (C^2, K^2), at lr 0.1 and beta 0.9 on CIFAR-100 (SPEC B.4 and D.2).
+PUBLISHED = {
+    ("sgd", "resnet18"): (1280.0, None),
+    ("shb", "resnet18"): (25.318, 1.77**2),
+    ("nshb", "resnet18"): (128.0, 4.5**2),
+    ("sgd", "wrn-28-10"): (10.0, None),
+    ("shb", "wrn-28-10"): (0.79, 1.66**2),
+    ("nshb", "wrn-28-10"): (1.0, 4.262**2),
+}
+
+METHODS = (
+    "constant", "lr", "batch", "hybrid", "poly", "cosine", "exp", "beta", "lr-beta", "beta-batch", "lr-batch",
+)  # fmt: skip
+SOLVED = {"beta", "lr-beta", "beta-batch", "lr-batch"}  # methods that solve for a target delta
+BETA_METHODS = {"beta", "lr-beta", "beta-batch"}
+OPTIMIZERS = ("sgd", "shb", "nshb", "qhm")
+MODES = ("normal", "critical", "sampling")
+AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One parser for each kind of number. All refuse nan and inf.
+
+
+def real(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False):
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if value < low or value > high or (open_low and value == low) or (open_high and value == high):
+            bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
+            bounds += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(bounds)}")
+        return value
+
+    return parse
+
+
+def whole(low: int, high: int = 2**63 - 1):
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            most = "" if high == 2**63 - 1 else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least {low}{most}")
+        return value
+
+    return parse
+
+
+def duration(text: str) -> float:
+    """Seconds from "90", "45s", "30m" or "1.5h"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 90, 45s, 30m or 1.5h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def text(value: str) -> str:
+    if not value or "\0" in value:
+        raise argparse.ArgumentTypeError("it is empty" if not value else "it holds a NUL character")
+    return value
+
+
+def device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    parse: Callable[[str], Any] | None = None,
+    *,
+    names: Iterable[str] = (),
+    choices: Iterable[str] | None = None,
+    metavar: str | None = None,
+    many: bool = False,
+    only: tuple[str, set[str]] | None = None,
+) -> Any:
+    """A field of Config with what its flag needs. `only` names the field and values without which it has no effect."""
+    metadata = {
+        "group": group,
+        "help": help,
+        "parse": parse,
+        "names": tuple(names),
+        "choices": tuple(choices) if choices else None,
+        "metavar": metavar,
+        "many": many,
+        "only": only,
+    }
+    return field(default=default, metadata=metadata)
+
+
+positive = real(0, open_low=True)
+momentum = real(0, 1, open_high=True)
+MEMORY_SETS = {"cifar10", "cifar100", "imagenet", "folder"}
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. A value of None means "the data set's or the published default"; resolve() leaves none that matters."""
+
+    # fmt: off
+    dataset: str = option("digits", "data", "what to train on", choices=SETS)
+    data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", MEMORY_SETS))
+    image_size: int | None = option(None, "data", "pixels a side", whole(8, 1024), metavar="N", only=("dataset", {"folder", "imagenet"}))
+    augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS)
+    loader: str = option("auto", "data", "resident: all images on the device; torch: DataLoader", choices=("auto", "resident", "dali", "torch"))
+    workers: int = option(2, "data", "processes of --loader torch", whole(0, 256), metavar="N")
+    drop_last: bool = option(False, "data", "drop the last partial batch of an epoch")
+
+    model: str | None = option(None, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
+    norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
+
+    method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
+    epochs: int | None = option(None, "schedule", "passes over the data", whole(1), metavar="N")
+    lr: float | None = option(None, "schedule", "learning rate at the start", positive, metavar="X")
+    batch_size: int | None = option(None, "schedule", "batch size at the start", whole(1), names=("-b", "--batchsize"), metavar="N")
+    decay_epoch: int | None = option(None, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", {"lr", "batch", "hybrid"}))
+    power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", {"poly"} | SOLVED))
+    gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", {"exp"}))
+    c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X")
+    k2: float | None = option(None, "schedule", "squared gradient norm K^2 behind delta", real(0), metavar="X", only=("optimizer", {"shb", "nshb"}))
+    nshb_delta: str = option("v3", "schedule", "published form of the NSHB delta", choices=("v1", "v3"), only=("optimizer", {"nshb"}))
+    compat: str = option("none", "schedule", "original: the published code's shifted indices", choices=("none", "original"))
+
+    optimizer: str = option("sgd", "optimizer", "update rule", choices=OPTIMIZERS)
+    beta: float = option(0.9, "optimizer", "momentum", momentum, names=("--beta1",), metavar="X", only=("optimizer", {"shb", "nshb", "qhm"}))
+    nu: float = option(0.5, "optimizer", "mixing factor of qhm", real(0, 1), metavar="X", only=("optimizer", {"qhm"}))
+    weight_decay: float = option(0.0, "optimizer", "L2 penalty added to the gradient", real(0), metavar="X")
+
+    mode: str = option("normal", "measure", "train, find first crossings, or sample noise", choices=MODES)
+    eps: tuple[float, ...] = option((0.5,), "measure", "critical: thresholds", positive, metavar="X", many=True, only=("mode", {"critical"}))
+    criterion: str = option("mean-norm", "measure", "critical: what must fall below eps", choices=("mean-norm", "rms-norm", "full-grad"), only=("mode", {"critical"}))
+    min_epochs: int | None = option(None, "measure", "critical: no crossing counts before", whole(0), metavar="N", only=("mode", {"critical"}))
+    full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
+    steps: int | None = option(None, "measure", "sampling: updates before the measurement", whole(0), metavar="N", only=("mode", {"sampling"}))
+    draws: int = option(16, "measure", "sampling: directions drawn at that point", whole(2), metavar="N", only=("mode", {"sampling"}))
+    bn: str = option("train", "measure", "BatchNorm while measuring", choices=("train", "eval"))
+    measure_augment: bool = option(False, "measure", "measure on augmented images")
+    save_omega: bool = option(False, "measure", "sampling: keep the noise vectors in omega.npy", only=("mode", {"sampling"}))
+
+    seed: int = option(0, "run", "of weights, order and augmentation", whole(0), metavar="N")
+    device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", device, metavar="DEV")
+    compile: str = option("auto", "run", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
+    precision: str = option("fp32", "run", "of the forward and backward pass", choices=("fp32", "tf32", "bf16"))
+    deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
+    out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
+    resume: bool = option(False, "run", "go on with the run in --out")
+    checkpoint_every: int | None = option(None, "run", "updates between checkpoints (an epoch)", whole(1), metavar="N")
+    log_every: int = option(50, "run", "updates between step rows", whole(1), metavar="N")
+    max_time: float | None = option(None, "run", "save and stop after: 90, 45s, 30m, 1.5h", duration, metavar="T")
+    wandb_mode: str = option("off", "run", "Weights & Biases; auto: online with a key, else offline", choices=("off", "auto", "offline", "online"))
+    wandb_project: str = option("fastsmooth", "run", "wandb project", text, metavar="NAME")
+    wandb_entity: str | None = option(None, "run", "wandb entity", text, metavar="NAME")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def momentum(self) -> float:
+        """The optimizer's momentum at the start: beta, or 0 for plain SGD."""
+        return 0.0 if self.optimizer == "sgd" else self.beta
+
+    @property
+    def images(self) -> int | None:
+        """Training images, where that is known before the data set is opened."""
+        return SETS[self.dataset].train
+
+    @property
+    def unit_constants(self) -> bool:
+        """True where delta is in units of C (and K): no constant was given and none is published for this model."""
+        return self.c2 is None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"eps": list(self.eps)}
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# What may differ between the two halves of an interrupted run: nothing that changes a bit of its result.
+FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers"}
+
+
+def flag(name: str) -> str:
+    """The flag a person would type for a field: --batchsize, --lr."""
+    return "--batchsize" if name == "batch_size" else "--" + name.replace("_", "-")
+
+
+def check(c: Config) -> None:
+    """Refuse contradictions that no default can resolve."""
+    if c.batch_size is not None and c.images is not None and c.batch_size > c.images:
+        raise ConfigError(
+            f"--batchsize {c.batch_size} exceeds the {c.images} training images of {c.dataset}: lower --batchsize"
+        )
+    if c.method in BETA_METHODS and c.optimizer == "sgd":
+        raise ConfigError(f"--method {c.method} changes the momentum: choose --optimizer shb, nshb or qhm")
+    if c.method in BETA_METHODS and c.beta == 0:
+        raise ConfigError(f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise --beta")
+    if c.mode == "critical" and c.method != "constant":
+        raise ConfigError(f"--mode critical holds the noise fixed: use --method constant, not {c.method}")
+    if c.loader == "resident" and c.augment == "resized-crop-flip":
+        raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
+    if c.dataset == "digits" and c.augment == "resized-crop-flip":
+        raise ConfigError("--augment resized-crop-flip needs image files: digits has none")
+
+
+def resolve(given: dict[str, Any]) -> Config:
+    """Fill what was not given: first from the data set, then from the published constants."""
+    given = dict(given)
+    if given.get("method") == "sampling":
+        if given.setdefault("mode", "sampling") != "sampling":
+            raise ConfigError(f"--method sampling means --mode sampling, but --mode is {given['mode']}")
+        given["method"] = "constant"
+    facts = SETS[given.get("dataset", "digits")]
+    values = facts.defaults | given
+    if values.get("augment") is None:
+        values["augment"] = "crop-flip" if values["image_size"] <= 64 else "resized-crop-flip"
+    if given.get("dataset") == "folder" and "model" not in given and values["image_size"] > 64:
+        values["model"] = "torchvision/resnet34"
+    if values.get("decay_epoch") is None:
+        values["decay_epoch"] = max(1, values["epochs"] // 5)
+    effective = Config(**values)
+    refuse_idle(given, effective)
+    return dataclasses.replace(effective, **constants(effective))
+
+
+def constants(c: Config) -> dict[str, float]:
+    """The published C^2 and K^2 where none were given; a schedule that is solved from them refuses to guess."""
+    c2, k2 = PUBLISHED.get((c.optimizer, c.model), (None, None))
+    found = {}
+    if c.c2 is None and c2 is not None:
+        found["c2"] = c2
+    if c.k2 is None and k2 is not None and (c.c2 is None or uses_k2(c)):
+        found["k2"] = k2
+    known_c2 = c.c2 is not None or "c2" in found
+    known_k2 = c.k2 is not None or "k2" in found
+    if c.method in SOLVED and uses_k2(c) and not (known_c2 and known_k2):
+        raise ConfigError(
+            f"--method {c.method} with {c.optimizer} is solved from the noise constants, and none are published for "
+            f"{c.model}: give --c2 and --k2 (measure them with --mode sampling)"
+        )
+    return found
+
+
+def uses_k2(c: Config) -> bool:
+    return c.optimizer == "shb" or (c.optimizer == "nshb" and c.nshb_delta == "v1")
+
+
+def refuse_idle(given: dict[str, Any], c: Config) -> None:
+    """A flag that would change nothing is a misunderstanding: say so instead of ignoring it."""
+    for name in given:
+        only = FIELDS[name].metadata["only"]
+        if only is None or getattr(c, only[0]) in only[1]:
+            continue
+        values = " or ".join(sorted(only[1], key=str))
+        hint = "; the factor of exp is --gamma" if name == "power" and c.method == "exp" else ""
+        hint = hint or ("; the exponent of poly is --power" if name == "gamma" and c.method == "poly" else "")
+        raise ConfigError(
+            f"{flag(name)} has no effect with {flag(only[0])} {getattr(c, only[0])}: it needs {flag(only[0])} {values}{hint}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting and guesses what was meant."""
+
+    def error(self, message: str) -> None:
+        match = re.search(r"unrecognized arguments: (\S+)", message)
+        if match:
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(match[1].split("=")[0], known, 1)
+            hint = f": did you mean {close[0]}?" if close else ": --help lists the flags"
+            message = f"unknown flag {match[1]}{hint}" if match[1].startswith("-") else f"unexpected {match[1]!r}{hint}"
+        match = re.search(r"argument (\S+?)(?:/\S+)*: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if match:
+            choices = [word.strip(" '") for word in match[3].split(",")]
+            close = difflib.get_close_matches(match[2], choices, 1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+            message = f"{match[1]} {match[2]}: {hint}"
+        raise ConfigError(re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message).replace("\n", " "))
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m fastsmooth.train",
+        description="Train or measure one image classifier; without flags, a small network on the digits that ship with it.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
+        usage="python -m fastsmooth.train [flags]   (defaults come with --dataset; the run prints what it uses)",
+    )
+    groups: dict[str, Any] = {}
+    for name, f in FIELDS.items():
+        meta = f.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = p.add_argument_group(meta["group"])
+        if isinstance(f.default, bool):
+            kind: dict[str, Any] = {"action": "store_true"}
+        else:
+            kind = {"metavar": meta["metavar"], "choices": meta["choices"], "type": meta["parse"]}
+            if meta["many"]:
+                kind |= {"nargs": "+"}
+        shown = meta["help"]
+        if not isinstance(f.default, bool | tuple) and f.default is not None and f.default != "auto":
+            shown += f" ({f.default})"
+        if name == "method":
+            shown += ": " + " ".join(METHODS)
+        names = [*meta["names"], "--" + name.replace("_", "-")]
+        names.sort(key=lambda word: (word != flag(name), len(word)))
+        groups[meta["group"]].add_argument(*names, dest=name, help=shown.replace("%", "%%"), **kind)
+    other = p.add_argument_group("other")
+    other.add_argument("--config", metavar="FILE", help="a TOML file of flags; the command line overrides it")
+    other.add_argument("--plan", action="store_true", help="print the schedule and its cost, touch no data")
+    other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
+    other.add_argument("-h", "--help", action="store_true", help="this page")
+    other.add_argument("--version", action="store_true", help="print the version")
+    return p
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for: the fields it gave, and what to do with them."""
+
+    given: dict[str, Any]
+    plan: bool = False
+    json: bool = False
+    help: bool = False
+    version: bool = False
+
+
+def parse(argv: list[str]) -> Request:
+    """Flags (dashes and underscores alike) over the file that --config names. Raises ConfigError."""
+    p = parser()
+    values = vars(p.parse_args([plain(word) for word in argv]))
+    extra = {key: values.pop(key, False) for key in ("plan", "json", "help", "version")}
+    path = values.pop("config", None)
+    if extra["json"] and not extra["plan"]:
+        raise ConfigError("--json goes with --plan")
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    if path is not None:
+        given = read_toml(p, path) | given
+    return Request(given, **extra)
+
+
+def plain(word: str) -> str:
+    """--decay_epoch=3 as --decay-epoch=3."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def read_toml(p: Parser, path: str) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {path}: not TOML: {error}") from None
+    for key in table:
+        if key in ("config", "plan", "json", "help", "version", "resume"):
+            raise ConfigError(f"--config {path}: {key} belongs on the command line")
+    return from_table(p, table, f"--config {path}")
+
+
+def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields in a table read from a file, put through the same checks as flags."""
+    words: list[str] = []
+    for key, value in table.items():
+        name = "--" + key.replace("_", "-")
+        if isinstance(value, dict):
+            raise ConfigError(f"{source}: [{key}] is a table: write plain lines such as lr = 0.1")
+        if isinstance(value, bool):
+            words += [name] if value else []
+        elif isinstance(value, list):
+            words += [name, *map(str, value)]
+        else:
+            words.append(f"{name}={value}")
+    try:
+        values = vars(p.parse_args(words))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+
+
+def read_saved(folder: Path) -> Config:
+    """The Config that a run folder was started with."""
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        given = {key: value for key, value in saved.items() if value is not None}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
+    return Config(**from_table(parser(), given, str(path)))
+
+
+def resumed(given: dict[str, Any]) -> Config:
+    """The Config of the run in --out; flags that are given again must agree with what it was started with."""
+    if "out" not in given:
+        raise ConfigError("--resume needs --out DIR: the run folder to go on with")
+    saved = read_saved(Path(given["out"]))
+    if given.get("method") == "sampling":
+        given = {key: value for key, value in given.items() if key != "method"} | {"mode": "sampling"}
+    for name, value in given.items():
+        before = getattr(saved, name)
+        if name not in FREE_ON_RESUME and value != before:
+            raise ConfigError(
+                f"--resume: the run in {given['out']} has {flag(name)} {shown(before)}, not {shown(value)}: "
+                "leave the flag out, or start a new run"
+            )
+    return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in FREE_ON_RESUME})
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

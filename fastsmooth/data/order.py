@@ -1,0 +1,66 @@
+"""Which sample comes when: every random number of the data is a counter-based function of (seed, epoch, sample index).
+
+So the loader, the batch size, the number of workers and an interruption cannot change what a sample looks like or when
+it comes. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+# Streams keep numbers that serve different ends apart; RandomResizedCrop takes one more stream an attempt.
+ORDER, AUGMENT, DRAW, CROP_ATTEMPT = 0, 1, 2, 16
+
+
+def philox(seed: int, epoch: int, index: Tensor, stream: int = ORDER) -> Tensor:
+    """Four 32-bit random words a sample: int64 [4, n] in [0, 2^32) for int64 `index` [n], on the index's device."""
+    return philox_rounds([index & MASK, epoch & MASK, stream, index >> 32], [seed & MASK, seed >> 32])
+
+
+def philox_rounds(counter: list[Tensor | int], key: list[int]) -> Tensor:
+    """Philox4x32-10 on int64 tensors; the product of two words may wrap, its upper half is masked back."""
+    shape = torch.broadcast_shapes(*(c.shape for c in counter if isinstance(c, Tensor)))
+    like = next(c for c in counter if isinstance(c, Tensor))
+    a, b, c, d = (x if isinstance(x, Tensor) else like.new_full(shape, x) for x in counter)
+    for r in range(10):
+        k0, k1 = (key[0] + r * 0x9E3779B9) & MASK, (key[1] + r * 0xBB67AE85) & MASK
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = ((y >> 32) & MASK) ^ b ^ k0, y & MASK, ((x >> 32) & MASK) ^ d ^ k1, x & MASK
+    return torch.stack([a, b, c, d])
+
+
+def permutation(seed: int, epoch: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """The order of epoch `epoch`: int64 [n], uniform over permutations up to the ties of 62-bit keys."""
+    words = philox(seed, epoch, torch.arange(n, device=device), ORDER)
+    return sorted_by(words)
+
+
+def sorted_by(words: Tensor) -> Tensor:
+    """The indices that sort 62-bit keys made of the first two words."""
+    return torch.argsort((words[0] << 30) ^ words[1], stable=True)
+
+
+def epoch_batches(
+    seed: int, epoch: int, n: int, batch_size: int, start: int = 0, drop_last: bool = False, device: str = "cpu"
+) -> Iterator[Tensor]:
+    """The epoch's batches of sample indices from position `start` on; every sample once, the last batch partial."""
+    order = permutation(seed, epoch, n, device)
+    end = n - n % batch_size if drop_last else n
+    for at in range(start, end, batch_size):
+        yield order[at : min(at + batch_size, end)]
+
+
+def in_order(n: int, batch_size: int, device: str = "cpu") -> Iterator[Tensor]:
+    """All samples once, by index."""
+    for at in range(0, n, batch_size):
+        yield torch.arange(at, min(at + batch_size, n), device=device)
+
+
+def subset(seed: int, step: int, draw: int, n: int, batch_size: int, device: str = "cpu") -> Tensor:
+    """A batch drawn uniformly without replacement, a function of (seed, step, draw): int64 [batch_size]."""
+    words = philox(seed, step, torch.arange(n, device=device) + (draw << 32), DRAW)
+    return sorted_by(words)[:batch_size]

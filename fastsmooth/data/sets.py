@@ -1,0 +1,158 @@
+"""The data sets by name, read into one Split for training and one for testing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+
+
+class DataError(ValueError):
+    """Images that are missing or cannot be read; the message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with labels: either pixels, uint8 [n, size, size, 3], or paths of image files."""
+
+    labels: np.ndarray  # int64 [n]
+    pixels: np.ndarray | None = None
+    paths: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set: its splits, class names, and the constants that normalise its images."""
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def fingerprint(self) -> str:
+        """A hash of the labels, and of the pixels or file names, so that a run is not resumed on other data."""
+        digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
+        for split in (self.train, self.test):
+            digest.update(split.labels.tobytes())
+            if split.pixels is not None:
+                digest.update(np.ascontiguousarray(split.pixels))
+            else:
+                root = os.path.commonpath(split.paths)
+                digest.update("\0".join(os.path.relpath(p, root) for p in split.paths).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def digits(config) -> ImageSet:
+    """1,797 handwritten digits of 8x8 pixels (UCI); the test split is every fifth image, from the first on."""
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"].astype(np.int64)
+    pixels = np.round(images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    held_out = np.arange(len(labels)) % 5 == 0
+    train, test = (Split(labels[part], pixels[part]) for part in (~held_out, held_out))
+    mean, std = train.pixels.mean() / 255, train.pixels.std() / 255
+    return ImageSet(train, test, tuple("0123456789"), (mean,) * 3, (std,) * 3)
+
+
+def cifar10(config) -> ImageSet:
+    from fastsmooth.data.cifar import read
+
+    return ImageSet(*read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def cifar100(config) -> ImageSet:
+    from fastsmooth.data.cifar import read
+
+    mean = (0.5070751592371323, 0.48654887331495095, 0.4409178433670343)
+    std = (0.2673342858792401, 0.2564384629170883, 0.27615047132568404)
+    return ImageSet(*read("cifar100", Path(config.data_dir)), mean, std)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def imagenet(config) -> ImageSet:
+    """ImageNet in the ImageFolder layout: train/ and val/, one folder a class named by its WordNet id."""
+    return folder(config, tests=("val",))
+
+
+def folder(config, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
+    """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test beside it, normalised with ImageNet's constants."""
+    root = Path(config.data_dir)
+    if not root.is_dir():
+        raise DataError(f"--data-dir {root}: no such directory: it must hold train/ and {' or '.join(t + '/' for t in tests)}")
+    found = [root / name for name in tests if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not found:
+        missing = "train/" if not (root / "train").is_dir() else " or ".join(t + "/" for t in tests)
+        raise DataError(f"--data-dir {root} has no {missing}: --dataset {config.dataset} wants train/CLASS/IMAGE and the same beside it")
+    classes = tuple(sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir()))
+    if len(classes) < 2:
+        raise DataError(f"{root / 'train'} has {len(classes)} class folders: at least two are needed")
+    test = scan(found[0], classes)
+    return ImageSet(scan(root / "train", classes), test, classes, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def scan(directory: Path, classes: tuple[str, ...]) -> Split:
+    """Every image file below DIRECTORY/CLASS, by class and then by path."""
+    extra = sorted({entry.name for entry in os.scandir(directory) if entry.is_dir()} - set(classes))
+    if extra:
+        raise DataError(f"{directory} has a class folder {extra[0]!r} that train/ has not: remove it or add it there")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        inside = [
+            os.path.join(base, file)
+            for base, _, files in os.walk(directory / name)
+            for file in files
+            if os.path.splitext(file)[1].lower() in EXTENSIONS
+        ]
+        paths += sorted(inside)
+        labels += [label] * len(inside)
+    if not paths:
+        raise DataError(f"{directory} has no images: looked for {', '.join(sorted(EXTENSIONS))} in {len(classes)} class folders")
+    return Split(np.array(labels, dtype=np.int64), paths=tuple(paths))
+
+
+def open_image(path: str) -> Image.Image:
+    """The image as RGB. Raises DataError that names the file, also for decompression bombs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                return file.convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(f"{path}: the image is too large to decode safely: remove it or make it smaller") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not an image that can be read: remove it") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path}: {reason}: remove or replace it") from None
+
+
+def decode_all(split: Split, size: int, view: Callable[[Image.Image], Image.Image]) -> Split:
+    """The split with its images decoded and brought to size x size; the first bad file raises DataError."""
+    if split.pixels is not None:
+        return split
+    pixels = np.empty((len(split), size, size, 3), dtype=np.uint8)
+
+    def decode(i: int) -> None:
+        pixels[i] = np.asarray(view(open_image(split.paths[i])))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(decode, range(len(split)), chunksize=64):
+            pass
+    return Split(split.labels, pixels)
+
+
+READERS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet, "folder": folder}

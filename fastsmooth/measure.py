@@ -1,0 +1,185 @@
+"""Gradient noise by plain autograd: the full gradient, the mini-batch gradient, and the search-direction noise at one point.
+
+Everything is measured at one x_t, and parameters, buffers, gradients, optimizer state and random state are bit for bit
+afterwards what they were before (SPEC Decisions 4 and 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsmooth.optim import NoisySGD
+
+FULL_GRADIENT_DRAW = 2**20  # the draw whose order cuts the data into chunks; no direction has so high a number
+
+
+@contextmanager
+def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
+    """Measure with BatchNorm in `train` mode (batch statistics) or `eval` mode (running statistics), leaving no trace.
+
+    `train` is the whole model's training mode, so dropout is on; `eval` is its evaluation mode.
+    """
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    model.train(bn == "train")
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+        for module, training in modes.items():
+            module.training = training
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """grad f_S at the model's parameters for the batch S = (x, y), one tensor a parameter."""
+    return list(torch.autograd.grad(F.cross_entropy(model(x), y), trainable(model)))
+
+
+def full_gradient(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], n: int) -> list[Tensor]:
+    """The mean over chunks of their gradients, each weighted by its true share of the n samples, in float64.
+
+    With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in train mode it is the
+    expectation of the mini-batch gradient at the chunks' size (SPEC Decision 5, C.17).
+    """
+    wide = torch.float32 if next(model.parameters()).device.type == "mps" else torch.float64
+    total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
+    for x, y in batches:
+        grads = [g.to(wide) for g in batch_gradient(model, x, y)]
+        torch._foreach_add_(total, grads, alpha=len(y) / n)
+    return total
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """The L2 norm over all coordinates of a list of tensors, 0-d."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its standard error over independent draws."""
+
+    value: float
+    error: float
+    count: int
+
+    @classmethod
+    def of(cls, draws: list[float]) -> Mean:
+        mean = math.fsum(draws) / len(draws)
+        variance = math.fsum((d - mean) ** 2 for d in draws) / (len(draws) - 1)
+        return cls(mean, math.sqrt(variance / len(draws)), len(draws))
+
+
+@dataclass(frozen=True)
+class DirectionNoise:
+    """||m_t - grad f(x_t)|| over draws of the mini-batch at one x_t, and what follows from it (SPEC A.4 (3))."""
+
+    full_grad_norm: float
+    noise_norms: list[float]  # ||m - G||, one a draw
+    grad_noise_norms: list[float]  # ||g - G||, one a draw; the same numbers for sgd without weight decay
+    batch_size: int
+    n: int
+
+    def noise_norm(self) -> Mean:
+        return Mean.of(self.noise_norms)
+
+    def grad_variance(self) -> Mean:
+        """C^2 = b mean ||g - G||^2 (N - 1)/(N - b): batches are drawn without replacement."""
+        factor = self.batch_size * (self.n - 1) / (self.n - self.batch_size)
+        return Mean.of([factor * w**2 for w in self.grad_noise_norms])
+
+
+def direction_noise(
+    model: nn.Module,
+    optimizer: NoisySGD,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    full: list[Tensor],
+    draws: int,
+    n: int,
+    keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
+) -> DirectionNoise:
+    """Draw `draws` mini-batches at the present parameters and compare each direction with the full gradient `full`.
+
+    batch(draw) gives the (x, y) of a draw. The momentum buffers are those of x_t, the same for all draws. Each noise
+    vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. Call it inside
+    `undisturbed`.
+    """
+    noise, grad_noise, size = [], [], 0
+    for draw in range(draws):
+        x, y = batch(draw)
+        size = len(y)
+        grads = batch_gradient(model, x, y)
+        omega = difference(optimizer.directions(grads), full)
+        noise.append(norm(omega).item())
+        grad_noise.append(norm(difference(grads, full)).item())
+        keep(draw, omega)
+    return DirectionNoise(norm(full).item(), noise, grad_noise, size, n)
+
+
+def difference(tensors: list[Tensor], full: list[Tensor]) -> list[Tensor]:
+    """tensors - full, in full's precision."""
+    return torch._foreach_sub([t.to(f.dtype) for t, f in zip(tensors, full, strict=True)], full)
+
+
+class NormRecord:
+    """The running mean of gradient norms and the first update at which it is at most each eps, kept on the device.
+
+    After norm_1 .. norm_t the mean is that of the norms ("mean-norm", "full-grad") or the root of that of their squares
+    ("rms-norm"). observe() only enqueues work: the update of a crossing is exact however rarely `first` is read.
+    """
+
+    def __init__(self, eps: tuple[float, ...], criterion: str, ignore: int, device: torch.device):
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.squares = criterion == "rms-norm"
+        self.ignore = ignore  # updates before which no crossing counts
+        self.eps = torch.tensor(eps, dtype=wide, device=device)
+        self.first = torch.zeros(len(eps), dtype=torch.int64, device=device)  # 0: not yet
+        self.sums = torch.zeros(3, dtype=wide, device=device)  # of norms, of squares, and the largest norm
+        self.count = 0
+
+    def observe(self, norm: Tensor, update: int) -> None:
+        """Take in the gradient norm, 0-d, of update number `update`, counted from 1."""
+        self.count += 1
+        self.sums[:2] += torch.stack([norm, norm**2])
+        self.sums[2] = torch.maximum(self.sums[2], norm)
+        if update > self.ignore:
+            crossed = (self.running() <= self.eps) & (self.first == 0)
+            self.first = torch.where(crossed, update, self.first)
+
+    def running(self) -> Tensor:
+        """What is compared with eps, 0-d."""
+        return (self.sums[1] / self.count).sqrt() if self.squares else self.sums[0] / self.count
+
+    def crossings(self) -> list[int]:
+        """The update of the first crossing of each eps, 0 where there was none."""
+        return self.first.tolist()
+
+    def summary(self) -> dict[str, float]:
+        norms, squares, largest = self.sums.tolist()
+        return {
+            "grad_norm_mean": norms / max(self.count, 1),
+            "grad_norm_rms": math.sqrt(squares / max(self.count, 1)),
+            "grad_norm_max": largest,
+        }
+
+    def state_dict(self) -> dict:
+        return {"first": self.first, "sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.first.copy_(state["first"])
+        self.sums.copy_(state["sums"])
+        self.count = state["count"]

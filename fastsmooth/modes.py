@@ -1,0 +1,402 @@
+"""normal, critical, sampling: three short loops over the same updates of the same run."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsmooth import measure
+from fastsmooth.checkpoint import Checkpoints
+from fastsmooth.clock import Clock
+from fastsmooth.config import Config
+from fastsmooth.data import Data
+from fastsmooth.data.order import epoch_batches, in_order, subset
+from fastsmooth.log import RunFolder, Tracker
+from fastsmooth.progress import Progress, warn
+from fastsmooth.schedule import Point, Schedule
+from fastsmooth.step import Step, wide_dtype
+
+TEST_BATCH = 250
+EVAL_CHUNK = 250  # samples a chunk of the full gradient in eval mode, where chunks change nothing
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved itself; the message is the reason."""
+
+
+class Diverged(Exception):
+    """The loss is not finite; the message names the update."""
+
+
+class Meter:
+    """Loss and accuracy over samples, summed on the device, and the first update whose loss was not finite."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), dtype=wide_dtype(device), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.count = 0
+
+    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
+        self.loss += loss.to(self.loss.dtype) * count
+        self.correct += correct
+        self.count += count
+
+    def means(self) -> tuple[float, float]:
+        """(mean loss, accuracy); waits for the device."""
+        count = max(self.count, 1)
+        return self.loss.item() / count, self.correct.item() / count
+
+    def reset(self) -> None:
+        self.loss.zero_()
+        self.correct.zero_()
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "correct": self.correct, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss.copy_(state["loss"])
+        self.correct.copy_(state["correct"])
+        self.count = state["count"]
+
+
+@dataclass
+class Run:
+    """The parts of a run, and where it stands: everything below `epoch` is in its checkpoints."""
+
+    config: Config
+    schedule: Schedule
+    data: Data
+    model: torch.nn.Module
+    step: Step
+    device: torch.device
+    folder: RunFolder
+    checkpoints: Checkpoints
+    tracker: Tracker
+    clock: Clock
+    progress: Progress | None = None
+    stop_reason: Callable[[], str | None] = lambda: None
+
+    epoch: int = 0
+    position: int = 0  # samples of this epoch that are done
+    update: int = 0
+    samples: int = 0
+    best_test_acc: float | None = None
+    last_epoch: dict[str, Any] = field(default_factory=dict)
+    enough: bool = False  # a mode has what it wanted
+    record: measure.NormRecord | None = None
+
+    def __post_init__(self) -> None:
+        self.meter, self.window = Meter(self.device), Meter(self.device)
+        self.bad_update = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.epoch_seconds_before = 0.0  # of this epoch, spent by an earlier process
+        self.recent = ""
+
+    # The loop that all modes share ------------------------------------------------------------------------------
+
+    def updates(self) -> Iterator[tuple[Tensor, Tensor, Point]]:
+        """(x, y, point) of every update still to be done; the caller computes the gradient and applies it.
+
+        When the caller comes back for more, the update counts as done: it is logged, saved when due, and stopped
+        after when asked. A finished epoch is evaluated.
+        """
+        while self.epoch < self.schedule.epochs:
+            point = self.schedule(self.epoch)
+            self.step.optimizer.set_point(point.lr, point.momentum)
+            with self.clock.measure("train"):
+                for x, y in self.data.train.batches(self.indices(point), self.epoch):
+                    yield x, y, point
+                    self.position += len(y)
+                    self.samples += len(y)
+                    self.update += 1
+                    self.after_update(point)
+                    if self.enough:
+                        return
+            self.end_epoch(point)
+
+    def indices(self, point: Point) -> Iterator[Tensor]:
+        c = self.config
+        return epoch_batches(
+            c.seed, self.epoch, len(self.data.train), point.batch_size, self.position, c.drop_last, str(self.device)
+        )
+
+    def gradient(self, x: Tensor, y: Tensor) -> None:
+        """Forward and backward; what they say is kept on the device."""
+        if self.step.compile and not self.step.compiled_graphs:
+            with self.clock.measure("compile"):
+                loss, correct = self.step.gradient(x, y)
+            self.progress.restart_clock(self.samples)
+        else:
+            loss, correct = self.step.gradient(x, y)
+        for meter in (self.meter, self.window):
+            meter.add(loss, correct, len(y))
+        finite = torch.isfinite(loss) | (self.bad_update > 0)
+        self.bad_update = torch.where(finite, self.bad_update, self.update + 1)
+
+    def after_update(self, point: Point) -> None:
+        if self.update % self.config.log_every == 0:
+            self.log_step(point)
+        self.progress.update(self.samples, self.epoch, f"lr {point.lr:.4g}  batch {point.batch_size}{self.recent}")
+        reason = self.stop_reason()
+        if reason:
+            self.save(final=True)
+            raise Preempted(reason)
+        if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
+            self.save()
+
+    def log_step(self, point: Point) -> None:
+        self.check_finite()
+        loss, accuracy = self.window.means()
+        self.window.reset()
+        self.recent = f"  loss {loss:.3f}"
+        seconds = self.clock.read("train") + self.clock.read("eval")
+        self.row("step", point, {"train_loss": loss, "train_acc": accuracy, "seconds": round(seconds, 3)})
+
+    def end_epoch(self, point: Point) -> None:
+        """Evaluate, write the epoch's row, save."""
+        self.check_finite()
+        train_loss, train_acc = self.meter.means()
+        evaluated = self.clock.read("eval")
+        with self.clock.measure("eval"):
+            test_loss, test_acc = self.step.evaluate(self.test_batches())
+        if not math.isfinite(test_loss):
+            raise Diverged(f"the test loss is not finite after update {self.update}")
+        train_seconds = self.clock.read("train") + self.epoch_seconds_before
+        values = {
+            "train_loss": train_loss,
+            "train_acc": train_acc,
+            "test_loss": test_loss,
+            "test_acc": test_acc,
+            "c2": None,
+            "train_seconds": round(train_seconds, 3),
+            "eval_seconds": round(self.clock.read("eval") - evaluated, 3),
+            "images_per_second": round(self.meter.count / max(train_seconds, 1e-9), 1),
+        }
+        self.last_epoch = self.row("epoch", point, values)
+        self.progress.epoch(self.last_epoch)
+        self.best_test_acc = max(test_acc, self.best_test_acc or 0.0)
+        self.meter.reset()
+        self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
+        self.epoch, self.position = self.epoch + 1, 0
+        if self.epoch == self.schedule.epochs or not self.config.checkpoint_every:
+            self.save(final=self.epoch == self.schedule.epochs)
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # the published ImageNet code tests on the training view (SPEC C.32)
+        augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
+        return self.data.test.batches(in_order(len(self.data.test), TEST_BATCH), self.epoch if augmented else None)
+
+    def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
+        row = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
+        row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
+        row |= {"delta": self.schedule.delta(point)} | values
+        self.folder.row(kind, row)
+        self.tracker.row(kind, row)
+        return row
+
+    def check_finite(self) -> None:
+        bad = self.bad_update.item()
+        if bad:
+            raise Diverged(f"the loss is not finite at update {bad} (epoch {self.epoch}): lower --lr")
+
+    # Saving and going on ----------------------------------------------------------------------------------------
+
+    def save(self, final: bool = False) -> None:
+        """Checkpoint the present update. A disk that is full costs a warning, at the end of a run the run."""
+        self.check_finite()
+        try:
+            self.checkpoints.save(self.update, self.state())
+        except OSError as error:
+            if final:
+                raise
+            warn(f"no checkpoint at update {self.update} ({error.strerror}): the one before stays, the run goes on")
+
+    def state(self) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "position": self.position,
+            "update": self.update,
+            "samples": self.samples,
+            "best_test_acc": self.best_test_acc,
+            "last_epoch": self.last_epoch,
+            "meter": self.meter.state_dict(),
+            "window": self.window.state_dict(),
+            "record": self.record.state_dict() if self.record else None,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "metrics_bytes": self.folder.sync(),
+            "fingerprint": self.data.fingerprint,
+            "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand where `state` was saved; rows written after it are dropped."""
+        self.model.load_state_dict(state["model"])
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        for name in ("epoch", "position", "update", "samples", "best_test_acc", "last_epoch"):
+            setattr(self, name, state[name])
+        self.meter.load_state_dict(state["meter"])
+        self.window.load_state_dict(state["window"])
+        if self.record is not None:
+            self.record.load_state_dict(state["record"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.folder.rewind(state["metrics_bytes"])
+        self.epoch_seconds_before = state["epoch_seconds"]
+
+    # Measuring --------------------------------------------------------------------------------------------------
+
+    def measured_epoch(self) -> int | None:
+        """The augmentation under which is measured: none, or this epoch's own numbers, a fixed function of x either way."""
+        return self.epoch if self.config.measure_augment else None
+
+    def full_gradient(self, point: Point) -> list[Tensor]:
+        """grad f at the present parameters; call it inside measure.undisturbed."""
+        n = len(self.data.train)
+        chunk = point.batch_size if self.config.bn == "train" else EVAL_CHUNK
+        order = subset(self.config.seed, self.update, measure.FULL_GRADIENT_DRAW, n, n, str(self.device))
+        batches = self.data.train.batches(order.split(chunk), self.measured_epoch())
+        return measure.full_gradient(self.model, batches, n)
+
+    def drawn_batch(self, draw: int, point: Point) -> tuple[Tensor, Tensor]:
+        index = subset(self.config.seed, self.update, draw, len(self.data.train), point.batch_size, str(self.device))
+        return next(iter(self.data.train.batches([index], self.measured_epoch())))
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "final_test_acc": self.last_epoch.get("test_acc"),
+            "final_test_loss": self.last_epoch.get("test_loss"),
+            "best_test_acc": self.best_test_acc,
+            "epochs": self.epoch,
+            "updates": self.update,
+            "samples": self.samples,
+            "compiled_graphs": self.step.compiled_graphs,
+        }
+
+
+# The modes ----------------------------------------------------------------------------------------------------------
+
+
+def normal(run: Run) -> None:
+    """Train to the last epoch."""
+    for x, y, _ in run.updates():
+        run.gradient(x, y)
+        run.step.update()
+
+
+def critical(run: Run) -> None:
+    """Train until the running mean of the gradient norm has crossed every eps; critical.json says at which update."""
+    c = run.config
+    per_epoch = run.schedule.updates(len(run.data.train), c.drop_last)[0]
+    every = (c.full_grad_every or per_epoch) if c.criterion == "full-grad" else 1
+    for x, y, point in run.updates():
+        run.gradient(x, y)
+        update = run.update + 1
+        if update % every == 0:
+            run.record.observe(gradient_norm(run, point), update)
+        run.step.update()
+        if update % c.log_every == 0:
+            run.enough = all(run.record.crossings())
+    report_crossings(run, per_epoch, every)
+
+
+def gradient_norm(run: Run, point: Point) -> Tensor:
+    """The norm that the criterion averages, at the present parameters: of the mini-batch or of the full gradient."""
+    if run.config.criterion != "full-grad":
+        return run.step.grad_norm()
+    with measure.undisturbed(run.model, run.config.bn):
+        return measure.norm(run.full_gradient(point))
+
+
+def report_crossings(run: Run, per_epoch: int, every: int) -> None:
+    c, n, batch = run.config, len(run.data.train), run.schedule.start.batch_size
+    crossings: dict[str, Any] = {}
+    for eps, step in zip(c.eps, run.record.crossings(), strict=True):
+        epochs, rest = divmod(step, per_epoch)
+        served = n - n % batch if c.drop_last else n
+        samples = epochs * served + rest * batch
+        crossings[f"{eps:g}"] = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples} if step else None
+        found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
+        run.progress.say(f"eps {eps:g}: {found}")
+    about = {"criterion": c.criterion, "optimizer": c.optimizer, "lr": c.lr, "batch_size": batch, "momentum": c.momentum}
+    about |= {"seed": c.seed, "min_epochs": c.min_epochs, "resolution": every, "updates": run.update}
+    run.folder.write("critical.json", about | {"crossings": crossings} | run.record.summary())
+
+
+def sampling(run: Run) -> None:
+    """Train for --steps updates, then measure the search-direction noise at that point; noise.json has the result."""
+    for x, y, point in run.updates():
+        if run.update == run.config.steps:
+            measure_noise(run, point)
+            return
+        run.gradient(x, y)
+        run.step.update()
+
+
+def measure_noise(run: Run, point: Point) -> None:
+    c = run.config
+    omega = OmegaFile(run) if c.save_omega else None
+    started = time.perf_counter()
+    with run.clock.measure("measure"), measure.undisturbed(run.model, c.bn):
+        noise = measure.direction_noise(
+            run.model,
+            run.step.optimizer,
+            lambda draw: run.drawn_batch(draw, point),
+            run.full_gradient(point),
+            c.draws,
+            len(run.data.train),
+            omega.keep if omega else lambda draw, vectors: None,
+        )
+    if omega:
+        omega.close()
+    norm, c2 = noise.noise_norm(), noise.grad_variance()
+    values = {
+        "noise_norm": norm.value,
+        "noise_norm_se": norm.error,
+        "full_grad_norm": noise.full_grad_norm,
+        "c2_sampled": c2.value,
+        "c2_sampled_se": c2.error,
+        "draws": c.draws,
+        "bn": c.bn,
+        "augmented": c.measure_augment,
+    }
+    run.row("measure", point, values | {"seconds": round(time.perf_counter() - started, 3)})
+    about = {"optimizer": c.optimizer, "step": run.update, "epoch": run.epoch, "seed": c.seed, "images": noise.n}
+    about |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
+    norms = {"noise_norms": noise.noise_norms, "grad_noise_norms": noise.grad_noise_norms}
+    run.folder.write("noise.json", about | values | norms)
+    run.progress.say(
+        f"update {run.update:,}: ||m - grad f|| {norm.value:.4g} +- {norm.error:.2g}, ||grad f|| {noise.full_grad_norm:.4g}, "
+        f"c2_sampled {c2.value:.4g} +- {c2.error:.2g} ({c.draws} draws, BatchNorm in {c.bn} mode)"
+    )
+
+
+class OmegaFile:
+    """omega.npy, float32 [draws, parameters], written a row at a time and named when it is whole."""
+
+    def __init__(self, run: Run):
+        self.target, self.aside = run.folder.path / "omega.npy", run.folder.path / ".omega.npy.tmp"
+        size = sum(p.numel() for p in measure.trainable(run.model))
+        self.rows = np.lib.format.open_memmap(self.aside, "w+", np.float32, (run.config.draws, size))
+
+    def keep(self, draw: int, omega: list[Tensor]) -> None:
+        self.rows[draw] = torch.cat([w.flatten() for w in omega]).float().cpu().numpy()
+
+    def close(self) -> None:
+        self.rows.flush()
+        os.replace(self.aside, self.target)
+
+
+MODES = {"normal": normal, "critical": critical, "sampling": sampling}

@@ -1,0 +1,102 @@
+"""One training step: forward, loss, backward, update; compiled once for every batch size, learning rate and momentum."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsmooth.optim import NoisySGD
+
+
+class Step:
+    """gradient(x, y) leaves the mini-batch gradient in .grad; update() applies the optimizer's form to it.
+
+    With compile=True both go through torch.compile: the batch dimension is marked dynamic and the hyperparameters are
+    0-d tensors, so that a schedule never compiles again. `compiled_graphs` counts what was compiled.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: NoisySGD, device: torch.device, precision: str, compile: bool):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.precision, self.compile = precision, compile
+        self.compiled_graphs = 0
+        self._forward = self._plain_forward
+        if compile:
+            self._forward = torch.compile(self._plain_forward, backend=self._counting_backend)
+            optimizer.compile(self._counting_backend)
+
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean loss, number correct) of the batch [B, 3, H, W], [B], both 0-d on the device; fills .grad."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, correct = self._forward_for(x, y)(x, y)
+        loss.backward()
+        return loss.detach(), correct
+
+    def update(self) -> None:
+        self.optimizer.step()
+
+    def grad_norm(self) -> Tensor:
+        """The L2 norm of the gradient over all parameters, 0-d float64 on the device (float32 where it has no float64)."""
+        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return torch.linalg.vector_norm(torch.stack(norms).to(wide_dtype(self.device)))
+
+    @torch.no_grad()
+    def evaluate(self, batches) -> tuple[float, float]:
+        """(mean loss, accuracy) over all samples of `batches` in evaluation mode, each weighted the same."""
+        self.model.eval()
+        loss_sum = torch.zeros((), dtype=wide_dtype(self.device), device=self.device)
+        correct_sum = torch.zeros((), dtype=torch.int64, device=self.device)
+        count = 0
+        for x, y in batches:
+            loss, correct = self._forward_for(x, y)(x, y)
+            loss_sum += loss.to(loss_sum.dtype) * len(y)
+            correct_sum += correct
+            count += len(y)
+        self.model.train()
+        return loss_sum.item() / count, correct_sum.item() / count
+
+    def _plain_forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            logits = self.model(x)
+        logits = logits.float()
+        return F.cross_entropy(logits, y), (logits.argmax(dim=1) == y).sum()
+
+    def _forward_for(self, x: Tensor, y: Tensor) -> Callable:
+        """The compiled forward pass; a batch of one runs eagerly, since compilers treat size one as a constant."""
+        if not self.compile or len(y) == 1:
+            return self._plain_forward
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(y, 0)
+        return self._forward
+
+    def _autocast(self):
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _counting_backend(self, graph, inputs):
+        from torch._inductor.compile_fx import compile_fx
+
+        self.compiled_graphs += 1
+        return compile_fx(graph, inputs)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, or the widest that the device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step: returning it costs a page fault for every 4 kB of activations."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)

@@ -1,0 +1,360 @@
+"""Train or measure one run: python -m fastsmooth.train [flags]
+
+The whole path from top to bottom: config, schedule, data, model, step, mode, run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fastsmooth import __version__
+from fastsmooth import config as configs
+from fastsmooth.config import Config, ConfigError
+from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
+
+DONE, BAD_INPUT, DIVERGED, CANNOT_WRITE, PREEMPTED = 0, 2, 3, 74, 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; the exit code. Bad input is one line on stderr and 2, never a traceback."""
+    try:
+        request = configs.parse(sys.argv[1:] if argv is None else argv)
+        if request.help:
+            print(configs.parser().format_help(), end="")
+        elif request.version:
+            print(f"fastsmooth {__version__}")
+        elif request.plan:
+            print_plan(configs.resolve(request.given), request.json)
+        else:
+            resume = request.given.get("resume", False)
+            return run(configs.resumed(request.given) if resume else configs.resolve(request.given))
+        return DONE
+    except ConfigError as error:
+        return refuse(error)
+    except BrokenPipeError:  # the reader of --plan | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def refuse(error: Exception) -> int:
+    print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+# --plan -------------------------------------------------------------------------------------------------------------
+
+
+def make_schedule(c: Config, images: int | None) -> Schedule:
+    """The schedule that `c` describes over `images` training images."""
+    smoothing = Smoothing(c.optimizer, c.c2 or 1.0, 1.0 if c.k2 is None else c.k2, c.nu, c.nshb_delta)
+    start = Point(c.lr, c.batch_size, c.momentum)
+    shifted = c.compat == "original"
+    return Schedule(c.method, c.epochs, start, smoothing, c.decay_epoch, c.power, c.gamma, images, shifted)
+
+
+def print_plan(c: Config, as_json: bool) -> None:
+    """Every epoch's Point and delta; equal epochs share a line."""
+    schedule = make_schedule(c, c.images)
+    points = list(schedule.points())
+    if as_json:
+        for epoch, p in enumerate(points):
+            print(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
+        return
+    updates = schedule.updates(c.images, c.drop_last) if c.images else None
+    print(f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}" + (f"  {'updates':>9}" if updates else ""))
+    first = 0
+    for epoch, p in enumerate(points):
+        if epoch + 1 < len(points) and points[epoch + 1] == p:
+            continue
+        name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
+        line = f"{name:>9}  {p.lr:>11.6g}  {p.batch_size:>6}  {p.momentum:>8.4g}  {schedule.delta(p):>10.4g}"
+        print(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
+        first = epoch + 1
+    for line in [*notes(c, schedule), cost(c, updates)]:
+        print(line)
+
+
+def cost(c: Config, updates: list[int] | None) -> str:
+    if updates is None:
+        return f"cost: {c.epochs} passes over the images in {c.data_dir}"
+    samples = sum(n * p.batch_size for n, p in zip(updates, make_schedule(c, c.images).points(), strict=True))
+    total = samples if c.drop_last else c.epochs * c.images
+    return f"cost: {sum(updates):,} updates, {total:,} gradient evaluations of {c.model}"
+
+
+def notes(c: Config, schedule: Schedule) -> list[str]:
+    """What a reader of delta has to know."""
+    found = []
+    if c.unit_constants:
+        unit = "C and K: c2 = k2 = 1" if configs.uses_k2(c) else "C: c2 = 1"
+        found.append(f"delta is in units of {unit} (none is published for {c.optimizer} on {c.model}: --c2, --mode sampling)")
+    missed = schedule.largest_miss()
+    if missed and not (c.unit_constants and configs.uses_k2(c)):
+        epoch, target, reached = missed
+        why = "the momentum cannot fall below 0" if c.method in SOLVED else "the optimizer or the data set sets a floor"
+        found.append(f"--method {c.method} saturates: at epoch {epoch} its target delta is {target:.4g}, reached {reached:.4g} ({why})")
+    return found
+
+
+# A run --------------------------------------------------------------------------------------------------------------
+
+
+def run(c: Config) -> int:
+    """Do the run that `c` describes; the exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return refuse(ConfigError("this version trains in one process: start it without torchrun, or with one process"))
+    if c.resume and finished(Path(c.out)):
+        print(f"{c.out} is a finished run: nothing to do")
+        return DONE
+    try:
+        import torch  # after the flags are known to be right: it takes seconds
+    except ImportError as error:
+        return refuse(ConfigError(f"PyTorch cannot be imported ({error}): pip install torch torchvision"))
+    from fastsmooth.checkpoint import CheckpointError
+    from fastsmooth.data import DataError
+    from fastsmooth.log import RunFolderError
+    from fastsmooth.models import ModelError
+    from fastsmooth.modes import Diverged, Preempted
+
+    live = None
+    try:
+        live = prepare(c, torch)
+        return train(live)
+    except (ConfigError, ModelError, DataError, CheckpointError, RunFolderError) as error:
+        end(live, "failed", str(error))
+        return refuse(error)
+    except Preempted as stop:
+        end(live, "preempted", str(stop))
+        print(f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}")
+        return PREEMPTED
+    except Diverged as error:
+        end(live, "diverged", str(error))
+        print(f"fastsmooth: diverged: {error}; the last checkpoint is finite", file=sys.stderr)
+        return DIVERGED
+    except torch.OutOfMemoryError:
+        end(live, "failed", "out of memory")
+        return refuse(ConfigError(f"out of memory at batch {live.schedule(live.epoch).batch_size}: lower --batchsize"))
+    except OSError as error:
+        end(live, "failed", f"cannot write: {error.strerror}")
+        print(f"fastsmooth: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return CANNOT_WRITE
+    except KeyboardInterrupt:
+        end(live, "failed", "interrupted")
+        return 130
+
+
+def prepare(c: Config, torch):
+    """Everything that can be refused, in the order of the data's path; the run folder comes last."""
+    from fastsmooth import data, models
+    from fastsmooth.checkpoint import Checkpoints
+    from fastsmooth.clock import Clock
+    from fastsmooth.log import RunFolder, Tracker, environment
+    from fastsmooth.measure import NormRecord
+    from fastsmooth.modes import Run
+    from fastsmooth.optim import NoisySGD
+    from fastsmooth.progress import Progress, warn
+    from fastsmooth.step import Step, keep_freed_memory
+
+    device = pick_device(c, torch)
+    set_numerics(c, torch)
+    keep_freed_memory()
+    out = Path(c.out or default_out(c))
+    if not c.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists: go on with that run by --resume, or choose another folder")
+    images = data.open_data(c, device)
+    n = len(images.train)
+    schedule = make_schedule(c, n)
+    check_against_data(c, schedule, n)
+    torch.manual_seed(c.seed)
+    model = models.build(c.model, images.classes, c.norm).to(device)
+    try_model(model, images, torch)
+    compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
+    if not (compiled and device.type == "cpu"):
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
+    step = Step(model, optimizer, device, c.precision, compiled)
+
+    folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), environment())
+    checkpoints = Checkpoints(out / "checkpoints", warn)
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    tracker = Tracker(c.to_json(), out, warn)
+    live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait))
+    if c.mode == "critical":
+        ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
+        live.record = NormRecord(c.eps, c.criterion, ignored, device)
+    if c.resume:
+        go_on(live)
+    epoch_samples = n - n % c.batch_size if c.drop_last else n
+    introduce(c, live, models.count_parameters(model))
+    live.progress = Progress(c.epochs, epoch_samples, live.samples, device_name(device, torch))
+    live.stop_reason = watch(c)
+    folder.status("running", "", live.update)
+    return live
+
+
+def train(live) -> int:
+    from fastsmooth.modes import MODES
+
+    started = time.perf_counter()
+    MODES[live.config.mode](live)
+    live.progress.close()
+    live.folder.sync()
+    summary = live.summary() | {"seconds": round(time.perf_counter() - started, 2)}
+    summary["images_per_second"] = live.last_epoch.get("images_per_second")
+    live.folder.write("summary.json", summary)
+    live.folder.status("done", "", live.update)
+    live.tracker.finish(summary, DONE)
+    if live.step.compile:
+        live.progress.say(f"compiled {live.step.compiled_graphs} graphs in {live.clock.read('compile'):.0f} s")
+    if live.last_epoch:
+        live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
+    live.progress.say(f"run folder {live.folder.path}")
+    if live.config.dataset == "digits" and live.config.mode == "normal":
+        live.progress.say("next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help the rest")
+    live.folder.close()
+    return DONE
+
+
+def end(live, state: str, reason: str) -> None:
+    """Close what is open and say in status.json how the run ended; never raises."""
+    if live is None:
+        return
+    try:
+        live.progress.close()
+        live.folder.status(state, reason, live.update)
+        live.tracker.finish({}, 1)
+        live.folder.close()
+    except OSError:
+        pass  # the disk that failed once may fail again; the exit code says it
+
+
+def finished(out: Path) -> bool:
+    from fastsmooth.log import read_status
+
+    return read_status(out).get("state") == "done"
+
+
+def go_on(live) -> None:
+    """Load the newest valid checkpoint; without one the run starts from its beginning."""
+    live.checkpoints.clean()
+    state = live.checkpoints.load()
+    if state is None:
+        live.folder.rewind(0)
+        return
+    if state["fingerprint"] != live.data.fingerprint:
+        raise ConfigError(f"--resume: the images in {live.config.data_dir} are not those the run was started with")
+    live.restore(state)
+
+
+def pick_device(c: Config, torch):
+    name = c.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        index = int(name.partition(":")[2] or 0)
+        if not torch.cuda.is_available() or index >= count:
+            raise ConfigError(f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: --device cpu")
+        name = f"cuda:{index}"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: this machine has no Apple GPU that PyTorch can use: --device cpu")
+    if c.precision == "tf32" and not name.startswith("cuda"):
+        raise ConfigError(f"--precision tf32 is a mode of NVIDIA GPUs: with --device {name} use fp32 or bf16")
+    return torch.device(name)
+
+
+def set_numerics(c: Config, torch) -> None:
+    tf32 = c.precision == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    if c.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+def check_against_data(c: Config, schedule: Schedule, n: int) -> None:
+    """What can only be refused once the number of training images is known."""
+    if c.batch_size > n:
+        raise ConfigError(f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower --batchsize")
+    total = sum(schedule.updates(n, c.drop_last))
+    if c.mode == "sampling" and c.steps >= total:
+        raise ConfigError(f"--steps {c.steps} lies past the run's {total} updates: lower --steps or raise --epochs")
+    if c.mode == "sampling" and c.batch_size == n:
+        raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
+
+
+def try_model(model, images, torch) -> None:
+    """One small forward pass, so that a model that cannot take the images is refused before the run folder is made."""
+    from fastsmooth.models import ModelError
+
+    try:
+        x, _ = next(iter(images.test.batches([torch.arange(1)])))
+        with torch.no_grad():
+            logits = model.eval()(x)
+        model.train()
+        if logits.shape != (1, images.classes):
+            raise ValueError(f"its output is {list(logits.shape)}, not [1, {images.classes}]")
+    except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
+        if type(error).__name__ == "DataError":
+            raise
+        raise ModelError(f"the model cannot take {images.size}x{images.size} images: {' '.join(str(error).split())[:200]}") from None
+
+
+def default_out(c: Config) -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{c.dataset}-{c.method if c.mode == 'normal' else c.mode}"
+    out, number = Path("runs") / name, 2
+    while out.exists():
+        out, number = Path("runs") / f"{name}-{number}", number + 1
+    return out
+
+
+def introduce(c: Config, live, parameters: int) -> None:
+    about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(c.dataset, "")
+    print(f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test images, {live.data.choice}")
+    print(
+        f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} epochs from lr {c.lr:g}, "
+        f"batch {c.batch_size}" + (f", momentum {c.momentum:g}" if c.momentum else "") + f", seed {c.seed}"
+    )
+    for line in notes(c, live.schedule):
+        print(line)
+    if live.update:
+        print(f"going on from update {live.update:,}, epoch {live.epoch}")
+    sys.stdout.flush()
+
+
+def device_name(device, torch) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
+
+
+def watch(c: Config):
+    """A function that gives the reason to stop, once a signal has come or --max-time is over."""
+    received: list[str] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second Ctrl-C leaves at once
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    deadline = time.monotonic() + c.max_time if c.max_time else None
+
+    def reason() -> str | None:
+        if received:
+            return received[0]
+        return "--max-time" if deadline and time.monotonic() > deadline else None
+
+    return reason
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+from setuptools import setup
+
+DALI = 'nvidia-dali-cuda130; platform_system == "Linux"'
+PLOT = ["matplotlib>=3.8"]
+TEST = ["pytest>=8", "ruff>=0.15", "rich>=13", "wandb>=0.19"]
+
+setup(
+    name="fastsmooth",
+    version="0.1.0",
+    description="Train image classifiers under noise schedules and measure how far SGD noise smooths the loss",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    install_requires=["torch>=2.10", "torchvision>=0.25", "numpy>=1.26"],
+    extras_require={
+        "dali": [DALI],
+        "wandb": ["wandb>=0.19"],
+        "progress": ["rich>=13"],
+        "timm": ["timm>=1.0"],
+        "plot": PLOT,
+        "test": TEST,
+        "all": [DALI, "timm>=1.0", *PLOT, *TEST],
+    },
+    packages=["fastsmooth", "fastsmooth.data"],
+    package_data={"fastsmooth.data": ["digits.npz", "digits.LICENSE.txt"]},
+)
