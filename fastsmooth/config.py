@@ -136,15 +136,16 @@ def whole(low: int, high: int = 2**63 - 1):
 
 def duration(text: str) -> float:
     """Seconds from "90", "45s", "30m" or "1.5h"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if not found or float(found[1]) == 0:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh]?)", text)  # an exponent: config.json may hold 1e-05
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 90, 45s, 30m or 1.5h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    return seconds
 
 
 def text(value: str) -> str:
-    if not value or "\0" in value:
-        raise argparse.ArgumentTypeError("it is empty" if not value else "it holds a NUL character")
+    if value.splitlines() != [value] or "\0" in value:  # every message that quotes it is one line
+        raise argparse.ArgumentTypeError("it holds a line break or a NUL character" if value else "it is empty")
     return value
 
 
@@ -403,7 +404,7 @@ def parser() -> Parser:
         names.sort(key=lambda word: (word != flag(name), len(word)))
         groups[meta["group"]].add_argument(*names, dest=name, help=shown.replace("%", "%%"), **kind)
     other = p.add_argument_group("other")
-    other.add_argument("--config", metavar="FILE", help="a TOML file of flags; the command line overrides it")
+    other.add_argument("--config", metavar="FILE", type=text, help="a TOML file of flags; the command line overrides it")
     other.add_argument("--plan", action="store_true", help="print the schedule and its cost, touch no data")
     other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
     other.add_argument("-h", "--help", action="store_true", help="this page")
@@ -460,17 +461,19 @@ def read_toml(p: Parser, path: str) -> dict[str, Any]:
 def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
     """The fields in a table read from a file, put through the same checks as flags."""
     words: list[str] = []
+    absent: list[str] = []
     for key, value in table.items():
         name = "--" + key.replace("_", "-")
         if isinstance(value, dict):
             raise ConfigError(f"{source}: [{key}] is a table: write plain lines such as lr = 0.1")
         if isinstance(value, bool):
-            words += [name] if value else []
+            (words if value else absent).append(name)
         elif isinstance(value, list):
             words += [name, *map(str, value)]
         else:
             words.append(f"{name}={value}")
     try:
+        p.parse_args(absent)  # false leaves a flag out, but only a flag that exists and takes no value
         values = vars(p.parse_args(words))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None

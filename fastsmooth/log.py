@@ -31,9 +31,10 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = os.open(path, os.O_RDONLY)
+        # A POSIX lock: unlike flock's, DataLoader workers that outlive a killed run by seconds do not inherit it.
+        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
             raise RunFolderError(f"{path}: another process is writing this run: wait for it or stop it") from None
@@ -212,7 +213,7 @@ class Tracker:
             return
         try:
             self._run.summary.update(summary)
-            self._run.finish(exit_code=exit_code, quiet=True)
+            self._run.finish(exit_code=exit_code)
         except Exception as error:  # as above
             self._warn(f"wandb: {one_line(error)}")
 

@@ -245,7 +245,10 @@ def from_timm(name: str, classes: int) -> nn.Module:
         ) from None
     if not timm.is_model(name):
         raise ModelError(f"--model timm/{name}: timm {timm.__version__} has no such model")
-    return timm.create_model(name, pretrained=False, num_classes=classes)
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=classes)
+    except RuntimeError as error:  # the tag after the dot is unknown
+        raise ModelError(f"--model timm/{name}: {error}") from None
 
 
 def replace_batchnorm(model: nn.Module) -> int:
@@ -259,7 +262,10 @@ def replace_batchnorm(model: nn.Module) -> int:
             if isinstance(child, nn.BatchNorm2d):
                 channels = child.num_features
                 groups = channels // math.gcd(channels, 16)
-                setattr(parent, key, nn.GroupNorm(groups, channels, eps=child.eps))
+                norm = nn.GroupNorm(groups, channels, eps=child.eps)
+                # timm's BatchNormAct2d is a BatchNorm2d that goes on through its children, dropout and activation
+                rest = list(child.children())
+                setattr(parent, key, nn.Sequential(norm, *rest) if rest else norm)
                 found += 1
     return found
 

@@ -113,7 +113,12 @@ class Run:
             self.step.optimizer.set_point(point.lr, point.momentum)
             with self.clock.measure("train"):
                 for x, y in self.data.train.batches(self.indices(point), self.epoch):
-                    yield x, y, point
+                    if self.step.compile and not self.step.compiled_graphs:
+                        with self.clock.measure("compile"):
+                            yield x, y, point
+                        self.progress.restart_clock(self.samples + len(y))
+                    else:
+                        yield x, y, point
                     self.position += len(y)
                     self.samples += len(y)
                     self.update += 1
@@ -130,12 +135,7 @@ class Run:
 
     def gradient(self, x: Tensor, y: Tensor) -> None:
         """Forward and backward; what they say is kept on the device."""
-        if self.step.compile and not self.step.compiled_graphs:
-            with self.clock.measure("compile"):
-                loss, correct = self.step.gradient(x, y)
-            self.progress.restart_clock(self.samples)
-        else:
-            loss, correct = self.step.gradient(x, y)
+        loss, correct = self.step.gradient(x, y)
         for meter in (self.meter, self.window):
             meter.add(loss, correct, len(y))
         finite = torch.isfinite(loss) | (self.bad_update > 0)

@@ -77,7 +77,10 @@ class NoisySGD(torch.optim.Optimizer):
             raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
         if not (lr >= 0 and 0 <= momentum < 1 and 0 <= nu <= 1 and weight_decay >= 0):
             raise ValueError(f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}")
-        super().__init__(params, {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay}
+        if form in ("sgd", "shb"):
+            defaults["dampening"] = 0.0  # without it torch.optim.SGD cannot go on from this state
+        super().__init__(params, defaults)
         self.form = form
         self._compiled: Callable[..., None] | None = None
         self._scalars: dict[int, tuple[Tensor, Tensor]] = {}
@@ -108,11 +111,14 @@ class NoisySGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
+            params, grads, buffers = self._gather(group)
+            if not params:
+                continue
             lr, beta = group["lr"], group["momentum"]
             apply = update
             if self._compiled is not None:
                 apply, (lr, beta) = self._compiled, self._as_tensors(number, lr, beta)
-            apply(self.form, *self._gather(group), lr, beta, group["nu"], group["weight_decay"])
+            apply(self.form, params, grads, buffers, lr, beta, group["nu"], group["weight_decay"])
         return loss
 
     def _as_tensors(self, number: int, lr: float, beta: float) -> tuple[Tensor, Tensor]:
@@ -131,12 +137,14 @@ class NoisySGD(torch.optim.Optimizer):
         given = iter(grads) if grads is not None else None
         for group in self.param_groups:
             params = [p for p in group["params"] if given is not None or p.grad is not None]
+            if not params:
+                continue
             now = [next(given) if given is not None else p.grad for p in params]
             if group["weight_decay"]:
                 now = torch._foreach_add(now, params, alpha=group["weight_decay"])
             buffers = []
             if self.form != "sgd":
-                states = [self.state[p].get("momentum_buffer") for p in params]
+                states = [self.state.get(p, {}).get("momentum_buffer") for p in params]
                 buffers = [torch.zeros_like(p) if s is None else s.clone() for p, s in zip(params, states, strict=True)]
             found += [m.clone() for m in advance(self.form, now, buffers, group["momentum"], group["nu"])]
         return found

@@ -27,6 +27,7 @@ class Step:
         self.compiled_graphs = 0
         self._forward = self._plain_forward
         if compile:
+            never_guard_on_sizes()
             self._forward = torch.compile(self._plain_forward, backend=self._counting_backend)
             optimizer.compile(self._counting_backend)
 
@@ -82,8 +83,20 @@ class Step:
     def _counting_backend(self, graph, inputs):
         from torch._inductor.compile_fx import compile_fx
 
-        self.compiled_graphs += 1
-        return compile_fx(graph, inputs)
+        compiled = compile_fx(graph, inputs)
+        self.compiled_graphs += 1  # only now: Dynamo may call a backend again after it has failed
+        return compiled
+
+
+def never_guard_on_sizes() -> None:
+    """Keep the compiler from specialising on ranges of the batch size, which would compile again as the batch grows.
+
+    On the CPU, Inductor picks a summation by the size it first sees, and PyTorch's NNPACK asks for a batch of 16.
+    """
+    from torch.fx.experimental import _config
+
+    _config.backed_size_oblivious = True
+    torch.backends.nnpack.set_flags(False)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

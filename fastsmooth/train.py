@@ -113,6 +113,9 @@ def run(c: Config) -> int:
     if c.resume and finished(Path(c.out)):
         print(f"{c.out} is a finished run: nothing to do")
         return DONE
+    # OpenMP threads that spin while they wait stall each other for whole time slices when the cores are shared with
+    # other work (LOG.md has figures); GNU OpenMP reads this when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         import torch  # after the flags are known to be right: it takes seconds
     except ImportError as error:
@@ -173,11 +176,9 @@ def prepare(c: Config, torch):
     schedule = make_schedule(c, n)
     check_against_data(c, schedule, n)
     torch.manual_seed(c.seed)
-    model = models.build(c.model, images.classes, c.norm).to(device)
+    model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
     try_model(model, images, torch)
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
-    if not (compiled and device.type == "cpu"):
-        model = model.to(memory_format=torch.channels_last)
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled)
 
@@ -212,7 +213,7 @@ def train(live) -> int:
     live.folder.status("done", "", live.update)
     live.tracker.finish(summary, DONE)
     if live.step.compile:
-        live.progress.say(f"compiled {live.step.compiled_graphs} graphs in {live.clock.read('compile'):.0f} s")
+        live.progress.say(f"compiled {live.step.compiled_graphs} graphs (training step, update, evaluation) in {live.clock.read('compile'):.0f} s")
     if live.last_epoch:
         live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
     live.progress.say(f"run folder {live.folder.path}")

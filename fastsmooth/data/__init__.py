@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -61,6 +62,16 @@ def fits(config, images: ImageSet, device: torch.device) -> tuple[bool, str]:
     if config.augment == "resized-crop-flip":
         return False, "random resized crops need the whole images"
     needed = 4 * (config.image_size**2 + 1) * (len(images.train) + len(images.test))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = free_memory(device)
     verdict = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
     return needed <= MEMORY_SHARE * free, verdict
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes free on the device; unlimited where the system does not say (macOS, Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError):
+        return math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import pickle
 import sys
 import tarfile
@@ -71,7 +72,7 @@ def download(url: str, target: Path, md5: str) -> None:
         try:
             transfer(url, part)
             break
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 416:
                 break  # the part is complete already
             if attempt == 2:

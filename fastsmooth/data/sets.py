@@ -14,10 +14,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+# open_image refuses such images itself; catch_warnings would not do, as threads share the list of filters
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class DataError(ValueError):
-    """Images that are missing or cannot be read; the message names the file and says what to do."""
+    """Images that are missing or cannot be read; the message, one line, names the file and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # file names and servers may hold line breaks
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,15 @@ def scan(directory: Path, classes: tuple[str, ...]) -> Split:
 def open_image(path: str) -> Image.Image:
     """The image as RGB. Raises DataError that names the file, also for decompression bombs."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                return file.convert("RGB")
+        with Image.open(path) as file:
+            if file.width * file.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            return file.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"{path}: the image is too large to decode safely: remove it or make it smaller") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not an image that can be read: remove it") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # a damaged file may raise anything: Pillow's decoders do not agree on a type
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path}: {reason}: remove or replace it") from None
 

@@ -110,4 +110,5 @@ class TorchLoader:
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # without one of its own each pass would move the global random state
         )

@@ -1,0 +1,32 @@
+# make demo: a first training run. make test: every check. make bench: the throughput suite.
+# Each makes .venv first. PYTHON chooses the interpreter (3.11 or newer), TORCH what pip installs as PyTorch.
+PYTHON ?= python3
+TORCH ?= torch torchvision
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test bench
+
+demo: $(VENV)/installed
+	$(RUN) -m fastsmooth.train --method exp
+
+test: $(VENV)/installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+bench: $(VENV)/installed
+	$(RUN) -m benchmarks.bench_train
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastsmooth needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python setup.py
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm]'
+	touch $@

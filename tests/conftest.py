@@ -1,0 +1,34 @@
+"""Real images for the tests: archives that lie beside the checkout, extracted once a session."""
+
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as fastsmooth.train does before it imports torch
+
+ARCHIVES = Path(__file__).parents[2] / "shared" / "data"
+
+
+def extracted(name: str, factory: pytest.TempPathFactory, wanted: Callable[[tarfile.TarInfo], bool]) -> Path:
+    archive = ARCHIVES / f"{name}.tar"
+    if not archive.is_file():
+        pytest.skip(f"{archive} is not there")
+    target = factory.mktemp("images")
+    with tarfile.open(archive) as tar:
+        tar.extractall(target, members=filter(wanted, tar), filter="data")
+    return target / name
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classes apple to butterfly of CIFAR-100 as PNG files: train/CLASS/IMAGE and test/CLASS/IMAGE, 100 and 20 a class."""
+    return extracted("cifar100-12k", tmp_path_factory, lambda member: Path(member.name).parts[2:3] < ("c",))
+
+
+@pytest.fixture(scope="session")
+def imagenet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One ImageNet photograph of each of 128 classes, at its full size: train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    return extracted("imagenet-128", tmp_path_factory, lambda member: True)

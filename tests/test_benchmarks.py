@@ -1,0 +1,321 @@
+"""The benchmarks' harness, and that bench_train runs; no test looks at how long anything takes."""
+
+import copy
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import bench_train, timing
+from benchmarks.bench_train import Case, ConvShape
+from benchmarks.originals import Originals
+from benchmarks.timing import Measured, Variant, Window
+from fastsmooth import models
+from fastsmooth.optim import NoisySGD
+from fastsmooth.step import Step
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = ["bench", "case", "variant", "median_s", "per_s", "ratio", "ratio_to", "mem_ratio", "rounds", "quiet"]
+LINUX = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the system does not say what a process uses"
+)
+
+
+def measured(*seconds, foreign=0.0, peak=None):
+    loads = foreign if isinstance(foreign, list) else [foreign] * len(seconds)
+    windows = [Window(s, {}, 0.0, load, peak) for s, load in zip(seconds, loads, strict=True)]
+    return Measured(1.0, windows)
+
+
+# --- medians, quiet windows, ratios
+
+
+def test_a_variants_time_is_the_median_of_its_windows():
+    assert measured(5.0, 1.0, 2.0).seconds() == 2.0
+    assert measured(5.0, 1.0, 2.0, 3.0).seconds() == 2.5
+
+
+def test_windows_with_foreign_load_are_left_out_of_the_median():
+    m = measured(1.0, 9.0, 1.2, 8.0, 1.1, foreign=[0.0, 0.5, 0.01, 0.06, timing.FOREIGN_LIMIT])
+    assert m.seconds() == 1.1
+    assert len(m.quiet) == 3 and len(m.windows) == 5
+    (row,) = timing.rows("b", "c", {"a": m}, "a", 1)
+    assert (row["rounds"], row["quiet"]) == (5, 3)
+    assert any(line.startswith("  2 windows") and "left out" in line for line in timing.load_notes({"a": m}))
+
+
+def test_without_a_quiet_window_all_count_and_the_report_says_so():
+    m = measured(3.0, 1.0, 2.0, foreign=0.9)
+    assert m.seconds() == 2.0
+    (row,) = timing.rows("b", "c", {"a": m}, "a", 1)
+    assert (row["rounds"], row["quiet"]) == (3, 0)
+    assert "NO quiet window" in " ".join(timing.load_notes({"a": m}))
+
+
+def test_where_load_cannot_be_seen_every_window_counts_and_quiet_is_null():
+    m = measured(3.0, 1.0, 2.0, foreign=None)
+    assert m.seconds() == 2.0
+    assert timing.rows("b", "c", {"a": m}, "a", 1)[0]["quiet"] is None
+    assert "cannot be seen" in " ".join(timing.load_notes({"a": m}))
+
+
+def test_a_ratio_below_one_is_faster_or_smaller():
+    found = {
+        "base": measured(2.0, 2.0, peak=400),
+        "half": measured(1.0, 1.0, peak=100),
+        "slow": measured(3.0, 3.0, peak=800),
+    }
+    by_name = {row["variant"]: row for row in timing.rows("b", "c", found, "base", units=10)}
+    assert [by_name[n]["ratio"] for n in found] == [1.0, 0.5, 1.5]
+    assert [by_name[n]["mem_ratio"] for n in found] == [1.0, 0.25, 2.0]
+    assert [by_name[n]["per_s"] for n in found] == [5.0, 10.0, 3.333]
+    assert all(list(row) == ROW and row["ratio_to"] == "base" for row in by_name.values())
+
+
+def test_memory_that_was_not_measured_is_null_and_said():
+    result = timing.rows("b", "c", {"a": measured(1.0, peak=None)}, "a", 1)
+    assert result[0]["mem_ratio"] is None
+    assert "memory was not measured" in timing.memory_notes(result)[0]
+
+
+def test_rounds_go_on_until_enough_windows_are_quiet_or_the_budget_is_spent():
+    quiet, noisy = measured(1, 1, 1), measured(1, 1, 1, foreign=[0.0, 0.9, 0.0])
+    assert timing.enough({"a": quiet}, rounds=3, done=3, spent=30, budget=1000)
+    assert not timing.enough({"a": quiet}, rounds=4, done=3, spent=30, budget=1000)
+    assert not timing.enough({"a": quiet, "b": noisy}, rounds=3, done=3, spent=30, budget=1000)
+    assert timing.enough({"a": quiet, "b": noisy}, rounds=3, done=3, spent=30, budget=39)
+    assert not timing.enough({"a": measured(1)}, rounds=3, done=1, spent=30, budget=1), (
+        "one window has no median"
+    )
+
+
+# --- what the system says
+
+
+def test_foreign_share_is_what_others_used_of_all_cores():
+    assert timing.foreign_share(machine=3.0, own=2.0, wall=2.0, count=2) == 0.25
+    assert (
+        timing.foreign_share(machine=1.9, own=2.0, wall=2.0, count=2) == 0.0
+    )  # the counters tick at different times
+
+
+@LINUX
+def test_the_cpu_time_of_child_processes_counts_while_they_live_and_when_they_have_ended():
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    before = timing.process_cpu(os.getpid())[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        child.stdout.readline()
+        alive = timing.process_cpu(os.getpid())[1] - before
+        child.stdin.close()
+    ended = timing.process_cpu(os.getpid())[1] - before
+    assert 0.4 < alive < 5 and alive - 0.05 <= ended < 5
+
+
+# --- variants in their processes
+
+TOYS = """
+class Counting:
+    '''Fails if a step of another name was ever made in its process.'''
+    seen = ()
+
+    def __init__(self, name, megabytes=0):
+        Counting.seen += (name,)
+        assert Counting.seen == (name,), f"{Counting.seen} share a process"
+        self.megabytes, self.laps = megabytes, {"call": 0.0}
+
+    def __call__(self):
+        self.block = b"x" * (self.megabytes << 20)
+        self.laps["call"] += 1.0
+        print("no part of a report")
+
+
+class Wrong(Counting):
+    def check(self):
+        raise FloatingPointError("not finite")
+
+
+def broken():
+    raise ValueError("no compiler")
+"""
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """A module that imports nothing, so that its variants' processes start at once."""
+    (tmp_path / "toy_variants.py").write_text(TOYS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_variants", raising=False)
+    yield importlib.import_module("toy_variants")
+    sys.modules.pop("toy_variants")
+
+
+def test_variants_live_apart_and_each_is_called_for_every_step_of_every_round(toys, capfd):
+    variants = [Variant("a", toys.Counting, ("a",)), Variant("b", toys.Counting, ("b",), steps=1)]
+    found = timing.measure(variants, steps=3, rounds=2, budget=0.0)
+    assert list(found) == ["a", "b"]
+    for m in found.values():
+        assert len(m.windows) == 2 and m.lap("call") == 1.0 and all(w.seconds > 0 for w in m.windows)
+    assert capfd.readouterr().out == ""
+
+
+@LINUX
+def test_peak_memory_is_that_of_the_variants_own_process(toys):
+    variants = [Variant("small", toys.Counting, ("small",)), Variant("large", toys.Counting, ("large", 300))]
+    found = timing.measure(variants, steps=1, rounds=1, budget=0.0)
+    assert 250e6 < found["large"].peak_bytes() - found["small"].peak_bytes() < 700e6
+
+
+def test_a_variant_that_cannot_be_made_is_said_and_the_others_go_on(toys, capfd):
+    said = []
+    variants = [Variant("a", toys.Counting, ("a",)), Variant("broken", toys.broken)]
+    found = timing.measure(variants, steps=1, rounds=1, budget=0.0, say=said.append)
+    assert list(found) == ["a"] and said == ["not measured: broken: no compiler"]
+
+
+def test_a_variant_whose_result_is_wrong_ends_the_benchmark(toys, capfd):
+    with pytest.raises(timing.VariantError, match="wrong: not finite"):
+        timing.measure([Variant("wrong", toys.Wrong, ("wrong",))], steps=1, rounds=1)
+
+
+# --- the report
+
+
+def test_a_results_file_begins_with_machine_versions_commit_and_command(tmp_path, capsys):
+    out = tmp_path / "new" / "results.jsonl"
+    report = timing.Report("bench_train", ["--json", "--out", "results.jsonl"], True, out)
+    result = timing.rows("bench_train", "c", {"a": measured(1.0)}, "a", 1)
+    report.say("words")
+    report.add("c", result, {"gflop": 1.0})
+    first, *rest = map(json.loads, out.read_text().splitlines())
+    assert first["command"] == "python -m benchmarks.bench_train --json --out results.jsonl"
+    assert {"commit", "machine", "versions"} <= set(first) and first["versions"]["torch"] == torch.__version__
+    assert str(ROOT) not in out.read_text() and sys.executable not in out.read_text()
+    assert rest == result and first["about"]["c"] == {"gflop": 1.0}
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == result and "words" in printed.err
+
+
+def test_nothing_is_reported_while_the_tests_are_red(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_red.py").write_text("def test_it():\n    assert 1 == 2\n")
+    (tmp_path / "tests" / "test_green.py").write_text("def test_it():\n    pass\n")
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    said = []
+    timing.require_green(["test_green.py", "test_absent.py"], said.append)
+    assert said[0] == "tests that are not there: test_absent.py" and said[1].startswith(
+        "tests that are green: test_green.py"
+    )
+    with pytest.raises(timing.RedTests, match="assert 1 == 2"):
+        timing.require_green(["test_green.py", "test_red.py"], said.append)
+
+
+# --- bench_train
+
+
+@pytest.mark.parametrize("case", [*bench_train.CASES, *bench_train.QUICK], ids=lambda case: case.name)
+def test_the_flop_of_the_convolutions_and_the_head_are_those_that_torch_counts(case):
+    features = models.build(case.model, bench_train.CLASSES).head.in_features
+    head = (
+        2 * 2 * case.batch_size * features * bench_train.CLASSES
+    )  # gradients: one of the weights, one of the input
+    head += 2 * case.batch_size * features * bench_train.CLASSES
+    layers = bench_train.convolutions(case.model)
+    assert sum(
+        shape.flop(case.batch_size) * n for shape, n in layers.items()
+    ) + head == bench_train.step_flop(case)
+
+
+def test_a_networks_convolutions_are_found_with_what_they_are_called_with():
+    layers = bench_train.convolutions("resnet8")
+    assert layers[ConvShape(3, 16, 3, 1, 32, False)] == 1
+    assert layers[ConvShape(16, 16, 3, 1, 32, True)] == 2
+    assert layers[ConvShape(16, 32, 1, 2, 32, True)] == 1
+    assert sum(layers.values()) == 9
+
+
+def test_both_loops_make_the_same_updates():
+    torch.manual_seed(0)
+    theirs = models.build("resnet8", 100)
+    ours = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+    batches = [(torch.randn(16, 3, 32, 32), torch.randint(0, 100, (16,))) for _ in range(2)]
+    loop = Originals(theirs, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64), 16, lr=0.1)
+    loop.loader = batches
+    step = Step(ours, NoisySGD(ours.parameters(), "sgd", 0.1), torch.device("cpu"), "fp32", False)
+    losses = []
+    for x, y in batches:
+        loop()
+        losses.append(step.gradient(x, y)[0].item())
+        step.update()
+    assert loop.train_loss == pytest.approx(sum(losses), rel=1e-4)
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_originals_augment_real_images_as_their_description_says():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    loop = Originals(models.build("resnet8", 100), pixels, np.arange(6), 4, lr=0.1)
+    names = [type(t).__name__ for t in loop.loader.dataset.transform.transforms]
+    assert names == ["RandomCrop", "RandomHorizontalFlip", "RandomRotation", "ToTensor", "Normalize"]
+    x, y = loop.loader.dataset[5]
+    assert x.shape == (3, 32, 32) and y == 5 and loop.loader.num_workers == 2
+
+
+def test_the_images_of_a_folder_are_repeated_in_turn(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("test", 1)):
+        for label in range(100):
+            (tmp_path / split / f"class{label:02}").mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+                image.save(tmp_path / split / f"class{label:02}" / f"{i}.png")
+    report = timing.Report("bench_train", [], False, None)
+    split = bench_train.load_images(bench_train.write_images(tmp_path, 500, str(tmp_path), report))
+    assert split.pixels.shape == (500, 32, 32, 3) and (np.bincount(split.labels[:200]) == 2).all()
+    assert (split.pixels[200:400] == split.pixels[:200]).all() and (
+        split.labels[400:] == split.labels[:100]
+    ).all()
+    assert report.header["about"]["images"] == "500 training images: the 200 of --data-dir in turn"
+
+
+def test_the_quick_run_reports_every_variant_in_well_formed_json(tmp_path):
+    out = tmp_path / "quick.jsonl"
+    command = ["-m", "benchmarks.bench_train", "--quick", "--variants", "ours", "--json", "--out", str(out)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["variant"] for row in result] == ["originals", "ours"]
+    for row in result:
+        assert list(row) == ROW
+        assert (row["bench"], row["case"], row["ratio_to"]) == (
+            "bench_train",
+            "train/resnet8/b8",
+            "originals",
+        )
+        assert row["rounds"] >= 2 and row["median_s"] > 0
+        assert row["per_s"] == pytest.approx(8 / row["median_s"], rel=1e-2)
+    assert result[0]["ratio"] == 1.0
+    header, *kept = map(json.loads, out.read_text().splitlines())
+    assert kept == result
+    about = header["about"]["train/resnet8/b8"]
+    assert about["gflop_a_step"] == pytest.approx(
+        bench_train.step_flop(Case("resnet8", 8, 1, 1, 1, 1.0)) / 1e9, rel=1e-3
+    )
+    for variant in about["variants"].values():
+        assert sum(variant["shares"].values()) == pytest.approx(1, abs=2e-3)
+    assert "convolutions alone" in done.stderr
+
+
+def test_a_folder_that_is_no_data_set_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.bench_train", "--quick", "--data-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench_train: ") and "Traceback" not in done.stderr

@@ -1,0 +1,627 @@
+"""Flags, TOML files and config.json: what they mean, what they refuse, and that a refusal is one line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pytest
+
+from fastsmooth.config import (
+    FIELDS,
+    FREE_ON_RESUME,
+    SETS,
+    Config,
+    ConfigError,
+    flag,
+    parse,
+    parser,
+    read_saved,
+    resolve,
+    resumed,
+    shown,
+)
+
+HINTS = typing.get_type_hints(Config)
+ROOT = Path(__file__).parents[1]
+
+
+def given(*argv):
+    return parse([str(word) for word in argv]).given
+
+
+def config(*argv):
+    return resolve(given(*argv))
+
+
+def refusal(call, *args):
+    """The one line with which `call` refuses."""
+    with pytest.raises(ConfigError) as refused:
+        call(*args)
+    message = str(refused.value)
+    assert message and len(message.splitlines()) == 1, message
+    return message
+
+
+def kinds(name):
+    """The types that a field can hold."""
+    hint = HINTS[name]
+    return set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+
+
+REALS = [name for name in FIELDS if kinds(name) & {float, tuple[float, ...]}]
+WHOLES = [name for name in FIELDS if int in kinds(name)]
+TEXTS = [
+    name
+    for name in FIELDS
+    if str in kinds(name) and not FIELDS[name].metadata["choices"] and name != "device"
+]
+SWITCHES = [name for name in FIELDS if bool in kinds(name)]
+
+
+def other(name, now):
+    """A value that the field takes and that is not the one it has now."""
+    choices = FIELDS[name].metadata["choices"]
+    for value in choices or (
+        (True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x")
+    ):
+        if value is True:
+            return True
+        try:
+            found = parse([f"{flag(name)}={value}"]).given[name]
+        except ConfigError:
+            continue
+        if found != now:
+            return found
+    raise AssertionError(f"no other value for {name}")
+
+
+# --- flags
+
+
+def test_underscores_and_dashes_are_the_same():
+    for name in FIELDS:
+        if name in SWITCHES:
+            assert given("--" + name) == given("--" + name.replace("_", "-")) == {name: True}
+        else:
+            value = other(name, None)
+            word = str(value[0] if isinstance(value, tuple) else value)
+            dashed = given("--" + name.replace("_", "-"), word)
+            assert dashed == given("--" + name, word) == given(f"--{name}={word}") == {name: value}, name
+
+
+def test_underscores_in_values_stay():
+    assert given("--out=my_run-1", "--data_dir", "a_b") == {"out": "my_run-1", "data_dir": "a_b"}
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--decay_epoch", "7"], {"decay_epoch": 7}),
+        (["--beta1", "0.5"], {"beta": 0.5}),
+        (["--beta", "0.5"], {"beta": 0.5}),
+        (["-b", "64"], {"batch_size": 64}),
+        (["-b64"], {"batch_size": 64}),
+        (["--batchsize", "64"], {"batch_size": 64}),
+        (["--batch-size", "64"], {"batch_size": 64}),
+        (["--batch_size=64"], {"batch_size": 64}),
+        (["--eps", "0.5", "0.7", "1"], {"eps": (0.5, 0.7, 1.0)}),
+        (["--lr", "1", "--lr", "2"], {"lr": 2.0}),
+        ([], {}),
+    ],
+)
+def test_a_flag_and_its_other_names_set_one_field(argv, expected):
+    assert given(*argv) == expected
+
+
+def test_no_flag_may_be_abbreviated():
+    known = {name for action in parser()._actions for name in action.option_strings}
+    tried = 0
+    for name in sorted(word for word in known if word.startswith("--")):
+        for end in range(3, len(name)):
+            if name[:end] not in known:
+                assert f"unknown flag {name[:end]}" in refusal(parse, [name[:end]])
+                assert f"unknown flag {name[:end]}" in refusal(parse, [name[:end] + "=1"])
+                tried += 1
+    assert tried > 100
+
+
+def test_every_flag_of_the_design_exists():
+    known = {name for action in parser()._actions for name in action.option_strings}
+    expected = """
+        --dataset --data-dir --model --method --mode --optimizer --lr --batchsize -b --batch-size --beta
+        --nu --weight-decay --epochs --decay-epoch --power --gamma --c2 --k2 --eps --steps --draws --bn
+        --measure-augment --seed --device --loader --compile --precision --drop-last --deterministic
+        --out --resume --checkpoint-every --log-every --max-time --config --plan --json --wandb-mode
+        --wandb-entity --wandb-project --beta1 --help --version
+    """
+    assert known >= set(expected.split())
+
+
+def test_help_names_every_flag_and_what_it_does():
+    page = " ".join(parser().format_help().split())
+    for name, f in FIELDS.items():
+        assert flag(name) + " " in page, name
+        assert f.metadata["help"] and " ".join(f.metadata["help"].split()) in page, name
+    for name in ("--config", "--plan", "--json", "--help", "--version", "--beta1", "-b"):
+        assert name in page
+
+
+def test_requests_are_told_apart_from_fields():
+    request = parse(["--plan", "--json", "--lr", "0.5"])
+    assert (request.given, request.plan, request.json, request.help, request.version) == (
+        {"lr": 0.5},
+        True,
+        True,
+        False,
+        False,
+    )
+    assert parse(["-h"]).help and parse(["--help"]).help and parse(["--version"]).version
+
+
+def test_answers_come_before_torch_is_imported():
+    code = (
+        "import sys, fastsmooth.config as c, fastsmooth.schedule; c.resolve(c.parse(['--lr', '1']).given);"
+        "c.parser().format_help(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# --- refusals of a single flag
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "inf", "-inf", "Infinity", "1e999"])
+@pytest.mark.parametrize("name", REALS)
+def test_nan_and_infinity_are_refused(name, word):
+    assert refusal(parse, [f"{flag(name)}={word}"]).startswith(flag(name) + ": ")
+
+
+def test_the_real_valued_flags_are_all_there():
+    assert set(REALS) == {"lr", "power", "gamma", "c2", "k2", "beta", "nu", "weight_decay", "eps", "max_time"}
+
+
+@pytest.mark.parametrize("word", ["", "x", "1.5", "1e3", "nan", "0x10", str(2**63)])
+@pytest.mark.parametrize("name", WHOLES)
+def test_whole_numbers_are_whole(name, word):
+    assert refusal(parse, [f"{flag(name)}={word}"]).startswith(flag(name) + ": ")
+
+
+BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
+    "--lr": (["0", "-1"], ["1e-300", "1e300"]),
+    "--power": (["0", "-1"], ["0.1", "8"]),
+    "--gamma": (["0", "1.0001", "-0.5"], ["1", "1e-9"]),
+    "--c2": (["0", "-1"], ["1e-9"]),
+    "--k2": (["-1e-9"], ["0"]),
+    "--beta": (["1", "-0.1", "1.5"], ["0", "0.9999"]),
+    "--nu": (["-0.1", "1.1"], ["0", "1"]),
+    "--weight-decay": (["-1e-9"], ["0"]),
+    "--eps": (["0", "-0.5"], ["1e-9"]),
+    "--max-time": (
+        ["0", "0s", "-5", "5d", "1h30m", " 5", "h", "9" * 400, "1e400h"],
+        ["1", "45s", "30m", "1.5h", "0.00001"],
+    ),
+    "--epochs": (["0", "-1"], ["1"]),
+    "--batchsize": (["0", "-1"], ["1"]),
+    "--decay-epoch": (["0"], ["1"]),
+    "--image-size": (["7", "1025"], ["8", "1024"]),
+    "--workers": (["-1", "257"], ["0", "256"]),
+    "--draws": (["1"], ["2"]),
+    "--steps": (["-1"], ["0"]),
+    "--min-epochs": (["-1"], ["0"]),
+    "--seed": (["-1"], ["0", str(2**63 - 1)]),
+    "--checkpoint-every": (["0"], ["1"]),
+    "--log-every": (["0"], ["1"]),
+    "--full-grad-every": (["0"], ["1"]),
+    "--device": (["gpu", "cuda:", "cuda:x", "CPU", ""], ["auto", "cpu", "mps", "cuda", "cuda:12"]),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_values_out_of_range_are_refused_and_edges_are_not(name):
+    outside, inside = BOUNDS[name]
+    for word in outside:
+        message = refusal(parse, [f"{name}={word}"])
+        assert message.startswith(name + ": ") and (word.strip() in message or not word), message
+    for word in inside:
+        assert len(given(f"{name}={word}")) == 1
+
+
+def test_every_number_has_its_range_tested():
+    assert {flag(name) for name in REALS + WHOLES} <= set(BOUNDS)
+
+
+@pytest.mark.parametrize(
+    "word, seconds", [("90", 90), ("45s", 45), ("30m", 1800), ("1.5h", 5400), ("0.5m", 30)]
+)
+def test_times_are_read_in_seconds(word, seconds):
+    assert given("--max-time", word) == {"max_time": seconds}
+
+
+@pytest.mark.parametrize("value", ["", "a\nb", "a\n", "a\rb", "a\u2028b", "a\0b"])
+@pytest.mark.parametrize("name", [*TEXTS, "config"])
+def test_names_and_paths_that_would_break_a_line_are_refused(name, value):
+    assert refusal(parse, [f"{flag(name)}={value}"]).startswith(flag(name) + ": ")
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        (["--methd", "lr"], "did you mean --method?"),
+        (["--lerning_rate", "1"], "unknown flag --lerning-rate"),
+        (["--epoch=3"], "did you mean --epochs?"),
+        (["--batch", "3"], "did you mean --batchsize?"),
+        (["--qqqqqqqq"], "--help lists the flags"),
+        (["--method", "batchs"], "did you mean batch?"),
+        (["--method", "zzzz"], "choose from constant, lr, batch"),
+        (["--optimizer", "adam"], "choose from sgd, shb, nshb, qhm"),
+        (["--dataset", "cifar-10"], "did you mean cifar10?"),
+        (["cifar10"], "unexpected 'cifar10'"),
+        (["--lr"], "expected one argument"),
+        (["--eps"], "expected at least one argument"),
+        (["--drop-last=yes"], "--drop-last"),
+        (["--bog\nus"], "unknown flag --bog"),
+        (["x\ny"], "unexpected"),
+        ([""], "unrecognized"),
+        (["\nx"], "unrecognized"),
+        (["--method", "a\nb"], "choose from"),
+        (["--lr", "a\nb"], "is not a number"),
+        (["--json"], "--json goes with --plan"),
+        (["--config", "/no/such/file.toml"], "No such file"),
+        (["--config", "/"], "directory"),
+    ],
+)
+def test_a_mistyped_command_line_is_answered_with_what_was_meant(argv, hint):
+    assert hint in refusal(parse, argv)
+
+
+# --- refusals of combinations
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--batchsize", 1438], ["--batchsize 1438", "1437", "digits"]),
+        (["--dataset", "cifar100", "-b", 50_001], ["--batchsize 50001", "50000", "cifar100"]),
+        (["--method", "beta"], ["--method beta", "--optimizer"]),
+        (["--method", "lr-beta", "--optimizer", "shb", "--beta", 0], ["--method lr-beta", "--beta"]),
+        (["--mode", "critical", "--method", "lr"], ["--mode critical", "--method constant", "not lr"]),
+        (["--method", "sampling", "--mode", "critical"], ["--method sampling", "--mode is critical"]),
+        (["--dataset", "imagenet", "--loader", "resident"], ["--loader"]),
+        (["--augment", "resized-crop-flip"], ["--augment", "digits"]),
+        (["--method", "beta", "--optimizer", "shb"], ["--c2 and --k2", "resnet8"]),
+        (["--method", "lr-batch", "--optimizer", "shb", "--c2", 1], ["--c2 and --k2"]),
+        (["--method", "beta", "--optimizer", "nshb", "--nshb-delta", "v1", "--k2", 1], ["--c2 and --k2"]),
+        (["--method", "exp", "--power", 2], ["--power", "--method exp", "--gamma"]),
+        (["--method", "poly", "--gamma", 0.5], ["--gamma", "--method poly", "--power"]),
+        (["--beta", 0.5], ["--beta", "--optimizer sgd", "nshb or qhm or shb"]),
+    ],
+)
+def test_contradictions_are_refused_in_words(argv, parts):
+    message = refusal(config, *argv)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("name", [name for name, f in FIELDS.items() if f.metadata["only"]])
+def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
+    needs, values = FIELDS[name].metadata["only"]
+    value = other(name, None)
+    message = refusal(resolve, {name: value})
+    assert message.startswith(f"{flag(name)} has no effect with {flag(needs)} ")
+    assert all(str(v) in message for v in values)
+    assert values <= set(FIELDS[needs].metadata["choices"])
+    for chosen in values:
+        context = {"method": {"optimizer": "shb", "c2": 1.0, "k2": 1.0}, "criterion": {"mode": "critical"}}
+        enough = context.get(needs, {}) | {needs: chosen, name: value}
+        assert getattr(resolve(enough), name) == value
+
+
+# --- what is filled in
+
+
+DEFAULTS = {  # data set: model, epochs, lr, batch, augmentation, pixels, steps, min_epochs, decay_epoch
+    "digits": ("resnet8", 15, 0.1, 32, "none", 8, 200, 1, 3),
+    "cifar10": ("resnet18", 200, 0.1, 32, "crop-flip", 32, 10_000, 11, 40),
+    "cifar100": ("resnet18", 200, 0.1, 32, "crop-flip-rotate", 32, 10_000, 11, 40),
+    "imagenet": ("torchvision/resnet34", 200, 0.1, 256, "resized-crop-flip", 224, 1000, 11, 40),
+    "folder": ("resnet20", 20, 0.1, 32, "crop-flip", 32, 200, 1, 4),
+}
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_each_data_set_brings_its_defaults(dataset):
+    c = config("--dataset", dataset)
+    found = (
+        c.model,
+        c.epochs,
+        c.lr,
+        c.batch_size,
+        c.augment,
+        c.image_size,
+        c.steps,
+        c.min_epochs,
+        c.decay_epoch,
+    )
+    assert found == DEFAULTS[dataset]
+    assert (c.method, c.optimizer, c.mode, c.beta, c.power, c.gamma) == (
+        "constant",
+        "sgd",
+        "normal",
+        0.9,
+        0.9,
+        0.9,
+    )
+    assert c.images == {"digits": 1437, "imagenet": 1_281_167, "folder": None}.get(dataset, 50_000)
+
+
+def test_no_flags_mean_digits():
+    assert config() == config("--dataset", "digits")
+
+
+def test_flags_override_the_defaults_of_the_data_set():
+    c = config(
+        "--dataset",
+        "cifar100",
+        "--model",
+        "mobilenetv2",
+        "--epochs",
+        3,
+        "--lr",
+        2,
+        "-b",
+        7,
+        "--augment",
+        "none",
+    )
+    assert (c.model, c.epochs, c.lr, c.batch_size, c.augment) == ("mobilenetv2", 3, 2.0, 7, "none")
+
+
+def test_large_images_in_a_folder_get_a_network_and_an_augmentation_for_them():
+    large = config("--dataset", "folder", "--image-size", 128)
+    assert (large.model, large.augment) == ("torchvision/resnet34", "resized-crop-flip")
+    named = config("--dataset", "folder", "--image-size", 128, "--model", "resnet8", "--augment", "crop-flip")
+    assert (named.model, named.augment) == ("resnet8", "crop-flip")
+    assert config("--dataset", "folder", "--image-size", 64).model == "resnet20"
+
+
+def test_steps_of_the_schedule_are_a_fifth_of_the_epochs():
+    for epochs, expected in [(200, 40), (100, 20), (5, 1), (1, 1)]:
+        assert config("--epochs", epochs).decay_epoch == expected
+    assert config("--method", "lr", "--epochs", 200, "--decay-epoch", 7).decay_epoch == 7
+
+
+def test_sampling_is_a_mode_with_the_constant_method():
+    c = config("--method", "sampling")
+    assert (c.method, c.mode) == ("constant", "sampling")
+    assert c == config("--mode", "sampling") == config("--method", "sampling", "--mode", "sampling")
+    assert config("--method", "sampling", "--steps", 7).steps == 7
+
+
+def test_momentum_is_beta_except_for_plain_sgd():
+    assert config().momentum == 0
+    assert [config("--optimizer", o, "--beta", 0.7).momentum for o in ("shb", "nshb", "qhm")] == [0.7] * 3
+
+
+@pytest.mark.parametrize(
+    "optimizer, model, c2, k2",
+    [
+        ("sgd", "resnet18", 1280.0, None),
+        ("shb", "resnet18", 25.318, 1.77**2),
+        ("nshb", "resnet18", 128.0, 4.5**2),
+        ("sgd", "wrn-28-10", 10.0, None),
+        ("shb", "wrn-28-10", 0.79, 1.66**2),
+        ("nshb", "wrn-28-10", 1.0, 4.262**2),
+        ("qhm", "resnet18", None, None),
+        ("shb", "resnet20", None, None),
+    ],
+)
+def test_published_constants_are_filled_in_where_there_are_some(optimizer, model, c2, k2):
+    c = config("--dataset", "cifar100", "--optimizer", optimizer, "--model", model)
+    assert (c.c2, c.k2, c.unit_constants) == (c2, k2, c2 is None)
+
+
+def test_constants_that_are_given_stay():
+    c = config("--dataset", "cifar100", "--optimizer", "shb", "--c2", 7, "--k2", 3)
+    assert (c.c2, c.k2, c.unit_constants) == (7.0, 3.0, False)
+
+
+def test_solved_methods_run_with_given_constants():
+    c = config("--method", "beta", "--optimizer", "shb", "--c2", 1, "--k2", 2)
+    assert (c.method, c.c2, c.k2) == ("beta", 1.0, 2.0)
+    assert config("--method", "lr-batch").c2 is None  # without K^2 the schedule does not depend on C^2
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().lr = 1.0
+
+
+# --- TOML
+
+
+def toml(folder, content):
+    path = folder / "flags.toml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_merged_under_the_flags(tmp_path):
+    path = toml(
+        tmp_path,
+        'dataset = "cifar10"\nlr = 0.5\nbatch-size = 64\ndecay_epoch = 3\nmethod = "lr"\ndrop_last = true\n',
+    )
+    alone = {
+        "dataset": "cifar10", "lr": 0.5, "batch_size": 64, "decay_epoch": 3, "method": "lr",
+        "drop_last": True,
+    }  # fmt: skip
+    assert given("--config", path) == alone
+    assert given("--lr", 0.25, "--config", path, "--epochs", 9) == alone | {"lr": 0.25, "epochs": 9}
+    assert given("--config", path, "-b", 8)["batch_size"] == 8
+    assert config("--config", path).lr == 0.5
+
+
+def test_a_file_holds_lists_switches_and_aliases(tmp_path):
+    path = toml(
+        tmp_path,
+        'eps = [0.5, 1]\nmode = "critical"\ndeterministic = false\nbatchsize = 5\nmax_time = "1.5h"\n',
+    )
+    assert given("--config", path) == {
+        "eps": (0.5, 1.0),
+        "mode": "critical",
+        "batch_size": 5,
+        "max_time": 5400.0,
+    }
+    assert given("--config", toml(tmp_path, "beta1 = 0.5\noptimizer = 'shb'")) == {
+        "beta": 0.5,
+        "optimizer": "shb",
+    }
+    assert given("--config", toml(tmp_path, "")) == {}
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ("lr = nan", "not a finite number"),
+        ("lr = inf", "not a finite number"),
+        ("lr = -1", "out of range"),
+        ("lr = [0.1, 0.2]", "0.2"),
+        ("lr = true", "--lr"),
+        ("lr = false", "--lr"),
+        ("learning_rate = 0.1", "unknown flag --learning-rate"),
+        ("determinstic = false", "did you mean --deterministic?"),
+        ("determinstic = true", "did you mean --deterministic?"),
+        ('drop_last = "yes"', "--drop-last"),
+        ("epochs = 1.5", "not a whole number"),
+        ("eps = []", "--eps"),
+        ("[schedule]\nlr = 0.1", "[schedule] is a table"),
+        ("method = 'batchs'", "did you mean batch?"),
+        ("resume = true", "belongs on the command line"),
+        ("plan = true", "belongs on the command line"),
+        ('config = "other.toml"', "belongs on the command line"),
+        ('out = "a\\nb"', "line break"),
+        ("lr = ", "not TOML"),
+        ("lr = 1\nlr = 2", "not TOML"),
+    ],
+)
+def test_a_file_is_refused_with_its_name_and_the_reason(tmp_path, content, part):
+    path = toml(tmp_path, content)
+    message = refusal(parse, ["--config", str(path)])
+    assert message.startswith(f"--config {path}: ") and part in message
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "flags.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in refusal(parse, ["--config", str(path)])
+
+
+# --- config.json and --resume
+
+
+def save(folder, c):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(c.to_json(), indent=2, allow_nan=False), encoding="utf-8")
+    return folder
+
+
+ODD = {  # values whose text form is easily mangled
+    "digits": ["--lr", 0.1 + 0.2, "--max-time", "0.00001", "--seed", 2**63 - 1],
+    "cifar10": ["--mode", "critical", "--eps", 0.5, 1 / 3, 1e-17, "--drop-last", "--weight-decay", 5e-324],
+    "cifar100": [
+        "--optimizer",
+        "shb",
+        "--method",
+        "beta",
+        "--data-dir=--odd dir=1",
+        "--max-time",
+        "9999999999999999999h",
+    ],
+    "imagenet": ["--method", "sampling", "--measure-augment", "--save-omega", "--out", "runs/a b\u00e9"],
+    "folder": ["--optimizer", "qhm", "--nu", 0, "--wandb-entity", "[x]", "--lr", 1e22],
+}
+
+
+@pytest.mark.parametrize("flags", [False, True])
+@pytest.mark.parametrize("dataset", SETS)
+def test_config_json_reads_back_as_the_same_config(dataset, flags, tmp_path):
+    c = config("--dataset", dataset, *(ODD[dataset] if flags else []))
+    assert read_saved(save(tmp_path, c)) == c
+    assert set(json.loads((tmp_path / "config.json").read_text())) == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "null", '{"lr": NaN}', '{"lr": -1}', '{"lr": {}}', '{"lr": false}', '{"bogus": 1}',
+     '{"bogus": false}', '{"dataset": "digits", "batch_size": 5000}', "\xff"],
+)  # fmt: skip
+def test_a_damaged_config_json_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    refusal(read_saved, tmp_path)
+
+
+def test_a_folder_without_config_json_is_refused(tmp_path):
+    assert str(tmp_path / "config.json") in refusal(read_saved, tmp_path)
+
+
+RUN = ["--dataset", "cifar100", "--optimizer", "shb", "--method", "lr-beta", "--epochs", 3, "--max-time", 60]
+
+
+def test_resume_goes_on_with_what_the_run_was_started_with(tmp_path):
+    started = config(*RUN, "--out", tmp_path)
+    save(tmp_path, started)
+    again = resumed(given("--resume", "--out", tmp_path))
+    assert again == dataclasses.replace(started, resume=True)
+    assert resumed(given("--resume", "--out", tmp_path, *RUN)) == again
+
+
+def test_resume_takes_a_moved_folder(tmp_path):
+    started = config(*RUN, "--out", "elsewhere")
+    assert resumed(given("--resume", "--out", save(tmp_path, started))).out == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE_ON_RESUME))
+def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
+    started = config(*RUN, "--out", tmp_path)
+    save(tmp_path, started)
+    before = getattr(started, name)
+    after = other(name, before)
+    message = refusal(resumed, {"resume": True, "out": str(tmp_path), name: after})
+    assert f"{flag(name)} {shown(before)}, not {shown(after)}" in message and str(tmp_path) in message
+    if before is not None:
+        resumed({"resume": True, "out": str(tmp_path), name: before})
+
+
+def test_only_places_times_and_trackers_are_free_on_resume():
+    trackers = {"wandb_mode", "wandb_project", "wandb_entity"}
+    assert FREE_ON_RESUME == {"out", "resume", "max_time", "data_dir", "workers"} | trackers
+
+
+@pytest.mark.parametrize("name", sorted(FREE_ON_RESUME - {"out", "resume"}))
+def test_resume_lets_what_cannot_change_the_result_change(name, tmp_path):
+    started = config(*RUN, "--out", tmp_path)
+    save(tmp_path, started)
+    after = other(name, getattr(started, name))
+    again = resumed({"resume": True, "out": str(tmp_path), name: after})
+    assert again == dataclasses.replace(started, resume=True, **{name: after})
+
+
+def test_resume_shows_lists_as_they_are_typed(tmp_path):
+    save(tmp_path, config("--mode", "critical", "--eps", 0.5, 0.7))
+    message = refusal(resumed, given("--resume", "--out", tmp_path, "--eps", 0.5, 1))
+    assert "--eps 0.5 0.7, not 0.5 1.0" in message
+
+
+def test_resume_knows_sampling_by_either_name(tmp_path):
+    save(tmp_path, config("--method", "sampling"))
+    assert resumed(given("--resume", "--out", tmp_path, "--method", "sampling")).mode == "sampling"
+    save(tmp_path, config())
+    assert "--mode normal, not sampling" in refusal(
+        resumed, given("--resume", "--out", tmp_path, "--method", "sampling")
+    )
+
+
+def test_resume_needs_a_run_folder(tmp_path):
+    assert "--out" in refusal(resumed, given("--resume"))
+    assert "run folder" in refusal(resumed, given("--resume", "--out", tmp_path / "nothing"))
