@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import setup
 
 DALI = 'nvidia-dali-cuda130; platform_system == "Linux"'
@@ -8,7 +10,7 @@ setup(
     name="fastsmooth",
     version="0.1.0",
     description="Train image classifiers under noise schedules and measure how far SGD noise smooths the loss",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     install_requires=["torch>=2.10", "torchvision>=0.25", "numpy>=1.26"],

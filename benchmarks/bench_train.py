@@ -66,7 +66,7 @@ class Case:
         return f"train/{self.model}/b{self.batch_size}"
 
 
-CASES = (Case("resnet18", 32, 3, 1, 9, 130.0), Case("resnet8", 128, 12, 2, 9, 80.0))
+CASES = (Case("resnet18", 32, 3, 1, 8, 115.0), Case("resnet8", 128, 12, 2, 8, 70.0))
 QUICK = (Case("resnet8", 8, 2, 1, 2, 20.0, images=500),)
 VARIANTS = ("originals", "ours", "ours_compiled")
 

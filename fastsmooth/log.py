@@ -6,6 +6,7 @@ whole, so that a reader never sees half of one.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -14,7 +15,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +33,16 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        # A POSIX lock: unlike flock's, DataLoader workers that outlive a killed run by seconds do not inherit it.
-        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise RunFolderError(f"{path}: another process is writing this run: wait for it or stop it") from None
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        with refusing(path):
+            self._lock = lock(path)
+            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], environment: dict[str, Any]) -> RunFolder:
         """A new or empty folder, with its config.json and env.json. Raises RunFolderError where something is in it."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"--out {path} exists: go on with that run by --resume, or choose another folder")
-        path.mkdir(parents=True, exist_ok=True)
+        check_unused(path)
+        with refusing(path):
+            path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         folder.write("config.json", config)
         folder.write("env.json", environment)
@@ -65,7 +62,9 @@ class RunFolder:
     def rewind(self, size: int) -> None:
         """Drop the rows written after `size`: those of updates that no checkpoint holds and that will be done again."""
         if os.fstat(self._metrics.fileno()).st_size < size:
-            raise RunFolderError(f"{self.path / 'metrics.jsonl'} is shorter than at the checkpoint: it was changed")
+            raise RunFolderError(
+                f"{self.path / 'metrics.jsonl'} is shorter than at the checkpoint: it was changed"
+            )
         os.ftruncate(self._metrics.fileno(), size)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -88,6 +87,44 @@ class RunFolder:
     def close(self) -> None:
         self._metrics.close()
         os.close(self._lock)
+
+
+def check_unused(path: Path) -> None:
+    """Refuse a folder that holds something already."""
+    with refusing(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(
+                f"--out {path} exists: go on with that run by --resume, or choose another folder"
+            )
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """A folder that cannot be opened is a bad --out; a disk that is full or broken stays an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        raise RunFolderError(
+            f"--out {path}: {error.filename}: {error.strerror}: choose another folder"
+        ) from None
+
+
+def lock(path: Path) -> int:
+    """The descriptor that holds the lock on a run folder. Raises RunFolderError where another process has it."""
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        # A POSIX lock: unlike flock's, DataLoader workers that outlive a killed run by seconds do not inherit it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            raise RunFolderError(
+                f"{path}: another process is writing this run: wait for it or stop it"
+            ) from None
+        # a network file system without locks: then nothing guards the folder
+    return descriptor
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -174,7 +211,9 @@ class Tracker:
         self._warn, self._run = warn, None
         mode = config["wandb_mode"]
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+            mode = os.environ.get("WANDB_MODE") or (
+                "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            )
         if mode in ("off", "disabled"):
             return
         if mode == "offline":

@@ -153,7 +153,7 @@ class MobileNetV2(nn.Module):
     """The papers' MobileNetV2 for small images: a 1x1 stem with padding 1 (32 -> 34 pixels), every conv with bias."""
 
     # expansion, outputs, blocks, stride of the first block
-    STAGES = [
+    STAGES = (
         (1, 16, 1, 1),
         (6, 24, 2, 2),
         (6, 32, 3, 2),
@@ -161,7 +161,7 @@ class MobileNetV2(nn.Module):
         (6, 96, 3, 1),
         (6, 160, 3, 1),
         (6, 320, 1, 1),
-    ]
+    )
 
     def __init__(self, classes: int):
         super().__init__()
@@ -232,7 +232,8 @@ def from_torchvision(name: str, classes: int) -> nn.Module:
             'list them with python -c "from torchvision import models; print(*models.list_models(module=models))"'
         )
     # GoogLeNet and Inception return a tuple in training unless their auxiliary heads are off
-    quirks = {"googlenet": {"aux_logits": False}, "inception_v3": {"aux_logits": False}}
+    # (and warn about the default of init_weights)
+    quirks = {key: {"aux_logits": False, "init_weights": True} for key in ("googlenet", "inception_v3")}
     return models.get_model(name, weights=None, num_classes=classes, **quirks.get(name, {}))
 
 
@@ -240,9 +241,7 @@ def from_timm(name: str, classes: int) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise ModelError(
-            f"--model timm/{name} needs timm: pip install 'fastsmooth[timm]'"
-        ) from None
+        raise ModelError(f"--model timm/{name} needs timm: pip install 'fastsmooth[timm]'") from None
     if not timm.is_model(name):
         raise ModelError(f"--model timm/{name}: timm {timm.__version__} has no such model")
     try:
@@ -276,5 +275,3 @@ def count_parameters(model: nn.Module) -> int:
 
 def has_batchnorm(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-
-

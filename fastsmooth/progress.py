@@ -87,7 +87,7 @@ class Progress:
         return (samples - self.begun_at) / max(now - self.started, 1e-9)
 
     def _left(self, samples: int, rate: float) -> str:
-        return f"{span((self.total - samples) / rate)} left" if 0 < rate and samples < self.total else ""
+        return f"{span((self.total - samples) / rate)} left" if rate > 0 and samples < self.total else ""
 
     def say(self, line: str) -> None:
         line = line.rstrip()

@@ -68,7 +68,10 @@ def print_plan(c: Config, as_json: bool) -> None:
             print(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
         return
     updates = schedule.updates(c.images, c.drop_last) if c.images else None
-    print(f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}" + (f"  {'updates':>9}" if updates else ""))
+    print(
+        f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}"
+        + (f"  {'updates':>9}" if updates else "")
+    )
     first = 0
     for epoch, p in enumerate(points):
         if epoch + 1 < len(points) and points[epoch + 1] == p:
@@ -94,12 +97,20 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
     found = []
     if c.unit_constants:
         unit = "C and K: c2 = k2 = 1" if configs.uses_k2(c) else "C: c2 = 1"
-        found.append(f"delta is in units of {unit} (none is published for {c.optimizer} on {c.model}: --c2, --mode sampling)")
+        found.append(
+            f"delta is in units of {unit} (none is published for {c.optimizer} on {c.model}: --c2, --mode sampling)"
+        )
     missed = schedule.largest_miss()
     if missed and not (c.unit_constants and configs.uses_k2(c)):
         epoch, target, reached = missed
-        why = "the momentum cannot fall below 0" if c.method in SOLVED else "the optimizer or the data set sets a floor"
-        found.append(f"--method {c.method} saturates: at epoch {epoch} its target delta is {target:.4g}, reached {reached:.4g} ({why})")
+        why = (
+            "the momentum cannot fall below 0"
+            if c.method in SOLVED
+            else "the optimizer or the data set sets a floor"
+        )
+        found.append(
+            f"--method {c.method} saturates: at epoch {epoch} its target delta is {target:.4g}, reached {reached:.4g} ({why})"
+        )
     return found
 
 
@@ -108,8 +119,10 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
 
 def run(c: Config) -> int:
     """Do the run that `c` describes; the exit code."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return refuse(ConfigError("this version trains in one process: start it without torchrun, or with one process"))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return refuse(
+            ConfigError("this version trains in one process: start it without torchrun, or with one process")
+        )
     if c.resume and finished(Path(c.out)):
         print(f"{c.out} is a finished run: nothing to do")
         return DONE
@@ -135,7 +148,9 @@ def run(c: Config) -> int:
         return refuse(error)
     except Preempted as stop:
         end(live, "preempted", str(stop))
-        print(f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}")
+        print(
+            f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}"
+        )
         return PREEMPTED
     except Diverged as error:
         end(live, "diverged", str(error))
@@ -143,7 +158,9 @@ def run(c: Config) -> int:
         return DIVERGED
     except torch.OutOfMemoryError:
         end(live, "failed", "out of memory")
-        return refuse(ConfigError(f"out of memory at batch {live.schedule(live.epoch).batch_size}: lower --batchsize"))
+        return refuse(
+            ConfigError(f"out of memory at batch {live.schedule(live.epoch).batch_size}: lower --batchsize")
+        )
     except OSError as error:
         end(live, "failed", f"cannot write: {error.strerror}")
         print(f"fastsmooth: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
@@ -158,7 +175,7 @@ def prepare(c: Config, torch):
     from fastsmooth import data, models
     from fastsmooth.checkpoint import Checkpoints
     from fastsmooth.clock import Clock
-    from fastsmooth.log import RunFolder, Tracker, environment
+    from fastsmooth.log import RunFolder, Tracker, check_unused, environment
     from fastsmooth.measure import NormRecord
     from fastsmooth.modes import Run
     from fastsmooth.optim import NoisySGD
@@ -169,8 +186,8 @@ def prepare(c: Config, torch):
     set_numerics(c, torch)
     keep_freed_memory()
     out = Path(c.out or default_out(c))
-    if not c.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists: go on with that run by --resume, or choose another folder")
+    if not c.resume:
+        check_unused(out)
     images = data.open_data(c, device)
     n = len(images.train)
     schedule = make_schedule(c, n)
@@ -213,12 +230,18 @@ def train(live) -> int:
     live.folder.status("done", "", live.update)
     live.tracker.finish(summary, DONE)
     if live.step.compile:
-        live.progress.say(f"compiled {live.step.compiled_graphs} graphs (training step, update, evaluation) in {live.clock.read('compile'):.0f} s")
+        live.progress.say(
+            f"compiled {live.step.compiled_graphs} graphs (training step, update, evaluation) in {live.clock.read('compile'):.0f} s"
+        )
     if live.last_epoch:
-        live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
+        live.progress.say(
+            f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}"
+        )
     live.progress.say(f"run folder {live.folder.path}")
     if live.config.dataset == "digits" and live.config.mode == "normal":
-        live.progress.say("next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help the rest")
+        live.progress.say(
+            "next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help the rest"
+        )
     live.folder.close()
     return DONE
 
@@ -244,14 +267,33 @@ def finished(out: Path) -> bool:
 
 def go_on(live) -> None:
     """Load the newest valid checkpoint; without one the run starts from its beginning."""
+    from fastsmooth.checkpoint import CheckpointError
+    from fastsmooth.log import RunFolderError
+
     live.checkpoints.clean()
     state = live.checkpoints.load()
     if state is None:
         live.folder.rewind(0)
         return
-    if state["fingerprint"] != live.data.fingerprint:
-        raise ConfigError(f"--resume: the images in {live.config.data_dir} are not those the run was started with")
-    live.restore(state)
+    try:
+        if state["fingerprint"] != live.data.fingerprint:
+            raise ConfigError(
+                f"--resume: the images in {live.config.data_dir} are not those the run was started with"
+            )
+        live.restore(state)
+    except (ConfigError, RunFolderError):
+        raise
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a sound file of another program
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{live.checkpoints.directory}: the checkpoint is not of this run ({reason}): start a new run"
+        ) from None
 
 
 def pick_device(c: Config, torch):
@@ -262,7 +304,9 @@ def pick_device(c: Config, torch):
         count = torch.cuda.device_count()
         index = int(name.partition(":")[2] or 0)
         if not torch.cuda.is_available() or index >= count:
-            raise ConfigError(f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: --device cpu")
+            raise ConfigError(
+                f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: --device cpu"
+            )
         name = f"cuda:{index}"
     if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("--device mps: this machine has no Apple GPU that PyTorch can use: --device cpu")
@@ -286,12 +330,18 @@ def set_numerics(c: Config, torch) -> None:
 def check_against_data(c: Config, schedule: Schedule, n: int) -> None:
     """What can only be refused once the number of training images is known."""
     if c.batch_size > n:
-        raise ConfigError(f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower --batchsize")
+        raise ConfigError(
+            f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower --batchsize"
+        )
     total = sum(schedule.updates(n, c.drop_last))
     if c.mode == "sampling" and c.steps >= total:
-        raise ConfigError(f"--steps {c.steps} lies past the run's {total} updates: lower --steps or raise --epochs")
+        raise ConfigError(
+            f"--steps {c.steps} lies past the run's {total} updates: lower --steps or raise --epochs"
+        )
     if c.mode == "sampling" and c.batch_size == n:
-        raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
+        raise ConfigError(
+            f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize"
+        )
 
 
 def try_model(model, images, torch) -> None:
@@ -308,7 +358,9 @@ def try_model(model, images, torch) -> None:
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
         if type(error).__name__ == "DataError":
             raise
-        raise ModelError(f"the model cannot take {images.size}x{images.size} images: {' '.join(str(error).split())[:200]}") from None
+        raise ModelError(
+            f"the model cannot take {images.size}x{images.size} images: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def default_out(c: Config) -> Path:
@@ -320,8 +372,12 @@ def default_out(c: Config) -> Path:
 
 
 def introduce(c: Config, live, parameters: int) -> None:
-    about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(c.dataset, "")
-    print(f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test images, {live.data.choice}")
+    about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(
+        c.dataset, ""
+    )
+    print(
+        f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test images, {live.data.choice}"
+    )
     print(
         f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} epochs from lr {c.lr:g}, "
         f"batch {c.batch_size}" + (f", momentum {c.momentum:g}" if c.momentum else "") + f", seed {c.seed}"

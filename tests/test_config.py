@@ -595,7 +595,7 @@ def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
 
 def test_only_places_times_and_trackers_are_free_on_resume():
     trackers = {"wandb_mode", "wandb_project", "wandb_entity"}
-    assert FREE_ON_RESUME == {"out", "resume", "max_time", "data_dir", "workers"} | trackers
+    assert {"out", "resume", "max_time", "data_dir", "workers"} | trackers == FREE_ON_RESUME
 
 
 @pytest.mark.parametrize("name", sorted(FREE_ON_RESUME - {"out", "resume"}))

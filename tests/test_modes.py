@@ -54,11 +54,15 @@ def test_a_measurement_leaves_no_trace(bn):
     with measure.undisturbed(model, bn):
         assert model.training == model[1].training == (bn == "train")
         full = measure.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])], 20)
-        measure.direction_noise(model, optimizer, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]), full, 3, 20)
+        measure.direction_noise(
+            model, optimizer, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]), full, 3, 20
+        )
     after = (*model.parameters(), *model.buffers(), torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
-    assert all(torch.equal(a, s["momentum_buffer"]) for a, s in zip(buffers, optimizer.state.values(), strict=True))
+    assert all(
+        torch.equal(a, s["momentum_buffer"]) for a, s in zip(buffers, optimizer.state.values(), strict=True)
+    )
     assert model.training and not model[1].training
 
 
@@ -89,7 +93,12 @@ def test_batchnorm_in_train_mode_uses_the_chunks_own_statistics():
 
 def per_sample_variance(model, x, y) -> float:
     """C^2 = (1/N) sum ||g_i - mean||^2, one backward a sample."""
-    rows = torch.stack([torch.cat([g.flatten() for g in measure.batch_gradient(model, x[i : i + 1], y[i : i + 1])]) for i in range(len(x))])
+    rows = torch.stack(
+        [
+            torch.cat([g.flatten() for g in measure.batch_gradient(model, x[i : i + 1], y[i : i + 1])])
+            for i in range(len(x))
+        ]
+    )
     return (rows - rows.mean(0)).square().sum(1).mean().item()
 
 
@@ -101,7 +110,9 @@ def test_c2_sampled_is_unbiased_for_batches_without_replacement(batch):
     subsets = [list(s) for s in itertools.combinations(range(n), batch)]
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
     full = measure.full_gradient(model, [(x, y)], n)
-    noise = measure.direction_noise(model, optimizer, lambda i: (x[subsets[i]], y[subsets[i]]), full, len(subsets), n)
+    noise = measure.direction_noise(
+        model, optimizer, lambda i: (x[subsets[i]], y[subsets[i]]), full, len(subsets), n
+    )
     assert noise.grad_variance().value == pytest.approx(per_sample_variance(model, x, y), rel=1e-10)
     assert noise.noise_norms == pytest.approx(noise.grad_noise_norms)
 
@@ -135,7 +146,9 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
         optimizer.step()
     full = measure.full_gradient(model, [(x, y)], n)
     kept = []
-    noise = measure.direction_noise(model, optimizer, lambda i: (x[7:15], y[7:15]), full, 2, n, lambda i, w: kept.append(w))
+    noise = measure.direction_noise(
+        model, optimizer, lambda i: (x[7:15], y[7:15]), full, 2, n, lambda i, w: kept.append(w)
+    )
     before = [p.detach().clone() for p in model.parameters()]
     model.zero_grad()
     F.cross_entropy(model(x[7:15]), y[7:15]).backward()
@@ -170,7 +183,7 @@ def test_first_crossings_equal_a_plain_loop(criterion):
             if t > 20 and running <= e and not expected[e]:
                 expected[e] = t
     assert record.crossings() == list(expected.values())
-    assert 0 < record.crossings()[0] and record.crossings()[-1] == 0
+    assert record.crossings()[0] > 0 and record.crossings()[-1] == 0
     summary = record.summary()
     assert summary["grad_norm_max"] == pytest.approx(norms.max())
     assert summary["grad_norm_rms"] == pytest.approx(math.sqrt((norms**2).mean()))
@@ -227,7 +240,18 @@ def test_critical_stops_when_every_threshold_is_crossed(tmp_path):
 
 
 def test_the_full_gradient_criterion_averages_full_gradient_norms(tmp_path):
-    flags = ["--mode", "critical", "--criterion", "full-grad", "--full-grad-every", "30", "--bn", "eval", "--norm", "group"]
+    flags = [
+        "--mode",
+        "critical",
+        "--criterion",
+        "full-grad",
+        "--full-grad-every",
+        "30",
+        "--bn",
+        "eval",
+        "--norm",
+        "group",
+    ]
     out = run(tmp_path, *flags, "--epochs", "2", "--eps", "0.001")
     found = json.loads((out / "critical.json").read_text())
     data = open_data(resolve({}), CPU)
@@ -251,7 +275,18 @@ def test_the_full_gradient_criterion_averages_full_gradient_norms(tmp_path):
 
 def test_measuring_the_full_gradient_does_not_change_the_run(tmp_path):
     plain = run(tmp_path, "--epochs", "2", name="plain")
-    flags = ["--mode", "critical", "--criterion", "full-grad", "--full-grad-every", "11", "--eps", "1e-9", "--epochs", "2"]
+    flags = [
+        "--mode",
+        "critical",
+        "--criterion",
+        "full-grad",
+        "--full-grad-every",
+        "11",
+        "--eps",
+        "1e-9",
+        "--epochs",
+        "2",
+    ]
     measured = run(tmp_path, *flags, name="measured")
     rows = [[r["test_loss"] for r in read_rows(out) if r["kind"] == "epoch"] for out in (plain, measured)]
     assert rows[0] == rows[1]
@@ -259,7 +294,19 @@ def test_measuring_the_full_gradient_does_not_change_the_run(tmp_path):
 
 def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
     """The weights of the measurement are those of a plain run after --steps updates; omega.npy holds m_t - grad f."""
-    flags = ["--mode", "sampling", "--steps", "50", "--draws", "3", "--optimizer", "nshb", "--bn", "eval", "--save-omega"]
+    flags = [
+        "--mode",
+        "sampling",
+        "--steps",
+        "50",
+        "--draws",
+        "3",
+        "--optimizer",
+        "nshb",
+        "--bn",
+        "eval",
+        "--save-omega",
+    ]
     out = run(tmp_path, *flags)
     noise = json.loads((out / "noise.json").read_text())
     omega = np.load(out / "omega.npy")
@@ -303,4 +350,6 @@ def test_the_method_named_sampling_is_the_mode_with_a_constant_schedule(tmp_path
     flags = ["--steps", "3", "--draws", "2", "--seed", "4"]
     a = run(tmp_path, "--method", "sampling", *flags, name="a")
     b = run(tmp_path, "--mode", "sampling", *flags, name="b")
-    assert json.loads((a / "noise.json").read_text()) | {"seconds": 0} == json.loads((b / "noise.json").read_text()) | {"seconds": 0}
+    assert json.loads((a / "noise.json").read_text()) | {"seconds": 0} == json.loads(
+        (b / "noise.json").read_text()
+    ) | {"seconds": 0}

@@ -25,7 +25,15 @@ RUNS = {
     "hybrid": [*BASE, "--method", "hybrid"],
     "batch with shb": [*BASE, "--method", "batch", "--optimizer", "shb", "--lr", "0.02"],
     "exp with nshb": [*PLAIN, "--method", "exp", "--optimizer", "nshb"],
-    "beta-batch with qhm, augmented": [*PLAIN, "--method", "beta-batch", "--optimizer", "qhm", "--augment", "crop-flip-rotate"],
+    "beta-batch with qhm, augmented": [
+        *PLAIN,
+        "--method",
+        "beta-batch",
+        "--optimizer",
+        "qhm",
+        "--augment",
+        "crop-flip-rotate",
+    ],
     "cosine, GroupNorm, DataLoader": [*PLAIN, "--method", "cosine", "--norm", "group", "--loader", "torch"],
     "critical": [*PLAIN, "--mode", "critical", "--eps", "1.5", "1.0", "--optimizer", "shb", "--lr", "0.02"],
     "sampling": [*PLAIN, "--mode", "sampling", "--steps", "100", "--draws", "3", "--optimizer", "nshb"],
@@ -39,7 +47,9 @@ def run_main(argv: list[str], log: str) -> None:
     os.dup2(file, 2)
     from fastsmooth.train import main
 
-    torch.set_num_threads(1)  # threads that wait for each other crawl when the cores are shared with other work
+    torch.set_num_threads(
+        1
+    )  # threads that wait for each other crawl when the cores are shared with other work
     multiprocessing.set_start_method("fork", force=True)  # so that DataLoader workers see their parent die
     sys.exit(main(argv))
 
@@ -171,7 +181,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     wait_for(tmp_path / "run" / "checkpoints" / "ckpt-14.json")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    newest = max((tmp_path / "run" / "checkpoints").glob("ckpt-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+    newest = max(
+        (tmp_path / "run" / "checkpoints").glob("ckpt-*.json"), key=lambda p: int(p.stem.split("-")[1])
+    )
     data = bytearray(newest.with_suffix(".pt").read_bytes())
     data[len(data) // 2] ^= 1
     newest.with_suffix(".pt").write_bytes(data)

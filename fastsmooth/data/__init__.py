@@ -34,7 +34,11 @@ def open_data(config, device: torch.device) -> Data:
     """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError."""
     if config.loader == "dali":
         dali.refuse()
-    images = READERS[config.dataset](config)
+    try:
+        images = READERS[config.dataset](config)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise DataError(f"--data-dir {config.data_dir}: {error.strerror or error}{where}") from None
     resident, why = fits(config, images, device)
     if resident:
         train, test = (decode(split, config) for split in (images.train, images.test))
@@ -44,7 +48,16 @@ def open_data(config, device: torch.device) -> Data:
         ]
     else:
         loaders = [
-            TorchLoader(s, config.augment, config.image_size, config.seed, images.mean, images.std, device, config.workers)
+            TorchLoader(
+                s,
+                config.augment,
+                config.image_size,
+                config.seed,
+                images.mean,
+                images.std,
+                device,
+                config.workers,
+            )
             for s in (images.train, images.test)
         ]
     choice = f"loader {'resident' if resident else 'torch'}: {why}"
@@ -52,7 +65,11 @@ def open_data(config, device: torch.device) -> Data:
 
 
 def decode(split, config):
-    return decode_all(split, config.image_size, lambda image: augment.evaluation_view(image, config.augment, config.image_size))
+    return decode_all(
+        split,
+        config.image_size,
+        lambda image: augment.evaluation_view(image, config.augment, config.image_size),
+    )
 
 
 def fits(config, images: ImageSet, device: torch.device) -> tuple[bool, str]:

@@ -56,7 +56,11 @@ class ImageSet:
                 digest.update(np.ascontiguousarray(split.pixels))
             else:
                 root = os.path.commonpath(split.paths)
-                digest.update("\0".join(os.path.relpath(p, root) for p in split.paths).encode("utf-8", "surrogateescape"))
+                digest.update(
+                    "\0".join(os.path.relpath(p, root) for p in split.paths).encode(
+                        "utf-8", "surrogateescape"
+                    )
+                )
         return digest.hexdigest()
 
 
@@ -74,7 +78,9 @@ def digits(config) -> ImageSet:
 def cifar10(config) -> ImageSet:
     from fastsmooth.data.cifar import read
 
-    return ImageSet(*read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    return ImageSet(
+        *read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    )
 
 
 def cifar100(config) -> ImageSet:
@@ -97,11 +103,15 @@ def folder(config, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
     """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test beside it, normalised with ImageNet's constants."""
     root = Path(config.data_dir)
     if not root.is_dir():
-        raise DataError(f"--data-dir {root}: no such directory: it must hold train/ and {' or '.join(t + '/' for t in tests)}")
+        raise DataError(
+            f"--data-dir {root}: no such directory: it must hold train/ and {' or '.join(t + '/' for t in tests)}"
+        )
     found = [root / name for name in tests if (root / name).is_dir()]
     if not (root / "train").is_dir() or not found:
         missing = "train/" if not (root / "train").is_dir() else " or ".join(t + "/" for t in tests)
-        raise DataError(f"--data-dir {root} has no {missing}: --dataset {config.dataset} wants train/CLASS/IMAGE and the same beside it")
+        raise DataError(
+            f"--data-dir {root} has no {missing}: --dataset {config.dataset} wants train/CLASS/IMAGE and the same beside it"
+        )
     classes = tuple(sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir()))
     if len(classes) < 2:
         raise DataError(f"{root / 'train'} has {len(classes)} class folders: at least two are needed")
@@ -113,7 +123,9 @@ def scan(directory: Path, classes: tuple[str, ...]) -> Split:
     """Every image file below DIRECTORY/CLASS, by class and then by path."""
     extra = sorted({entry.name for entry in os.scandir(directory) if entry.is_dir()} - set(classes))
     if extra:
-        raise DataError(f"{directory} has a class folder {extra[0]!r} that train/ has not: remove it or add it there")
+        raise DataError(
+            f"{directory} has a class folder {extra[0]!r} that train/ has not: remove it or add it there"
+        )
     paths, labels = [], []
     for label, name in enumerate(classes):
         inside = [
@@ -125,7 +137,9 @@ def scan(directory: Path, classes: tuple[str, ...]) -> Split:
         paths += sorted(inside)
         labels += [label] * len(inside)
     if not paths:
-        raise DataError(f"{directory} has no images: looked for {', '.join(sorted(EXTENSIONS))} in {len(classes)} class folders")
+        raise DataError(
+            f"{directory} has no images: looked for {', '.join(sorted(EXTENSIONS))} in {len(classes)} class folders"
+        )
     return Split(np.array(labels, dtype=np.int64), paths=tuple(paths))
 
 
@@ -137,7 +151,9 @@ def open_image(path: str) -> Image.Image:
                 raise Image.DecompressionBombError
             return file.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"{path}: the image is too large to decode safely: remove it or make it smaller") from None
+        raise DataError(
+            f"{path}: the image is too large to decode safely: remove it or make it smaller"
+        ) from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not an image that can be read: remove it") from None
     except Exception as error:  # a damaged file may raise anything: Pillow's decoders do not agree on a type
