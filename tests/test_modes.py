@@ -294,11 +294,14 @@ def test_measuring_the_full_gradient_does_not_change_the_run(tmp_path):
 
 def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
     """The weights of the measurement are those of a plain run after --steps updates; omega.npy holds m_t - grad f."""
+    # few updates: rounding differs between the two computations and grows with each
     flags = [
         "--mode",
         "sampling",
+        "--batchsize",
+        "300",
         "--steps",
-        "50",
+        "6",
         "--draws",
         "3",
         "--optimizer",
@@ -310,7 +313,7 @@ def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
     out = run(tmp_path, *flags)
     noise = json.loads((out / "noise.json").read_text())
     omega = np.load(out / "omega.npy")
-    assert omega.shape == (3, 78042) and noise["step"] == 50 and noise["epoch"] == 1
+    assert omega.shape == (3, 78042) and noise["step"] == 6 and noise["epoch"] == 1
     assert np.linalg.norm(omega.astype(np.float64), axis=1) == pytest.approx(noise["noise_norms"], rel=1e-5)
 
     data = open_data(resolve({}), CPU)
@@ -319,8 +322,8 @@ def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
     buffers = [torch.zeros_like(p) for p in model.parameters()]
     done = 0
     for epoch in range(2):
-        for x, y in data.train.batches(epoch_batches(0, epoch, 1437, 32), epoch):
-            if done == 50:
+        for x, y in data.train.batches(epoch_batches(0, epoch, 1437, 300), epoch):
+            if done == 6:
                 break
             grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
             with torch.no_grad():
@@ -333,13 +336,13 @@ def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
     full = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     full_norm = math.sqrt(sum(g.double().square().sum().item() for g in full))
     assert noise["full_grad_norm"] == pytest.approx(full_norm, rel=1e-3)
-    index = subset(0, 50, 1, 1437, 32)
+    index = subset(0, 6, 1, 1437, 300)
     x, y = next(data.train.batches([index]))
     grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     direction = [0.9 * b + 0.1 * g - f for b, g, f in zip(buffers, grads, full, strict=True)]
     expected = torch.cat([w.flatten() for w in direction]).numpy()
     np.testing.assert_allclose(omega[1], expected, rtol=2e-2, atol=2e-5)
-    variance = 32 * np.square(noise["grad_noise_norms"]) * 1436 / (1437 - 32)
+    variance = 300 * np.square(noise["grad_noise_norms"]) * 1436 / (1437 - 300)
     assert noise["c2_sampled"] == pytest.approx(variance.mean())
     assert noise["c2_sampled_se"] == pytest.approx(variance.std(ddof=1) / math.sqrt(3))
     measured = [r for r in read_rows(out) if r["kind"] == "measure"]
