@@ -75,9 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     p = timing.arguments("Training steps a second, ours against the loop of the published code, on the CPU.")
     p.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        help="train on DIR/train/CLASS/*.png of 100 classes, not on random pixels",
+        "--data-dir", metavar="DIR", help="train on DIR/train/CLASS/*.png of 100 classes, not on random pixels"
     )
     p.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="beside originals, which always run"
@@ -146,9 +144,7 @@ def read_folder(data_dir: str) -> Split:
     if len(images.classes) != CLASSES:
         raise DataError(f"--data-dir {data_dir} has {len(images.classes)} classes, not {CLASSES}")
     split = decode_all(images.train, SIZE, lambda image: image.resize((SIZE, SIZE)))
-    order = np.random.default_rng(0).permutation(
-        len(split)
-    )  # by class no longer, so that a part holds all classes
+    order = np.random.default_rng(0).permutation(len(split))  # by class no longer, so that a part holds all classes
     return Split(split.labels[order], split.pixels[order])
 
 
@@ -173,9 +169,7 @@ class Ours:
 
     def __init__(self, case: Case, images: str):
         flags = f"--dataset cifar100 --model {case.model} --batchsize {case.batch_size} --lr {LR} --loader resident"
-        c = configs.resolve(
-            configs.parse([*flags.split(), "--device", "cpu", "--compile", self.compile]).given
-        )
+        c = configs.resolve(configs.parse([*flags.split(), "--device", "cpu", "--compile", self.compile]).given)
         self.scratch = tempfile.TemporaryDirectory()
         self.run = self._prepare(c, load_images(images))
         self.laps = {"data": 0.0, "gradient": 0.0, "update": 0.0}
@@ -258,9 +252,7 @@ def convolutions(name: str) -> Counter[ConvShape]:
     def note(layer: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         side, stride = layer.kernel_size[0], layer.stride[0]
         x = inputs[0]
-        found[
-            ConvShape(layer.in_channels, layer.out_channels, side, stride, x.shape[-1], x.requires_grad)
-        ] += 1
+        found[ConvShape(layer.in_channels, layer.out_channels, side, stride, x.shape[-1], x.requires_grad)] += 1
 
     with torch.device("meta"):
         model = models.build(name, CLASSES)
@@ -294,9 +286,7 @@ class Yardstick:
     def _prepare(self, shape: ConvShape, batch_size: int) -> tuple[nn.Conv2d, torch.Tensor, torch.Tensor]:
         layer = models.conv(shape.inputs, shape.outputs, shape.kernel, shape.stride)
         layer = layer.to(memory_format=torch.channels_last)
-        x = torch.randn(batch_size, shape.inputs, shape.size, shape.size).to(
-            memory_format=torch.channels_last
-        )
+        x = torch.randn(batch_size, shape.inputs, shape.size, shape.size).to(memory_format=torch.channels_last)
         x.requires_grad_(shape.input_gradient)
         return layer, x, torch.randn_like(layer(x).detach())
 
@@ -331,9 +321,7 @@ def explain(case: Case, found: dict[str, Measured], yardstick: Measured) -> dict
         f"{best.kernel}x{best.kernel}, {best.inputs} to {best.outputs} channels, {best.size}x{best.size} pixels"
     )
     about["convolutions_alone_s"] = rounded(alone)
-    about["yardstick_quiet"] = (
-        f"{len(yardstick.quiet)} of {len(yardstick.windows)}" if yardstick.knows_load() else None
-    )
+    about["yardstick_quiet"] = f"{len(yardstick.quiet)} of {len(yardstick.windows)}" if yardstick.knows_load() else None
     about["variants"] = {name: breakdown(m, flop, alone) for name, m in found.items()}
     return about
 
@@ -373,9 +361,7 @@ def describe(about: dict[str, Any]) -> list[str]:
         f"{about['matmul_gflop_s']:.0f} GFLOP/s, best convolution {about['best_convolution_gflop_s']:.0f} GFLOP/s "
         f"({about['best_convolution']}){quiet}"
     )
-    shares = ", ".join(
-        f"{b['convolutions_alone_share']:.0%} of {name}" for name, b in about["variants"].items()
-    )
+    shares = ", ".join(f"{b['convolutions_alone_share']:.0%} of {name}" for name, b in about["variants"].items())
     alone = about["convolutions_alone_s"] * 1e3
     lines.append(f"  bound: the convolutions alone, one by one, take {alone:.4g} ms, which is {shares}")
     return lines

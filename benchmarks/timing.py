@@ -24,9 +24,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FOREIGN_LIMIT = (
-    0.05  # of the cores' time, used by other processes or withheld by the hypervisor: more is not quiet
-)
+FOREIGN_LIMIT = 0.05  # of the cores' time, used by other processes or withheld by the hypervisor: more is not quiet
 IDLE_SECONDS, IDLE_TIMEOUT = 0.05, 20.0
 
 
@@ -55,12 +53,8 @@ class Window:
     seconds: float
     laps: dict[str, float] = field(default_factory=dict)
     helpers_cpu: float | None = None  # CPU seconds of the variant's child processes
-    foreign: float | None = (
-        None  # share of the cores' time that went elsewhere; None where the system does not say
-    )
-    peak_bytes: int | None = (
-        None  # resident memory of the variant's process, children not counted; None as above
-    )
+    foreign: float | None = None  # share of the cores' time that went elsewhere; None where the system does not say
+    peak_bytes: int | None = None  # resident memory of the variant's process, children not counted; None as above
 
     @property
     def quiet(self) -> bool:
@@ -181,9 +175,7 @@ def peak_bytes() -> int | None:
 
 def serve(pipe, variant: Variant) -> None:
     """Make the variant, take its first step, then time a window whenever asked, until the pipe closes."""
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-    )  # what a variant prints is no part of a report
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what a variant prints is no part of a report
     step = None
     try:
         step = variant.make(*variant.args)
@@ -197,9 +189,7 @@ def serve(pipe, variant: Variant) -> None:
         pass
     except BaseException as error:
         traceback.print_exc()
-        pipe.send(
-            VariantError(f"{variant.name}: {' '.join(str(error).split())[:300] or type(error).__name__}")
-        )
+        pipe.send(VariantError(f"{variant.name}: {' '.join(str(error).split())[:300] or type(error).__name__}"))
     finally:
         if hasattr(step, "close"):
             step.close()
@@ -281,9 +271,7 @@ class Runner:
             answer = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise VariantError(
-                f"{self.variant.name}: its process ended with code {self.process.exitcode}"
-            ) from None
+            raise VariantError(f"{self.variant.name}: its process ended with code {self.process.exitcode}") from None
         if isinstance(answer, VariantError):
             raise answer
         return answer
@@ -336,20 +324,14 @@ def enough(found: dict[str, Measured], rounds: int, done: int, spent: float, bud
     return done >= rounds and all(len(m.quiet) >= rounds for m in found.values())
 
 
-def rows(
-    bench: str, case: str, found: dict[str, Measured], ratio_to: str, units: float
-) -> list[dict[str, Any]]:
+def rows(bench: str, case: str, found: dict[str, Measured], ratio_to: str, units: float) -> list[dict[str, Any]]:
     """One row a variant. `units` is what a step processes (images, bytes): per_s counts them. Below 1 is faster."""
     base = found[ratio_to]
     result = []
     for name, m in found.items():
         seconds, peak, base_peak = m.seconds(), m.peak_bytes(), base.peak_bytes()
         row = {"bench": bench, "case": case, "variant": name, "median_s": rounded(seconds)}
-        row |= {
-            "per_s": rounded(units / seconds),
-            "ratio": rounded(seconds / base.seconds()),
-            "ratio_to": ratio_to,
-        }
+        row |= {"per_s": rounded(units / seconds), "ratio": rounded(seconds / base.seconds()), "ratio_to": ratio_to}
         row["mem_ratio"] = rounded(peak / base_peak) if peak and base_peak else None
         row |= {"rounds": len(m.windows), "quiet": len(m.quiet) if m.knows_load() else None}
         result.append(row)
@@ -364,9 +346,7 @@ def rounded(value: float) -> float:
 def table(result: list[dict[str, Any]], unit: str, found: dict[str, Measured]) -> list[str]:
     """The rows of a case for people."""
     width = max(len("variant"), *(len(row["variant"]) for row in result))
-    lines = [
-        f"  {'variant':<{width}}  {'ms':>9}  {unit + '/s':>11}  {'ratio':>6}  {'memory':>6}  quiet windows"
-    ]
+    lines = [f"  {'variant':<{width}}  {'ms':>9}  {unit + '/s':>11}  {'ratio':>6}  {'memory':>6}  quiet windows"]
     for row in result:
         memory = "-" if row["mem_ratio"] is None else f"{row['mem_ratio']:.2f}"
         lines.append(
@@ -382,9 +362,7 @@ def load_notes(found: dict[str, Measured]) -> list[str]:
     left_out = sum(len(m.windows) - len(m.quiet) for m in found.values() if m.quiet)
     lines = []
     if left_out:
-        lines.append(
-            f"  {left_out} windows with more than {FOREIGN_LIMIT:.0%} foreign load on the cores left out"
-        )
+        lines.append(f"  {left_out} windows with more than {FOREIGN_LIMIT:.0%} foreign load on the cores left out")
     for name, m in found.items():
         if not m.quiet:
             load = median(w.foreign for w in m.windows)
@@ -406,15 +384,9 @@ def memory_notes(result: list[dict[str, Any]]) -> list[str]:
 def arguments(description: str) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    p.add_argument(
-        "--quick", action="store_true", help="a tiny case, to see that it works; its times mean nothing"
-    )
-    p.add_argument(
-        "--json", action="store_true", help="one JSON object a line on stdout; the words go to stderr"
-    )
-    p.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the JSON lines here too, machine and commit first"
-    )
+    p.add_argument("--quick", action="store_true", help="a tiny case, to see that it works; its times mean nothing")
+    p.add_argument("--json", action="store_true", help="one JSON object a line on stdout; the words go to stderr")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines here too, machine and commit first")
     return p
 
 
@@ -480,7 +452,5 @@ def require_green(names: Iterable[str], say: Callable[[str], None]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/{name}" for name in there)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RedTests(
-            f"{done.stdout.strip()[-2000:]}\nthe tests of what is measured are red: nothing is reported"
-        )
+        raise RedTests(f"{done.stdout.strip()[-2000:]}\nthe tests of what is measured are red: nothing is reported")
     say(f"tests that are green: {' '.join(there)} ({time.perf_counter() - began:.0f} s)")

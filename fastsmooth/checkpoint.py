@@ -52,16 +52,12 @@ class Checkpoints:
             try:
                 state = self._read(step)
             except (OSError, ValueError) as error:
-                self.warn(
-                    f"{self.directory / f'ckpt-{step}.pt'} is damaged ({error}): going back to the one before"
-                )
+                self.warn(f"{self.directory / f'ckpt-{step}.pt'} is damaged ({error}): going back to the one before")
                 continue
             self.saved_step = step
             return state
         if steps:
-            raise CheckpointError(
-                f"{self.directory}: none of its {len(steps)} checkpoints is valid: start a new run"
-            )
+            raise CheckpointError(f"{self.directory}: none of its {len(steps)} checkpoints is valid: start a new run")
         return None
 
     def steps(self) -> list[int]:

@@ -74,15 +74,7 @@ SETS = {
         None,
         None,
         None,
-        PAPER
-        | {
-            "model": "resnet20",
-            "image_size": 32,
-            "augment": None,
-            "epochs": 20,
-            "min_epochs": 1,
-            "steps": 200,
-        },
+        PAPER | {"model": "resnet20", "image_size": 32, "augment": None, "epochs": 20, "min_epochs": 1, "steps": 200},
     ),
 }
 
@@ -143,9 +135,8 @@ def whole(low: int, high: int = 2**63 - 1):
 
 def duration(text: str) -> float:
     """Seconds from "90", "45s", "30m" or "1.5h"."""
-    found = re.fullmatch(
-        r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh]?)", text
-    )  # an exponent: config.json may hold 1e-05
+    # with an exponent: config.json may hold 1e-05
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh]?)", text)
     seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 90, 45s, 30m or 1.5h")
@@ -154,9 +145,7 @@ def duration(text: str) -> float:
 
 def text(value: str) -> str:
     if value.splitlines() != [value] or "\0" in value:  # every message that quotes it is one line
-        raise argparse.ArgumentTypeError(
-            "it holds a line break or a NUL character" if value else "it is empty"
-        )
+        raise argparse.ArgumentTypeError("it holds a line break or a NUL character" if value else "it is empty")
     return value
 
 
@@ -281,16 +270,7 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its result.
-FREE_ON_RESUME = {
-    "out",
-    "resume",
-    "max_time",
-    "wandb_mode",
-    "wandb_project",
-    "wandb_entity",
-    "data_dir",
-    "workers",
-}
+FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers"}
 
 
 def flag(name: str) -> str:
@@ -307,9 +287,7 @@ def check(c: Config) -> None:
     if c.method in BETA_METHODS and c.optimizer == "sgd":
         raise ConfigError(f"--method {c.method} changes the momentum: choose --optimizer shb, nshb or qhm")
     if c.method in BETA_METHODS and c.beta == 0:
-        raise ConfigError(
-            f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise --beta"
-        )
+        raise ConfigError(f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise --beta")
     if c.mode == "critical" and c.method != "constant":
         raise ConfigError(f"--mode critical holds the noise fixed: use --method constant, not {c.method}")
     if c.loader == "resident" and c.augment == "resized-crop-flip":
@@ -386,11 +364,7 @@ class Parser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             close = difflib.get_close_matches(match[1].split("=")[0], known, 1)
             hint = f": did you mean {close[0]}?" if close else ": --help lists the flags"
-            message = (
-                f"unknown flag {match[1]}{hint}"
-                if match[1].startswith("-")
-                else f"unexpected {match[1]!r}{hint}"
-            )
+            message = f"unknown flag {match[1]}{hint}" if match[1].startswith("-") else f"unexpected {match[1]!r}{hint}"
         match = re.search(r"argument (\S+?)(?:/\S+)*: invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if match:
             choices = [word.strip(" '") for word in match[3].split(",")]
@@ -477,9 +451,7 @@ def read_toml(p: Parser, path: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}"
-        ) from None
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path}: not TOML: {error}") from None
     for key in table:
@@ -522,9 +494,7 @@ def read_saved(folder: Path) -> Config:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
     lacking = sorted(SETS["digits"].defaults.keys() - given.keys())  # what every data set fills in
     if lacking:
-        raise ConfigError(
-            f"{path} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}"
-        )
+        raise ConfigError(f"{path} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
     return Config(**from_table(parser(), given, str(path)))
 
 

@@ -62,9 +62,7 @@ class RunFolder:
     def rewind(self, size: int) -> None:
         """Drop the rows written after `size`: those of updates that no checkpoint holds and that will be done again."""
         if os.fstat(self._metrics.fileno()).st_size < size:
-            raise RunFolderError(
-                f"{self.path / 'metrics.jsonl'} is shorter than at the checkpoint: it was changed"
-            )
+            raise RunFolderError(f"{self.path / 'metrics.jsonl'} is shorter than at the checkpoint: it was changed")
         os.ftruncate(self._metrics.fileno(), size)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -93,9 +91,7 @@ def check_unused(path: Path) -> None:
     """Refuse a folder that holds something already."""
     with refusing(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(
-                f"--out {path} exists: go on with that run by --resume, or choose another folder"
-            )
+            raise RunFolderError(f"--out {path} exists: go on with that run by --resume, or choose another folder")
 
 
 @contextmanager
@@ -106,9 +102,7 @@ def refusing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        raise RunFolderError(
-            f"--out {path}: {error.filename}: {error.strerror}: choose another folder"
-        ) from None
+        raise RunFolderError(f"--out {path}: {error.filename}: {error.strerror}: choose another folder") from None
 
 
 def lock(path: Path) -> int:
@@ -120,9 +114,7 @@ def lock(path: Path) -> int:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             os.close(descriptor)
-            raise RunFolderError(
-                f"{path}: another process is writing this run: wait for it or stop it"
-            ) from None
+            raise RunFolderError(f"{path}: another process is writing this run: wait for it or stop it") from None
         # a network file system without locks: then nothing guards the folder
     return descriptor
 
@@ -211,9 +203,7 @@ class Tracker:
         self._warn, self._run = warn, None
         mode = config["wandb_mode"]
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or (
-                "online" if os.environ.get("WANDB_API_KEY") else "offline"
-            )
+            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         if mode in ("off", "disabled"):
             return
         if mode == "offline":

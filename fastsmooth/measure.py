@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from fastsmooth.optim import NoisySGD
 
-FULL_GRADIENT_DRAW = (
-    2**20
-)  # the draw whose order cuts the data into chunks; no direction has so high a number
+# The draw whose order cuts the data into chunks; no direction has so high a number.
+FULL_GRADIENT_DRAW = 2**20
 
 
 @contextmanager

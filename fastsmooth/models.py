@@ -153,23 +153,11 @@ class MobileNetV2(nn.Module):
     """The papers' MobileNetV2 for small images: a 1x1 stem with padding 1 (32 -> 34 pixels), every conv with bias."""
 
     # expansion, outputs, blocks, stride of the first block
-    STAGES = (
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 1),
-        (6, 320, 1, 1),
-    )
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1))
 
     def __init__(self, classes: int):
         super().__init__()
-        layers: list[nn.Module] = [
-            nn.Conv2d(3, 32, 1, padding=1),
-            nn.BatchNorm2d(32),
-            nn.ReLU6(inplace=True),
-        ]
+        layers: list[nn.Module] = [nn.Conv2d(3, 32, 1, padding=1), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
         inputs = 32
         for expansion, outputs, blocks, stride in self.STAGES:
             for i in range(blocks):

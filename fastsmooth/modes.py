@@ -130,13 +130,7 @@ class Run:
     def indices(self, point: Point) -> Iterator[Tensor]:
         c = self.config
         return epoch_batches(
-            c.seed,
-            self.epoch,
-            len(self.data.train),
-            point.batch_size,
-            self.position,
-            c.drop_last,
-            str(self.device),
+            c.seed, self.epoch, len(self.data.train), point.batch_size, self.position, c.drop_last, str(self.device)
         )
 
     def gradient(self, x: Tensor, y: Tensor) -> None:
@@ -150,9 +144,7 @@ class Run:
     def after_update(self, point: Point) -> None:
         if self.update % self.config.log_every == 0:
             self.log_step(point)
-        self.progress.update(
-            self.samples, self.epoch, f"lr {point.lr:.4g}  batch {point.batch_size}{self.recent}"
-        )
+        self.progress.update(self.samples, self.epoch, f"lr {point.lr:.4g}  batch {point.batch_size}{self.recent}")
         reason = self.stop_reason()
         if reason:
             self.save(final=True)
@@ -200,9 +192,7 @@ class Run:
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         # the published ImageNet code tests on the training view (SPEC C.32)
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
-        return self.data.test.batches(
-            in_order(len(self.data.test), TEST_BATCH), self.epoch if augmented else None
-        )
+        return self.data.test.batches(in_order(len(self.data.test), TEST_BATCH), self.epoch if augmented else None)
 
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
         row = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
@@ -227,9 +217,7 @@ class Run:
         except OSError as error:
             if final:
                 raise
-            warn(
-                f"no checkpoint at update {self.update} ({error.strerror}): the one before stays, the run goes on"
-            )
+            warn(f"no checkpoint at update {self.update} ({error.strerror}): the one before stays, the run goes on")
 
     def state(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
@@ -283,9 +271,7 @@ class Run:
         return measure.full_gradient(self.model, batches, n)
 
     def drawn_batch(self, draw: int, point: Point) -> tuple[Tensor, Tensor]:
-        index = subset(
-            self.config.seed, self.update, draw, len(self.data.train), point.batch_size, str(self.device)
-        )
+        index = subset(self.config.seed, self.update, draw, len(self.data.train), point.batch_size, str(self.device))
         return next(iter(self.data.train.batches([index], self.measured_epoch())))
 
     def summary(self) -> dict[str, Any]:
@@ -341,9 +327,7 @@ def report_crossings(run: Run, per_epoch: int, every: int) -> None:
         epochs, rest = divmod(step, per_epoch)
         served = n - n % batch if c.drop_last else n
         samples = epochs * served + rest * batch
-        crossings[f"{eps:g}"] = (
-            {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples} if step else None
-        )
+        crossings[f"{eps:g}"] = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples} if step else None
         found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
         run.progress.say(f"eps {eps:g}: {found}")
     about = {
@@ -395,13 +379,7 @@ def measure_noise(run: Run, point: Point) -> None:
         "augmented": c.measure_augment,
     }
     run.row("measure", point, values | {"seconds": round(time.perf_counter() - started, 3)})
-    about = {
-        "optimizer": c.optimizer,
-        "step": run.update,
-        "epoch": run.epoch,
-        "seed": c.seed,
-        "images": noise.n,
-    }
+    about = {"optimizer": c.optimizer, "step": run.update, "epoch": run.epoch, "seed": c.seed, "images": noise.n}
     about |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
     norms = {"noise_norms": noise.noise_norms, "grad_noise_norms": noise.grad_noise_norms}
     run.folder.write("noise.json", about | values | norms)

@@ -76,9 +76,7 @@ class NoisySGD(torch.optim.Optimizer):
         if form not in FORMS:
             raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
         if not (lr >= 0 and 0 <= momentum < 1 and 0 <= nu <= 1 and weight_decay >= 0):
-            raise ValueError(
-                f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}"
-            )
+            raise ValueError(f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}")
         defaults = {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay}
         if form in ("sgd", "shb"):
             defaults["dampening"] = 0.0  # without it torch.optim.SGD cannot go on from this state
@@ -147,9 +145,6 @@ class NoisySGD(torch.optim.Optimizer):
             buffers = []
             if self.form != "sgd":
                 states = [self.state.get(p, {}).get("momentum_buffer") for p in params]
-                buffers = [
-                    torch.zeros_like(p) if s is None else s.clone()
-                    for p, s in zip(params, states, strict=True)
-                ]
+                buffers = [torch.zeros_like(p) if s is None else s.clone() for p, s in zip(params, states, strict=True)]
             found += [m.clone() for m in advance(self.form, now, buffers, group["momentum"], group["nu"])]
         return found

@@ -52,9 +52,7 @@ class Smoothing:
             return (1 + growth) * variance + growth * self.grad_norm_bound_sq
         if self.optimizer == "nshb" and self.nshb_form == "v1":
             return variance + 4 * beta**2 * (variance + self.grad_norm_bound_sq)
-        nu = (
-            1.0 if self.optimizer == "nshb" else self.nu
-        )  # qhm: an interpolation of ours, exact at nu = 0 and 1
+        nu = 1.0 if self.optimizer == "nshb" else self.nu  # qhm: an interpolation of ours, exact at nu = 0 and 1
         return (1 + nu * beta / (1 - beta)) * variance
 
     def critical_factor(self, beta: float) -> float:
@@ -113,9 +111,7 @@ class Schedule:
 
     def remaining(self, epoch: int) -> float:
         """(M - e) / M, which the product of the papers' decay factors comes to; 1 at the first epoch."""
-        if (
-            self.shifted
-        ):  # factors (M - m) / (M - m + 1) from m = 0: the epoch after round m has the product up to m
+        if self.shifted:  # factors (M - m) / (M - m + 1) from m = 0: the epoch after round m has the product up to m
             return (self.epochs - epoch + 1) / (self.epochs + 1)
         return (self.epochs - epoch) / self.epochs
 

@@ -21,9 +21,7 @@ class Step:
     0-d tensors, so that a schedule never compiles again. `compiled_graphs` counts what was compiled.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: NoisySGD, device: torch.device, precision: str, compile: bool
-    ):
+    def __init__(self, model: nn.Module, optimizer: NoisySGD, device: torch.device, precision: str, compile: bool):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.precision, self.compile = precision, compile
         self.compiled_graphs = 0

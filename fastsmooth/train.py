@@ -103,11 +103,7 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
     missed = schedule.largest_miss()
     if missed and not (c.unit_constants and configs.uses_k2(c)):
         epoch, target, reached = missed
-        why = (
-            "the momentum cannot fall below 0"
-            if c.method in SOLVED
-            else "the optimizer or the data set sets a floor"
-        )
+        why = "the momentum cannot fall below 0" if c.method in SOLVED else "the optimizer or the data set sets a floor"
         found.append(
             f"--method {c.method} saturates: at epoch {epoch} its target delta is {target:.4g}, reached {reached:.4g} ({why})"
         )
@@ -120,9 +116,7 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
 def run(c: Config) -> int:
     """Do the run that `c` describes; the exit code."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        return refuse(
-            ConfigError("this version trains in one process: start it without torchrun, or with one process")
-        )
+        return refuse(ConfigError("this version trains in one process: start it without torchrun, or with one process"))
     if c.resume and finished(Path(c.out)):
         print(f"{c.out} is a finished run: nothing to do")
         return DONE
@@ -148,9 +142,7 @@ def run(c: Config) -> int:
         return refuse(error)
     except Preempted as stop:
         end(live, "preempted", str(stop))
-        print(
-            f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}"
-        )
+        print(f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}")
         return PREEMPTED
     except Diverged as error:
         end(live, "diverged", str(error))
@@ -158,9 +150,7 @@ def run(c: Config) -> int:
         return DIVERGED
     except torch.OutOfMemoryError:
         end(live, "failed", "out of memory")
-        return refuse(
-            ConfigError(f"out of memory at batch {live.schedule(live.epoch).batch_size}: lower --batchsize")
-        )
+        return refuse(ConfigError(f"out of memory at batch {live.schedule(live.epoch).batch_size}: lower --batchsize"))
     except OSError as error:
         end(live, "failed", f"cannot write: {error.strerror}")
         print(f"fastsmooth: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
@@ -234,9 +224,7 @@ def train(live) -> int:
             f"compiled {live.step.compiled_graphs} graphs (training step, update, evaluation) in {live.clock.read('compile'):.0f} s"
         )
     if live.last_epoch:
-        live.progress.say(
-            f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}"
-        )
+        live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
     live.progress.say(f"run folder {live.folder.path}")
     if live.config.dataset == "digits" and live.config.mode == "normal":
         live.progress.say(
@@ -277,19 +265,11 @@ def go_on(live) -> None:
         return
     try:
         if state["fingerprint"] != live.data.fingerprint:
-            raise ConfigError(
-                f"--resume: the images in {live.config.data_dir} are not those the run was started with"
-            )
+            raise ConfigError(f"--resume: the images in {live.config.data_dir} are not those the run was started with")
         live.restore(state)
     except (ConfigError, RunFolderError):
         raise
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # a sound file of another program
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:  # a sound file of another program
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{live.checkpoints.directory}: the checkpoint is not of this run ({reason}): start a new run"
@@ -335,13 +315,9 @@ def check_against_data(c: Config, schedule: Schedule, n: int) -> None:
         )
     total = sum(schedule.updates(n, c.drop_last))
     if c.mode == "sampling" and c.steps >= total:
-        raise ConfigError(
-            f"--steps {c.steps} lies past the run's {total} updates: lower --steps or raise --epochs"
-        )
+        raise ConfigError(f"--steps {c.steps} lies past the run's {total} updates: lower --steps or raise --epochs")
     if c.mode == "sampling" and c.batch_size == n:
-        raise ConfigError(
-            f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize"
-        )
+        raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
 
 
 def try_model(model, images, torch) -> None:
@@ -372,9 +348,7 @@ def default_out(c: Config) -> Path:
 
 
 def introduce(c: Config, live, parameters: int) -> None:
-    about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(
-        c.dataset, ""
-    )
+    about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(c.dataset, "")
     print(
         f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test images, {live.data.choice}"
     )

@@ -21,13 +21,7 @@ MEAN = (0.5070751592371323, 0.48654887331495095, 0.4409178433670343)  # of CIFAR
 STD = (0.2673342858792401, 0.2564384629170883, 0.27615047132568404)
 PADDING = {8: 1, 32: 4, 33: 4}
 SIZES = list(PADDING)
-SHAPES = [
-    (500, 375),
-    (333, 500),
-    (64, 64),
-    (40, 160),
-    (7, 10),
-]  # width, height; torchvision falls back on some boxes
+SHAPES = [(500, 375), (333, 500), (64, 64), (40, 160), (7, 10)]  # width, height; torchvision falls back on some boxes
 EXTREME = [(1000, 20), (20, 1000), (1, 300), (300, 1), (1, 1), (4000, 1), (3, 2)]
 
 
@@ -94,9 +88,7 @@ def test_loaders_give_torchvisions_tensors_bit_for_bit(size, kind):
     images = [Image.fromarray(array) for array in pixels]
     if kind != "none":
         rotate = kind == "crop-flip-rotate"
-        images = [
-            torchvision_image(image, row, size, rotate) for image, row in zip(images, params, strict=True)
-        ]
+        images = [torchvision_image(image, row, size, rotate) for image, row in zip(images, params, strict=True)]
     expected = torch.stack([torchvision_tensor(images[i]) for i in index.tolist()])
     for loader in both_loaders(pixels, kind, seed):
         x, y = (torch.cat(parts) for parts in zip(*loader.batches(index.split(64), epoch), strict=True))
@@ -114,12 +106,7 @@ def test_real_images_equal_those_of_torchvisions_own_pipeline(cifar_folder, monk
         box, turn = (int(top), int(left), 32, 32), angle
         monkeypatch.setattr(T.RandomCrop, "get_params", staticmethod(lambda *_, box=box: box))
         monkeypatch.setattr(T.RandomRotation, "get_params", staticmethod(lambda *_, turn=turn: turn))
-        pipeline = [
-            T.RandomCrop(32, padding=4),
-            T.RandomHorizontalFlip(flip),
-            T.RandomRotation(15),
-            T.ToTensor(),
-        ]
+        pipeline = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(flip), T.RandomRotation(15), T.ToTensor()]
         assert torch.equal(ours, T.Compose([*pipeline, T.Normalize(MEAN, STD)])(image))
 
 
@@ -175,9 +162,7 @@ def test_angles_have_the_law_of_torchvisions_random_rotation():
     assert (augment.draw("crop-flip", 32, 0, 0, torch.arange(n))[:, 3] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "column"), [("crop-flip", 2), ("crop-flip-rotate", 2), ("resized-crop-flip", 0)]
-)
+@pytest.mark.parametrize(("kind", "column"), [("crop-flip", 2), ("crop-flip-rotate", 2), ("resized-crop-flip", 0)])
 def test_half_of_the_images_are_flipped(kind, column):
     n = 20_000
     flips = augment.draw(kind, 32, 0, 0, torch.arange(n))[:, column]
@@ -197,17 +182,8 @@ def test_offsets_flip_and_angle_are_independent():
 def test_parameters_of_other_samples_epochs_and_seeds_are_unrelated(kind):
     n = 5000
     index = torch.arange(n)
-    keys = [
-        (0, 0, index),
-        (0, 1, index),
-        (1, 0, index),
-        (2**32, 0, index),
-        (0, 0, index + n),
-        (0, 0, index + 1),
-    ]
-    draws = torch.cat(
-        [augment.draw(kind, 32, *key) for key in keys], dim=1
-    ).T  # each number of a sample one row
+    keys = [(0, 0, index), (0, 1, index), (1, 0, index), (2**32, 0, index), (0, 0, index + n), (0, 0, index + 1)]
+    draws = torch.cat([augment.draw(kind, 32, *key) for key in keys], dim=1).T  # each number of a sample one row
     correlation = torch.corrcoef(draws).fill_diagonal_(0)
     assert correlation.isfinite().all()
     assert correlation.abs().max() < 6 / math.sqrt(n)
@@ -262,8 +238,7 @@ def test_crop_boxes_lie_inside_the_image_whatever_was_drawn():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 2**32, (60, 40), generator=generator).double() / 2**32
     corners = [
-        list(corner) * 10
-        for corner in itertools.product((low, 0.5, high), (low, 0.5, high), (low, high), (low, high))
+        list(corner) * 10 for corner in itertools.product((low, 0.5, high), (low, 0.5, high), (low, high), (low, high))
     ]
     shapes = [*SHAPES, *EXTREME, (2, 1), (1, 2), (20_000, 3), (3, 20_000), (12_000, 12_000)]
     for (width, height), uniforms in itertools.product(shapes, drawn.tolist() + corners):
@@ -283,9 +258,7 @@ def test_resized_crop_flip_gives_the_pixels_of_torchvisions_transform(monkeypatc
     rng = np.random.default_rng(0)
     params = augment.draw("resized-crop-flip", 32, 0, 0, torch.arange(40)).tolist()
     assert {row[0] for row in params} == {0.0, 1.0}
-    for row, (width, height) in zip(
-        params, itertools.cycle([(50, 37), (37, 50), (20, 20), (200, 9)]), strict=False
-    ):
+    for row, (width, height) in zip(params, itertools.cycle([(50, 37), (37, 50), (20, 20), (200, 9)]), strict=False):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         box = augment.crop_box(width, height, row[1:])
         monkeypatch.setattr(T.RandomResizedCrop, "get_params", staticmethod(lambda *_, box=box: box))

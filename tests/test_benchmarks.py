@@ -91,9 +91,7 @@ def test_rounds_go_on_until_enough_windows_are_quiet_or_the_budget_is_spent():
     assert not timing.enough({"a": quiet}, rounds=4, done=3, spent=30, budget=1000)
     assert not timing.enough({"a": quiet, "b": noisy}, rounds=3, done=3, spent=30, budget=1000)
     assert timing.enough({"a": quiet, "b": noisy}, rounds=3, done=3, spent=30, budget=39)
-    assert not timing.enough({"a": measured(1)}, rounds=3, done=1, spent=30, budget=1), (
-        "one window has no median"
-    )
+    assert not timing.enough({"a": measured(1)}, rounds=3, done=1, spent=30, budget=1), "one window has no median"
 
 
 # --- what the system says
@@ -101,18 +99,14 @@ def test_rounds_go_on_until_enough_windows_are_quiet_or_the_budget_is_spent():
 
 def test_foreign_share_is_what_others_used_of_all_cores():
     assert timing.foreign_share(machine=3.0, own=2.0, wall=2.0, count=2) == 0.25
-    assert (
-        timing.foreign_share(machine=1.9, own=2.0, wall=2.0, count=2) == 0.0
-    )  # the counters tick at different times
+    assert timing.foreign_share(machine=1.9, own=2.0, wall=2.0, count=2) == 0.0  # the counters tick at different times
 
 
 @LINUX
 def test_the_cpu_time_of_child_processes_counts_while_they_live_and_when_they_have_ended():
     burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
     before = timing.process_cpu(os.getpid())[1]
-    with subprocess.Popen(
-        [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
         alive = timing.process_cpu(os.getpid())[1] - before
         child.stdin.close()
@@ -224,14 +218,10 @@ def test_nothing_is_reported_while_the_tests_are_red(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", [*bench_train.CASES, *bench_train.QUICK], ids=lambda case: case.name)
 def test_the_flop_of_the_convolutions_and_the_head_are_those_that_torch_counts(case):
     features = models.build(case.model, bench_train.CLASSES).head.in_features
-    head = (
-        2 * 2 * case.batch_size * features * bench_train.CLASSES
-    )  # gradients: one of the weights, one of the input
+    head = 2 * 2 * case.batch_size * features * bench_train.CLASSES  # gradients: one of the weights, one of the input
     head += 2 * case.batch_size * features * bench_train.CLASSES
     layers = bench_train.convolutions(case.model)
-    assert sum(
-        shape.flop(case.batch_size) * n for shape, n in layers.items()
-    ) + head == bench_train.step_flop(case)
+    assert sum(shape.flop(case.batch_size) * n for shape, n in layers.items()) + head == bench_train.step_flop(case)
 
 
 def test_a_networks_convolutions_are_found_with_what_they_are_called_with():
@@ -280,9 +270,7 @@ def test_the_images_of_a_folder_are_repeated_in_turn(tmp_path):
     report = timing.Report("bench_train", [], False, None)
     split = bench_train.load_images(bench_train.write_images(tmp_path, 500, str(tmp_path), report))
     assert split.pixels.shape == (500, 32, 32, 3) and (np.bincount(split.labels[:200]) == 2).all()
-    assert (split.pixels[200:400] == split.pixels[:200]).all() and (
-        split.labels[400:] == split.labels[:100]
-    ).all()
+    assert (split.pixels[200:400] == split.pixels[:200]).all() and (split.labels[400:] == split.labels[:100]).all()
     assert report.header["about"]["images"] == "500 training images: the 200 of --data-dir in turn"
 
 
@@ -295,11 +283,7 @@ def test_the_quick_run_reports_every_variant_in_well_formed_json(tmp_path):
     assert [row["variant"] for row in result] == ["originals", "ours"]
     for row in result:
         assert list(row) == ROW
-        assert (row["bench"], row["case"], row["ratio_to"]) == (
-            "bench_train",
-            "train/resnet8/b8",
-            "originals",
-        )
+        assert (row["bench"], row["case"], row["ratio_to"]) == ("bench_train", "train/resnet8/b8", "originals")
         assert row["rounds"] >= 2 and row["median_s"] > 0
         assert row["per_s"] == pytest.approx(8 / row["median_s"], rel=1e-2)
     assert result[0]["ratio"] == 1.0

@@ -58,17 +58,11 @@ def tar_of(files: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
 class Miniature:
     """An archive of a few images in CIFAR's layout, and what torchvision would say of it."""
 
-    def __init__(
-        self, name: str, base: type, label_key: str, parts: list[str], damage: dict[str, bytes] | None = None
-    ):
-        self.images = {
-            part: rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8) for part in [*parts, "test"]
-        }
+    def __init__(self, name: str, base: type, label_key: str, parts: list[str], damage: dict[str, bytes] | None = None):
+        self.images = {part: rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8) for part in [*parts, "test"]}
         self.labels = {part: rng.integers(0, 10, 12).tolist() for part in self.images}
         files = {
-            part: python2_pickle(
-                {"data": self.planes(part), label_key: self.labels[part], "batch_label": part}
-            )
+            part: python2_pickle({"data": self.planes(part), label_key: self.labels[part], "batch_label": part})
             for part in self.images
         }
         files["meta"] = python2_pickle({base.meta["key"]: [f"class {k}" for k in range(10)]})
@@ -85,9 +79,7 @@ class Miniature:
 
     def planes(self, part: str) -> np.ndarray:
         """Rows of 1024 red, 1024 green and 1024 blue values."""
-        return np.stack(
-            [np.concatenate([image[..., c].ravel() for c in range(3)]) for image in self.images[part]]
-        )
+        return np.stack([np.concatenate([image[..., c].ravel() for c in range(3)]) for image in self.images[part]])
 
     def extract(self, root: Path) -> Path:
         return tree(root, self.files)
@@ -295,9 +287,7 @@ def hostile_archives(outside: Path) -> dict[str, bytes]:
         "link": tar_of({}, link, through),
         "relative link": tar_of({}, relative, through),
         "hard link": tar_of(
-            {},
-            member(f"{base}/x", tarfile.LNKTYPE, f"../{outside.name}/kept"),
-            member(f"{base}/x", tarfile.REGTYPE),
+            {}, member(f"{base}/x", tarfile.LNKTYPE, f"../{outside.name}/kept"), member(f"{base}/x", tarfile.REGTYPE)
         ),
         "device": tar_of({}, member(f"{base}/train", tarfile.CHRTYPE)),
         "pipe": tar_of({}, member(f"{base}/train", tarfile.FIFOTYPE)),
@@ -314,9 +304,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, miniature, kind):
     (data / made.official.filename).write_bytes(archive)
     made.refusal(data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "outside"]
-    assert [path.name for path in outside.iterdir()] == ["kept"] and (
-        outside / "kept"
-    ).read_bytes() == b"kept"
+    assert [path.name for path in outside.iterdir()] == ["kept"] and (outside / "kept").read_bytes() == b"kept"
     assert not any(path.is_symlink() or path.is_char_device() or path.is_fifo() for path in data.rglob("*"))
 
 

@@ -54,20 +54,14 @@ def kinds(name):
 
 REALS = [name for name in FIELDS if kinds(name) & {float, tuple[float, ...]}]
 WHOLES = [name for name in FIELDS if int in kinds(name)]
-TEXTS = [
-    name
-    for name in FIELDS
-    if str in kinds(name) and not FIELDS[name].metadata["choices"] and name != "device"
-]
+TEXTS = [name for name in FIELDS if str in kinds(name) and not FIELDS[name].metadata["choices"] and name != "device"]
 SWITCHES = [name for name in FIELDS if bool in kinds(name)]
 
 
 def other(name, now):
     """A value that the field takes and that is not the one it has now."""
     choices = FIELDS[name].metadata["choices"]
-    for value in choices or (
-        (True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x")
-    ):
+    for value in choices or ((True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x")):
         if value is True:
             return True
         try:
@@ -233,9 +227,7 @@ def test_every_number_has_its_range_tested():
     assert {flag(name) for name in REALS + WHOLES} <= set(BOUNDS)
 
 
-@pytest.mark.parametrize(
-    "word, seconds", [("90", 90), ("45s", 45), ("30m", 1800), ("1.5h", 5400), ("0.5m", 30)]
-)
+@pytest.mark.parametrize("word, seconds", [("90", 90), ("45s", 45), ("30m", 1800), ("1.5h", 5400), ("0.5m", 30)])
 def test_times_are_read_in_seconds(word, seconds):
     assert given("--max-time", word) == {"max_time": seconds}
 
@@ -333,26 +325,9 @@ DEFAULTS = {  # data set: model, epochs, lr, batch, augmentation, pixels, steps,
 @pytest.mark.parametrize("dataset", SETS)
 def test_each_data_set_brings_its_defaults(dataset):
     c = config("--dataset", dataset)
-    found = (
-        c.model,
-        c.epochs,
-        c.lr,
-        c.batch_size,
-        c.augment,
-        c.image_size,
-        c.steps,
-        c.min_epochs,
-        c.decay_epoch,
-    )
+    found = (c.model, c.epochs, c.lr, c.batch_size, c.augment, c.image_size, c.steps, c.min_epochs, c.decay_epoch)
     assert found == DEFAULTS[dataset]
-    assert (c.method, c.optimizer, c.mode, c.beta, c.power, c.gamma) == (
-        "constant",
-        "sgd",
-        "normal",
-        0.9,
-        0.9,
-        0.9,
-    )
+    assert (c.method, c.optimizer, c.mode, c.beta, c.power, c.gamma) == ("constant", "sgd", "normal", 0.9, 0.9, 0.9)
     assert c.images == {"digits": 1437, "imagenet": 1_281_167, "folder": None}.get(dataset, 50_000)
 
 
@@ -362,18 +337,7 @@ def test_no_flags_mean_digits():
 
 def test_flags_override_the_defaults_of_the_data_set():
     c = config(
-        "--dataset",
-        "cifar100",
-        "--model",
-        "mobilenetv2",
-        "--epochs",
-        3,
-        "--lr",
-        2,
-        "-b",
-        7,
-        "--augment",
-        "none",
+        "--dataset", "cifar100", "--model", "mobilenetv2", "--epochs", 3, "--lr", 2, "-b", 7, "--augment", "none"
     )
     assert (c.model, c.epochs, c.lr, c.batch_size, c.augment) == ("mobilenetv2", 3, 2.0, 7, "none")
 
@@ -449,8 +413,7 @@ def toml(folder, content):
 
 def test_a_file_is_merged_under_the_flags(tmp_path):
     path = toml(
-        tmp_path,
-        'dataset = "cifar10"\nlr = 0.5\nbatch-size = 64\ndecay_epoch = 3\nmethod = "lr"\ndrop_last = true\n',
+        tmp_path, 'dataset = "cifar10"\nlr = 0.5\nbatch-size = 64\ndecay_epoch = 3\nmethod = "lr"\ndrop_last = true\n'
     )
     alone = {
         "dataset": "cifar10", "lr": 0.5, "batch_size": 64, "decay_epoch": 3, "method": "lr",
@@ -464,19 +427,10 @@ def test_a_file_is_merged_under_the_flags(tmp_path):
 
 def test_a_file_holds_lists_switches_and_aliases(tmp_path):
     path = toml(
-        tmp_path,
-        'eps = [0.5, 1]\nmode = "critical"\ndeterministic = false\nbatchsize = 5\nmax_time = "1.5h"\n',
+        tmp_path, 'eps = [0.5, 1]\nmode = "critical"\ndeterministic = false\nbatchsize = 5\nmax_time = "1.5h"\n'
     )
-    assert given("--config", path) == {
-        "eps": (0.5, 1.0),
-        "mode": "critical",
-        "batch_size": 5,
-        "max_time": 5400.0,
-    }
-    assert given("--config", toml(tmp_path, "beta1 = 0.5\noptimizer = 'shb'")) == {
-        "beta": 0.5,
-        "optimizer": "shb",
-    }
+    assert given("--config", path) == {"eps": (0.5, 1.0), "mode": "critical", "batch_size": 5, "max_time": 5400.0}
+    assert given("--config", toml(tmp_path, "beta1 = 0.5\noptimizer = 'shb'")) == {"beta": 0.5, "optimizer": "shb"}
     assert given("--config", toml(tmp_path, "")) == {}
 
 

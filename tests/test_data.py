@@ -34,9 +34,7 @@ def test_both_loaders_give_equal_batches(kind, workers):
         ours, theirs = (every_batch(getattr(data, split), 100, 5, epoch) for data in (resident, plain))
         assert_equal_batches(ours, theirs)
         assert sum(len(y) for _, y in ours) == {"train": 1437, "test": 360}[split]
-    augmented, as_stored = (
-        torch.cat([x for x, _ in every_batch(resident.train, 100, 5, e)]) for e in (0, None)
-    )
+    augmented, as_stored = (torch.cat([x for x, _ in every_batch(resident.train, 100, 5, e)]) for e in (0, None))
     assert torch.equal(augmented, as_stored) == (kind == "none")
 
 
@@ -139,9 +137,7 @@ def test_a_system_that_does_not_say_what_memory_is_free_still_trains(monkeypatch
 def test_dali_is_refused_in_one_line_that_names_the_package(monkeypatch, cuda):
     real = importlib.util.find_spec
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name.startswith("nvidia") else real(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("nvidia") else real(name))
     with pytest.raises(DataError) as error:
         opened("dali")
     package = "nvidia-dali-cuda120" if cuda == "12.8" else "nvidia-dali-cuda130"
@@ -187,9 +183,7 @@ def test_digits_file_is_what_its_script_makes(tmp_path):
     script.main()
     assert script.TARGET.read_bytes() == shipped.read_bytes()
     with np.load(shipped) as file:
-        assert np.array_equal(file["images"], expected.images) and np.array_equal(
-            file["labels"], expected.target
-        )
+        assert np.array_equal(file["images"], expected.images) and np.array_equal(file["labels"], expected.target)
 
 
 def test_digits_are_small_and_come_with_their_licence():

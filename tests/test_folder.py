@@ -22,9 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def good_tree(root: Path) -> Path:
-    names = [
-        f"{split}/{name}/{k}.png" for split in ("train", "val") for name in ("cat", "dog") for k in (1, 2)
-    ]
+    names = [f"{split}/{name}/{k}.png" for split in ("train", "val") for name in ("cat", "dog") for k in (1, 2)]
     return tree(root, {name: noise() for name in names})
 
 
@@ -48,10 +46,7 @@ plain_loaders = pytest.mark.parametrize("loader", ["resident", "torch"])
 @plain_loaders
 @pytest.mark.parametrize("held_out", ["val", "test"])
 def test_a_folder_is_read_class_by_class_with_val_or_test_beside_it(tmp_path, loader, held_out):
-    files = {
-        f"train/{name}/{k}.png": noise()
-        for name, k in [("b", 2), ("b", 1), ("a", 9), ("c", 1), ("c", "deep/0")]
-    }
+    files = {f"train/{name}/{k}.png": noise() for name, k in [("b", 2), ("b", 1), ("a", 9), ("c", 1), ("c", "deep/0")]}
     files |= {f"{held_out}/c/1.png": noise(), f"{held_out}/a/1.png": noise()}
     tree(tmp_path, files | {"train/a/notes.txt": b"no image", "train/README": b"no class"})
     data = opened_folder(tmp_path, loader)

@@ -30,18 +30,14 @@ def parts_imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = (
-                [node.module] if node.module != "fastsmooth" else [f"fastsmooth.{a.name}" for a in node.names]
-            )
+            names = [node.module] if node.module != "fastsmooth" else [f"fastsmooth.{a.name}" for a in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("fastsmooth.")}
     return found - {"__version__"}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "fastsmooth").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "fastsmooth").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down_only(path):
     part = path.relative_to(ROOT / "fastsmooth").parts[0].removesuffix(".py")
     if part != "train":

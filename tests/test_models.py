@@ -36,9 +36,7 @@ SMALL = ["resnet8", "resnet20", "resnet18", "mobilenetv2"]
 def fixed_seed_one_thread_and_no_graph():
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # images this small gain nothing from a second one, and lose much on a busy machine
+    torch.set_num_threads(1)  # images this small gain nothing from a second one, and lose much on a busy machine
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
@@ -156,9 +154,7 @@ def test_wide_resnet_computes_the_published_pre_activation_blocks():
         activated = normalise(y, state).relu()
         first = F.conv2d(activated, next(state), stride=stride, padding=1)
         second = F.conv2d(normalise(first, state).relu(), next(state), padding=1)
-        shortcut = (
-            F.conv2d(activated, next(state), stride=stride) if block == 0 else y
-        )  # 16 -> 32 -> 64 -> 128 widths
+        shortcut = F.conv2d(activated, next(state), stride=stride) if block == 0 else y  # 16 -> 32 -> 64 -> 128 widths
         y = second + shortcut
     y = normalise(y, state).relu().mean(dim=(2, 3))
     expected = F.linear(y, next(state), next(state))
@@ -178,24 +174,14 @@ def test_wide_resnet_starts_kaiming_normal_by_fan_out_with_a_zero_head_bias():
     for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
         n, std = conv.weight.numel(), math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
         assert conv.bias is None
-        assert conv.weight.std().item() == pytest.approx(
-            std, rel=5 / math.sqrt(2 * n)
-        )  # five standard errors
+        assert conv.weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * n))  # five standard errors
         assert abs(conv.weight.mean().item()) < 5 * std / math.sqrt(n)
         assert conv.weight.abs().max() > 2.5 * std  # normal, not uniform, which ends at 1.73
     assert not model.head.bias.any()
 
 
 def test_mobilenet_computes_the_published_stages():
-    stages = [
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 1),
-        (6, 320, 1, 1),
-    ]
+    stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1)]
     model = build("mobilenetv2", 10).double().eval()
     settle_norms(model)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -252,16 +238,10 @@ def test_group_norm_keeps_every_parameter_and_sixteen_channels_a_group(name):
 
 
 def test_group_norm_takes_widths_that_sixteen_does_not_divide():
-    model = nn.Sequential(
-        nn.Conv2d(3, 24, 1), nn.BatchNorm2d(24, eps=1e-3), nn.BatchNorm2d(24), nn.Conv2d(24, 7, 1)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 24, 1), nn.BatchNorm2d(24, eps=1e-3), nn.BatchNorm2d(24), nn.Conv2d(24, 7, 1))
     model.append(nn.BatchNorm2d(7))
     assert replace_batchnorm(model) == 3
-    assert [(m.num_groups, m.eps) for m in model if isinstance(m, nn.GroupNorm)] == [
-        (3, 1e-3),
-        (3, 1e-5),
-        (7, 1e-5),
-    ]
+    assert [(m.num_groups, m.eps) for m in model if isinstance(m, nn.GroupNorm)] == [(3, 1e-3), (3, 1e-5), (7, 1e-5)]
     assert torch.isfinite(model(torch.randn(2, 3, 4, 4))).all()
 
 

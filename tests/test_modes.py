@@ -54,15 +54,11 @@ def test_a_measurement_leaves_no_trace(bn):
     with measure.undisturbed(model, bn):
         assert model.training == model[1].training == (bn == "train")
         full = measure.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])], 20)
-        measure.direction_noise(
-            model, optimizer, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]), full, 3, 20
-        )
+        measure.direction_noise(model, optimizer, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]), full, 3, 20)
     after = (*model.parameters(), *model.buffers(), torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
-    assert all(
-        torch.equal(a, s["momentum_buffer"]) for a, s in zip(buffers, optimizer.state.values(), strict=True)
-    )
+    assert all(torch.equal(a, s["momentum_buffer"]) for a, s in zip(buffers, optimizer.state.values(), strict=True))
     assert model.training and not model[1].training
 
 
@@ -110,9 +106,7 @@ def test_c2_sampled_is_unbiased_for_batches_without_replacement(batch):
     subsets = [list(s) for s in itertools.combinations(range(n), batch)]
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
     full = measure.full_gradient(model, [(x, y)], n)
-    noise = measure.direction_noise(
-        model, optimizer, lambda i: (x[subsets[i]], y[subsets[i]]), full, len(subsets), n
-    )
+    noise = measure.direction_noise(model, optimizer, lambda i: (x[subsets[i]], y[subsets[i]]), full, len(subsets), n)
     assert noise.grad_variance().value == pytest.approx(per_sample_variance(model, x, y), rel=1e-10)
     assert noise.noise_norms == pytest.approx(noise.grad_noise_norms)
 
@@ -353,6 +347,6 @@ def test_the_method_named_sampling_is_the_mode_with_a_constant_schedule(tmp_path
     flags = ["--steps", "3", "--draws", "2", "--seed", "4"]
     a = run(tmp_path, "--method", "sampling", *flags, name="a")
     b = run(tmp_path, "--mode", "sampling", *flags, name="b")
-    assert json.loads((a / "noise.json").read_text()) | {"seconds": 0} == json.loads(
-        (b / "noise.json").read_text()
-    ) | {"seconds": 0}
+    assert json.loads((a / "noise.json").read_text()) | {"seconds": 0} == json.loads((b / "noise.json").read_text()) | {
+        "seconds": 0
+    }

@@ -125,9 +125,7 @@ def test_every_form_follows_its_definition(form, nu, weight_decay):
         optimizer.set_point(lr, beta)
         set_grads(params, step, torch.float64)
         optimizer.step()
-    expected = plain_run(
-        form, 12, lambda t: CHANGING[t][0], lambda t: CHANGING[t][1], nu, weight_decay, torch.float64
-    )
+    expected = plain_run(form, 12, lambda t: CHANGING[t][0], lambda t: CHANGING[t][1], nu, weight_decay, torch.float64)
     for mine, value in zip(params, expected, strict=True):
         torch.testing.assert_close(mine.detach(), value, rtol=1e-12, atol=1e-14)
 
@@ -207,9 +205,7 @@ def test_directions_are_what_step_applies_and_change_nothing(form, weight_decay)
         assert len(optimizer.state) == len(held)  # no buffer was made either
         assert equal(found, given)
         assert not {t.data_ptr() for t in found if t.numel()} & {
-            t.data_ptr()
-            for t in [*params, *(p.grad for p in params), *buffers(optimizer, params)]
-            if t.numel()
+            t.data_ptr() for t in [*params, *(p.grad for p in params), *buffers(optimizer, params)] if t.numel()
         }
 
         optimizer.step()
@@ -225,9 +221,7 @@ def test_directions_take_other_gradients_than_those_of_the_parameters():
     for p in params:
         p.grad = None
     found = optimizer.directions(gradients(7, torch.float64))
-    expected = [
-        0.5 * a + b for a, b in zip(gradients(0, torch.float64), gradients(7, torch.float64), strict=True)
-    ]
+    expected = [0.5 * a + b for a, b in zip(gradients(0, torch.float64), gradients(7, torch.float64), strict=True)]
     for mine, value in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, value, rtol=1e-14, atol=1e-15)
     assert all(p.grad is None for p in params)

@@ -176,9 +176,7 @@ def test_a_subset_is_a_function_of_seed_step_and_draw():
 
 def test_a_subset_shares_nothing_with_the_order_of_the_epoch_of_the_same_number():
     for number in range(5):
-        first, chosen = (
-            set(x.tolist()) for x in (permutation(0, number, 1000)[:50], subset(0, number, 0, 1000, 50))
-        )
+        first, chosen = (set(x.tolist()) for x in (permutation(0, number, 1000)[:50], subset(0, number, 0, 1000, 50)))
         assert len(first & chosen) < 16
 
 

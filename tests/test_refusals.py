@@ -30,9 +30,7 @@ def refused(capsys, argv: list[str]) -> str:
 
 
 def listing(directory: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")
-    }
+    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
 
 
 def both(root: Path, files: dict) -> Path:

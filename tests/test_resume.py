@@ -47,9 +47,8 @@ def run_main(argv: list[str], log: str) -> None:
     os.dup2(file, 2)
     from fastsmooth.train import main
 
-    torch.set_num_threads(
-        1
-    )  # threads that wait for each other crawl when the cores are shared with other work
+    # threads that wait for each other crawl when the cores are shared with other work
+    torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # so that DataLoader workers see their parent die
     sys.exit(main(argv))
 
@@ -181,9 +180,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     wait_for(tmp_path / "run" / "checkpoints" / "ckpt-14.json")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    newest = max(
-        (tmp_path / "run" / "checkpoints").glob("ckpt-*.json"), key=lambda p: int(p.stem.split("-")[1])
-    )
+    newest = max((tmp_path / "run" / "checkpoints").glob("ckpt-*.json"), key=lambda p: int(p.stem.split("-")[1]))
     data = bytearray(newest.with_suffix(".pt").read_bytes())
     data[len(data) // 2] ^= 1
     newest.with_suffix(".pt").write_bytes(data)

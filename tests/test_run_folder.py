@@ -161,14 +161,7 @@ def test_the_clock_gives_each_second_to_one_part(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [
-        (0.4, "0 s"),
-        (42, "42 s"),
-        (150, "2.5 min"),
-        (3120, "52 min"),
-        (12_600, "3.5 h"),
-        (600_000, "6.9 days"),
-    ],
+    [(0.4, "0 s"), (42, "42 s"), (150, "2.5 min"), (3120, "52 min"), (12_600, "3.5 h"), (600_000, "6.9 days")],
 )
 def test_lengths_of_time_are_for_people(seconds, words):
     assert span(seconds) == words

@@ -214,9 +214,7 @@ def test_delta_is_that_of_the_published_constants(batch):
     shb = Smoothing("shb", *CONSTANTS["shb"])
     nshb_v3 = Smoothing("nshb", *CONSTANTS["nshb"])
     nshb_v1 = Smoothing("nshb", *CONSTANTS["nshb"], nshb_form="v1")
-    found = [
-        s.degree(0.1, batch, beta) for s, beta in [(sgd, 0.0), (shb, 0.9), (nshb_v3, 0.9), (nshb_v1, 0.9)]
-    ]
+    found = [s.degree(0.1, batch, beta) for s, beta in [(sgd, 0.0), (shb, 0.9), (nshb_v3, 0.9), (nshb_v1, 0.9)]]
     for value, printed in zip(found, DELTA[batch], strict=True):
         assert agrees(value, printed), (value, printed)
     assert found[2] == pytest.approx(found[0], rel=1e-12)  # 128 / (1 - 0.9) = 1280
@@ -266,14 +264,11 @@ def test_critical_factor_has_all_its_published_shapes(beta):
     assert Smoothing("sgd").critical_factor(beta) == 1
     assert Smoothing("qhm", nu=0.0).critical_factor(beta) == 1
     assert Smoothing("qhm", nu=1.0).critical_factor(beta) == pytest.approx(1 / (1 - beta), rel=1e-12)
-    assert Smoothing("qhm", nu=0.4).critical_factor(beta) == pytest.approx(
-        1 + 0.4 * beta / (1 - beta), rel=1e-12
-    )
+    assert Smoothing("qhm", nu=0.4).critical_factor(beta) == pytest.approx(1 + 0.4 * beta / (1 - beta), rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    "optimizer, critical_batch, printed",
-    [("sgd", 2**9, "1280"), ("shb", 2**10, "25.3187"), ("nshb", 2**9, "128")],
+    "optimizer, critical_batch, printed", [("sgd", 2**9, "1280"), ("shb", 2**10, "25.3187"), ("nshb", 2**9, "128")]
 )
 def test_critical_batch_gives_the_published_gradient_variance(optimizer, critical_batch, printed):
     kappa = Smoothing(optimizer).critical_factor(0.9)
@@ -305,14 +300,7 @@ def test_batch_is_a_whole_number_and_delta_belongs_to_it(method, shifted):
 
 
 GOLDEN = {  # SPEC B.4, the original recursion at ResNet-18, b 128, power 0.9
-    ("shb", "beta", "momentum"): {
-        1: ".8996",
-        50: ".8739",
-        100: ".8270",
-        150: ".7130",
-        180: ".4818",
-        190: ".2583",
-    },
+    ("shb", "beta", "momentum"): {1: ".8996", 50: ".8739", 100: ".8270", 150: ".7130", 180: ".4818", 190: ".2583"},
     ("shb", "beta", "delta"): {0: "1.65", 100: ".889", 190: ".121"},
     ("shb", "lr-beta", "lr"): {50: ".08792", 100: ".07337", 199: ".01256"},
     ("shb", "lr-beta", "momentum"): {100: ".8679", 190: ".6960", 199: ".4669"},

@@ -117,9 +117,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("part", FAULTS)
-def test_a_tracker_that_fails_is_one_warning_and_changes_nothing(
-    part, tmp_path, without, monkeypatch, capsys
-):
+def test_a_tracker_that_fails_is_one_warning_and_changes_nothing(part, tmp_path, without, monkeypatch, capsys):
     module, _ = fake_wandb(**{part: FAULTS[part]})
     monkeypatch.setitem(sys.modules, "wandb", module)
     out = tmp_path / "run"

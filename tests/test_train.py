@@ -141,18 +141,7 @@ def test_bf16_trains(tmp_path):
 
 def test_a_growing_batch_compiles_once(tmp_path, capsys):
     """Training step, update and evaluation: three graphs, whatever lr and batch do; the results stay those of eager."""
-    flags = [
-        "--method",
-        "hybrid",
-        "--epochs",
-        "5",
-        "--decay-epoch",
-        "1",
-        "--optimizer",
-        "shb",
-        "--lr",
-        "0.02",
-    ]
+    flags = ["--method", "hybrid", "--epochs", "5", "--decay-epoch", "1", "--optimizer", "shb", "--lr", "0.02"]
     out = train(tmp_path / "compiled", *flags, "--compile", "on")
     assert json.loads((out / "summary.json").read_text())["compiled_graphs"] == 3
     assert "compiled 3 graphs" in capsys.readouterr().out
@@ -212,9 +201,7 @@ def test_the_plan_prints_every_epoch(capsys):
     assert rows[160]["batch_size"] == 162 and rows[160]["lr"] == pytest.approx(0.05625)
     assert main(["--plan", "--dataset", "cifar100", "--method", "hybrid"]) == 0
     table = capsys.readouterr().out
-    assert (
-        "0-39" in table and "160-199" in table and "162,880 updates, 10,000,000 gradient evaluations" in table
-    )
+    assert "0-39" in table and "160-199" in table and "162,880 updates, 10,000,000 gradient evaluations" in table
     for name in SETS:
         assert main(["--plan", "--dataset", name]) == 0  # touches no data: none of them is here
 
@@ -238,16 +225,7 @@ def test_a_terminal_gets_a_bar_and_every_epoch(tmp_path):
 
 def test_real_images_of_a_folder_are_learned(cifar_folder, tmp_path):
     """1,500 CIFAR-100 images of 15 classes with the batch growing: far above the 6.7 % of chance."""
-    flags = [
-        "--dataset",
-        "folder",
-        "--data-dir",
-        str(cifar_folder),
-        "--model",
-        "resnet8",
-        "--method",
-        "hybrid",
-    ]
+    flags = ["--dataset", "folder", "--data-dir", str(cifar_folder), "--model", "resnet8", "--method", "hybrid"]
     out = train(tmp_path / "run", *flags, "--epochs", "8")
     rows = epochs_of(out)
     assert [r["batch_size"] for r in rows] == [32, 48, 72, 108, 162, 243, 364, 546]

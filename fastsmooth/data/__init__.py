@@ -49,14 +49,7 @@ def open_data(config, device: torch.device) -> Data:
     else:
         loaders = [
             TorchLoader(
-                s,
-                config.augment,
-                config.image_size,
-                config.seed,
-                images.mean,
-                images.std,
-                device,
-                config.workers,
+                s, config.augment, config.image_size, config.seed, images.mean, images.std, device, config.workers
             )
             for s in (images.train, images.test)
         ]
@@ -66,9 +59,7 @@ def open_data(config, device: torch.device) -> Data:
 
 def decode(split, config):
     return decode_all(
-        split,
-        config.image_size,
-        lambda image: augment.evaluation_view(image, config.augment, config.image_size),
+        split, config.image_size, lambda image: augment.evaluation_view(image, config.augment, config.image_size)
     )
 
 

@@ -34,9 +34,7 @@ def read(name: str, directory: Path) -> tuple[Split, Split, tuple[str, ...]]:
 def split(batches: list[dict], root: Path) -> Split:
     try:
         data = np.concatenate([batch["data"] for batch in batches])
-        labels = np.concatenate(
-            [batch["fine_labels" if "fine_labels" in batch else "labels"] for batch in batches]
-        )
+        labels = np.concatenate([batch["fine_labels" if "fine_labels" in batch else "labels"] for batch in batches])
         pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         if pixels.dtype != np.uint8 or len(pixels) != len(labels):
             raise ValueError(f"{len(pixels)} images of {pixels.dtype}, {len(labels)} labels")
@@ -55,9 +53,7 @@ def provide(name: str, directory: Path) -> Path:
     if not archive.is_file():
         download(official.url, archive, official.tgz_md5)
     elif file_md5(archive) != official.tgz_md5:
-        raise DataError(
-            f"{archive}: its MD5 sum is not the official {official.tgz_md5}: delete it and fetch it again"
-        )
+        raise DataError(f"{archive}: its MD5 sum is not the official {official.tgz_md5}: delete it and fetch it again")
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(directory, filter="data")  # no links out, no devices, no "..", no absolute names
@@ -109,10 +105,7 @@ def transfer(url: str, part: Path) -> None:
                     shown = percent
                     end = "\r" if sys.stderr.isatty() else "\n"
                     print(
-                        f"{part.stem}: {done / 1e6:.0f} of {total / 1e6:.0f} MB",
-                        end=end,
-                        file=sys.stderr,
-                        flush=True,
+                        f"{part.stem}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", end=end, file=sys.stderr, flush=True
                     )
         if total and done < total:
             raise OSError(f"connection closed after {done} of {total} bytes")
@@ -145,9 +138,7 @@ def unpickle(path: Path, md5: str | None = None) -> dict:
     """The dict in a CIFAR file, its MD5 sum checked where it is known. Raises DataError."""
     try:
         if md5 is not None and file_md5(path) != md5:
-            raise DataError(
-                f"{path}: its MD5 sum is not the official {md5}: delete its folder and fetch it again"
-            )
+            raise DataError(f"{path}: its MD5 sum is not the official {md5}: delete its folder and fetch it again")
         with path.open("rb") as file:
             value = Unpickler(file, encoding="latin1").load()
     except OSError as error:

@@ -45,13 +45,7 @@ def sorted_by(words: Tensor) -> Tensor:
 
 
 def epoch_batches(
-    seed: int,
-    epoch: int,
-    n: int,
-    batch_size: int,
-    start: int = 0,
-    drop_last: bool = False,
-    device: str = "cpu",
+    seed: int, epoch: int, n: int, batch_size: int, start: int = 0, drop_last: bool = False, device: str = "cpu"
 ) -> Iterator[Tensor]:
     """The epoch's batches of sample indices from position `start` on; every sample once, the last batch partial."""
     order = permutation(seed, epoch, n, device)

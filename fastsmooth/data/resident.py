@@ -19,9 +19,8 @@ class ResidentLoader:
         n, size = len(split), split.pixels.shape[1]
         packed = np.zeros((n, size * size + 1, 4), dtype=np.uint8)  # one more pixel: the zero fill
         packed[:, :-1, :3] = split.pixels.reshape(n, -1, 3)
-        self.packed = (
-            torch.from_numpy(packed).to(device).view(torch.int32).squeeze(-1)
-        )  # [n, size * size + 1]
+        # [n, size * size + 1]
+        self.packed = torch.from_numpy(packed).to(device).view(torch.int32).squeeze(-1)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
         self.kind, self.seed, self.size, self.device = kind, seed, size, device
@@ -45,9 +44,7 @@ class ResidentLoader:
         if epoch is None or self.kind == "none":
             rows = rows[:, :-1].contiguous()
         else:
-            sources = augment.source_pixels(
-                self.drawn(epoch)[index], self.size, self.kind == "crop-flip-rotate"
-            )
+            sources = augment.source_pixels(self.drawn(epoch)[index], self.size, self.kind == "crop-flip-rotate")
             rows = rows.gather(1, sources)
         return rows.view(torch.uint8).view(-1, self.size, self.size, 4)[..., :3]
 

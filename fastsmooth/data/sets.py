@@ -57,9 +57,7 @@ class ImageSet:
             else:
                 root = os.path.commonpath(split.paths)
                 digest.update(
-                    "\0".join(os.path.relpath(p, root) for p in split.paths).encode(
-                        "utf-8", "surrogateescape"
-                    )
+                    "\0".join(os.path.relpath(p, root) for p in split.paths).encode("utf-8", "surrogateescape")
                 )
         return digest.hexdigest()
 
@@ -78,9 +76,7 @@ def digits(config) -> ImageSet:
 def cifar10(config) -> ImageSet:
     from fastsmooth.data.cifar import read
 
-    return ImageSet(
-        *read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    )
+    return ImageSet(*read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 def cifar100(config) -> ImageSet:
@@ -123,9 +119,7 @@ def scan(directory: Path, classes: tuple[str, ...]) -> Split:
     """Every image file below DIRECTORY/CLASS, by class and then by path."""
     extra = sorted({entry.name for entry in os.scandir(directory) if entry.is_dir()} - set(classes))
     if extra:
-        raise DataError(
-            f"{directory} has a class folder {extra[0]!r} that train/ has not: remove it or add it there"
-        )
+        raise DataError(f"{directory} has a class folder {extra[0]!r} that train/ has not: remove it or add it there")
     paths, labels = [], []
     for label, name in enumerate(classes):
         inside = [
@@ -151,9 +145,7 @@ def open_image(path: str) -> Image.Image:
                 raise Image.DecompressionBombError
             return file.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(
-            f"{path}: the image is too large to decode safely: remove it or make it smaller"
-        ) from None
+        raise DataError(f"{path}: the image is too large to decode safely: remove it or make it smaller") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not an image that can be read: remove it") from None
     except Exception as error:  # a damaged file may raise anything: Pillow's decoders do not agree on a type

@@ -62,9 +62,7 @@ class Batches:
 class TorchLoader:
     """The same interface as ResidentLoader; workers are kept between passes."""
 
-    def __init__(
-        self, split: Split, kind: str, size: int, seed: int, mean, std, device: torch.device, workers: int
-    ):
+    def __init__(self, split: Split, kind: str, size: int, seed: int, mean, std, device: torch.device, workers: int):
         self.images, self.kind, self.size, self.seed = Images(split, kind, size), kind, size, seed
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
         self.device, self.workers = device, workers
