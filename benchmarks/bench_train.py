@@ -46,7 +46,7 @@ from fastsmooth.step import Step, keep_freed_memory
 CLASSES, SIZE, LR = 100, 32, 0.1
 TRAIN_IMAGES, TEST_IMAGES = 50_000, 1_000
 MATMUL = 2048
-TESTS = ("test_augment.py", "test_optim.py", "test_step.py")
+TESTS = ("test_augment.py", "test_data.py", "test_optim.py")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is known of the data sets before any of them is opened. Defaults are the papers' (SPEC B.1 to B.3).
+# What is known of the data sets before any of them is opened. Defaults are the papers'.
 
 PAPER = {"epochs": 200, "lr": 0.1, "batch_size": 32, "min_epochs": 11, "steps": 10_000}
 CIFAR = PAPER | {"model": "resnet18", "image_size": 32}
@@ -78,7 +78,7 @@ SETS = {
     ),
 }
 
-# Published bounds (optimizer, model) -> (C^2, K^2), at lr 0.1 and beta 0.9 on CIFAR-100 (SPEC B.4 and D.2).
+# Published bounds (optimizer, model) -> (C^2, K^2), at lr 0.1 and beta 0.9 on CIFAR-100.
 PUBLISHED = {
     ("sgd", "resnet18"): (1280.0, None),
     ("shb", "resnet18"): (25.318, 1.77**2),
@@ -492,7 +492,8 @@ def read_saved(folder: Path) -> Config:
         raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
-    lacking = sorted(SETS["digits"].defaults.keys() - given.keys())  # what every data set fills in
+    filled = {*SETS["digits"].defaults, "decay_epoch"}  # by resolve(), for every data set
+    lacking = sorted(filled - given.keys())
     if lacking:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
     return Config(**from_table(parser(), given, str(path)))

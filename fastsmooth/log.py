@@ -65,9 +65,6 @@ class RunFolder:
             raise RunFolderError(f"{self.path / 'metrics.jsonl'} is shorter than at the checkpoint: it was changed")
         os.ftruncate(self._metrics.fileno(), size)
 
-    def rows(self) -> list[dict[str, Any]]:
-        return read_rows(self.path)
-
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Replace a JSON file of the folder."""
         aside = self.path / f".{name}.tmp"

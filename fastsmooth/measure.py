@@ -1,7 +1,7 @@
 """Gradient noise by plain autograd: the full gradient, the mini-batch gradient, and the search-direction noise at one point.
 
 Everything is measured at one x_t, and parameters, buffers, gradients, optimizer state and random state are bit for bit
-afterwards what they were before (SPEC Decisions 4 and 5).
+afterwards what they were before.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def full_gradient(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], n:
     """The mean over chunks of their gradients, each weighted by its true share of the n samples, in float64.
 
     With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in train mode it is the
-    expectation of the mini-batch gradient at the chunks' size (SPEC Decision 5, C.17).
+    expectation of the mini-batch gradient at the chunks' size.
     """
     wide = torch.float32 if next(model.parameters()).device.type == "mps" else torch.float64
     total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
@@ -87,7 +87,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class DirectionNoise:
-    """||m_t - grad f(x_t)|| over draws of the mini-batch at one x_t, and what follows from it (SPEC A.4 (3))."""
+    """||m_t - grad f(x_t)|| over draws of the mini-batch at one x_t, and what follows from it."""
 
     full_grad_norm: float
     noise_norms: list[float]  # ||m - G||, one a draw

@@ -1,7 +1,7 @@
 """Image classifiers by name: the CIFAR networks of the papers, small ones for quick studies, torchvision and timm.
 
 Parameter counts of the papers' networks with 100 classes: ResNet-18 11,220,132; WideResNet-28-10 36,536,884;
-MobileNetV2 2,369,380 (SPEC B.6; tests/test_models.py holds them).
+MobileNetV2 2,369,380 (tests/test_models.py holds them).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class PreactBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WideResNet-(6n+4)-k without dropout; kaiming-normal (fan out) convolutions and a zero head bias (SPEC B.6)."""
+    """WideResNet-(6n+4)-k without dropout; kaiming-normal (fan out) convolutions and a zero head bias."""
 
     def __init__(self, depth: int, factor: int, classes: int):
         super().__init__()
@@ -259,7 +259,3 @@ def replace_batchnorm(model: nn.Module) -> int:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def has_batchnorm(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

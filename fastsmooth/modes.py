@@ -190,7 +190,7 @@ class Run:
             self.save(final=self.epoch == self.schedule.epochs)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # the published ImageNet code tests on the training view (SPEC C.32)
+        # the published ImageNet code tests on the training view
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
         return self.data.test.batches(in_order(len(self.data.test), TEST_BATCH), self.epoch if augmented else None)
 
@@ -241,7 +241,7 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was saved; rows written after it are dropped."""
+        """Stand where `state` was saved."""
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
         for name in ("epoch", "position", "update", "samples", "best_test_acc", "last_epoch"):
@@ -253,7 +253,6 @@ class Run:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.folder.rewind(state["metrics_bytes"])
         self.epoch_seconds_before = state["epoch_seconds"]
 
     # Measuring --------------------------------------------------------------------------------------------------

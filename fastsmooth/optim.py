@@ -1,4 +1,4 @@
-"""SGD, SHB, NSHB and QHM: one update with its forms named (SPEC A.2).
+"""SGD, SHB, NSHB and QHM: one update with its forms named.
 
     sgd    m = g                                       (momentum is not used)
     shb    m = beta m + g                              torch.optim.SGD(momentum=beta)
@@ -58,7 +58,7 @@ def update(
 
 
 class NoisySGD(torch.optim.Optimizer):
-    """The four forms as one torch optimizer. lr and momentum change in place and leave the buffers alone (SPEC C.24).
+    """The four forms as one torch optimizer. lr and momentum change in place and leave the buffers alone.
 
     Args: params, form (one of FORMS), lr, momentum (beta), nu (qhm alone), weight_decay. The state of a parameter is
     its "momentum_buffer", as in torch.optim.SGD; sgd has none. Raises ValueError for values out of range.

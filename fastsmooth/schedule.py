@@ -1,8 +1,8 @@
 """What lr, batch size and momentum are at every epoch, and how far the resulting noise smooths the loss.
 
 A method is one function epoch -> Point in the table METHODS. Loader, optimizer and log read the same Point.
-Formulas: degree of smoothing delta, P1 (arXiv 2311.08745) and P2 (arXiv 2402.02325), SPEC A.3; schedules, SPEC B.1 and
-B.4 with round m = epoch + 1 of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power (SPEC A.6).
+Formulas: degree of smoothing delta, P1 (arXiv 2311.08745) and P2 (arXiv 2402.02325);
+schedules with round m = epoch + 1 of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and hybrid
 HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same factor of delta
 
-# Published growth of the batch by its size at the start: b (201/2)^(0.9 balance) is near 8192 for all (SPEC B.4).
+# Published growth of the batch by its size at the start: b (201/2)^(0.9 balance) is near 8192 for all.
 BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 512: 2 / 3, 1024: 0.5}
 
 
@@ -30,7 +30,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The noise model behind delta: the optimizer's form and the constants C^2 and K^2 (SPEC A.3)."""
+    """The noise model behind delta: the optimizer's form and the constants C^2 and K^2."""
 
     optimizer: str  # sgd, shb, nshb or qhm
     grad_variance: float = 1.0
@@ -43,7 +43,7 @@ class Smoothing:
         return lr * math.sqrt(self.noise(batch_size, momentum))
 
     def noise(self, batch_size: int, beta: float) -> float:
-        """The bound psi^2 on E||m_t - grad f(x_t)||^2 (SPEC A.3)."""
+        """The bound psi^2 on E||m_t - grad f(x_t)||^2."""
         variance = self.grad_variance / batch_size
         if self.optimizer == "sgd":
             return variance
@@ -56,7 +56,7 @@ class Smoothing:
         return (1 + nu * beta / (1 - beta)) * variance
 
     def critical_factor(self, beta: float) -> float:
-        """kappa in C^2 = b* eps^2 / (kappa lr), the estimate from the critical batch size b* (SPEC A.4)."""
+        """kappa in C^2 = b* eps^2 / (kappa lr), the estimate from the critical batch size b*."""
         if self.optimizer == "sgd" or beta == 0:
             return 1.0
         if self.optimizer == "shb":
@@ -94,7 +94,7 @@ class Schedule:
     power: float = 0.9
     gamma: float = 0.9
     largest_batch: int | None = None  # images in the training set: no batch can hold more
-    shifted: bool = False  # the published code's indices (SPEC C.20, C.23), to compare with its curves
+    shifted: bool = False  # the published code's indices, to compare with its curves
 
     def __call__(self, epoch: int) -> Point:
         point = METHODS[self.method](self, epoch)
@@ -106,7 +106,7 @@ class Schedule:
         return self.smoothing.degree(point.lr, point.batch_size, point.momentum)
 
     def target(self, epoch: int) -> float:
-        """The delta that a solved method aims at (P1, optimal decay rate; SPEC A.6)."""
+        """The delta that a solved method aims at (P1, optimal decay rate)."""
         return self.delta(self.start) * self.remaining(epoch) ** self.power
 
     def remaining(self, epoch: int) -> float:
@@ -134,7 +134,7 @@ class Schedule:
         return epoch // self.decay_epoch
 
     def batch_steps_taken(self, epoch: int) -> int:
-        """The same epochs as the learning rate; the published code was one epoch late (SPEC C.20)."""
+        """The same epochs as the learning rate; the published code was one epoch late."""
         return max(0, epoch - 1) // self.decay_epoch if self.shifted else self.steps_taken(epoch)
 
     def points(self) -> Iterator[Point]:
@@ -176,7 +176,7 @@ def exponential(s: Schedule, epoch: int) -> Point:
 
 
 def solved_momentum(s: Schedule, epoch: int, *, lr_decays: bool = False, batch_grows: bool = False) -> Point:
-    """beta, lr-beta, beta-batch: beta takes up whatever part of the target delta lr and batch leave (SPEC B.4)."""
+    """beta, lr-beta, beta-batch: beta takes up whatever part of the target delta lr and batch leave."""
     lr = s.start.lr * s.remaining(epoch) ** (s.power / 2) if lr_decays else s.start.lr
     batch = grown_batch(s, epoch) if batch_grows else s.start.batch_size
     if epoch == 0:
@@ -191,7 +191,7 @@ def lr_batch(s: Schedule, epoch: int) -> Point:
 
 
 def grown_batch(s: Schedule, epoch: int) -> int:
-    """b ((M / (M - e))^(power balance), as the whole number that the loader serves (SPEC B.4, C.28)."""
+    """b (M / (M - e))^(power balance), as the whole number that the loader serves."""
     grown = int(s.start.batch_size * s.remaining(epoch) ** (-s.power * balance(s.start.batch_size)))
     return grown if s.largest_batch is None else min(grown, s.largest_batch)
 

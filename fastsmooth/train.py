@@ -256,7 +256,7 @@ def finished(out: Path) -> bool:
 def go_on(live) -> None:
     """Load the newest valid checkpoint; without one the run starts from its beginning."""
     from fastsmooth.checkpoint import CheckpointError
-    from fastsmooth.log import RunFolderError
+    from fastsmooth.log import one_line
 
     live.checkpoints.clean()
     state = live.checkpoints.load()
@@ -264,16 +264,16 @@ def go_on(live) -> None:
         live.folder.rewind(0)
         return
     try:
-        if state["fingerprint"] != live.data.fingerprint:
-            raise ConfigError(f"--resume: the images in {live.config.data_dir} are not those the run was started with")
-        live.restore(state)
-    except (ConfigError, RunFolderError):
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:  # a sound file of another program
-        reason = " ".join(str(error).split())[:200]
+        size, same_images = state["metrics_bytes"], state["fingerprint"] == live.data.fingerprint
+        if same_images:
+            live.restore(state)
+    except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
-            f"{live.checkpoints.directory}: the checkpoint is not of this run ({reason}): start a new run"
+            f"{live.checkpoints.directory}: the checkpoint is not of this run ({one_line(error)[:200]}): start a new run"
         ) from None
+    if not same_images:
+        raise ConfigError(f"--resume: the images in {live.config.data_dir} are not those the run was started with")
+    live.folder.rewind(size)
 
 
 def pick_device(c: Config, torch):
@@ -322,6 +322,8 @@ def check_against_data(c: Config, schedule: Schedule, n: int) -> None:
 
 def try_model(model, images, torch) -> None:
     """One small forward pass, so that a model that cannot take the images is refused before the run folder is made."""
+    from fastsmooth.data import DataError
+    from fastsmooth.log import one_line
     from fastsmooth.models import ModelError
 
     try:
@@ -331,12 +333,10 @@ def try_model(model, images, torch) -> None:
         model.train()
         if logits.shape != (1, images.classes):
             raise ValueError(f"its output is {list(logits.shape)}, not [1, {images.classes}]")
+    except DataError:
+        raise
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
-        if type(error).__name__ == "DataError":
-            raise
-        raise ModelError(
-            f"the model cannot take {images.size}x{images.size} images: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise ModelError(f"the model cannot take {images.size}x{images.size} images: {one_line(error)[:200]}") from None
 
 
 def default_out(c: Config) -> Path:

@@ -233,19 +233,11 @@ def test_critical_stops_when_every_threshold_is_crossed(tmp_path):
     assert found["crossings"]["1.6"]["step"] <= found["updates"] < found["crossings"]["1.6"]["step"] + 5
 
 
+FULL_GRAD = ["--mode", "critical", "--criterion", "full-grad", "--full-grad-every"]
+
+
 def test_the_full_gradient_criterion_averages_full_gradient_norms(tmp_path):
-    flags = [
-        "--mode",
-        "critical",
-        "--criterion",
-        "full-grad",
-        "--full-grad-every",
-        "30",
-        "--bn",
-        "eval",
-        "--norm",
-        "group",
-    ]
+    flags = [*FULL_GRAD, "30", "--bn", "eval", "--norm", "group"]
     out = run(tmp_path, *flags, "--epochs", "2", "--eps", "0.001")
     found = json.loads((out / "critical.json").read_text())
     data = open_data(resolve({}), CPU)
@@ -269,18 +261,7 @@ def test_the_full_gradient_criterion_averages_full_gradient_norms(tmp_path):
 
 def test_measuring_the_full_gradient_does_not_change_the_run(tmp_path):
     plain = run(tmp_path, "--epochs", "2", name="plain")
-    flags = [
-        "--mode",
-        "critical",
-        "--criterion",
-        "full-grad",
-        "--full-grad-every",
-        "11",
-        "--eps",
-        "1e-9",
-        "--epochs",
-        "2",
-    ]
+    flags = [*FULL_GRAD, "11", "--eps", "1e-9", "--epochs", "2"]
     measured = run(tmp_path, *flags, name="measured")
     rows = [[r["test_loss"] for r in read_rows(out) if r["kind"] == "epoch"] for out in (plain, measured)]
     assert rows[0] == rows[1]

@@ -1,4 +1,4 @@
-"""The four update forms against torch.optim.SGD, plain float64 loops and closed forms (SPEC A.2, A.3)."""
+"""The four update forms against torch.optim.SGD, plain float64 loops and closed forms."""
 
 import copy
 import io
@@ -92,7 +92,7 @@ def test_shb_state_goes_on_in_torch_sgd_with_the_same_bits():
 
 
 def plain_run(form, steps, lr, beta, nu, weight_decay, dtype=torch.float64):
-    """SPEC A.2 one number at a time: parameters after `steps`, with lr and beta functions of the step."""
+    """The update rule one number at a time: parameters after `steps`, with lr and beta functions of the step."""
     ends = []
     for number, start in enumerate(parameters(dtype)):
         values = start.detach().flatten().tolist()
@@ -387,7 +387,7 @@ def test_values_out_of_range_are_refused(wrong):
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 @pytest.mark.parametrize("form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)])
 def test_search_direction_noise_at_a_frozen_iterate_has_its_closed_form(form, nu, beta):
-    """E||m_t - G||^2 of SPEC A.3 over independent coordinates with gradient G and noise of variance s^2."""
+    """E||m_t - G||^2 over independent coordinates with gradient G and noise of variance s^2."""
     coordinates, s, full = 30_000, 1.5, 0.8
     square = {
         "sgd": s**2,

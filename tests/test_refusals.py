@@ -326,7 +326,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_folder_is_refused_and_not_changed(name, stopped, tmp_path, monkeypatch, capsys):
-    """A warning a damaged file may come first; config, rows and checkpoints stay as they were."""
+    """A warning about each damaged file may come first; config, rows and checkpoints stay as they were."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(stopped, tmp_path / "run")
     edit, flags, part = RUNS[name]

@@ -1,4 +1,4 @@
-"""Schedules against torch schedulers, published tables (SPEC B.1, B.4, D.2) and theory (A.3, A.4, A.6)."""
+"""Schedules against torch schedulers, published tables and theory."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ EPOCHS = 200
 CIFAR = 50_000  # training images
 CHANGES = (40, 80, 120, 160)
 
-# ResNet-18 on CIFAR-100, lr 0.1 and beta 0.9: (C^2, K^2) of SPEC B.4 and D.2; qhm takes those of nshb.
+# ResNet-18 on CIFAR-100, lr 0.1 and beta 0.9: (C^2, K^2) as published; qhm takes those of nshb.
 CONSTANTS = {"sgd": (1280.0, 1.0), "shb": (25.318, 1.77**2), "nshb": (128.0, 4.5**2), "qhm": (128.0, 4.5**2)}
 MOMENTUM_FORMS = [("shb", "v3", 1.0), ("nshb", "v1", 1.0), ("nshb", "v3", 1.0), ("qhm", "v3", 0.7)]
 SOLVED = ("beta", "lr-beta", "beta-batch", "lr-batch")
@@ -198,7 +198,7 @@ def test_updates_without_the_partial_batch_use_whole_batches_alone():
 # --- the degree of smoothing
 
 
-DELTA = {  # SPEC D.2: batch -> delta of SGD, SHB, NSHB v3, NSHB v1 at lr 0.1, beta 0.9, ResNet-18
+DELTA = {  # as published: batch -> delta of SGD, SHB, NSHB v3, NSHB v1 at lr 0.1, beta 0.9, ResNet-18
     8: ("1.265", "2.278", "1.265", "1.155"),
     32: (".6325", "1.795", ".6325", ".9087"),
     128: (".3162", "1.652", ".3162", ".8358"),
@@ -299,7 +299,7 @@ def test_batch_is_a_whole_number_and_delta_belongs_to_it(method, shifted):
 # --- the methods that solve for a target delta
 
 
-GOLDEN = {  # SPEC B.4, the original recursion at ResNet-18, b 128, power 0.9
+GOLDEN = {  # the original recursion at ResNet-18, b 128, power 0.9
     ("shb", "beta", "momentum"): {1: ".8996", 50: ".8739", 100: ".8270", 150: ".7130", 180: ".4818", 190: ".2583"},
     ("shb", "beta", "delta"): {0: "1.65", 100: ".889", 190: ".121"},
     ("shb", "lr-beta", "lr"): {50: ".08792", 100: ".07337", 199: ".01256"},
@@ -327,7 +327,7 @@ GOLDEN_LR_BATCH = {
 
 @pytest.mark.parametrize("optimizer", GOLDEN_LR_BATCH)
 def test_shifted_lr_batch_takes_the_published_rates_at_the_published_fractional_batch(optimizer):
-    """The published code solved for lr with the unrounded batch (SPEC C.28), from which ours differs."""
+    """The published code solved for lr with the unrounded batch, from which ours differs."""
     s = momentum("lr-batch", optimizer, shifted=True)
     for epoch, printed in GOLDEN_LR_BATCH[optimizer].items():
         fraction = 128 * ((EPOCHS + 1) / (EPOCHS + 1 - epoch)) ** 0.9

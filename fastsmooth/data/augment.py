@@ -1,7 +1,7 @@
 """Random crop, flip and rotation: the numbers drawn for each sample, and what they do to a batch or to one image.
 
 The same numbers give the same pixels in both forms, and both equal torchvision's transforms on PIL images bit for bit
-(RandomCrop with zero padding, RandomHorizontalFlip, RandomRotation(15) nearest; SPEC B.7).
+(RandomCrop with zero padding, RandomHorizontalFlip, RandomRotation(15) nearest).
 """
 
 from __future__ import annotations
