@@ -23,6 +23,7 @@ setup(
         "test": TEST,
         "all": [DALI, "timm>=1.0", *PLOT, *TEST],
     },
-    packages=["fastsmooth", "fastsmooth.data"],
-    package_data={"fastsmooth.data": ["digits.npz", "digits.LICENSE.txt"]},
+    packages=["fastsmooth", "fastsmooth.data", "fastsmooth.kernels"],
+    package_dir={"fastsmooth.kernels": "kernels"},
+    package_data={"fastsmooth.data": ["digits.npz", "digits.LICENSE.txt"], "fastsmooth.kernels": ["cpu.cpp"]},
 )

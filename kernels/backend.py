@@ -1,0 +1,51 @@
+"""Which implementation of a kernel runs, decided here and nowhere else.
+
+triton      on a GPU
+native      on a CPU: cpu.cpp, where there is a C++ compiler
+reference   anywhere else: plain PyTorch
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsmooth.kernels import native
+
+FORMS = ("sgd", "shb", "nshb", "qhm")
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation for parameters of this dtype on this device."""
+    if device.type == "cuda" and dtype in PARAM_DTYPES and importlib.util.find_spec("triton"):
+        return "triton"
+    if device.type == "cpu" and dtype in PARAM_DTYPES and native.library():
+        return "native"
+    return "reference"
+
+
+def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the momentum and of the arithmetic for parameters of this dtype: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, or the widest that the device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A hyperparameter as the kernels read it: 0-d float64, on the GPU for a GPU, else on the CPU."""
+    return torch.tensor(value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+
+
+def custom_op(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """Register an operator that torch.compile calls without looking inside, on every device, and return it."""
+    torch.library.define(f"fastsmooth::{name}", schema)
+    torch.library.impl(f"fastsmooth::{name}", "CompositeExplicitAutograd", implementation)
+    torch.library.register_fake(f"fastsmooth::{name}", fake)
+    return getattr(torch.ops.fastsmooth, name).default

@@ -1,0 +1,224 @@
+// The kernels on a CPU: each walks its operands once, block by block in the cache. Built by native.py; no PyTorch headers.
+//
+// The results have the same bits for every number of threads: work is cut into chunks that depend on the sizes alone, each
+// chunk adds into sums of its own, and those are added in order. Compiled with -ffp-contract=off: the roundings are
+// those written here, which for sgd and shb are torch.optim.SGD's.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+enum Form : int { SGD, SHB, NSHB, QHM };
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+template <class T> struct Wide { using type = float; };
+template <> struct Wide<double> { using type = double; };
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline float load(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void store(float* to, float x) { *to = x; }
+inline void store(double* to, double x) { *to = x; }
+inline void store(bfloat16* to, float x) {  // round to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to->bits = uint16_t(x != x ? 0x7fc0 : rounded);
+}
+
+template <class A> struct Rule {
+    A minus_lr, beta, alpha, nu, rest, decay;  // m = beta m + alpha u; direction (rest = 1 - nu) u + nu m; u = g + decay p
+    explicit Rule(int form, double lr_, double beta_, double nu_, double decay_)
+        : minus_lr(A(-lr_)), beta(A(beta_)), alpha(A(form == SHB ? 1.0 : 1.0 - beta_)), nu(A(nu_)), rest(A(1.0 - nu_)),
+          decay(A(decay_)) {}
+};
+
+// One coordinate: moves p and m, returns the direction.
+template <int form, bool decayed, class T, class A>
+inline A move(const Rule<A>& rule, T* p, A* m, A g) {
+    A x = load(*p), u = decayed ? std::fma(x, rule.decay, g) : g, direction = u;
+    if (form != SGD) {
+        A scaled = rule.beta * *m;
+        *m = direction = form == SHB ? scaled + u : std::fma(u, rule.alpha, scaled);
+        if (form == QHM) direction = std::fma(direction, rule.nu, u * rule.rest);
+    }
+    store(p, std::fma(direction, rule.minus_lr, x));
+    return direction;
+}
+
+// update ---------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t UPDATE_CHUNK = 1 << 15;
+
+struct Chunk {
+    int64_t tensor, start, end;
+};
+
+template <int form, bool decayed, class T, class A>
+void update_chunk(const Rule<A>& rule, T* p, const T* g, A* m, int64_t n, double* sums) {
+    double gg = 0, mm = 0;
+#pragma omp simd reduction(+ : gg, mm)
+    for (int64_t i = 0; i < n; ++i) {
+        A slope = load(g[i]), direction = move<form, decayed>(rule, p + i, form == SGD ? nullptr : m + i, slope);
+        gg += double(slope) * slope;
+        mm += double(direction) * direction;
+    }
+    sums[0] = gg;
+    sums[1] = mm;
+}
+
+template <class T>
+void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const* gs, void* const* ms, int form, double lr,
+            double beta, double nu, double decay, int threads, double* out) {
+    using A = typename Wide<T>::type;
+    std::vector<Chunk> chunks;
+    for (int64_t t = 0; t < tensors; ++t)
+        for (int64_t start = 0; start < sizes[t]; start += UPDATE_CHUNK)
+            chunks.push_back({t, start, std::min(sizes[t], start + UPDATE_CHUNK)});
+    std::vector<double> sums(2 * chunks.size());
+    const Rule<A> rule(form, lr, beta, nu, decay);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t c = 0; c < int64_t(chunks.size()); ++c) {
+        const Chunk& at = chunks[c];
+        T* p = static_cast<T*>(ps[at.tensor]) + at.start;
+        const T* g = static_cast<const T*>(gs[at.tensor]) + at.start;
+        A* m = form == SGD ? nullptr : static_cast<A*>(ms[at.tensor]) + at.start;
+        int64_t n = at.end - at.start;
+        double* to = &sums[2 * c];
+#define CASE(F)                                                             \
+    case F:                                                                 \
+        decay ? update_chunk<F, true>(rule, p, g, m, n, to) : update_chunk<F, false>(rule, p, g, m, n, to); \
+        break;
+        switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
+#undef CASE
+    }
+    out[0] = out[1] = 0;
+    for (size_t c = 0; c < chunks.size(); ++c) {
+        out[0] += sums[2 * c];
+        out[1] += sums[2 * c + 1];
+    }
+}
+
+// persample_noise --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t NOISE_CHUNKS = 128;        // at most: how many threads have work
+constexpr int64_t CACHED = 192 * 1024 / 4;   // values of G that stay in a core's cache between their two uses
+
+// The shifted mean s of the block's rows, mean_i (G_i - G_0): small where the rows are alike, so its rounding is too.
+template <class T, class A> void shifted_mean(const T* g, int64_t rows, int64_t stride, int64_t n, A* s) {
+    std::fill(s, s + n, A(0));
+    for (int64_t i = 1; i < rows; ++i) {
+        const T* row = g + i * stride;
+#pragma omp simd
+        for (int64_t k = 0; k < n; ++k) s[k] += load(row[k]) - load(g[k]);
+    }
+    const A share = A(1) / A(rows);
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) s[k] *= share;
+}
+
+template <class T, class A> void row_sums(const T* row, const T* first, const A* s, int64_t n, double* noise, double* square) {
+    double dd = 0, gg = 0;
+#pragma omp simd reduction(+ : dd, gg)
+    for (int64_t k = 0; k < n; ++k) {
+        A value = load(row[k]), deviation = (value - load(first[k])) - s[k];
+        dd += double(deviation) * deviation;
+        gg += double(value) * value;
+    }
+    *noise += dd;
+    *square += gg;
+}
+
+template <int form, bool decayed, class G, class T, class A>
+void move_block(const Rule<A>& rule, const G* first, const A* s, T* p, A* m, int64_t n, double* sums) {
+    double gg = 0, mm = 0, gm = 0;
+#pragma omp simd reduction(+ : gg, mm, gm)
+    for (int64_t k = 0; k < n; ++k) {
+        A mean = load(first[k]) + s[k], direction = move<form, decayed>(rule, p + k, form == SGD ? nullptr : m + k, mean);
+        gg += double(mean) * mean;
+        mm += double(direction) * direction;
+        gm += double(direction) * mean;
+    }
+    sums[0] += gg;
+    sums[1] += mm;
+    sums[2] += gm;
+}
+
+template <class G, class T>
+void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int form, double lr, double beta,
+                     double nu, double decay, int threads, double* noise, double* squares, double* out) {
+    using A = typename Wide<T>::type;
+    const int64_t block = std::clamp<int64_t>(CACHED / rows / 16 * 16, 64, 4096);
+    const int64_t blocks = (columns + block - 1) / block;
+    const int64_t chunks = std::min(NOISE_CHUNKS, blocks), per_chunk = chunks ? (blocks + chunks - 1) / chunks : 0;
+    const int64_t width = 2 * rows + 3;
+    std::vector<double> sums(chunks * width, 0.0);
+    const Rule<A> rule(form, lr, beta, nu, decay);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t c = 0; c < chunks; ++c) {
+        double* to = &sums[c * width];
+        std::vector<A> s(block);
+        for (int64_t b = c * per_chunk; b < std::min(blocks, (c + 1) * per_chunk); ++b) {
+            const int64_t start = b * block, n = std::min(block, columns - start);
+            const G* g = static_cast<const G*>(gs) + start;
+            shifted_mean(g, rows, columns, n, s.data());
+            for (int64_t i = 0; i < rows; ++i) row_sums(g + i * columns, g, s.data(), n, to + i, to + rows + i);
+            T* p = static_cast<T*>(ps) + start;
+            A* m = form == SGD ? nullptr : static_cast<A*>(ms) + start;
+            double* rest = to + 2 * rows;
+#define CASE(F)                                                                        \
+    case F:                                                                            \
+        decay ? move_block<F, true>(rule, g, s.data(), p, m, n, rest) : move_block<F, false>(rule, g, s.data(), p, m, n, rest); \
+        break;
+            switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
+#undef CASE
+        }
+    }
+    std::fill(noise, noise + rows, 0.0);
+    std::fill(squares, squares + rows, 0.0);
+    std::fill(out, out + 3, 0.0);
+    for (int64_t c = 0; c < chunks; ++c) {
+        const double* from = &sums[c * width];
+        for (int64_t i = 0; i < rows; ++i) {
+            noise[i] += from[i];
+            squares[i] += from[rows + i];
+        }
+        for (int j = 0; j < 3; ++j) out[j] += from[2 * rows + j];
+    }
+}
+
+}  // namespace
+
+#define UPDATE(NAME, T)                                                                                             \
+    extern "C" void NAME(int64_t tensors, const int64_t* sizes, void* const* p, void* const* g, void* const* m,     \
+                         int form, double lr, double beta, double nu, double decay, int threads, double* out) {     \
+        update<T>(tensors, sizes, p, g, m, form, lr, beta, nu, decay, threads, out);                                \
+    }
+UPDATE(update_float32, float)
+UPDATE(update_float64, double)
+UPDATE(update_bfloat16, bfloat16)
+
+#define NOISE(NAME, G, T)                                                                                           \
+    extern "C" void NAME(int64_t rows, int64_t columns, const void* g, void* p, void* m, int form, double lr,       \
+                         double beta, double nu, double decay, int threads, double* noise, double* squares,         \
+                         double* out) {                                                                             \
+        persample_noise<G, T>(rows, columns, g, p, m, form, lr, beta, nu, decay, threads, noise, squares, out);     \
+    }
+NOISE(persample_noise_float32_float32, float, float)
+NOISE(persample_noise_float64_float64, double, double)
+NOISE(persample_noise_bfloat16_float32, bfloat16, float)
+NOISE(persample_noise_bfloat16_bfloat16, bfloat16, bfloat16)
+NOISE(persample_noise_float32_bfloat16, float, bfloat16)

@@ -1,0 +1,259 @@
+"""How far each row of per-sample gradients is from their mean, and the update that the mean makes, in one pass over the rows.
+
+    mean = sum_i G_i / B,   noise_i = ||G_i - mean||^2,   then u = mean + decay p and p, m as in update.py
+
+G is [B, P], a gradient of a sample (or of a micro-batch) a row. Deviations are taken from the mean where both are at hand,
+never E[x^2] - E[x]^2, and everything is shifted by row 0 first: a noise a millionth of the mean keeps its digits.
+
+A program owns a fixed set of column tiles, [ROWS, COLUMNS] each, and adds into sums of its own, which a second, small
+stage adds up: no atomics, the same bits on every run. Up to ROW_LIMIT = 256 rows a tile holds all rows, and G is read
+once. More rows come in several tiles: once for the mean and again, out of the L2 cache, for the deviations. Few enough
+programs run then for all their columns to lie in L2 together (1,024 rows of 64 float32 columns in each of 128 programs:
+32 MiB). Bytes of a column of G, float32, form shb:
+
+    rows                          8    64   256    1024
+    G, p and m, once each        48   272  1040    4112
+    read again from L2            0     0     0    4100    (G, and row 0 for the shift)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsmooth.kernels import backend, native
+from fastsmooth.kernels.backend import FORMS
+from fastsmooth.kernels.update import move_ref
+
+try:
+    import triton
+    import triton.language as tl
+
+    from fastsmooth.kernels.update import move
+except ImportError:  # no triton outside Linux: backend.choose never names it there
+    triton = None
+
+
+class Noise(NamedTuple):
+    """What persample_noise returns; float64 on G's device."""
+
+    noise: Tensor  # [B]: ||G_i - mean||^2
+    squares: Tensor  # [B]: ||G_i||^2
+    sums: Tensor  # [3]: ||mean||^2, ||m_t||^2, <m_t, mean>, with m_t the direction that was applied
+
+
+def persample_noise_ref(
+    G: Tensor, p: Tensor, m: Tensor | None, lr: Tensor, momentum: Tensor, nu: Tensor, weight_decay: Tensor, form: str
+) -> Noise:
+    """As `persample_noise`, in plain PyTorch."""
+    wide = backend.wide_dtype(G.device)
+    rows = G.to(backend.buffer_dtype(p.dtype))
+    shifted = rows - rows[0]
+    shift = shifted.mean(dim=0)
+    mean = rows[0] + shift
+    noise = (shifted - shift).to(wide).square().sum(dim=1)
+    direction = move_ref(p, mean, m, *(s.item() for s in (lr, momentum, nu, weight_decay)), form)
+    pairs = [(mean, mean), (direction, direction), (direction, mean)]
+    sums = torch.stack([(x.to(wide) * y.to(wide)).sum() for x, y in pairs])
+    return Noise(noise, rows.to(wide).square().sum(dim=1), sums)
+
+
+# Triton --------------------------------------------------------------------------------------------------------------
+
+ROW_LIMIT = 256
+
+
+class Tile(NamedTuple):
+    """How a launch cuts G."""
+
+    ROWS: int
+    COLUMNS: int
+    whole: bool  # all rows are in one tile
+    programs: int  # at most
+    warps: int
+
+
+def tile(rows: int, dtype: torch.dtype) -> Tile:
+    """For B = `rows` gradients of this dtype. A thread reads 16 bytes of a row at a time: `vector` values."""
+    if rows > ROW_LIMIT:
+        return Tile(128, 64, False, 128, 4)
+    vector = 16 // dtype.itemsize
+    height = 1 << (rows - 1).bit_length()
+    # 64 values a thread; wide tiles for few rows, whose columns are each in one thread
+    columns = min(max(8192 // height, 64), 128 * vector)
+    return Tile(height, columns, True, 1024, max(4, height * columns // 2048))
+
+
+if triton:
+
+    @triton.jit
+    def _per_thread(x, VECTOR: tl.constexpr):
+        """[.., C] -> [.., C / VECTOR]: the sums of VECTOR neighbours, which one thread holds."""
+        if len(x.shape) == 1:
+            parts = tl.reshape(x, [x.shape[0] // VECTOR, VECTOR])
+        else:
+            parts = tl.reshape(x, [x.shape[0], x.shape[1] // VECTOR, VECTOR])
+        return tl.sum(parts, axis=len(x.shape))
+
+    @triton.jit
+    def _persample_noise_kernel(
+        G, p, m, lr, beta, nu, decay,
+        row_sums,  # float64 [programs, 2, B]: of deviation^2, of G^2; zeros
+        sums,  # float64 [programs, 3]: of mean^2, direction^2, direction mean
+        B, P,
+        wide: tl.constexpr, form: tl.constexpr, VECTOR: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, whole: tl.constexpr,
+    ):  # fmt: skip
+        program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+        minus_lr, beta = (-tl.load(lr)).to(wide), tl.load(beta).to(wide)
+        nu, decay = tl.load(nu).to(wide), tl.load(decay).to(wide)
+        share = (1.0 / B).to(wide)
+        rows = tl.arange(0, ROWS)
+        at_rows = row_sums + program * 2 * B + rows
+        noise = tl.zeros([ROWS, COLUMNS // VECTOR], wide)
+        squares = tl.zeros([ROWS, COLUMNS // VECTOR], wide)
+        gg = tl.zeros([COLUMNS // VECTOR], wide)
+        mm = tl.zeros([COLUMNS // VECTOR], wide)
+        gm = tl.zeros([COLUMNS // VECTOR], wide)
+        for number in range(program, tl.cdiv(P, COLUMNS), programs):
+            columns = number * COLUMNS + tl.arange(0, COLUMNS)
+            inside = columns < P
+            if whole:
+                mask = (rows < B)[:, None] & inside[None, :]
+                g = tl.load(G + rows[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
+                first = tl.sum(tl.where((rows == 0)[:, None], g, 0.0), axis=0)
+                shifted = tl.where((rows < B)[:, None], g - first[None, :], 0.0)
+                shift = tl.sum(shifted, axis=0) * share
+                deviation = tl.where((rows < B)[:, None], shifted - shift[None, :], 0.0)
+                noise += _per_thread(deviation * deviation, VECTOR)
+                squares += _per_thread(g * g, VECTOR)
+            else:
+                first = tl.load(G + columns, mask=inside, other=0.0).to(wide)
+                total = tl.zeros([ROWS, COLUMNS], wide)
+                for above in range(0, B, ROWS):
+                    some = above + rows
+                    mask = (some < B)[:, None] & inside[None, :]
+                    g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
+                    total += tl.where((some < B)[:, None], g - first[None, :], 0.0)
+                shift = tl.sum(total, axis=0) * share
+                for above in range(0, B, ROWS):
+                    some = above + rows
+                    there = some < B
+                    mask = there[:, None] & inside[None, :]
+                    g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
+                    deviation = tl.where(there[:, None], g - first[None, :] - shift[None, :], 0.0)
+                    n, s = tl.sum(deviation * deviation, axis=1), tl.sum(g * g, axis=1)
+                    to = at_rows + above
+                    tl.store(to, tl.load(to, mask=there) + n.to(tl.float64), mask=there)
+                    tl.store(to + B, tl.load(to + B, mask=there) + s.to(tl.float64), mask=there)
+            mean = first + shift
+            x = tl.load(p + columns, mask=inside, other=0.0)
+            moved, direction = move(x.to(wide), mean, m + columns, inside, minus_lr, beta, nu, decay, form)
+            tl.store(p + columns, moved.to(x.dtype), mask=inside)
+            direction = tl.where(inside, direction, 0.0)
+            gg += _per_thread(mean * mean, VECTOR)
+            mm += _per_thread(direction * direction, VECTOR)
+            gm += _per_thread(direction * mean, VECTOR)
+        if whole:
+            tl.store(at_rows, tl.sum(noise.to(tl.float64), axis=1), mask=rows < B)
+            tl.store(at_rows + B, tl.sum(squares.to(tl.float64), axis=1), mask=rows < B)
+        tl.store(sums + 3 * program, tl.sum(gg.to(tl.float64)))
+        tl.store(sums + 3 * program + 1, tl.sum(mm.to(tl.float64)))
+        tl.store(sums + 3 * program + 2, tl.sum(gm.to(tl.float64)))
+
+
+def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
+    B, P = G.shape
+    cut = tile(B, G.dtype)
+    programs = min(cut.programs, triton.cdiv(P, cut.COLUMNS))
+    row_sums = torch.zeros(max(programs, 1), 2, B, dtype=torch.float64, device=G.device)
+    sums = torch.zeros(max(programs, 1), 3, dtype=torch.float64, device=G.device)
+    if programs:
+        wide = tl.float64 if p.dtype == torch.float64 else tl.float32
+        _persample_noise_kernel[(programs,)](
+            G, p, p if m is None else m, lr, momentum, nu, weight_decay, row_sums, sums, B, P,
+            wide, form, 16 // G.dtype.itemsize, cut.ROWS, cut.COLUMNS, cut.whole, num_warps=cut.warps,
+        )  # fmt: skip
+    noise, squares = row_sums.sum(dim=0)
+    return Noise(noise, squares, sums.sum(dim=0))
+
+
+# C++, and the choice -------------------------------------------------------------------------------------------------
+
+
+def _persample_noise_native(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
+    name = "_".join(["persample_noise", *(str(t.dtype).removeprefix("torch.") for t in (G, p))])
+    found = Noise(*(torch.empty(n, dtype=torch.float64) for n in (len(G), len(G), 3)))
+    getattr(native.library(), name)(
+        ctypes.c_int64(len(G)), ctypes.c_int64(len(p)),
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)), FORMS.index(form),
+        *(ctypes.c_double(s.item()) for s in (lr, momentum, nu, weight_decay)), torch.get_num_threads(),
+        *(ctypes.c_void_p(t.data_ptr()) for t in found),
+    )  # fmt: skip
+    return found
+
+
+IMPLEMENTATIONS = {
+    "triton": _persample_noise_triton,
+    "native": _persample_noise_native,
+    "reference": persample_noise_ref,
+}
+
+
+def _persample_noise(G, p, m, lr, momentum, nu, weight_decay, form) -> tuple[Tensor, Tensor, Tensor]:
+    found = IMPLEMENTATIONS[backend.choose(G.device, p.dtype)](G, p, m, lr, momentum, nu, weight_decay, form)
+    torch.autograd.graph.increment_version([p] if m is None else [p, m])
+    return tuple(found)
+
+
+def _fake(G, p, m, lr, momentum, nu, weight_decay, form) -> tuple[Tensor, Tensor, Tensor]:
+    wide = backend.wide_dtype(G.device)
+    return G.new_empty(len(G), dtype=wide), G.new_empty(len(G), dtype=wide), G.new_empty(3, dtype=wide)
+
+
+_op = backend.custom_op(
+    "persample_noise",
+    "(Tensor G, Tensor(a!) p, Tensor(b!)? m, Tensor lr, Tensor momentum, Tensor nu, Tensor weight_decay, str form)"
+    " -> (Tensor, Tensor, Tensor)",
+    _persample_noise,
+    _fake,
+)
+
+
+def persample_noise(
+    G: Tensor, p: Tensor, m: Tensor | None, lr: Tensor, momentum: Tensor, nu: Tensor, weight_decay: Tensor, form: str
+) -> Noise:
+    """Noise of the rows of G, and one step of `form` ("sgd", "shb", "nshb", "qhm") along their mean, in place on p and m.
+
+    Args:
+        G: [B, P] with B at least 2, contiguous, float32 or bfloat16 (float64 with float64 p): a gradient a row.
+        p: [P], the parameters in one tensor, float32, bfloat16 or float64.
+        m: [P], the momentum, float32 (float64 for float64 p); None for sgd.
+        lr, momentum, nu, weight_decay: 0-d float64 tensors, as in `update`.
+
+    Returns:
+        Noise(noise, squares, sums). Their sum over rows / (B - 1) estimates C^2, the variance of a row around the true
+        gradient (E||g - grad f||^2). The same bits on every run.
+
+    Raises:
+        ValueError: for fewer than two rows, an unknown form, or tensors of the wrong shape, dtype or memory order.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    if G.ndim != 2 or len(G) < 2:
+        raise ValueError(f"G has shape {list(G.shape)}: noise needs [B, P] with at least two rows")
+    vectors = [p] if form == "sgd" else [p, m]
+    if (m is None) != (form == "sgd") or any(v.shape != G.shape[1:] for v in vectors):
+        raise ValueError(f"p and m are [{G.shape[1]}] for this G, and m is None for sgd alone")
+    if not all(t.is_contiguous() for t in (G, *vectors)):
+        raise ValueError("G, p and m must be contiguous: call .contiguous() first")
+    if G.dtype not in (torch.float32, torch.bfloat16, p.dtype) or any(
+        v.dtype != backend.buffer_dtype(p.dtype) for v in vectors[1:]
+    ):
+        raise ValueError(
+            f"G is {G.dtype}, p {p.dtype}: m must be {backend.buffer_dtype(p.dtype)}, and G float32 or bfloat16"
+        )
+    return Noise(*_op(G, p, m, lr, momentum, nu, weight_decay, form))

@@ -1,0 +1,242 @@
+"""The SGD, SHB, NSHB and QHM update of all parameters in one pass, with the squared norms that a log wants.
+
+One rule covers the four forms: u = g + decay p, m = beta m + alpha u, p -= lr ((1 - nu) u + nu m), with alpha = 1 for shb
+and 1 - beta for nshb and qhm, nu = 1 for shb and nshb, and no m for sgd.
+
+A launch covers a list of tensors through a table of their addresses, not one flat buffer: autograd puts each gradient
+into memory of its own, and copying them together would cost 8 bytes a parameter more. Bytes a parameter in float32: 12
+for sgd (read g and p, write p), 20 with momentum (read and write m too); the norms cost none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from fastsmooth.kernels import backend, native
+from fastsmooth.kernels.backend import FORMS
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no triton outside Linux: backend.choose never names it there
+    triton = None
+
+
+def move_ref(
+    p: Tensor, slope: Tensor, m: Tensor | None, lr: float, beta: float, nu: float, decay: float, form: str
+) -> Tensor:
+    """The direction for one tensor and its gradient `slope`, in the dtype of `slope`; moves p and m."""
+    x = p.to(slope.dtype)
+    direction = u = slope.add(x, alpha=decay) if decay else slope
+    if form != "sgd":
+        direction = m.mul_(beta).add_(u, alpha=1.0 if form == "shb" else 1 - beta)
+    if form == "qhm":
+        direction = (u * (1 - nu)).add_(direction, alpha=nu)
+    p.copy_(x.add(direction, alpha=-lr))
+    return direction
+
+
+def update_ref(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    nu: Tensor,
+    weight_decay: Tensor,
+    form: str,
+) -> Tensor:
+    """As `update`, in plain PyTorch, one tensor after the other."""
+    scalars = [s.item() for s in (lr, momentum, nu, weight_decay)]
+    wide = backend.wide_dtype(params[0].device)
+    squares = torch.zeros(2, dtype=wide, device=params[0].device)
+    for p, g, m in zip(params, grads, buffers or [None] * len(params), strict=True):
+        slope = g.to(backend.buffer_dtype(p.dtype))
+        direction = move_ref(p, slope, m, *scalars, form)
+        squares += torch.stack([slope.to(wide).square().sum(), direction.to(wide).square().sum()])
+    return squares
+
+
+# Triton --------------------------------------------------------------------------------------------------------------
+
+BLOCK = 1024  # parameters moved at a time: 8 a thread, two 128-bit accesses in float32
+BLOCKS = 8  # of one program
+WARPS = 4
+
+if triton:
+
+    @triton.jit
+    def _load(at, mask):
+        if mask is None:
+            found = tl.load(at)
+        else:
+            found = tl.load(at, mask=mask, other=0.0)
+        return found
+
+    @triton.jit
+    def move(x, slope, m_at, mask, minus_lr, beta, nu, decay, form: tl.constexpr):
+        """(x after the update, direction), with the momentum at m_at moved in place."""
+        u = slope + decay * x
+        direction = u
+        if form != "sgd":
+            alpha = 1.0 if form == "shb" else 1.0 - beta
+            m = _load(m_at, mask) * beta + u * alpha
+            tl.store(m_at, m, mask=mask)
+            direction = m
+            if form == "qhm":
+                direction = u * (1.0 - nu) + m * nu
+        return x + minus_lr * direction, direction
+
+    @triton.jit
+    def _update_block(p_at, g_at, m_at, mask, minus_lr, beta, nu, decay, wide: tl.constexpr, form: tl.constexpr):
+        slope = _load(g_at, mask).to(wide)
+        x = _load(p_at, mask)
+        moved, direction = move(x.to(wide), slope, m_at, mask, minus_lr, beta, nu, decay, form)
+        tl.store(p_at, moved.to(x.dtype), mask=mask)
+        return slope * slope, direction * direction
+
+    @triton.jit
+    def _update_kernel(
+        chunks,  # int64 [programs, 2]: tensor, first parameter
+        tensors,  # int64 [tensors, 4]: parameters, addresses of p, g and m
+        lr, beta, nu, decay,  # float64 scalars
+        sums,  # float64 [programs, 2]: of gradient^2, of direction^2
+        dtype: tl.constexpr, wide: tl.constexpr, form: tl.constexpr, aligned: tl.constexpr,
+        BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0).to(tl.int64)
+        row = tensors + tl.load(chunks + 2 * program) * 4
+        start = tl.load(chunks + 2 * program + 1)
+        size = tl.load(row)
+        p = tl.load(row + 1).to(tl.pointer_type(dtype))
+        g = tl.load(row + 2).to(tl.pointer_type(dtype))
+        m = tl.load(row + 3).to(tl.pointer_type(wide))
+        if aligned:
+            p, g, m = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16)
+            start = tl.multiple_of(start, 16)
+        minus_lr, beta = (-tl.load(lr)).to(wide), tl.load(beta).to(wide)
+        nu, decay = tl.load(nu).to(wide), tl.load(decay).to(wide)
+        gg = tl.zeros([BLOCK], wide)
+        mm = tl.zeros([BLOCK], wide)
+        for block in range(BLOCKS):
+            at = start + block * BLOCK + tl.arange(0, BLOCK)
+            if start + (block + 1) * BLOCK <= size:  # whole: without a mask the accesses are 128 bits wide
+                g2, m2 = _update_block(p + at, g + at, m + at, None, minus_lr, beta, nu, decay, wide, form)
+            else:
+                g2, m2 = _update_block(p + at, g + at, m + at, at < size, minus_lr, beta, nu, decay, wide, form)
+            gg += g2
+            mm += m2
+        tl.store(sums + 2 * program, tl.sum(gg.to(tl.float64)))
+        tl.store(sums + 2 * program + 1, tl.sum(mm.to(tl.float64)))
+
+
+@functools.lru_cache(maxsize=32)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    chunk = BLOCK * BLOCKS
+    found = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, chunk)]
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).to(device)
+
+
+@functools.lru_cache(
+    maxsize=32
+)  # the caching allocator gives the gradients of most steps the addresses of an earlier one
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).to(device)
+
+
+def _update_triton(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
+    device, dtype = params[0].device, params[0].dtype
+    chunks = _chunks(tuple(p.numel() for p in params), device)
+    places = [params, grads, buffers or params]  # sgd has no m: an address that is never used
+    rows = tuple((p.numel(), *(ts[i].data_ptr() for ts in places)) for i, p in enumerate(params))
+    aligned = not any(address % 16 for row in rows for address in row[1:])
+    sums = torch.zeros(max(len(chunks), 1), 2, dtype=torch.float64, device=device)
+    if len(chunks):
+        types = [getattr(tl, str(t).removeprefix("torch.")) for t in (dtype, backend.buffer_dtype(dtype))]
+        _update_kernel[(len(chunks),)](
+            chunks, _table(rows, device), lr, momentum, nu, weight_decay, sums, *types, form, aligned, BLOCK, BLOCKS,
+            num_warps=WARPS,
+        )  # fmt: skip
+    return sums.sum(dim=0)
+
+
+# C++, and the choice -------------------------------------------------------------------------------------------------
+
+
+def _update_native(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
+    function = getattr(native.library(), "update_" + str(params[0].dtype).removeprefix("torch."))
+    sizes = (ctypes.c_int64 * len(params))(*[p.numel() for p in params])
+    squares = torch.empty(2, dtype=torch.float64)
+    function(
+        ctypes.c_int64(len(params)), sizes, *map(native.addresses, (params, grads, buffers)), FORMS.index(form),
+        *(ctypes.c_double(s.item()) for s in (lr, momentum, nu, weight_decay)), torch.get_num_threads(),
+        ctypes.c_void_p(squares.data_ptr()),
+    )  # fmt: skip
+    return squares
+
+
+IMPLEMENTATIONS = {"triton": _update_triton, "native": _update_native, "reference": update_ref}
+
+
+def _update(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
+    device = params[0].device
+    squares = torch.zeros(2, dtype=backend.wide_dtype(device), device=device)
+    for dtype in dict.fromkeys(p.dtype for p in params):
+        some = [i for i, p in enumerate(params) if p.dtype == dtype]
+        slopes = [ordered_as(params[i], grads[i]) for i in some]
+        ms = [buffers[i] for i in some] if buffers else []
+        run = IMPLEMENTATIONS[backend.choose(device, dtype)]
+        squares += run([params[i] for i in some], slopes, ms, lr, momentum, nu, weight_decay, form)
+    torch.autograd.graph.increment_version([*params, *buffers])
+    return squares
+
+
+def ordered_as(p: Tensor, g: Tensor) -> Tensor:
+    """g with its values in the order in which p has them in memory."""
+    return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+
+
+_op = backend.custom_op(
+    "update",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor lr, Tensor momentum, Tensor nu,"
+    " Tensor weight_decay, str form) -> Tensor",
+    _update,
+    lambda params, *others: params[0].new_empty(2, dtype=backend.wide_dtype(params[0].device)),
+)
+
+
+def update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    nu: Tensor,
+    weight_decay: Tensor,
+    form: str,
+) -> Tensor:
+    """One step of `form` ("sgd", "shb", "nshb", "qhm") in place on params and buffers.
+
+    Args:
+        params, grads: tensors of any shape, as many of one as of the other, a gradient with its parameter's shape and
+            dtype: float32, bfloat16 or float64 (others go through plain PyTorch). Parameters are dense in memory.
+        buffers: the momentum, float32 (float64 for float64 parameters), with the parameter's shape and strides; [] for sgd.
+        lr, momentum, nu, weight_decay: 0-d float64 tensors (backend.scalar), so that a new value compiles nothing anew.
+            nu matters to qhm alone, momentum not to sgd.
+
+    Returns:
+        float64 [2] on the parameters' device: the squared norm of the gradient (without weight decay) and that of the
+        direction m_t which was applied. The same bits on every run.
+
+    Raises:
+        ValueError: for an unknown form, or for tensors that do not belong together.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    if not params or len(grads) != len(params) or len(buffers) != (len(params) if form != "sgd" else 0):
+        raise ValueError(f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit {form}")
+    return _op(params, grads, buffers, lr, momentum, nu, weight_decay, form)
