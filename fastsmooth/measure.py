@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.optim import NoisySGD
 
 # The draw whose order cuts the data into chunks; no direction has so high a number.
@@ -57,7 +58,7 @@ def full_gradient(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], n:
     With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in train mode it is the
     expectation of the mini-batch gradient at the chunks' size.
     """
-    wide = torch.float32 if next(model.parameters()).device.type == "mps" else torch.float64
+    wide = wide_dtype(next(model.parameters()).device)
     total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
     for x, y in batches:
         grads = [g.to(wide) for g in batch_gradient(model, x, y)]
@@ -144,7 +145,7 @@ class NormRecord:
     """
 
     def __init__(self, eps: tuple[float, ...], criterion: str, ignore: int, device: torch.device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = wide_dtype(device)
         self.squares = criterion == "rms-norm"
         self.ignore = ignore  # updates before which no crossing counts
         self.eps = torch.tensor(eps, dtype=wide, device=device)

@@ -19,10 +19,11 @@ from fastsmooth.clock import Clock
 from fastsmooth.config import Config
 from fastsmooth.data import Data
 from fastsmooth.data.order import epoch_batches, in_order, subset
+from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, Tracker
 from fastsmooth.progress import Progress, warn
 from fastsmooth.schedule import Point, Schedule
-from fastsmooth.step import Step, wide_dtype
+from fastsmooth.step import Step
 
 TEST_BATCH = 250
 EVAL_CHUNK = 250  # samples a chunk of the full gradient in eval mode, where chunks change nothing
@@ -158,7 +159,9 @@ class Run:
         self.window.reset()
         self.recent = f"  loss {loss:.3f}"
         seconds = self.clock.read("train") + self.clock.read("eval")
-        self.row("step", point, {"train_loss": loss, "train_acc": accuracy, "seconds": round(seconds, 3)})
+        grad_norm, direction_norm = self.step.optimizer.sq_norms.sqrt().tolist()
+        values = {"train_loss": loss, "train_acc": accuracy, "grad_norm": grad_norm, "direction_norm": direction_norm}
+        self.row("step", point, values | {"seconds": round(seconds, 3)})
 
     def end_epoch(self, point: Point) -> None:
         """Evaluate, write the epoch's row, save."""
@@ -299,22 +302,23 @@ def critical(run: Run) -> None:
     """Train until the running mean of the gradient norm has crossed every eps; critical.json says at which update."""
     c = run.config
     per_epoch = run.schedule.updates(len(run.data.train), c.drop_last)[0]
-    every = (c.full_grad_every or per_epoch) if c.criterion == "full-grad" else 1
+    full = c.criterion == "full-grad"
+    every = (c.full_grad_every or per_epoch) if full else 1
     for x, y, point in run.updates():
         run.gradient(x, y)
         update = run.update + 1
-        if update % every == 0:
-            run.record.observe(gradient_norm(run, point), update)
+        if full and update % every == 0:
+            run.record.observe(full_gradient_norm(run, point), update)
         run.step.update()
+        if not full:
+            run.record.observe(run.step.grad_norm(), update)
         if update % c.log_every == 0:
             run.enough = all(run.record.crossings())
     report_crossings(run, per_epoch, every)
 
 
-def gradient_norm(run: Run, point: Point) -> Tensor:
-    """The norm that the criterion averages, at the present parameters: of the mini-batch or of the full gradient."""
-    if run.config.criterion != "full-grad":
-        return run.step.grad_norm()
+def full_gradient_norm(run: Run, point: Point) -> Tensor:
+    """||grad f|| at the present parameters, 0-d."""
     with measure.undisturbed(run.model, run.config.bn):
         return measure.norm(run.full_gradient(point))
 

@@ -5,7 +5,7 @@
     nshb   m = beta m + (1 - beta) g                   no bias correction: the first direction is (1 - beta) g
     qhm    d = beta d + (1 - beta) g,  m = (1 - nu) g + nu d        (Ma and Yarats 2019)
 
-and then p -= lr m, from zero buffers, with g the gradient plus weight_decay p.
+and then p -= lr m, from zero buffers, with g the gradient plus weight_decay p. kernels/update.py computes them.
 """
 
 from __future__ import annotations
@@ -15,46 +15,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-FORMS = ("sgd", "shb", "nshb", "qhm")
-Scalar = float | Tensor
+from fastsmooth.kernels import backend
+from fastsmooth.kernels.backend import FORMS
+from fastsmooth.kernels.update import direction_ref, update
 
-
-def add_scaled(xs: list[Tensor], ys: list[Tensor], scale: Scalar) -> None:
-    """xs += scale ys. Eager code takes the fused multiply-add that torch.optim.SGD takes, so their bits agree; compiled
-    code takes a 0-d tensor, so that a new value does not compile again."""
-    if isinstance(scale, Tensor):
-        torch._foreach_add_(xs, torch._foreach_mul(ys, scale))
-    else:
-        torch._foreach_add_(xs, ys, alpha=scale)
-
-
-def advance(form: str, grads: list[Tensor], buffers: list[Tensor], beta: Scalar, nu: float) -> list[Tensor]:
-    """Move the momentum buffers on by one gradient, in place, and return the directions m_t."""
-    if form == "sgd":
-        return grads
-    torch._foreach_mul_(buffers, beta)
-    add_scaled(buffers, grads, 1.0 if form == "shb" else 1 - beta)
-    if form != "qhm":
-        return buffers
-    directions = torch._foreach_mul(grads, 1 - nu)
-    add_scaled(directions, buffers, nu)
-    return directions
-
-
-def update(
-    form: str,
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    lr: Scalar,
-    beta: Scalar,
-    nu: float,
-    weight_decay: float,
-) -> None:
-    """One step of `form`, in place on params and buffers."""
-    if weight_decay:
-        grads = torch._foreach_add(grads, params, alpha=weight_decay)
-    add_scaled(params, advance(form, grads, buffers, beta, nu), -lr)
+HYPERPARAMETERS = ("lr", "momentum", "nu", "weight_decay")
 
 
 class NoisySGD(torch.optim.Optimizer):
@@ -62,6 +27,8 @@ class NoisySGD(torch.optim.Optimizer):
 
     Args: params, form (one of FORMS), lr, momentum (beta), nu (qhm alone), weight_decay. The state of a parameter is
     its "momentum_buffer", as in torch.optim.SGD; sgd has none. Raises ValueError for values out of range.
+
+    After a step `sq_norms` is [||g||^2, ||m_t||^2] over all parameters, float64 on their device, g without weight decay.
     """
 
     def __init__(
@@ -82,12 +49,8 @@ class NoisySGD(torch.optim.Optimizer):
             defaults["dampening"] = 0.0  # without it torch.optim.SGD cannot go on from this state
         super().__init__(params, defaults)
         self.form = form
-        self._compiled: Callable[..., None] | None = None
-        self._scalars: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def compile(self, backend: Callable | str = "inductor") -> None:
-        """Run the update through torch.compile from now on."""
-        self._compiled = torch.compile(update, backend=backend, dynamic=False)
+        self.sq_norms: Tensor | None = None
+        self._scalars: dict[int, tuple[list[float], list[Tensor]]] = {}
 
     def set_point(self, lr: float, momentum: float) -> None:
         """Change the hyperparameters of every group in place."""
@@ -101,8 +64,21 @@ class NoisySGD(torch.optim.Optimizer):
             return params, [p.grad for p in params], []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                dtype = backend.buffer_dtype(p.dtype)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
         return params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+
+    def _tensors(self, number: int, device: torch.device) -> list[Tensor]:
+        """The hyperparameters of a group as 0-d tensors, the same ones for as long as their values stay."""
+        group = self.param_groups[number]
+        values = [group[name] for name in HYPERPARAMETERS]
+        held, tensors = self._scalars.get(number, ([], []))
+        if values != held:
+            tensors = tensors or [backend.scalar(0.0, device) for _ in values]
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.fill_(value)
+            self._scalars[number] = values, tensors
+        return tensors
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -110,41 +86,31 @@ class NoisySGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found = []
         for number, group in enumerate(self.param_groups):
             params, grads, buffers = self._gather(group)
-            if not params:
-                continue
-            lr, beta = group["lr"], group["momentum"]
-            apply = update
-            if self._compiled is not None:
-                apply, (lr, beta) = self._compiled, self._as_tensors(number, lr, beta)
-            apply(self.form, params, grads, buffers, lr, beta, group["nu"], group["weight_decay"])
+            if params:
+                found.append(update(params, grads, buffers, *self._tensors(number, params[0].device), self.form))
+        self.sq_norms = sum(found[1:], found[0]) if found else None
         return loss
-
-    def _as_tensors(self, number: int, lr: float, beta: float) -> tuple[Tensor, Tensor]:
-        if number not in self._scalars:
-            self._scalars[number] = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        lr_tensor, beta_tensor = self._scalars[number]
-        return lr_tensor.fill_(lr), beta_tensor.fill_(beta)
 
     @torch.no_grad()
     def directions(self, grads: list[Tensor] | None = None) -> list[Tensor]:
         """The m_t that step() would apply for `grads` (default: the .grad of the parameters); changes nothing.
 
-        The tensors are new, in the order of the parameters of all groups.
+        The tensors are new, in the order of the parameters of all groups, in the dtype of the momentum.
         """
         found: list[Tensor] = []
         given = iter(grads) if grads is not None else None
         for group in self.param_groups:
-            params = [p for p in group["params"] if given is not None or p.grad is not None]
-            if not params:
-                continue
-            now = [next(given) if given is not None else p.grad for p in params]
-            if group["weight_decay"]:
-                now = torch._foreach_add(now, params, alpha=group["weight_decay"])
-            buffers = []
-            if self.form != "sgd":
-                states = [self.state.get(p, {}).get("momentum_buffer") for p in params]
-                buffers = [torch.zeros_like(p) if s is None else s.clone() for p, s in zip(params, states, strict=True)]
-            found += [m.clone() for m in advance(self.form, now, buffers, group["momentum"], group["nu"])]
+            for p in group["params"]:
+                if given is None and p.grad is None:
+                    continue
+                wide = backend.buffer_dtype(p.dtype)
+                slope = (next(given) if given is not None else p.grad).to(wide)
+                m = self.state.get(p, {}).get("momentum_buffer")
+                m = torch.zeros_like(p, dtype=wide) if m is None else m.clone()
+                rule = (group[name] for name in HYPERPARAMETERS[1:])
+                direction = direction_ref(p.to(wide), slope, m, *rule, self.form)
+                found.append(direction.clone() if direction is slope else direction)
         return found

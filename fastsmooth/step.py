@@ -1,4 +1,4 @@
-"""One training step: forward, loss, backward, update; compiled once for every batch size, learning rate and momentum."""
+"""One training step: forward, loss, backward, update; compiled once for every batch size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.optim import NoisySGD
 
 
 class Step:
     """gradient(x, y) leaves the mini-batch gradient in .grad; update() applies the optimizer's form to it.
 
-    With compile=True both go through torch.compile: the batch dimension is marked dynamic and the hyperparameters are
-    0-d tensors, so that a schedule never compiles again. `compiled_graphs` counts what was compiled.
+    With compile=True the model goes through torch.compile, with the batch dimension marked dynamic, so that a schedule
+    never compiles again; the update is one kernel either way. `compiled_graphs` counts what was compiled.
     """
 
     def __init__(self, model: nn.Module, optimizer: NoisySGD, device: torch.device, precision: str, compile: bool):
@@ -29,7 +30,6 @@ class Step:
         if compile:
             never_guard_on_sizes()
             self._forward = torch.compile(self._plain_forward, backend=self._counting_backend)
-            optimizer.compile(self._counting_backend)
 
     def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss, number correct) of the batch [B, 3, H, W], [B], both 0-d on the device; fills .grad."""
@@ -42,9 +42,8 @@ class Step:
         self.optimizer.step()
 
     def grad_norm(self) -> Tensor:
-        """The L2 norm of the gradient over all parameters, 0-d float64 on the device (float32 where it has no float64)."""
-        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return torch.linalg.vector_norm(torch.stack(norms).to(wide_dtype(self.device)))
+        """The L2 norm of the gradient that the last update applied, over all parameters, 0-d float64 on the device."""
+        return self.optimizer.sq_norms[0].sqrt()
 
     @torch.no_grad()
     def evaluate(self, batches) -> tuple[float, float]:
@@ -97,11 +96,6 @@ def never_guard_on_sizes() -> None:
 
     _config.backed_size_oblivious = True
     torch.backends.nnpack.set_flags(False)
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, or the widest that the device has."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,9 @@ def prepare(c: Config, torch):
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled)
+    about = environment() | {"kernels": choose_kernels(device, torch)}
 
-    folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), environment())
+    folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), about)
     checkpoints = Checkpoints(out / "checkpoints", warn)
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     tracker = Tracker(c.to_json(), out, warn)
@@ -207,6 +209,19 @@ def prepare(c: Config, torch):
     return live
 
 
+def choose_kernels(device, torch) -> str:
+    """The implementation of the kernels here, built now if need be; a fall-back is said in one line."""
+    from fastsmooth.kernels import backend
+    from fastsmooth.progress import warn
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = backend.choose(device, torch.float32)
+    for warning in caught:
+        warn(str(warning.message))
+    return chosen
+
+
 def train(live) -> int:
     from fastsmooth.modes import MODES
 
@@ -221,7 +236,7 @@ def train(live) -> int:
     live.tracker.finish(summary, DONE)
     if live.step.compile:
         live.progress.say(
-            f"compiled {live.step.compiled_graphs} graphs (training step, update, evaluation) in {live.clock.read('compile'):.0f} s"
+            f"compiled {live.step.compiled_graphs} graphs (training step, evaluation) in {live.clock.read('compile'):.0f} s"
         )
     if live.last_epoch:
         live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")

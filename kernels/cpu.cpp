@@ -117,24 +117,35 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
 constexpr int64_t NOISE_CHUNKS = 128;        // at most: how many threads have work
 constexpr int64_t CACHED = 192 * 1024 / 4;   // values of G that stay in a core's cache between their two uses
 
-// The shifted mean s of the block's rows, mean_i (G_i - G_0): small where the rows are alike, so its rounding is too.
-template <class T, class A> void shifted_mean(const T* g, int64_t rows, int64_t stride, int64_t n, A* s) {
-    std::fill(s, s + n, A(0));
-    for (int64_t i = 1; i < rows; ++i) {
-        const T* row = g + i * stride;
+// The mean of the block's rows in two parts: `near`, rounded to A, and the `rest` that the rounding left over.
+template <class G, class A>
+void block_mean(const G* g, int64_t rows, int64_t stride, int64_t n, double* total, A* near, A* rest) {
+    std::fill(total, total + n, 0.0);
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+        const G *a = g + i * stride, *b = a + stride, *c = b + stride, *d = c + stride;
 #pragma omp simd
-        for (int64_t k = 0; k < n; ++k) s[k] += load(row[k]) - load(g[k]);
+        for (int64_t k = 0; k < n; ++k)
+            total[k] += (double(load(a[k])) + double(load(b[k]))) + (double(load(c[k])) + double(load(d[k])));
     }
-    const A share = A(1) / A(rows);
+    for (; i < rows; ++i) {
+        const G* row = g + i * stride;
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) s[k] *= share;
+        for (int64_t k = 0; k < n; ++k) total[k] += load(row[k]);
+    }
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+        double mean = total[k] / double(rows);
+        near[k] = A(mean);
+        rest[k] = A(mean - double(near[k]));
+    }
 }
 
-template <class T, class A> void row_sums(const T* row, const T* first, const A* s, int64_t n, double* noise, double* square) {
+template <class G, class A> void row_sums(const G* row, const A* near, const A* rest, int64_t n, double* noise, double* square) {
     double dd = 0, gg = 0;
 #pragma omp simd reduction(+ : dd, gg)
     for (int64_t k = 0; k < n; ++k) {
-        A value = load(row[k]), deviation = (value - load(first[k])) - s[k];
+        A value = load(row[k]), deviation = (value - near[k]) - rest[k];
         dd += double(deviation) * deviation;
         gg += double(value) * value;
     }
@@ -142,12 +153,12 @@ template <class T, class A> void row_sums(const T* row, const T* first, const A*
     *square += gg;
 }
 
-template <int form, bool decayed, class G, class T, class A>
-void move_block(const Rule<A>& rule, const G* first, const A* s, T* p, A* m, int64_t n, double* sums) {
+template <int form, bool decayed, class T, class A>
+void move_block(const Rule<A>& rule, const A* near, const A* rest, T* p, A* m, int64_t n, double* sums) {
     double gg = 0, mm = 0, gm = 0;
 #pragma omp simd reduction(+ : gg, mm, gm)
     for (int64_t k = 0; k < n; ++k) {
-        A mean = load(first[k]) + s[k], direction = move<form, decayed>(rule, p + k, form == SGD ? nullptr : m + k, mean);
+        A mean = near[k] + rest[k], direction = move<form, decayed>(rule, p + k, form == SGD ? nullptr : m + k, mean);
         gg += double(mean) * mean;
         mm += double(direction) * direction;
         gm += double(direction) * mean;
@@ -170,18 +181,21 @@ void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, vo
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < chunks; ++c) {
         double* to = &sums[c * width];
-        std::vector<A> s(block);
+        std::vector<double> total(block);
+        std::vector<A> near(block), rest(block);
         for (int64_t b = c * per_chunk; b < std::min(blocks, (c + 1) * per_chunk); ++b) {
             const int64_t start = b * block, n = std::min(block, columns - start);
             const G* g = static_cast<const G*>(gs) + start;
-            shifted_mean(g, rows, columns, n, s.data());
-            for (int64_t i = 0; i < rows; ++i) row_sums(g + i * columns, g, s.data(), n, to + i, to + rows + i);
+            block_mean(g, rows, columns, n, total.data(), near.data(), rest.data());
+            for (int64_t i = 0; i < rows; ++i)
+                row_sums(g + i * columns, near.data(), rest.data(), n, to + i, to + rows + i);
             T* p = static_cast<T*>(ps) + start;
             A* m = form == SGD ? nullptr : static_cast<A*>(ms) + start;
-            double* rest = to + 2 * rows;
-#define CASE(F)                                                                        \
-    case F:                                                                            \
-        decay ? move_block<F, true>(rule, g, s.data(), p, m, n, rest) : move_block<F, false>(rule, g, s.data(), p, m, n, rest); \
+            double* last = to + 2 * rows;
+#define CASE(F)                                                                                         \
+    case F:                                                                                             \
+        decay ? move_block<F, true>(rule, near.data(), rest.data(), p, m, n, last)                      \
+              : move_block<F, false>(rule, near.data(), rest.data(), p, m, n, last);                    \
         break;
             switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
 #undef CASE

@@ -3,7 +3,8 @@
     mean = sum_i G_i / B,   noise_i = ||G_i - mean||^2,   then u = mean + decay p and p, m as in update.py
 
 G is [B, P], a gradient of a sample (or of a micro-batch) a row. Deviations are taken from the mean where both are at hand,
-never E[x^2] - E[x]^2, and everything is shifted by row 0 first: a noise a millionth of the mean keeps its digits.
+never E[x^2] - E[x]^2, and the mean is two numbers, `near` and the `rest` that its rounding left over: a noise a millionth
+of the mean keeps its digits.
 
 A program owns a fixed set of column tiles, [ROWS, COLUMNS] each, and adds into sums of its own, which a second, small
 stage adds up: no atomics, the same bits on every run. Up to ROW_LIMIT = 256 rows a tile holds all rows, and G is read
@@ -13,7 +14,7 @@ programs run then for all their columns to lie in L2 together (1,024 rows of 64 
 
     rows                          8    64   256    1024
     G, p and m, once each        48   272  1040    4112
-    read again from L2            0     0     0    4100    (G, and row 0 for the shift)
+    read again from L2            0     0     0    4096
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ try:
     import triton
     import triton.language as tl
 
-    from fastsmooth.kernels.update import move
+    from fastsmooth.kernels.update import move, scalars
 except ImportError:  # no triton outside Linux: backend.choose never names it there
     triton = None
 
@@ -51,10 +52,10 @@ def persample_noise_ref(
     """As `persample_noise`, in plain PyTorch."""
     wide = backend.wide_dtype(G.device)
     rows = G.to(backend.buffer_dtype(p.dtype))
-    shifted = rows - rows[0]
-    shift = shifted.mean(dim=0)
-    mean = rows[0] + shift
-    noise = (shifted - shift).to(wide).square().sum(dim=1)
+    near = rows.mean(dim=0)
+    rest = (rows - near).mean(dim=0)
+    mean = near + rest
+    noise = (rows - near - rest).to(wide).square().sum(dim=1)
     direction = move_ref(p, mean, m, *(s.item() for s in (lr, momentum, nu, weight_decay)), form)
     pairs = [(mean, mean), (direction, direction), (direction, mean)]
     sums = torch.stack([(x.to(wide) * y.to(wide)).sum() for x, y in pairs])
@@ -79,7 +80,7 @@ class Tile(NamedTuple):
 def tile(rows: int, dtype: torch.dtype) -> Tile:
     """For B = `rows` gradients of this dtype. A thread reads 16 bytes of a row at a time: `vector` values."""
     if rows > ROW_LIMIT:
-        return Tile(128, 64, False, 128, 4)
+        return Tile(64, 64, False, 128, 4)
     vector = 16 // dtype.itemsize
     height = 1 << (rows - 1).bit_length()
     # 64 values a thread; wide tiles for few rows, whose columns are each in one thread
@@ -108,8 +109,7 @@ if triton:
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, whole: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-        minus_lr, beta = (-tl.load(lr)).to(wide), tl.load(beta).to(wide)
-        nu, decay = tl.load(nu).to(wide), tl.load(decay).to(wide)
+        numbers = scalars(lr, beta, nu, decay, wide, form)
         share = (1.0 / B).to(wide)
         rows = tl.arange(0, ROWS)
         at_rows = row_sums + program * 2 * B + rows
@@ -124,34 +124,35 @@ if triton:
             if whole:
                 mask = (rows < B)[:, None] & inside[None, :]
                 g = tl.load(G + rows[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
-                first = tl.sum(tl.where((rows == 0)[:, None], g, 0.0), axis=0)
-                shifted = tl.where((rows < B)[:, None], g - first[None, :], 0.0)
-                shift = tl.sum(shifted, axis=0) * share
-                deviation = tl.where((rows < B)[:, None], shifted - shift[None, :], 0.0)
+                near = tl.sum(g, axis=0) * share
+                centred = tl.where((rows < B)[:, None], g - near[None, :], 0.0)
+                rest = tl.sum(centred, axis=0) * share
+                deviation = tl.where((rows < B)[:, None], centred - rest[None, :], 0.0)
                 noise += _per_thread(deviation * deviation, VECTOR)
                 squares += _per_thread(g * g, VECTOR)
             else:
-                first = tl.load(G + columns, mask=inside, other=0.0).to(wide)
-                total = tl.zeros([ROWS, COLUMNS], wide)
+                total = tl.zeros([ROWS, COLUMNS], tl.float64)  # wide enough to need no second look at the rows
                 for above in range(0, B, ROWS):
                     some = above + rows
                     mask = (some < B)[:, None] & inside[None, :]
-                    g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
-                    total += tl.where((some < B)[:, None], g - first[None, :], 0.0)
-                shift = tl.sum(total, axis=0) * share
+                    g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0)
+                    total += g.to(tl.float64)
+                mean = tl.sum(total, axis=0) / B
+                near = mean.to(wide)
+                rest = (mean - near.to(tl.float64)).to(wide)
                 for above in range(0, B, ROWS):
                     some = above + rows
                     there = some < B
                     mask = there[:, None] & inside[None, :]
                     g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
-                    deviation = tl.where(there[:, None], g - first[None, :] - shift[None, :], 0.0)
+                    deviation = tl.where(there[:, None], g - near[None, :] - rest[None, :], 0.0)
                     n, s = tl.sum(deviation * deviation, axis=1), tl.sum(g * g, axis=1)
                     to = at_rows + above
                     tl.store(to, tl.load(to, mask=there) + n.to(tl.float64), mask=there)
                     tl.store(to + B, tl.load(to + B, mask=there) + s.to(tl.float64), mask=there)
-            mean = first + shift
+            mean = near + rest
             x = tl.load(p + columns, mask=inside, other=0.0)
-            moved, direction = move(x.to(wide), mean, m + columns, inside, minus_lr, beta, nu, decay, form)
+            moved, direction = move(x.to(wide), mean, m + columns, inside, numbers, form)
             tl.store(p + columns, moved.to(x.dtype), mask=inside)
             direction = tl.where(inside, direction, 0.0)
             gg += _per_thread(mean * mean, VECTOR)
@@ -250,10 +251,10 @@ def persample_noise(
         raise ValueError(f"p and m are [{G.shape[1]}] for this G, and m is None for sgd alone")
     if not all(t.is_contiguous() for t in (G, *vectors)):
         raise ValueError("G, p and m must be contiguous: call .contiguous() first")
-    if G.dtype not in (torch.float32, torch.bfloat16, p.dtype) or any(
-        v.dtype != backend.buffer_dtype(p.dtype) for v in vectors[1:]
-    ):
+    wanted = backend.buffer_dtype(p.dtype)
+    if G.dtype not in (torch.float32, torch.bfloat16, p.dtype) or (m is not None and m.dtype != wanted):
         raise ValueError(
-            f"G is {G.dtype}, p {p.dtype}: m must be {backend.buffer_dtype(p.dtype)}, and G float32 or bfloat16"
+            f"G is {G.dtype}, p {p.dtype}, m {None if m is None else m.dtype}: "
+            f"G must be float32, bfloat16 or p's dtype, and m {wanted}"
         )
     return Noise(*_op(G, p, m, lr, momentum, nu, weight_decay, form))

@@ -26,16 +26,24 @@ except ImportError:  # no triton outside Linux: backend.choose never names it th
     triton = None
 
 
-def move_ref(
-    p: Tensor, slope: Tensor, m: Tensor | None, lr: float, beta: float, nu: float, decay: float, form: str
+def direction_ref(
+    x: Tensor, slope: Tensor, m: Tensor | None, beta: float, nu: float, decay: float, form: str
 ) -> Tensor:
-    """The direction for one tensor and its gradient `slope`, in the dtype of `slope`; moves p and m."""
-    x = p.to(slope.dtype)
+    """The direction m_t for one tensor x and its gradient `slope`; moves m alone. All in one dtype."""
     direction = u = slope.add(x, alpha=decay) if decay else slope
     if form != "sgd":
         direction = m.mul_(beta).add_(u, alpha=1.0 if form == "shb" else 1 - beta)
     if form == "qhm":
         direction = (u * (1 - nu)).add_(direction, alpha=nu)
+    return direction
+
+
+def move_ref(
+    p: Tensor, slope: Tensor, m: Tensor | None, lr: float, beta: float, nu: float, decay: float, form: str
+) -> Tensor:
+    """Move p, of any dtype, and m along the direction, which is returned in the dtype of `slope`."""
+    x = p.to(slope.dtype)
+    direction = direction_ref(x, slope, m, beta, nu, decay, form)
     p.copy_(x.add(direction, alpha=-lr))
     return direction
 
@@ -78,24 +86,32 @@ if triton:
         return found
 
     @triton.jit
-    def move(x, slope, m_at, mask, minus_lr, beta, nu, decay, form: tl.constexpr):
+    def scalars(lr, beta, nu, decay, wide: tl.constexpr, form: tl.constexpr):
+        """(-lr, beta, alpha, nu, 1 - nu, decay) in the arithmetic's dtype, from float64 in memory."""
+        beta, nu = tl.load(beta), tl.load(nu)
+        alpha = tl.full([], 1.0, tl.float64) if form == "shb" else 1.0 - beta
+        decay = tl.load(decay).to(wide)
+        return (-tl.load(lr)).to(wide), beta.to(wide), alpha.to(wide), nu.to(wide), (1.0 - nu).to(wide), decay
+
+    @triton.jit
+    def move(x, slope, m_at, mask, scalars, form: tl.constexpr):
         """(x after the update, direction), with the momentum at m_at moved in place."""
+        minus_lr, beta, alpha, nu, rest, decay = scalars
         u = slope + decay * x
         direction = u
         if form != "sgd":
-            alpha = 1.0 if form == "shb" else 1.0 - beta
             m = _load(m_at, mask) * beta + u * alpha
             tl.store(m_at, m, mask=mask)
             direction = m
             if form == "qhm":
-                direction = u * (1.0 - nu) + m * nu
+                direction = u * rest + m * nu
         return x + minus_lr * direction, direction
 
     @triton.jit
-    def _update_block(p_at, g_at, m_at, mask, minus_lr, beta, nu, decay, wide: tl.constexpr, form: tl.constexpr):
+    def _update_block(p_at, g_at, m_at, mask, scalars, wide: tl.constexpr, form: tl.constexpr):
         slope = _load(g_at, mask).to(wide)
         x = _load(p_at, mask)
-        moved, direction = move(x.to(wide), slope, m_at, mask, minus_lr, beta, nu, decay, form)
+        moved, direction = move(x.to(wide), slope, m_at, mask, scalars, form)
         tl.store(p_at, moved.to(x.dtype), mask=mask)
         return slope * slope, direction * direction
 
@@ -118,16 +134,15 @@ if triton:
         if aligned:
             p, g, m = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16)
             start = tl.multiple_of(start, 16)
-        minus_lr, beta = (-tl.load(lr)).to(wide), tl.load(beta).to(wide)
-        nu, decay = tl.load(nu).to(wide), tl.load(decay).to(wide)
+        numbers = scalars(lr, beta, nu, decay, wide, form)
         gg = tl.zeros([BLOCK], wide)
         mm = tl.zeros([BLOCK], wide)
         for block in range(BLOCKS):
             at = start + block * BLOCK + tl.arange(0, BLOCK)
             if start + (block + 1) * BLOCK <= size:  # whole: without a mask the accesses are 128 bits wide
-                g2, m2 = _update_block(p + at, g + at, m + at, None, minus_lr, beta, nu, decay, wide, form)
+                g2, m2 = _update_block(p + at, g + at, m + at, None, numbers, wide, form)
             else:
-                g2, m2 = _update_block(p + at, g + at, m + at, at < size, minus_lr, beta, nu, decay, wide, form)
+                g2, m2 = _update_block(p + at, g + at, m + at, at < size, numbers, wide, form)
             gg += g2
             mm += m2
         tl.store(sums + 2 * program, tl.sum(gg.to(tl.float64)))
@@ -200,6 +215,11 @@ def ordered_as(p: Tensor, g: Tensor) -> Tensor:
     return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether the values fill the memory from the first to the last, in whatever order."""
+    return t.is_contiguous() or 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel()
+
+
 _op = backend.custom_op(
     "update",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor lr, Tensor momentum, Tensor nu,"
@@ -239,4 +259,15 @@ def update(
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     if not params or len(grads) != len(params) or len(buffers) != (len(params) if form != "sgd" else 0):
         raise ValueError(f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit {form}")
+    for p, g in zip(params, grads, strict=True):
+        if g.shape != p.shape or g.dtype != p.dtype:
+            raise ValueError(f"a gradient {list(g.shape)} of {g.dtype} for a parameter {list(p.shape)} of {p.dtype}")
+        if p.numel() and not is_dense(p):
+            raise ValueError(f"a parameter {list(p.shape)} with strides {p.stride()} is not dense in memory")
+    for p, m in zip(params, buffers, strict=False):
+        if m.shape != p.shape or m.stride() != p.stride() or m.dtype != backend.buffer_dtype(p.dtype):
+            raise ValueError(
+                f"a momentum {list(m.shape)} of {m.dtype} for a parameter {list(p.shape)} of {p.dtype}: "
+                f"it has the parameter's shape and strides, in {backend.buffer_dtype(p.dtype)}"
+            )
     return _op(params, grads, buffers, lr, momentum, nu, weight_decay, form)

@@ -9,6 +9,15 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as fastsmooth.train does before it imports torch
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton kernels run in its interpreter where there is no GPU; Triton asks when it first sees a kernel."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -18,10 +18,10 @@ ALLOWED = {
     "progress": set(),
     "data": {"data"},
     "models": set(),
-    "optim": set(),
-    "measure": {"optim"},
-    "step": {"optim", "measure"},
-    "modes": {"step", "measure", "log", "checkpoint", "progress", "clock", "config", "schedule", "data"},
+    "optim": {"kernels"},
+    "measure": {"optim", "kernels"},
+    "step": {"optim", "measure", "kernels"},
+    "modes": {"step", "measure", "kernels", "log", "checkpoint", "progress", "clock", "config", "schedule", "data"},
 }
 
 
