@@ -127,7 +127,7 @@ if triton:
                 near = tl.sum(g, axis=0) * share
                 centred = tl.where((rows < B)[:, None], g - near[None, :], 0.0)
                 rest = tl.sum(centred, axis=0) * share
-                deviation = tl.where((rows < B)[:, None], centred - rest[None, :], 0.0)
+                deviation = centred - rest[None, :]  # wrong in rows from B on, whose sums nobody stores
                 noise += _per_thread(deviation * deviation, VECTOR)
                 squares += _per_thread(g * g, VECTOR)
             else:
@@ -145,7 +145,7 @@ if triton:
                     there = some < B
                     mask = there[:, None] & inside[None, :]
                     g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
-                    deviation = tl.where(there[:, None], g - near[None, :] - rest[None, :], 0.0)
+                    deviation = g - near[None, :] - rest[None, :]
                     n, s = tl.sum(deviation * deviation, axis=1), tl.sum(g * g, axis=1)
                     to = at_rows + above
                     tl.store(to, tl.load(to, mask=there) + n.to(tl.float64), mask=there)
@@ -154,7 +154,6 @@ if triton:
             x = tl.load(p + columns, mask=inside, other=0.0)
             moved, direction = move(x.to(wide), mean, m + columns, inside, numbers, form)
             tl.store(p + columns, moved.to(x.dtype), mask=inside)
-            direction = tl.where(inside, direction, 0.0)
             gg += _per_thread(mean * mean, VECTOR)
             mm += _per_thread(direction * direction, VECTOR)
             gm += _per_thread(direction * mean, VECTOR)

@@ -125,6 +125,17 @@ def test_update_takes_float64(implementation, form):
             assert distance(momenta[i], exact_m) < 1e-15
 
 
+@every_form
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="for CPUs")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_cxx_has_the_bits_of_plain_pytorch(form, dtype):
+    """Every rounding the same, to bfloat16 too."""
+    given = tensors(dtype, form)
+    found, plain = (moved(name, form, *given, 0.03) for name in ("native", "reference"))
+    for x, y in zip(found[0] + found[1], plain[0] + plain[1], strict=True):
+        assert torch.equal(x, y)
+
+
 @every_implementation
 @pytest.mark.parametrize("offset", [0, 1])
 def test_update_stays_inside_its_tensors(implementation, offset):

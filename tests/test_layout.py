@@ -45,9 +45,15 @@ def test_imports_point_down_only(path):
     assert "train" not in parts_imported(path)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_nothing_of_the_package_but_kernels(path):
+    assert parts_imported(path) <= {"kernels"}
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide other packages of that name
+
+
 def test_every_part_is_named_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    for path in (ROOT / "fastsmooth").rglob("*.py"):
+    for path in (*(ROOT / "fastsmooth").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
         if path.name != "__init__.py":
             assert path.name in readme, path
 
