@@ -408,6 +408,19 @@ def test_the_operators_are_registered_as_pytorch_expects():
     torch.library.opcheck(torch.ops.fastsmooth.persample_noise.default, (G, p, None, *scalars(), "sgd"))
 
 
+def test_autograd_sees_that_the_kernels_change_their_tensors():
+    """A gradient that would need the value before the step is refused, not wrong."""
+    w, m = randn(6, seed=1).requires_grad_(), torch.zeros(6, device=DEVICE)
+    kept = (w**3).sum()
+    with torch.no_grad():
+        update.update([w], [torch.ones_like(w)], [m], *scalars(), "shb")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    p, version = randn(6), m._version
+    persample_noise.persample_noise(randn(3, 6), p, m, *scalars(), "shb")
+    assert p._version and m._version > version
+
+
 def test_a_whole_training_step_compiles_once_for_every_lr_and_batch():
     """Forward, gradient and update in one graph without a break."""
     weights = [randn(16, 8, seed=1), randn(4, 16, seed=2)]
