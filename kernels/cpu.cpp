@@ -116,6 +116,8 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
 
 constexpr int64_t NOISE_CHUNKS = 128;        // at most: how many threads have work
 constexpr int64_t CACHED = 192 * 1024 / 4;   // values of G that stay in a core's cache between their two uses
+constexpr int64_t NARROW = 256;              // columns of a block at least: rows lie far apart, and each costs a start
+constexpr int64_t SHORT = 256;
 
 // The mean of the block's rows in two parts: `near`, rounded to A, and the `rest` that the rounding left over.
 template <class G, class A>
@@ -141,16 +143,20 @@ void block_mean(const G* g, int64_t rows, int64_t stride, int64_t n, double* tot
     }
 }
 
-template <class G, class A> void row_sums(const G* row, const A* near, const A* rest, int64_t n, double* noise, double* square) {
-    double dd = 0, gg = 0;
+// Sums of deviation^2 and G^2 of one row: in A over SHORT values, whose rounding stays below A's own, then in double.
+template <class G, class A>
+void row_sums(const G* row, const A* near, const A* rest, int64_t n, double* noise, double* square) {
+    for (int64_t start = 0; start < n; start += SHORT) {
+        A dd = 0, gg = 0;
 #pragma omp simd reduction(+ : dd, gg)
-    for (int64_t k = 0; k < n; ++k) {
-        A value = load(row[k]), deviation = (value - near[k]) - rest[k];
-        dd += double(deviation) * deviation;
-        gg += double(value) * value;
+        for (int64_t k = start; k < std::min(n, start + SHORT); ++k) {
+            A value = load(row[k]), deviation = (value - near[k]) - rest[k];
+            dd += deviation * deviation;
+            gg += value * value;
+        }
+        *noise += double(dd);
+        *square += double(gg);
     }
-    *noise += dd;
-    *square += gg;
 }
 
 template <int form, bool decayed, class T, class A>
@@ -172,7 +178,7 @@ template <class G, class T>
 void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int form, double lr, double beta,
                      double nu, double decay, int threads, double* noise, double* squares, double* out) {
     using A = typename Wide<T>::type;
-    const int64_t block = std::clamp<int64_t>(CACHED / rows / 16 * 16, 64, 4096);
+    const int64_t block = std::clamp<int64_t>(CACHED / rows / 16 * 16, NARROW, 4096);
     const int64_t blocks = (columns + block - 1) / block;
     const int64_t chunks = std::min(NOISE_CHUNKS, blocks), per_chunk = chunks ? (blocks + chunks - 1) / chunks : 0;
     const int64_t width = 2 * rows + 3;
