@@ -1,8 +1,8 @@
-// The kernels on a CPU: each walks its operands once, block by block in the cache. Built by native.py; no PyTorch headers.
+// The kernels on a CPU: each walks its operands once, block by block in the cache. Built by native.py, without PyTorch.
 //
-// The results have the same bits for every number of threads: work is cut into chunks that depend on the sizes alone, each
-// chunk adds into sums of its own, and those are added in order. Compiled with -ffp-contract=off: the roundings are
-// those written here, which for sgd and shb are torch.optim.SGD's.
+// The results have the same bits for every number of threads: work is cut into chunks that depend on the sizes alone,
+// each chunk adds into sums of its own, and those are added in order. Compiled with -ffp-contract=off: the roundings
+// are those written here, which for sgd and shb are torch.optim.SGD's.
 
 #include <algorithm>
 #include <cmath>
@@ -40,7 +40,7 @@ inline void store(bfloat16* to, float x) {  // round to nearest, ties to even; a
 }
 
 template <class A> struct Rule {
-    A minus_lr, beta, alpha, nu, rest, decay;  // m = beta m + alpha u; direction (rest = 1 - nu) u + nu m; u = g + decay p
+    A minus_lr, beta, alpha, nu, rest, decay;  // u = g + decay p; m = beta m + alpha u; direction rest u + nu m
     explicit Rule(int form, double lr_, double beta_, double nu_, double decay_)
         : minus_lr(A(-lr_)), beta(A(beta_)), alpha(A(form == SHB ? 1.0 : 1.0 - beta_)), nu(A(nu_)), rest(A(1.0 - nu_)),
           decay(A(decay_)) {}
@@ -59,7 +59,7 @@ inline A move(const Rule<A>& rule, T* p, A* m, A g) {
     return direction;
 }
 
-// update ---------------------------------------------------------------------------------------------------------------
+// update -------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t UPDATE_CHUNK = 1 << 15;
 
@@ -81,8 +81,8 @@ void update_chunk(const Rule<A>& rule, T* p, const T* g, A* m, int64_t n, double
 }
 
 template <class T>
-void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const* gs, void* const* ms, int form, double lr,
-            double beta, double nu, double decay, int threads, double* out) {
+void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const* gs, void* const* ms, int form,
+            double lr, double beta, double nu, double decay, int threads, double* out) {
     using A = typename Wide<T>::type;
     std::vector<Chunk> chunks;
     for (int64_t t = 0; t < tensors; ++t)
@@ -112,7 +112,7 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
     }
 }
 
-// persample_noise --------------------------------------------------------------------------------------------------------
+// persample_noise ----------------------------------------------------------------------------------------------------
 
 constexpr int64_t NOISE_CHUNKS = 128;        // at most: how many threads have work
 constexpr int64_t CACHED = 192 * 1024 / 4;   // values of G that stay in a core's cache between their two uses
@@ -175,8 +175,8 @@ void move_block(const Rule<A>& rule, const A* near, const A* rest, T* p, A* m, i
 }
 
 template <class G, class T>
-void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int form, double lr, double beta,
-                     double nu, double decay, int threads, double* noise, double* squares, double* out) {
+void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int form, double lr,
+                     double beta, double nu, double decay, int threads, double* noise, double* squares, double* out) {
     using A = typename Wide<T>::type;
     const int64_t block = std::clamp<int64_t>(CACHED / rows / 16 * 16, NARROW, 4096);
     const int64_t blocks = (columns + block - 1) / block;
