@@ -204,7 +204,9 @@ IMPLEMENTATIONS = {
 
 
 def _persample_noise(G, p, m, lr, momentum, nu, weight_decay, form) -> tuple[Tensor, Tensor, Tensor]:
-    found = IMPLEMENTATIONS[backend.choose(G.device, p.dtype)](G, p, m, lr, momentum, nu, weight_decay, form)
+    run = IMPLEMENTATIONS[backend.choose(G.device, p.dtype)]
+    with torch.cuda.device_of(G):  # Triton launches on the current device
+        found = run(G, p, m, lr, momentum, nu, weight_decay, form)
     torch.autograd.graph.increment_version([p] if m is None else [p, m])
     return tuple(found)
 
@@ -251,9 +253,10 @@ def persample_noise(
     if not all(t.is_contiguous() for t in (G, *vectors)):
         raise ValueError("G, p and m must be contiguous: call .contiguous() first")
     wanted = backend.buffer_dtype(p.dtype)
-    if G.dtype not in (torch.float32, torch.bfloat16, p.dtype) or (m is not None and m.dtype != wanted):
+    allowed = {p.dtype} if p.dtype == torch.float64 else {torch.float32, torch.bfloat16, p.dtype}
+    if G.dtype not in allowed or (m is not None and m.dtype != wanted):
         raise ValueError(
             f"G is {G.dtype}, p {p.dtype}, m {None if m is None else m.dtype}: "
-            f"G must be float32, bfloat16 or p's dtype, and m {wanted}"
+            f"G must be {' or '.join(sorted(map(str, allowed)))} and m {wanted}"
         )
     return Noise(*_op(G, p, m, lr, momentum, nu, weight_decay, form))

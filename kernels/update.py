@@ -156,10 +156,9 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).to(device)
 
 
-@functools.lru_cache(
-    maxsize=32
-)  # the caching allocator gives the gradients of most steps the addresses of an earlier one
+@functools.lru_cache(maxsize=32)
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Kept, since the caching allocator gives the gradients of most steps the addresses of an earlier one."""
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
@@ -205,7 +204,8 @@ def _update(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Ten
         slopes = [ordered_as(params[i], grads[i]) for i in some]
         ms = [buffers[i] for i in some] if buffers else []
         run = IMPLEMENTATIONS[backend.choose(device, dtype)]
-        squares += run([params[i] for i in some], slopes, ms, lr, momentum, nu, weight_decay, form)
+        with torch.cuda.device_of(params[0]):  # Triton launches on the current device
+            squares += run([params[i] for i in some], slopes, ms, lr, momentum, nu, weight_decay, form)
     torch.autograd.graph.increment_version([*params, *buffers])
     return squares
 

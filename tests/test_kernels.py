@@ -307,6 +307,16 @@ def test_persample_noise_has_every_form_and_dtype(implementation, form, B, P, dt
 
 
 @every_implementation
+@pytest.mark.parametrize("B, P", [(3, 1023), (257, 70)])
+def test_persample_noise_takes_float64(implementation, B, P):
+    G, p, m = (t.double() for t in rows_and_vectors(B, P))
+    after, momentum, found = noisy(implementation, "qhm", G, p, m, 0.03)
+    exact = exact_noise("qhm", G, p, m, 0.03)
+    for x, y in zip([after, momentum, *found], [*exact[:2], *exact[2]], strict=True):
+        assert distance(x, y) < 1e-13
+
+
+@every_implementation
 @pytest.mark.parametrize("B", [2, 64, 257])
 def test_small_deviations_from_a_large_mean_keep_their_digits(implementation, B):
     """Mean 1e4, deviations 1e-2, of which float32 holds ten steps: E[x^2] - E[x]^2 would have none right."""
@@ -390,6 +400,7 @@ def test_persample_noise_refuses_what_does_not_fit():
         ((G.double(), p, m, "shb"), "float64"),
         ((G, p, m.double(), "shb"), "float64"),
         ((G.half(), p, m, "shb"), "float16"),
+        ((G, p.double(), m.double(), "shb"), "must be torch.float64"),
     ]:
         *arguments, form = given
         with pytest.raises(ValueError, match=words):
