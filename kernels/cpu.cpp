@@ -41,9 +41,9 @@ inline void store(bfloat16* to, float x) {  // round to nearest, ties to even; a
 
 template <class A> struct Rule {
     A minus_lr, beta, alpha, nu, rest, decay;  // u = g + decay p; m = beta m + alpha u; direction rest u + nu m
-    explicit Rule(int form, double lr_, double beta_, double nu_, double decay_)
-        : minus_lr(A(-lr_)), beta(A(beta_)), alpha(A(form == SHB ? 1.0 : 1.0 - beta_)), nu(A(nu_)), rest(A(1.0 - nu_)),
-          decay(A(decay_)) {}
+    Rule(int form, const double* const* at)  // of lr, beta, nu, decay
+        : minus_lr(A(-*at[0])), beta(A(*at[1])), alpha(A(form == SHB ? 1.0 : 1.0 - *at[1])), nu(A(*at[2])),
+          rest(A(1.0 - *at[2])), decay(A(*at[3])) {}
 };
 
 // One coordinate: moves p and m, returns the direction.
@@ -82,14 +82,14 @@ void update_chunk(const Rule<A>& rule, T* p, const T* g, A* m, int64_t n, double
 
 template <class T>
 void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const* gs, void* const* ms, int form,
-            double lr, double beta, double nu, double decay, int threads, double* out) {
+            const double* const* scalars, int threads, double* out) {
     using A = typename Wide<T>::type;
     std::vector<Chunk> chunks;
     for (int64_t t = 0; t < tensors; ++t)
         for (int64_t start = 0; start < sizes[t]; start += UPDATE_CHUNK)
             chunks.push_back({t, start, std::min(sizes[t], start + UPDATE_CHUNK)});
     std::vector<double> sums(2 * chunks.size());
-    const Rule<A> rule(form, lr, beta, nu, decay);
+    const Rule<A> rule(form, scalars);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < int64_t(chunks.size()); ++c) {
         const Chunk& at = chunks[c];
@@ -100,7 +100,7 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
         double* to = &sums[2 * c];
 #define CASE(F)                                                             \
     case F:                                                                 \
-        decay ? update_chunk<F, true>(rule, p, g, m, n, to) : update_chunk<F, false>(rule, p, g, m, n, to); \
+        rule.decay != 0 ? update_chunk<F, true>(rule, p, g, m, n, to) : update_chunk<F, false>(rule, p, g, m, n, to); \
         break;
         switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
 #undef CASE
@@ -175,15 +175,15 @@ void move_block(const Rule<A>& rule, const A* near, const A* rest, T* p, A* m, i
 }
 
 template <class G, class T>
-void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int form, double lr,
-                     double beta, double nu, double decay, int threads, double* noise, double* squares, double* out) {
+void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int form,
+                     const double* const* scalars, int threads, double* noise, double* squares, double* out) {
     using A = typename Wide<T>::type;
     const int64_t block = std::clamp<int64_t>(CACHED / rows / 16 * 16, NARROW, 4096);
     const int64_t blocks = (columns + block - 1) / block;
     const int64_t chunks = std::min(NOISE_CHUNKS, blocks), per_chunk = chunks ? (blocks + chunks - 1) / chunks : 0;
     const int64_t width = 2 * rows + 3;
     std::vector<double> sums(chunks * width, 0.0);
-    const Rule<A> rule(form, lr, beta, nu, decay);
+    const Rule<A> rule(form, scalars);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < chunks; ++c) {
         double* to = &sums[c * width];
@@ -200,7 +200,7 @@ void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, vo
             double* last = to + 2 * rows;
 #define CASE(F)                                                                                         \
     case F:                                                                                             \
-        decay ? move_block<F, true>(rule, near.data(), rest.data(), p, m, n, last)                      \
+        rule.decay != 0 ? move_block<F, true>(rule, near.data(), rest.data(), p, m, n, last)                      \
               : move_block<F, false>(rule, near.data(), rest.data(), p, m, n, last);                    \
         break;
             switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
@@ -222,20 +222,20 @@ void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, vo
 
 }  // namespace
 
-#define UPDATE(NAME, T)                                                                                             \
-    extern "C" void NAME(int64_t tensors, const int64_t* sizes, void* const* p, void* const* g, void* const* m,     \
-                         int form, double lr, double beta, double nu, double decay, int threads, double* out) {     \
-        update<T>(tensors, sizes, p, g, m, form, lr, beta, nu, decay, threads, out);                                \
+#define UPDATE(NAME, T)                                                                                         \
+    extern "C" void NAME(int64_t tensors, const int64_t* sizes, void* const* p, void* const* g, void* const* m, \
+                         int form, const double* const* scalars, int threads, double* out) {                    \
+        update<T>(tensors, sizes, p, g, m, form, scalars, threads, out);                                        \
     }
 UPDATE(update_float32, float)
 UPDATE(update_float64, double)
 UPDATE(update_bfloat16, bfloat16)
 
-#define NOISE(NAME, G, T)                                                                                           \
-    extern "C" void NAME(int64_t rows, int64_t columns, const void* g, void* p, void* m, int form, double lr,       \
-                         double beta, double nu, double decay, int threads, double* noise, double* squares,         \
-                         double* out) {                                                                             \
-        persample_noise<G, T>(rows, columns, g, p, m, form, lr, beta, nu, decay, threads, noise, squares, out);     \
+#define NOISE(NAME, G, T)                                                                                       \
+    extern "C" void NAME(int64_t rows, int64_t columns, const void* g, void* p, void* m, int form,              \
+                         const double* const* scalars, int threads, double* noise, double* squares,             \
+                         double* out) {                                                                         \
+        persample_noise<G, T>(rows, columns, g, p, m, form, scalars, threads, noise, squares, out);             \
     }
 NOISE(persample_noise_float32_float32, float, float)
 NOISE(persample_noise_float64_float64, double, double)

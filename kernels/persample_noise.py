@@ -187,10 +187,11 @@ def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> No
 def _persample_noise_native(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
     name = "_".join(["persample_noise", *(str(t.dtype).removeprefix("torch.") for t in (G, p))])
     found = Noise(*(torch.empty(n, dtype=torch.float64) for n in (len(G), len(G), 3)))
+    rule = [s.to("cpu", torch.float64) for s in (lr, momentum, nu, weight_decay)]
     getattr(native.library(), name)(
         ctypes.c_int64(len(G)), ctypes.c_int64(len(p)),
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)), FORMS.index(form),
-        *(ctypes.c_double(s.item()) for s in (lr, momentum, nu, weight_decay)), torch.get_num_threads(),
+        native.addresses(rule), torch.get_num_threads(),
         *(ctypes.c_void_p(t.data_ptr()) for t in found),
     )  # fmt: skip
     return found

@@ -184,10 +184,11 @@ def _update_triton(params, grads, buffers, lr, momentum, nu, weight_decay, form)
 def _update_native(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
     function = getattr(native.library(), "update_" + str(params[0].dtype).removeprefix("torch."))
     sizes = (ctypes.c_int64 * len(params))(*[p.numel() for p in params])
+    rule = [s.to("cpu", torch.float64) for s in (lr, momentum, nu, weight_decay)]
     squares = torch.empty(2, dtype=torch.float64)
     function(
         ctypes.c_int64(len(params)), sizes, *map(native.addresses, (params, grads, buffers)), FORMS.index(form),
-        *(ctypes.c_double(s.item()) for s in (lr, momentum, nu, weight_decay)), torch.get_num_threads(),
+        native.addresses(rule), torch.get_num_threads(),
         ctypes.c_void_p(squares.data_ptr()),
     )  # fmt: skip
     return squares
