@@ -76,16 +76,23 @@ class Tile(NamedTuple):
     programs: int  # at most
     warps: int
 
+    @property
+    def shared(self) -> bool:
+        """Whether several threads hold a column."""
+        return 32 * self.warps > self.COLUMNS
 
-def tile(rows: int, dtype: torch.dtype) -> Tile:
-    """For B = `rows` gradients of this dtype. A thread reads 16 bytes of a row at a time: `vector` values."""
+
+def tile(rows: int, dtype: torch.dtype, aligned: bool) -> Tile:
+    """For B = `rows` gradients of this dtype. A thread reads 16 bytes of a row at a time, `vector` values; where rows are
+    not `aligned` to them, one, from an address of its own."""
     if rows > ROW_LIMIT:
         return Tile(64, 64, False, 128, 4)
     vector = 16 // dtype.itemsize
     height = 1 << (rows - 1).bit_length()
-    # 64 values a thread; wide tiles for few rows, whose columns are each in one thread
-    columns = min(max(8192 // height, 64), 128 * vector)
-    return Tile(height, columns, True, 1024, max(4, height * columns // 2048))
+    # as many values a thread as its registers hold; wide tiles for few rows, whose columns are each in one thread
+    values = 64 if aligned else 32
+    columns = min(max(128 * values // height, values), 128 * vector)
+    return Tile(height, columns, True, 1024, max(4, height * columns // (32 * values)))
 
 
 if triton:
@@ -106,7 +113,7 @@ if triton:
         sums,  # float64 [programs, 3]: of mean^2, direction^2, direction mean
         B, P,
         wide: tl.constexpr, form: tl.constexpr, VECTOR: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, whole: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, whole: tl.constexpr, shared: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
         numbers = scalars(lr, beta, nu, decay, wide, form)
@@ -152,8 +159,15 @@ if triton:
                     tl.store(to + B, tl.load(to + B, mask=there) + s.to(tl.float64), mask=there)
             mean = near + rest
             x = tl.load(p + columns, mask=inside, other=0.0)
-            moved, direction = move(x.to(wide), mean, m + columns, inside, numbers, form)
+            before = mean
+            if form != "sgd":
+                before = tl.load(m + columns, mask=inside, other=0.0)
+            if shared:  # several threads hold a column: all have loaded before the one that stores it does
+                tl.debug_barrier()
+            moved, after, direction = move(x.to(wide), mean, before, numbers, form)
             tl.store(p + columns, moved.to(x.dtype), mask=inside)
+            if form != "sgd":
+                tl.store(m + columns, after, mask=inside)
             gg += _per_thread(mean * mean, VECTOR)
             mm += _per_thread(direction * direction, VECTOR)
             gm += _per_thread(direction * mean, VECTOR)
@@ -167,7 +181,7 @@ if triton:
 
 def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
     B, P = G.shape
-    cut = tile(B, G.dtype)
+    cut = tile(B, G.dtype, aligned=P % 16 == 0)
     programs = min(cut.programs, triton.cdiv(P, cut.COLUMNS))
     row_sums = torch.zeros(max(programs, 1), 2, B, dtype=torch.float64, device=G.device)
     sums = torch.zeros(max(programs, 1), 3, dtype=torch.float64, device=G.device)
@@ -175,7 +189,8 @@ def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> No
         wide = tl.float64 if p.dtype == torch.float64 else tl.float32
         _persample_noise_kernel[(programs,)](
             G, p, p if m is None else m, lr, momentum, nu, weight_decay, row_sums, sums, B, P,
-            wide, form, 16 // G.dtype.itemsize, cut.ROWS, cut.COLUMNS, cut.whole, num_warps=cut.warps,
+            wide, form, 16 // G.dtype.itemsize, cut.ROWS, cut.COLUMNS, cut.whole, cut.shared,
+            num_warps=cut.warps,
         )  # fmt: skip
     noise, squares = row_sums.sum(dim=0)
     return Noise(noise, squares, sums.sum(dim=0))

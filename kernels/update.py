@@ -94,25 +94,29 @@ if triton:
         return (-tl.load(lr)).to(wide), beta.to(wide), alpha.to(wide), nu.to(wide), (1.0 - nu).to(wide), decay
 
     @triton.jit
-    def move(x, slope, m_at, mask, scalars, form: tl.constexpr):
-        """(x after the update, direction), with the momentum at m_at moved in place."""
+    def move(x, slope, m, scalars, form: tl.constexpr):
+        """(x and m after the update, direction); sgd gives m back as it is."""
         minus_lr, beta, alpha, nu, rest, decay = scalars
         u = slope + decay * x
         direction = u
         if form != "sgd":
-            m = _load(m_at, mask) * beta + u * alpha
-            tl.store(m_at, m, mask=mask)
+            m = m * beta + u * alpha
             direction = m
             if form == "qhm":
                 direction = u * rest + m * nu
-        return x + minus_lr * direction, direction
+        return x + minus_lr * direction, m, direction
 
     @triton.jit
     def _update_block(p_at, g_at, m_at, mask, scalars, wide: tl.constexpr, form: tl.constexpr):
         slope = _load(g_at, mask).to(wide)
         x = _load(p_at, mask)
-        moved, direction = move(x.to(wide), slope, m_at, mask, scalars, form)
+        m = slope
+        if form != "sgd":
+            m = _load(m_at, mask)
+        moved, m, direction = move(x.to(wide), slope, m, scalars, form)
         tl.store(p_at, moved.to(x.dtype), mask=mask)
+        if form != "sgd":
+            tl.store(m_at, m, mask=mask)
         return slope * slope, direction * direction
 
     @triton.jit
