@@ -15,6 +15,7 @@ programs run then for all their columns to lie in L2 together (1,024 rows of 64 
     rows                          8    64   256    1024
     G, p and m, once each        48   272  1040    4112
     read again from L2            0     0     0    4096
+    sums of rows, in L1 and L2    0     0     0     512
 """
 
 from __future__ import annotations
@@ -111,11 +112,12 @@ if triton:
         G, p, m, lr, beta, nu, decay,
         row_sums,  # float64 [programs, 2, B]: of deviation^2, of G^2; zeros
         sums,  # float64 [programs, 3]: of mean^2, direction^2, direction mean
-        B, P,
+        B, length,  # P / VECTOR: Triton sees then that rows begin at whole vectors
         wide: tl.constexpr, form: tl.constexpr, VECTOR: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, whole: tl.constexpr, shared: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+        P = length * VECTOR
         numbers = scalars(lr, beta, nu, decay, wide, form)
         share = (1.0 / B).to(wide)
         rows = tl.arange(0, ROWS)
@@ -181,16 +183,18 @@ if triton:
 
 def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
     B, P = G.shape
-    cut = tile(B, G.dtype, aligned=P % 16 == 0)
+    vector = 16 // G.dtype.itemsize
+    cut = tile(B, G.dtype, aligned=P % vector == 0)
+    if P % vector:
+        vector = 1
     programs = min(cut.programs, triton.cdiv(P, cut.COLUMNS))
     row_sums = torch.zeros(max(programs, 1), 2, B, dtype=torch.float64, device=G.device)
     sums = torch.zeros(max(programs, 1), 3, dtype=torch.float64, device=G.device)
     if programs:
         wide = tl.float64 if p.dtype == torch.float64 else tl.float32
         _persample_noise_kernel[(programs,)](
-            G, p, p if m is None else m, lr, momentum, nu, weight_decay, row_sums, sums, B, P,
-            wide, form, 16 // G.dtype.itemsize, cut.ROWS, cut.COLUMNS, cut.whole, cut.shared,
-            num_warps=cut.warps,
+            G, p, p if m is None else m, lr, momentum, nu, weight_decay, row_sums, sums, B, P // vector,
+            wide, form, vector, cut.ROWS, cut.COLUMNS, cut.whole, cut.shared, num_warps=cut.warps,
         )  # fmt: skip
     noise, squares = row_sums.sum(dim=0)
     return Noise(noise, squares, sums.sum(dim=0))

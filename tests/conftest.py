@@ -1,4 +1,4 @@
-"""Real images for the tests: archives that lie beside the checkout, extracted once a session."""
+"""How the tests run, and their real images: archives that lie beside the checkout, extracted once a session."""
 
 import os
 import tarfile
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as fastsmooth.train does before it imports torch
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other workers have the other cores
 
 
 def pytest_configure(config: pytest.Config) -> None:
