@@ -13,10 +13,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --dist loadgroup
 
 bench: $(VENV)/installed-test  # it runs the tests of what it measures first
 	$(RUN) -m benchmarks.bench_train
+	$(RUN) -m benchmarks.bench_kernels
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastsmooth needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'

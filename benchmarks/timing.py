@@ -54,7 +54,7 @@ class Window:
     laps: dict[str, float] = field(default_factory=dict)
     helpers_cpu: float | None = None  # CPU seconds of the variant's child processes
     foreign: float | None = None  # share of the cores' time that went elsewhere; None where the system does not say
-    peak_bytes: int | None = None  # resident memory of the variant's process, children not counted; None as above
+    peak_bytes: int | None = None  # of the variant's process alone, resident or on its GPU; None as above
 
     @property
     def quiet(self) -> bool:
@@ -80,6 +80,14 @@ class Measured:
     def seconds(self) -> float:
         """Median seconds a step."""
         return median(w.seconds for w in self.counted)
+
+    def percentile(self, q: float) -> float:
+        """The seconds a step that `q` percent of the counted windows do not exceed, interpolated between two of them."""
+        ordered = sorted(w.seconds for w in self.counted)
+        place = q / 100 * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
     def lap(self, part: str) -> float:
         return median(w.laps[part] for w in self.counted)
@@ -154,8 +162,17 @@ def foreign_share(machine: float, own: float, wall: float, count: int) -> float:
     return max(0.0, machine - own) / (wall * count)
 
 
+def gpu_memory() -> Any:
+    """torch.cuda where this process computes on a GPU: what counts then is the memory that its tensors take there."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
 def reset_peak() -> bool:
-    """Let the kernel count this process's peak resident memory afresh; False where it cannot."""
+    """Count this process's peak memory afresh from now on; False where the system cannot."""
+    if gpu_memory() is not None:
+        gpu_memory().reset_peak_memory_stats()
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -164,6 +181,9 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int | None:
+    """The most memory that this process held since reset_peak(): on the GPU if it computes there, else resident."""
+    if gpu_memory() is not None:
+        return gpu_memory().max_memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -208,10 +228,11 @@ def take_window(step: Callable[[], None], lead: int, steps: int) -> Window:
     wall = time.perf_counter() - began
     foreign, helpers_cpu = load.read(wall)
     laps = {part: (total - before[part]) / steps for part, total in getattr(step, "laps", {}).items()}
+    peak = peak_bytes() if can_peak else None
     if hasattr(step, "check"):
         step.check()
     helpers_cpu = None if helpers_cpu is None else helpers_cpu / steps
-    return Window(wall / steps, laps, helpers_cpu, foreign, peak_bytes() if can_peak else None)
+    return Window(wall / steps, laps, helpers_cpu, foreign, peak)
 
 
 class Load:

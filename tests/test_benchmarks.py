@@ -1,9 +1,10 @@
-"""The benchmarks' harness, and that bench_train runs; no test looks at how long anything takes."""
+"""The benchmarks' harness, and that the benchmarks run; no test looks at how long anything takes."""
 
 import copy
 import importlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_train, timing
+from benchmarks import bench_kernels, bench_train, timing
+from benchmarks.bench_kernels import NoiseCase, NoiseStep, UpdateCase, UpdateStep
 from benchmarks.bench_train import Case, ConvShape
 from benchmarks.originals import Originals
 from benchmarks.timing import Measured, Variant, Window
 from fastsmooth import models
+from fastsmooth.kernels.backend import FORMS
 from fastsmooth.optim import NoisySGD
 from fastsmooth.step import Step
 
@@ -42,9 +45,15 @@ def test_a_variants_time_is_the_median_of_its_windows():
     assert measured(5.0, 1.0, 2.0, 3.0).seconds() == 2.5
 
 
+@pytest.mark.parametrize("seconds", [[3.0], [2.0, 1.0], [5.0, 1.0, 2.0, 4.0, 3.5, 9.0, 0.5]])
+def test_percentiles_are_interpolated_as_numpy_does_it(seconds):
+    for q in (0, 20, 50, 80, 100):
+        assert measured(*seconds).percentile(q) == pytest.approx(np.percentile(seconds, q))
+
+
 def test_windows_with_foreign_load_are_left_out_of_the_median():
     m = measured(1.0, 9.0, 1.2, 8.0, 1.1, foreign=[0.0, 0.5, 0.01, 0.06, timing.FOREIGN_LIMIT])
-    assert m.seconds() == 1.1
+    assert m.seconds() == m.percentile(50) == 1.1 and m.percentile(100) == 1.2
     assert len(m.quiet) == 3 and len(m.windows) == 5
     (row,) = timing.rows("b", "c", {"a": m}, "a", 1)
     assert (row["rounds"], row["quiet"]) == (5, 3)
@@ -168,6 +177,15 @@ def test_peak_memory_is_that_of_the_variants_own_process(toys):
     assert 250e6 < found["large"].peak_bytes() - found["small"].peak_bytes() < 700e6
 
 
+def test_memory_on_a_gpu_is_what_the_tensors_take_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: asked.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert timing.take_window(lambda: asked.append("step"), lead=0, steps=1).peak_bytes == 123
+    assert asked == ["reset", "step"]
+
+
 def test_a_variant_that_cannot_be_made_is_said_and_the_others_go_on(toys, capfd):
     said = []
     variants = [Variant("a", toys.Counting, ("a",)), Variant("broken", toys.broken)]
@@ -234,9 +252,9 @@ def test_a_networks_convolutions_are_found_with_what_they_are_called_with():
 
 def test_both_loops_make_the_same_updates():
     torch.manual_seed(0)
-    theirs = models.build("resnet8", 100)
+    theirs = models.build("resnet8", 100).double()  # in float32 the rounding of two memory orders may flip a ReLU
     ours = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-    batches = [(torch.randn(16, 3, 32, 32), torch.randint(0, 100, (16,))) for _ in range(2)]
+    batches = [(torch.randn(16, 3, 32, 32).double(), torch.randint(0, 100, (16,))) for _ in range(2)]
     loop = Originals(theirs, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64), 16, lr=0.1)
     loop.loader = batches
     step = Step(ours, NoisySGD(ours.parameters(), "sgd", 0.1), torch.device("cpu"), "fp32", False)
@@ -245,9 +263,9 @@ def test_both_loops_make_the_same_updates():
         loop()
         losses.append(step.gradient(x, y)[0].item())
         step.update()
-    assert loop.train_loss == pytest.approx(sum(losses), rel=1e-4)
+    assert loop.train_loss == pytest.approx(sum(losses), rel=1e-6)
     for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-6)  # logits are float32 in the loss
 
 
 def test_the_originals_augment_real_images_as_their_description_says():
@@ -303,3 +321,169 @@ def test_a_folder_that_is_no_data_set_is_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("bench_train: ") and "Traceback" not in done.stderr
+
+
+# --- bench_kernels
+
+TINY_UPDATES = [UpdateCase("resnet8", form) for form in FORMS]
+TINY_NOISE = NoiseCase(5, 1000, steps=1)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Compiled variants run as they are written: that torch.compile keeps their meaning is checked in each benchmark."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def made(case, device="cpu"):
+    return {v.name: v.make(*v.args) for v in case.variants(device)}
+
+
+def test_the_cases_are_those_that_are_documented():
+    updates = [f"update/resnet18/{form}" for form in ("sgd", "shb", "nshb", "qhm")]
+    assert [case.name for case in bench_kernels.CASES] == updates + [f"persample_noise/B{n}" for n in (2, 8, 32, 128)]
+    everything = ["ours", "loop", "foreach", "fused", "compiled", "compiled_norms"]
+    for case in bench_kernels.CASES:
+        names = [variant.name for variant in case.variants("cpu")]
+        if isinstance(case, NoiseCase):
+            assert names == ["ours", "eager", "eager_float32", "compiled"] and case.ratio_to == "eager"
+            assert case.parameters % 16 == 0 and 4 * case.rows * case.parameters < 1.5e9
+        elif case.form in ("sgd", "shb"):
+            assert names == everything and case.ratio_to == "foreach" and len(case.shapes) == 62
+        else:
+            assert names == [n for n in everything if n not in ("foreach", "fused")] and case.ratio_to == "loop"
+        assert pickle.loads(pickle.dumps(case.variants("cpu")))[0].args[0] == case  # as it travels to its process
+
+
+@pytest.mark.parametrize("case", [*TINY_UPDATES, TINY_NOISE], ids=lambda case: case.name)
+def test_the_least_bytes_are_those_of_the_tensors_that_are_read_and_written(case):
+    if isinstance(case, NoiseCase):
+        s = NoiseStep(case, "eager", "cpu")
+        read, changed = [s.G], [s.p, s.m]
+    else:
+        s = UpdateStep(case, "loop", "cpu")
+        read, changed = s.grads, [*s.params, *s.buffers]
+    moved = sum(t.nbytes for t in read) + 2 * sum(t.nbytes for t in changed)
+    assert case.parameters * case.bytes_a_parameter == moved
+
+
+@pytest.mark.parametrize("case", TINY_UPDATES, ids=lambda case: case.name)
+def test_every_variant_of_an_update_computes_the_same(case, uncompiled):
+    steps = made(case)
+    for name, step in steps.items():
+        before = [p.clone() for p in step.params]
+        for _ in range(7):
+            step()
+        step.check()
+        assert (step.found is not None) == (name in ("ours", "compiled_norms")), "both norms, and no others"
+        for p, start, expected in zip(step.params, before, steps["ours"].params, strict=True):
+            assert not torch.equal(p, start)
+            torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_variant_of_the_noise_computes_the_same(uncompiled):
+    steps = made(TINY_NOISE)
+    for step in steps.values():
+        for _ in range(7):
+            step()
+        step.check()
+        for found, expected in zip(step.found, steps["ours"].found, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(step.p, steps["ours"].p, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*TINY_UPDATES, TINY_NOISE], ids=lambda case: case.name)
+def test_a_variant_that_computes_something_else_is_no_result(case, uncompiled, monkeypatch):
+    step = made(case)["ours"]
+    step()
+    step.check()
+    p = step.p if case is TINY_NOISE else step.params[3]
+    p.view(-1)[-1] += 1e-4
+    with pytest.raises(FloatingPointError, match=f"after 1 steps of {case.form}"):
+        step.check()
+    p.view(-1)[-1] = float("nan")
+    with pytest.raises(FloatingPointError):
+        step.check()
+
+
+@pytest.mark.parametrize("case, number", [(TINY_UPDATES[3], 1), (TINY_NOISE, 0), (TINY_NOISE, 1), (TINY_NOISE, 2)])
+def test_a_variant_with_a_wrong_norm_is_no_result(case, number):
+    step = made(case)["ours"]
+    step()
+    step.check()
+    values = step.found if case is not TINY_NOISE else step.found[number]
+    values[-1] *= 1.001
+    with pytest.raises(FloatingPointError, match=r"relative error of 0\.001"):
+        step.check()
+
+
+def test_the_quick_run_of_the_kernels_reports_bytes_and_bandwidth_in_well_formed_json(tmp_path, capfd):
+    out = tmp_path / "quick.jsonl"
+    flags = ["--quick", "--device", "cpu", "--variants", "ours", "--json", "--out", str(out)]
+    assert bench_kernels.main(flags) == 0
+    printed = capfd.readouterr()
+    result = [json.loads(line) for line in printed.out.splitlines()]
+    update, noise = "update/resnet8/shb", "persample_noise/B4"
+    assert [(row["case"], row["variant"], row["ratio_to"]) for row in result] == [
+        (update, "ours", "foreach"),
+        (update, "foreach", "foreach"),
+        (noise, "ours", "eager"),
+        (noise, "eager", "eager"),
+    ]
+    header, *kept = map(json.loads, out.read_text().splitlines())
+    assert kept == result and header["about"]["device"] == "cpu"
+    size = {
+        update: 20 * sum(p.numel() for p in models.build("resnet8", 100).parameters()),
+        noise: (4 * 4 + 16) * 10_000,
+    }
+    for row in result:
+        assert list(row) == [*ROW, "p20_s", "p50_s", "p80_s", "gb_s"] and row["bench"] == "bench_kernels"
+        assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"] and row["p50_s"] == row["median_s"]
+        about = header["about"][row["case"]]
+        assert about["bytes"] == size[row["case"]] == about["bytes_a_parameter"] * about["parameters"]
+        assert row["gb_s"] == pytest.approx(about["bytes"] / row["median_s"] / 1e9, rel=1e-2)
+        assert row["per_s"] == pytest.approx(about["parameters"] / row["median_s"], rel=1e-2)
+        for part in ("copy", "in_place"):
+            share = about["variants"][row["variant"]][f"of_{part}"]
+            assert share == pytest.approx(row["gb_s"] / about[f"{part}_gb_s"], rel=1e-2)
+    assert "of copy bandwidth" in printed.err and "20 a parameter" in printed.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench_kernels.main(["--device", "cuda"])
+    assert "no GPU that PyTorch can use" in capsys.readouterr().err
+
+
+# --- gpu_check.sh
+
+
+def gpu_check(folder, nvidia_smi, **environment):
+    """Run the script with an nvidia-smi of ours; its results would go to folder/out."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment |= {"PATH": path, "OUT": str(folder / "out")}
+    command = ["bash", "benchmarks/gpu_check.sh"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_the_gpu_check_without_a_gpu_says_so_and_runs_nothing(tmp_path):
+    done = gpu_check(tmp_path, "echo No devices were found; exit 6")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "no NVIDIA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_gpu_check_that_fails_stops_no_other(tmp_path):
+    python = tmp_path / "python"  # has everything, and fails the kernels' tests
+    python.write_text("#!/bin/sh\n[ $1 = -c ] && exit\necho ran $*\ncase $* in *test_kernels*) exit 3 ;; esac\n")
+    python.chmod(0o755)
+    done = gpu_check(tmp_path, "echo GPU 0: none", PYTHON=str(python))
+    assert done.returncode == 1 and "tests_kernels: failed with code 3" in done.stdout
+    (log,) = (tmp_path / "out").glob("*_gpu_check.log")
+    for part in ("test_kernels.py", "test_aot.py", "test_optim.py", "bench_kernels --device cuda --json"):
+        assert part in log.read_text()
+    assert log.read_text().count(": passed") == 3

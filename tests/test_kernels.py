@@ -266,11 +266,7 @@ def rows_and_vectors(B, P, form="shb", dtype=torch.float32, p_dtype=torch.float3
     return G, randn(P, dtype=p_dtype, seed=2), randn(P, seed=3) if form != "sgd" else None
 
 
-SIZES = [(B, P) for B in (2, 3, 8, 63, 64, 257) for P in (1, 7, 1023, 1024)] + [
-    (2, 100_003),
-    (8, 100_003),
-    (257, 20_011),
-]
+SIZES = [(B, P) for B in (2, 3, 8, 63, 64, 257) for P in (1, 7, 1023, 1024)] + [(2, 100_003), (8, 100_003), (257, 5003)]
 
 
 def check_noise(implementation, form, G, p, m, decay):
