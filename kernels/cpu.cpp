@@ -59,6 +59,8 @@ inline A move(const Rule<A>& rule, T* p, A* m, A g) {
     return direction;
 }
 
+constexpr int64_t SHORT = 256;  // squares are summed in A over so many values, then in double: few enough to lose nothing
+
 // update -------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t UPDATE_CHUNK = 1 << 15;
@@ -69,15 +71,17 @@ struct Chunk {
 
 template <int form, bool decayed, class T, class A>
 void update_chunk(const Rule<A>& rule, T* p, const T* g, A* m, int64_t n, double* sums) {
-    double gg = 0, mm = 0;
+    for (int64_t start = 0; start < n; start += SHORT) {
+        A gg = 0, mm = 0;
 #pragma omp simd reduction(+ : gg, mm)
-    for (int64_t i = 0; i < n; ++i) {
-        A slope = load(g[i]), direction = move<form, decayed>(rule, p + i, form == SGD ? nullptr : m + i, slope);
-        gg += double(slope) * slope;
-        mm += double(direction) * direction;
+        for (int64_t i = start; i < std::min(n, start + SHORT); ++i) {
+            A slope = load(g[i]), direction = move<form, decayed>(rule, p + i, form == SGD ? nullptr : m + i, slope);
+            gg += slope * slope;
+            if (form != SGD || decayed) mm += direction * direction;
+        }
+        sums[0] += double(gg);
+        sums[1] += double(form != SGD || decayed ? mm : gg);
     }
-    sums[0] = gg;
-    sums[1] = mm;
 }
 
 template <class T>
@@ -117,7 +121,6 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
 constexpr int64_t NOISE_CHUNKS = 128;        // at most: how many threads have work
 constexpr int64_t CACHED = 192 * 1024 / 4;   // values of G that stay in a core's cache between their two uses
 constexpr int64_t NARROW = 256;              // columns of a block at least: rows lie far apart, and each costs a start
-constexpr int64_t SHORT = 256;
 
 // The mean of the block's rows in two parts: `near`, rounded to A, and the `rest` that the rounding left over.
 template <class G, class A>
@@ -143,7 +146,7 @@ void block_mean(const G* g, int64_t rows, int64_t stride, int64_t n, double* tot
     }
 }
 
-// Sums of deviation^2 and G^2 of one row: in A over SHORT values, whose rounding stays below A's own, then in double.
+// Sums of deviation^2 and G^2 of one row.
 template <class G, class A>
 void row_sums(const G* row, const A* near, const A* rest, int64_t n, double* noise, double* square) {
     for (int64_t start = 0; start < n; start += SHORT) {
