@@ -17,7 +17,8 @@ SHAPES = [(3, 5, 7), (1,), (), (129,), (0, 4), (8192,), (8193,), (20001,), (1023
 DTYPES = [torch.float32, torch.bfloat16]
 
 triton = pytest.param("triton", marks=pytest.mark.skipif(update.triton is None, reason="no triton"))
-cxx = pytest.param("native", marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="for CPUs"))
+needs_cxx = pytest.mark.skipif(DEVICE.type == "cuda" or native.library() is None, reason="for CPUs with a C++ compiler")
+cxx = pytest.param("native", marks=needs_cxx)
 every_implementation = pytest.mark.parametrize("implementation", [triton, cxx, "reference"])
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -126,7 +127,7 @@ def test_update_takes_float64(implementation, form):
 
 
 @every_form
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="for CPUs")
+@needs_cxx
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_cxx_has_the_bits_of_plain_pytorch(form, dtype):
     """Every rounding the same, to bfloat16 too."""
@@ -186,7 +187,7 @@ def at_threads(count, function):
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="for CPUs")
+@needs_cxx
 def test_the_number_of_threads_changes_no_bit():
     given = tensors(shapes=[(300_000,), (70_001,)])
     G, p, m = randn(5, 30_001), randn(30_001, seed=1), randn(30_001, seed=2)
