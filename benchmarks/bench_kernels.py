@@ -169,9 +169,7 @@ def bench(case: UpdateCase | NoiseCase, device: str, names: set[str], report: ti
     variants.append(Variant("yardstick", Yardstick, (case.yardstick_bytes, device)))
     steps, budget = (case.steps, case.budget) if device == "cpu" else (case.steps * GPU_STEPS, GPU_BUDGET)
     found = timing.measure(variants, steps, case.rounds, budget=budget, say=report.say)
-    missing = {case.ratio_to, "yardstick"} - set(found)
-    if missing:
-        raise timing.VariantError(f"{case.name} cannot be reported without {' and '.join(sorted(missing))}")
+    timing.require_measured(case.name, found, {case.ratio_to, "yardstick"})
     yardstick = found.pop("yardstick")
     result = timing.rows("bench_kernels", case.name, found, case.ratio_to, case.parameters)
     for row in result:

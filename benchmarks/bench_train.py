@@ -104,9 +104,7 @@ def bench(case: Case, images: str, names: set[str], report: timing.Report) -> No
     variants = [Variant(name, makers[name], (case, images)) for name in VARIANTS if name in names]
     variants.append(Variant("yardstick", Yardstick, (case,), steps=1))
     found = timing.measure(variants, case.steps, case.rounds, case.lead, case.budget, report.say)
-    missing = {"originals", "yardstick"} - set(found)
-    if missing:
-        raise timing.VariantError(f"{case.name} cannot be reported without {' and '.join(sorted(missing))}")
+    timing.require_measured(case.name, found, {"originals", "yardstick"})
     yardstick = found.pop("yardstick")
     result = timing.rows("bench_train", case.name, found, "originals", case.batch_size)
     about = explain(case, found, yardstick)

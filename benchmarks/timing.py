@@ -339,6 +339,13 @@ def measure(
     return found
 
 
+def require_measured(case: str, found: dict[str, Measured], names: Iterable[str]) -> None:
+    """Raises VariantError where one of `names`, without which the case says nothing, could not be made."""
+    missing = set(names) - set(found)
+    if missing:
+        raise VariantError(f"{case} cannot be reported without {' and '.join(sorted(missing))}")
+
+
 def enough(found: dict[str, Measured], rounds: int, done: int, spent: float, budget: float) -> bool:
     if done >= 2 and spent * (done + 1) / done > budget:  # the next round would not fit
         return True

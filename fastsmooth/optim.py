@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastsmooth.kernels import backend
-from fastsmooth.kernels.backend import FORMS
 from fastsmooth.kernels.update import direction_ref, update
 
 HYPERPARAMETERS = ("lr", "momentum", "nu", "weight_decay")
@@ -40,8 +39,7 @@ class NoisySGD(torch.optim.Optimizer):
         nu: float = 1.0,
         weight_decay: float = 0.0,
     ):
-        if form not in FORMS:
-            raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
+        backend.check_form(form)
         if not (lr >= 0 and 0 <= momentum < 1 and 0 <= nu <= 1 and weight_decay >= 0):
             raise ValueError(f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}")
         defaults = {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay}
@@ -109,7 +107,10 @@ class NoisySGD(torch.optim.Optimizer):
                 wide = backend.buffer_dtype(p.dtype)
                 slope = (next(given) if given is not None else p.grad).to(wide)
                 m = self.state.get(p, {}).get("momentum_buffer")
-                m = torch.zeros_like(p, dtype=wide) if m is None else m.clone()
+                if m is not None:
+                    m = m.clone()
+                elif self.form != "sgd":
+                    m = torch.zeros_like(p, dtype=wide)
                 rule = (group[name] for name in HYPERPARAMETERS[1:])
                 direction = direction_ref(p.to(wide), slope, m, *rule, self.form)
                 found.append(direction.clone() if direction is slope else direction)

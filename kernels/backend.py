@@ -17,11 +17,18 @@ from fastsmooth.kernels import native
 
 FORMS = ("sgd", "shb", "nshb", "qhm")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def check_form(form: str) -> None:
+    """Raises ValueError for a name that is not in FORMS."""
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The implementation for parameters of this dtype on this device."""
-    if device.type == "cuda" and dtype in PARAM_DTYPES and importlib.util.find_spec("triton"):
+    if device.type == "cuda" and dtype in PARAM_DTYPES and HAS_TRITON:
         return "triton"
     if device.type == "cpu" and dtype in PARAM_DTYPES and native.library():
         return "native"

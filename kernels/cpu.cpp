@@ -102,9 +102,10 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
         A* m = form == SGD ? nullptr : static_cast<A*>(ms[at.tensor]) + at.start;
         int64_t n = at.end - at.start;
         double* to = &sums[2 * c];
-#define CASE(F)                                                             \
-    case F:                                                                 \
-        rule.decay != 0 ? update_chunk<F, true>(rule, p, g, m, n, to) : update_chunk<F, false>(rule, p, g, m, n, to); \
+#define CASE(F)                                                              \
+    case F:                                                                  \
+        rule.decay != 0 ? update_chunk<F, true>(rule, p, g, m, n, to)        \
+                        : update_chunk<F, false>(rule, p, g, m, n, to);      \
         break;
         switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
 #undef CASE
@@ -201,10 +202,10 @@ void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, vo
             T* p = static_cast<T*>(ps) + start;
             A* m = form == SGD ? nullptr : static_cast<A*>(ms) + start;
             double* last = to + 2 * rows;
-#define CASE(F)                                                                                         \
-    case F:                                                                                             \
-        rule.decay != 0 ? move_block<F, true>(rule, near.data(), rest.data(), p, m, n, last)                      \
-              : move_block<F, false>(rule, near.data(), rest.data(), p, m, n, last);                    \
+#define CASE(F)                                                                                     \
+    case F:                                                                                         \
+        rule.decay != 0 ? move_block<F, true>(rule, near.data(), rest.data(), p, m, n, last)        \
+                        : move_block<F, false>(rule, near.data(), rest.data(), p, m, n, last);      \
         break;
             switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
 #undef CASE

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -85,6 +87,11 @@ def library() -> ctypes.CDLL | None:
     except (BuildError, OSError) as error:
         warnings.warn(f"the update runs in plain PyTorch, slower: {error}", stacklevel=2)
         return None
+
+
+def function(name: str, *dtypes: torch.dtype) -> Callable[..., None]:
+    """The library's function of this name for tensors of these dtypes."""
+    return getattr(library(), "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in dtypes)]))
 
 
 def addresses(tensors: list[Tensor]) -> ctypes.Array:

@@ -188,8 +188,8 @@ def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> No
     if P % vector:
         vector = 1
     programs = min(cut.programs, triton.cdiv(P, cut.COLUMNS))
-    row_sums = torch.zeros(max(programs, 1), 2, B, dtype=torch.float64, device=G.device)
-    sums = torch.zeros(max(programs, 1), 3, dtype=torch.float64, device=G.device)
+    row_sums = torch.zeros(programs, 2, B, dtype=torch.float64, device=G.device)
+    sums = torch.zeros(programs, 3, dtype=torch.float64, device=G.device)
     if programs:
         wide = tl.float64 if p.dtype == torch.float64 else tl.float32
         _persample_noise_kernel[(programs,)](
@@ -204,10 +204,10 @@ def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> No
 
 
 def _persample_noise_native(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
-    name = "_".join(["persample_noise", *(str(t.dtype).removeprefix("torch.") for t in (G, p))])
+    function = native.function("persample_noise", G.dtype, p.dtype)
     found = Noise(*(torch.empty(n, dtype=torch.float64) for n in (len(G), len(G), 3)))
     rule = [s.to("cpu", torch.float64) for s in (lr, momentum, nu, weight_decay)]
-    getattr(native.library(), name)(
+    function(
         ctypes.c_int64(len(G)), ctypes.c_int64(len(p)),
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)), FORMS.index(form),
         native.addresses(rule), torch.get_num_threads(),
@@ -263,8 +263,7 @@ def persample_noise(
     Raises:
         ValueError: for fewer than two rows, an unknown form, or tensors of the wrong shape, dtype or memory order.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    backend.check_form(form)
     if G.ndim != 2 or len(G) < 2:
         raise ValueError(f"G has shape {list(G.shape)}: noise needs [B, P] with at least two rows")
     vectors = [p] if form == "sgd" else [p, m]

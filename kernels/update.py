@@ -172,7 +172,7 @@ def _update_triton(params, grads, buffers, lr, momentum, nu, weight_decay, form)
     places = [params, grads, buffers or params]  # sgd has no m: an address that is never used
     rows = tuple((p.numel(), *(ts[i].data_ptr() for ts in places)) for i, p in enumerate(params))
     aligned = not any(address % 16 for row in rows for address in row[1:])
-    sums = torch.zeros(max(len(chunks), 1), 2, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(chunks), 2, dtype=torch.float64, device=device)
     if len(chunks):
         types = [getattr(tl, str(t).removeprefix("torch.")) for t in (dtype, backend.buffer_dtype(dtype))]
         _update_kernel[(len(chunks),)](
@@ -186,7 +186,7 @@ def _update_triton(params, grads, buffers, lr, momentum, nu, weight_decay, form)
 
 
 def _update_native(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
-    function = getattr(native.library(), "update_" + str(params[0].dtype).removeprefix("torch."))
+    function = native.function("update", params[0].dtype)
     sizes = (ctypes.c_int64 * len(params))(*[p.numel() for p in params])
     rule = [s.to("cpu", torch.float64) for s in (lr, momentum, nu, weight_decay)]
     squares = torch.empty(2, dtype=torch.float64)
@@ -260,8 +260,7 @@ def update(
     Raises:
         ValueError: for an unknown form, or for tensors that do not belong together.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
+    backend.check_form(form)
     if not params or len(grads) != len(params) or len(buffers) != (len(params) if form != "sgd" else 0):
         raise ValueError(f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit {form}")
     for p, g in zip(params, grads, strict=True):

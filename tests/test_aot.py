@@ -12,7 +12,6 @@ import torch
 
 from fastsmooth.kernels import aot
 
-pytestmark = pytest.mark.xdist_group("aot")  # one process compiles for all of them
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_INTERPRETER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 needs_triton = pytest.mark.skipif(aot.triton is None, reason="triton is not installed")

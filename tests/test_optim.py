@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fastsmooth.optim import FORMS, NoisySGD
+from fastsmooth.kernels.backend import FORMS
+from fastsmooth.optim import NoisySGD
 
 SHAPES = [(3, 5, 7), (1,), (), (129,), (0, 4), (33, 17)]  # odd sizes, size one, no axis, nothing
 CHANGING = [(0.1 / (1 + t), 0.9 - 0.02 * t) for t in range(30)]  # lr and momentum of every step
