@@ -98,7 +98,8 @@ fi
 
 # side by side and in several processes: most of their time goes into compiling kernels, on one core each
 pytest=("$python" -m pytest)
-start tests_kernels "$TESTS" "${pytest[@]}" --numprocesses 4 tests/test_kernels.py &
+workers=$((($(nproc) + 1) / 2))
+start tests_kernels "$TESTS" "${pytest[@]}" --numprocesses "$workers" tests/test_kernels.py &
 start tests_machine_code "$TESTS" "${pytest[@]}" --numprocesses 1 tests/test_aot.py &
 start tests_optim "$TESTS" "${pytest[@]}" --numprocesses 1 tests/test_optim.py &
 wait

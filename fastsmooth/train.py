@@ -174,7 +174,6 @@ def prepare(c: Config, torch):
     from fastsmooth.step import Step, keep_freed_memory
 
     device = pick_device(c, torch)
-    set_numerics(c, torch)
     keep_freed_memory()
     out = Path(c.out or default_out(c))
     if not c.resume:
@@ -183,6 +182,7 @@ def prepare(c: Config, torch):
     n = len(images.train)
     schedule = make_schedule(c, n)
     check_against_data(c, schedule, n)
+    set_numerics(c, schedule, torch)
     torch.manual_seed(c.seed)
     model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
     try_model(model, images, torch)
@@ -310,16 +310,16 @@ def pick_device(c: Config, torch):
     return torch.device(name)
 
 
-def set_numerics(c: Config, torch) -> None:
+def set_numerics(c: Config, schedule: Schedule, torch) -> None:
     tf32 = c.precision == "tf32"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    else:
-        torch.backends.cudnn.benchmark = True
+    # cuDNN's search for the fastest algorithm takes seconds at every new batch size (LOG.md)
+    same_batch = len({point.batch_size for point in schedule.points()}) == 1
+    torch.backends.cudnn.benchmark = same_batch and not c.deterministic
 
 
 def check_against_data(c: Config, schedule: Schedule, n: int) -> None:

@@ -85,15 +85,21 @@ class Tile(NamedTuple):
 
 def tile(rows: int, dtype: torch.dtype, aligned: bool) -> Tile:
     """For B = `rows` gradients of this dtype. A thread reads 16 bytes of a row at a time, `vector` values; where rows are
-    not `aligned` to them, one, from an address of its own."""
+    not `aligned` to them, one, from an address of its own.
+
+    benchmarks/results/2026-11-26_gpu_tiles.txt has the times of other cuts on an H200.
+    """
     if rows > ROW_LIMIT:
-        return Tile(64, 64, False, 128, 4)
+        return Tile(128, 64, False, 128, 8)
     vector = 16 // dtype.itemsize
     height = 1 << (rows - 1).bit_length()
-    # as many values a thread as its registers hold; wide tiles for few rows, whose columns are each in one thread
+    # As many values a thread as its registers hold. Few rows get wide tiles, whose columns are each in one thread; in the
+    # others the threads of a column are in few warps, since warps meet in shared memory.
     values = 64 if aligned else 32
-    columns = min(max(128 * values // height, values), 128 * vector)
-    return Tile(height, columns, True, 1024, max(4, height * columns // (32 * values)))
+    warps = 4 if height * vector <= values else 2
+    columns = min(max(32 * warps * values // height, values // 2), 128 * vector)
+    warps = max(warps, height * columns // (32 * values))
+    return Tile(height, columns, True, 4096 // warps, warps)
 
 
 if triton:
@@ -117,7 +123,7 @@ if triton:
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, whole: tl.constexpr, shared: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-        P = length * VECTOR
+        P = tl.cast(length, tl.int64) * VECTOR  # may pass 2^31
         numbers = scalars(lr, beta, nu, decay, wide, form)
         share = (1.0 / B).to(wide)
         rows = tl.arange(0, ROWS)
@@ -196,8 +202,7 @@ def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> No
             G, p, p if m is None else m, lr, momentum, nu, weight_decay, row_sums, sums, B, P // vector,
             wide, form, vector, cut.ROWS, cut.COLUMNS, cut.whole, cut.shared, num_warps=cut.warps,
         )  # fmt: skip
-    noise, squares = row_sums.sum(dim=0)
-    return Noise(noise, squares, sums.sum(dim=0))
+    return Noise(row_sums[:, 0].sum(dim=0), row_sums[:, 1].sum(dim=0), sums.sum(dim=0))
 
 
 # C++, and the choice -------------------------------------------------------------------------------------------------

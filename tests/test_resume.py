@@ -19,8 +19,9 @@ from fastsmooth.log import TIMES, read_rows, read_status
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fastsmooth.train", "fastsmooth.modes", "fastsmooth.models", "torchvision"])
 
-BASE = ["--epochs", "3", "--decay-epoch", "1", "--checkpoint-every", "7", "--log-every", "5"]
-PLAIN = ["--epochs", "3", "--checkpoint-every", "7", "--log-every", "5"]
+EXACT = ["--deterministic"] if torch.cuda.is_available() else []
+BASE = [*EXACT, "--epochs", "3", "--decay-epoch", "1", "--checkpoint-every", "7", "--log-every", "5"]
+PLAIN = [*EXACT, "--epochs", "3", "--checkpoint-every", "7", "--log-every", "5"]
 RUNS = {
     "hybrid": [*BASE, "--method", "hybrid"],
     "batch with shb": [*BASE, "--method", "batch", "--optimizer", "shb", "--lr", "0.02"],

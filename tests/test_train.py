@@ -126,6 +126,8 @@ def test_the_training_loss_is_the_mean_over_samples(tmp_path):
 
 def test_the_same_command_gives_the_same_bits_and_another_seed_others(tmp_path):
     flags = ["--epochs", "1", "--augment", "crop-flip-rotate"]
+    if torch.cuda.is_available():
+        flags.append("--deterministic")
     a, b = (epochs_of(train(tmp_path / name, *flags))[0]["test_loss"] for name in "ab")
     c = epochs_of(train(tmp_path / "c", *flags, "--seed", "1"))[0]["test_loss"]
     assert a == b != c
@@ -235,7 +237,7 @@ def test_real_images_of_a_folder_are_learned(cifar_folder, tmp_path):
 
 def test_without_a_compiler_the_run_says_so_and_gives_the_same_bits(tmp_path, monkeypatch, capsys):
     """The C++ update rounds as plain PyTorch does."""
-    flags = ["--epochs", "1", "--optimizer", "qhm", "--weight-decay", "0.001"]
+    flags = ["--epochs", "1", "--optimizer", "qhm", "--weight-decay", "0.001", "--device", "cpu"]
     built = train(tmp_path / "built", *flags)
     assert json.loads((built / "env.json").read_text())["kernels"] == "native"
     monkeypatch.setenv("PATH", str(tmp_path))
