@@ -20,6 +20,7 @@ ALLOWED = {
     "models": set(),
     "optim": {"kernels"},
     "measure": {"optim", "kernels"},
+    "persample": {"kernels"},
     "step": {"optim", "measure", "kernels"},
     "modes": {"step", "measure", "kernels", "log", "checkpoint", "progress", "clock", "config", "schedule", "data"},
 }

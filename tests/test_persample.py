@@ -1,0 +1,157 @@
+"""Per-sample gradient norms beside the obvious: one backward pass a sample, in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastsmooth import models
+from fastsmooth.kernels.persample_noise import persample_noise_ref
+from fastsmooth.persample import NotCovered, sample_norms
+
+CLASSES = 7
+
+
+class Layers(nn.Module):
+    """What the networks of the zoo lack: even kernels, "same" padding, dilation, groups, LayerNorm, tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))
+        self.b = nn.Conv2d(6, 8, 4, padding="same", groups=2, bias=False)
+        self.c = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular", groups=8)
+        self.norm = nn.LayerNorm(8)
+        self.mix = nn.Linear(8, 5)
+        self.head = nn.Linear(5, CLASSES, bias=False)
+
+    def forward(self, x):
+        x = self.c(F.relu(self.b(F.relu(self.a(x))))).flatten(2).mT  # [B, T, 8]
+        return self.head(F.gelu(self.mix(self.norm(x))).mean(dim=1))
+
+
+MODELS = {
+    "resnet8": lambda: models.build("resnet8", CLASSES),
+    "resnet8, GroupNorm": lambda: models.build("resnet8", CLASSES, "group"),
+    "bottleneck": lambda: models.CifarResNet(models.Bottleneck, [1, 1], [4, 6], CLASSES),
+    "wide": lambda: models.WideResNet(10, 1, CLASSES),
+    "mobilenetv2": lambda: models.build("mobilenetv2", CLASSES),
+    "layers": Layers,
+}
+
+
+def model_and_batch(name: str, dtype: torch.dtype, size: int = 5, side: int = 9):
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # norms begin as the identity
+    return model, torch.randn(size, 3, side, side, dtype=dtype), torch.randint(CLASSES, (size,))
+
+
+def rows_of(model, x, y) -> torch.Tensor:
+    """[B, P]: the gradient of each sample, from a batch of its own."""
+    params = list(model.parameters())
+    grads = [torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), params) for i in range(len(y))]
+    return torch.stack([torch.cat([g.flatten() for g in one]) for one in grads])
+
+
+@pytest.mark.parametrize("side", [9, 4])  # with few pixels convolutions go through Gram matrices
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_are_those_of_one_backward_pass_a_sample(name, side):
+    model, x, y = model_and_batch(name, torch.float64, side=side)
+    found, rows = sample_norms(model, x, y), rows_of(model, x, y)
+    mean = rows.mean(dim=0)
+    assert torch.allclose(torch.cat([g.flatten() for g in found.grads]), mean, rtol=1e-10, atol=1e-13)
+    for value, exact in (
+        (found.squares, rows.square().sum(1)),
+        (found.inner, rows @ mean),
+        (found.noise(), (rows - mean).square().sum(1)),
+        (found.grad_square, mean.square().sum()),
+    ):
+        assert torch.allclose(value, exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["resnet8, GroupNorm", "layers"])
+def test_float32_keeps_six_digits_of_the_norms(name):
+    model, x, y = model_and_batch(name, torch.float32)
+    squares = sample_norms(model, x, y).squares
+    exact = rows_of(model.double(), x.double(), y).square().sum(1)
+    assert torch.allclose(squares.sqrt(), exact.sqrt(), rtol=1e-6)
+
+
+def test_gram_matrices_of_one_sample_at_a_time_give_the_same(monkeypatch):
+    """The batch is cut where memory asks for it."""
+    model, x, y = model_and_batch("resnet8", torch.float64, side=4)
+    whole = sample_norms(model, x, y)
+    monkeypatch.setattr("fastsmooth.persample.BLOCK_BYTES", 1)
+    assert torch.allclose(sample_norms(model, x, y).squares, whole.squares, rtol=1e-12)
+
+
+def test_the_noise_is_that_of_the_fused_kernel_over_materialised_rows():
+    model, x, y = model_and_batch("resnet8", torch.float64)
+    G = rows_of(model, x, y)
+    zero = torch.zeros((), dtype=torch.float64)
+    kernel = persample_noise_ref(G, torch.zeros_like(G[0]), None, zero, zero, zero, zero, "sgd")
+    found = sample_norms(model, x, y)
+    assert torch.allclose(found.noise(), kernel.noise, rtol=1e-10)
+    assert torch.allclose(found.squares, kernel.squares, rtol=1e-10)
+
+
+def test_the_model_is_left_as_it_was():
+    model, x, y = model_and_batch("resnet8", torch.float32)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    sample_norms(model, x, y)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_take_no_part():
+    model, x, y = model_and_batch("layers", torch.float64)
+    all_of_it = sample_norms(model, x, y).squares
+    model.mix.requires_grad_(False)
+    params = [p for p in model.parameters() if p.requires_grad]
+    exact = []
+    for i in range(len(y)):
+        grads = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), params)
+        exact.append(sum(g.square().sum() for g in grads))
+    found = sample_norms(model, x, y)
+    assert len(found.grads) == len(params)
+    assert torch.allclose(found.squares, torch.stack(exact), rtol=1e-12)
+    assert (found.squares < all_of_it).all()
+
+
+class Refused(nn.Module):
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(12, CLASSES)
+        self.scale = nn.Parameter(torch.ones(CLASSES)) if how in ("scale", "unused") else None
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.how == "twice":
+            return self.layer(x) + self.layer(2 * x)
+        if self.how == "folded":
+            return self.layer(x.repeat(2, 1))[: len(x)]
+        return self.layer(x) * self.scale if self.how == "scale" else self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("scale", "scale is used by mul"),
+        ("unused", "scale takes no part"),
+        ("twice", "layer.weight is used more than once"),
+        ("folded", "layer.weight: its input .* does not begin with the 3 samples"),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(how, words):
+    with pytest.raises(NotCovered, match=words):
+        sample_norms(Refused(how), torch.randn(3, 3, 2, 2), torch.tensor([0, 1, 2]))
+
+
+def test_batch_statistics_and_a_batch_of_one_are_refused():
+    model, x, y = model_and_batch("resnet8", torch.float32)
+    with pytest.raises(NotCovered, match="two or more"):
+        sample_norms(model, x[:1], y[:1])
+    with pytest.raises(NotCovered, match="norm.weight: BatchNorm with batch statistics mixes the samples"):
+        sample_norms(model.train(), x, y)
