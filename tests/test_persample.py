@@ -153,5 +153,5 @@ def test_batch_statistics_and_a_batch_of_one_are_refused():
     model, x, y = model_and_batch("resnet8", torch.float32)
     with pytest.raises(NotCovered, match="two or more"):
         sample_norms(model, x[:1], y[:1])
-    with pytest.raises(NotCovered, match="norm.weight: BatchNorm with batch statistics mixes the samples"):
+    with pytest.raises(NotCovered, match=r"norm.weight: BatchNorm with batch statistics mixes the samples"):
         sample_norms(model.train(), x, y)
