@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,9 @@ def test_an_offline_run_holds_every_row_the_config_and_the_summary(tmp_path, wit
     out = tmp_path / "run"
     assert main([*FLAGS, "--out", str(out), "--wandb-mode", "auto"]) == 0
     assert results(out) == without
+    deadline = time.monotonic() + 60  # wandb's own process may write the end of its file after finish() has returned
+    while recorded(out)[3] is None and time.monotonic() < deadline:
+        time.sleep(0.2)
     history, config, summary, exit_code = recorded(out)
     rows = read_rows(out)
     assert len(history) == len(rows) == 6
