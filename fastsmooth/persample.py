@@ -60,9 +60,9 @@ def sample_norms(model: nn.Module, x: Tensor, y: Tensor) -> SampleNorms:
     missed = [name for p, name in names.items() if p not in layers.used]
     if missed:
         raise NotCovered(f"{missed[0]} takes no part in the forward pass: freeze it with requires_grad_(False)")
-    *grads, shares = torch.autograd.grad(loss, [*names, layers.probe])
+    *grads, total = torch.autograd.grad(loss, [*names, layers.probe])
     square = sum(g.to(wide).square().sum() for g in grads)
-    return SampleNorms(loss.detach(), grads, shares[0], shares[1], square)
+    return SampleNorms(loss.detach(), grads, total[0], total[1], square)
 
 
 class PerSample(TorchFunctionMode):
@@ -103,13 +103,19 @@ def shares(g: Tensor, mean: Tensor, probe: Tensor) -> Tensor:
     return torch.stack([rows.square().sum(1) * B**2, rows @ mean.flatten().to(probe.dtype) * B])
 
 
+def gram_squares(rows: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B]: ||sum_t slopes_t rows_t^T||^2 of every sample, summed over groups, from [B, ..., T, d] and [B, ..., T, p]."""
+    both = (rows @ rows.mT) * (slopes @ slopes.mT)
+    return both.flatten(1).to(dtype).sum(1)
+
+
 class Affine(torch.autograd.Function):
     """x * weight + bias with both broadcast from `shape`, which has a one for every dimension that they lack."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, probe, shape):
         ctx.save_for_backward(x, weight, probe)
-        ctx.shape, ctx.has_bias = shape, bias is not None
+        ctx.shape = shape
         y = x * weight.view(shape)
         return y if bias is None else y + bias.view(shape)
 
@@ -118,57 +124,62 @@ class Affine(torch.autograd.Function):
         x, weight, probe = ctx.saved_tensors
         over = [d for d, size in enumerate(ctx.shape) if size == 1 and d > 0]
         reduce = (lambda t: t.sum(over)) if over else (lambda t: t)
-        found, total = [], torch.zeros_like(probe)
-        for g in [reduce(dy * x), reduce(dy)][: 1 + ctx.has_bias]:
-            mean = g.sum(0)
-            total += shares(g, mean, probe)
-            found.append(mean.view_as(weight))
-        dx = dy * weight.view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, found[0], found[1] if ctx.has_bias else None, total, None
+        dx = dw = db = None
+        total = torch.zeros_like(probe)
+        if ctx.needs_input_grad[0]:
+            dx = dy * weight.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            g = reduce(dy * x)
+            dw = g.sum(0)
+            total += shares(g, dw, probe)
+        if ctx.needs_input_grad[2]:
+            g = reduce(dy)
+            db = g.sum(0)
+            total += shares(g, db, probe)
+        return dx, dw, db, total, None
 
 
 class Convolution(torch.autograd.Function):
-    """F.conv2d. Its input x [B, C, H, W], or [B, 1, T, C] with a 1 x 1 kernel in the place of a linear layer's."""
+    """F.conv2d over x [B, C, H, W]."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, probe, stride, padding, dilation, groups):
         ctx.save_for_backward(x, weight, probe)
-        ctx.has_bias, ctx.rule = bias is not None, (stride, padding, dilation, groups)
+        ctx.rule = stride, padding, dilation, groups
         return F.conv2d(x, weight, bias, *ctx.rule)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, probe = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.rule
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         B, T = len(x), dy.shape[2] * dy.shape[3]
         p, d = weight.shape[0] // groups, weight[0].numel()
         ghost = 2 * T * (d + p) < d * p  # its products are cheaper than those of the blocks, although g comes on top
-        wanted = (ctx.needs_input_grad[0], ghost, False)
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
-        )
+
+        def slopes_of(x: Tensor, dy: Tensor, *wanted: bool) -> tuple[Tensor | None, ...]:
+            rule = (stride, padding, dilation, False, [0, 0], groups)
+            return torch.ops.aten.convolution_backward(dy, x, weight, None, *rule, wanted)
+
+        dx, dw, _ = slopes_of(x, dy, need_x, need_weight and ghost, False)
         total = torch.zeros_like(probe)
-        blocks = []
-        if ghost:
+        squares = []
+        if need_weight and ghost:
             unfold = {"kernel_size": weight.shape[2:], "dilation": dilation, "padding": padding, "stride": stride}
             size = max(1, BLOCK_BYTES // (weight.element_size() * max(d * T, T * T) * groups))
             for xs, dys in zip(x.split(size), dy.split(size), strict=True):
                 columns = F.unfold(xs, **unfold).view(len(xs), groups, d, T)
-                slopes = dys.reshape(len(xs), groups, p, T)
-                both = (columns.mT @ columns) * (slopes.mT @ slopes)
-                blocks.append(both.flatten(1).to(probe.dtype).sum(1))
-        else:
+                squares.append(gram_squares(columns.mT, dys.reshape(len(xs), groups, p, T).mT, probe.dtype))
+        elif need_weight:
             for xs, dys in zip(x.split(1), dy.split(1), strict=True):
-                g = torch.ops.aten.convolution_backward(
-                    dys, xs, weight, None, stride, padding, dilation, False, [0, 0], groups, (False, True, False)
-                )[1]
-                blocks.append(torch.linalg.vector_norm(g, dtype=probe.dtype).square().view(1))
+                g = slopes_of(xs, dys, False, True, False)[1]
+                squares.append(torch.linalg.vector_norm(g, dtype=probe.dtype).square().view(1))
                 dw = g if dw is None else dw.add_(g)
-        total[0] = torch.cat(blocks) * B**2
-        along = F.conv2d(x, dw, None, *ctx.rule)
-        total[1] = (along * dy).flatten(1).to(probe.dtype).sum(1) * B
+        if need_weight:
+            total[0] = torch.cat(squares) * B**2
+            total[1] = (F.conv2d(x, dw, None, *ctx.rule) * dy).flatten(1).to(probe.dtype).sum(1) * B
         db = None
-        if ctx.has_bias:
+        if need_bias:
             g = dy.sum(dim=(2, 3))
             db = g.sum(0)
             total += shares(g, db, probe)
@@ -181,28 +192,30 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, probe):
         ctx.save_for_backward(x, weight, probe)
-        ctx.has_bias = bias is not None
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, probe = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         B = len(x)
         rows, slopes = x.reshape(B, -1, x.shape[-1]), dy.reshape(B, -1, dy.shape[-1])
-        dw = slopes.flatten(0, 1).T @ rows.flatten(0, 1)
+        T = rows.shape[1]
         total = torch.zeros_like(probe)
-        if rows.shape[1] * (sum(weight.shape)) < weight.numel() or rows.shape[1] == 1:
-            total[0] = ((rows @ rows.mT) * (slopes @ slopes.mT)).flatten(1).to(probe.dtype).sum(1) * B**2
-        else:
-            each = [(s.T @ r).to(probe.dtype).square().sum() for s, r in zip(slopes, rows, strict=True)]
-            total[0] = torch.stack(each) * B**2
-        total[1] = ((rows @ dw.T) * slopes).flatten(1).to(probe.dtype).sum(1) * B
-        db = None
-        if ctx.has_bias:
+        dw = db = None
+        if need_weight:
+            dw = slopes.flatten(0, 1).T @ rows.flatten(0, 1)
+            if T * sum(weight.shape) < weight.numel() or T == 1:
+                total[0] = gram_squares(rows, slopes, probe.dtype) * B**2
+            else:
+                each = [(s.T @ r).to(probe.dtype).square().sum() for s, r in zip(slopes, rows, strict=True)]
+                total[0] = torch.stack(each) * B**2
+            total[1] = ((rows @ dw.T) * slopes).flatten(1).to(probe.dtype).sum(1) * B
+        if need_bias:
             g = slopes.sum(1)
             db = g.sum(0)
             total += shares(g, db, probe)
-        return dy @ weight if ctx.needs_input_grad[0] else None, dw, db, total
+        return dy @ weight if need_x else None, dw, db, total
 
 
 # How PyTorch's functions are called ----------------------------------------------------------------------------------

@@ -105,10 +105,15 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_frozen_parameters_take_no_part():
+FROZEN = ["a.weight", "b.weight", "c.bias", "norm.weight", "norm.bias", "mix.weight", "mix.bias"]
+
+
+@pytest.mark.parametrize("frozen", [["mix.weight", "mix.bias"], *([name] for name in FROZEN)], ids=" ".join)
+def test_frozen_parameters_take_no_part(frozen):
     model, x, y = model_and_batch("layers", torch.float64)
     all_of_it = sample_norms(model, x, y).squares
-    model.mix.requires_grad_(False)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
     exact = []
     for i in range(len(y)):
