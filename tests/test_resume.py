@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import EXACT
 
 from fastsmooth.log import TIMES, read_rows, read_status
 
@@ -19,7 +20,6 @@ from fastsmooth.log import TIMES, read_rows, read_status
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fastsmooth.train", "fastsmooth.modes", "fastsmooth.models", "torchvision"])
 
-EXACT = ["--deterministic"] if torch.cuda.is_available() else []
 BASE = [*EXACT, "--epochs", "3", "--decay-epoch", "1", "--checkpoint-every", "7", "--log-every", "5"]
 PLAIN = [*EXACT, "--epochs", "3", "--checkpoint-every", "7", "--log-every", "5"]
 RUNS = {

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from exact import EXACT
 
 from fastsmooth.log import TIMES, Tracker, read_rows, read_status
 from fastsmooth.train import main
 
-FLAGS = ["--epochs", "2", "--log-every", "20", *(["--deterministic"] if torch.cuda.is_available() else [])]
+FLAGS = [*EXACT, "--epochs", "2", "--log-every", "20"]
 
 
 def results(out: Path) -> list[dict]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import EXACT
 from torch.nn import functional as F
 
 from fastsmooth import models, modes
@@ -125,9 +126,7 @@ def test_the_training_loss_is_the_mean_over_samples(tmp_path):
 
 
 def test_the_same_command_gives_the_same_bits_and_another_seed_others(tmp_path):
-    flags = ["--epochs", "1", "--augment", "crop-flip-rotate"]
-    if torch.cuda.is_available():
-        flags.append("--deterministic")
+    flags = [*EXACT, "--epochs", "1", "--augment", "crop-flip-rotate"]
     a, b = (epochs_of(train(tmp_path / name, *flags))[0]["test_loss"] for name in "ab")
     c = epochs_of(train(tmp_path / "c", *flags, "--seed", "1"))[0]["test_loss"]
     assert a == b != c
