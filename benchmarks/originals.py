@@ -1,6 +1,6 @@
-"""The training loop of the published code of arXiv 2311.08745 and 2402.02325, for comparison.
+"""The training loop and the full gradient of the published code of arXiv 2311.08745 and 2402.02325, for comparison.
 
-Written from a description of what that code does in a step, not from the code: PIL images through random crop with
+Written from a description of what that code does, not from the code. In a training step: PIL images through random crop with
 padding 4, horizontal flip, rotation up to 15 degrees, ToTensor and Normalize, one image at a time in the two worker
 processes of a DataLoader; a float32 network in the default memory layout, eager; torch.optim.SGD; the loss and the number
 of correct answers fetched as Python numbers at every step. The network itself is ours, so that both loops compute the
@@ -91,3 +91,34 @@ class Originals:
 
     def close(self) -> None:
         self._steps.close()
+
+
+class OriginalsFullGradient:
+    """One call is one full gradient: a pass over shuffled chunks of augmented images, as `sampling` has it published.
+
+    Args: net (a float32 network, run in the mode it is in), pixels uint8 [n, 32, 32, 3], labels int [n], chunk. Returns
+    one tensor a trainable parameter. The sum of the chunks' mean gradients is divided by the number of chunks, which is
+    wrong where `chunk` does not divide n: a short last chunk weighs as much as the others. Under BatchNorm in train mode
+    every pass also moves the running statistics.
+    """
+
+    def __init__(self, net: nn.Module, pixels: np.ndarray, labels: np.ndarray, chunk: int = 1000):
+        self.net, self.params = net, [p for p in net.parameters() if p.requires_grad]
+        self.loader = DataLoader(Images(pixels, labels), batch_size=chunk, shuffle=True, num_workers=2)
+        self.criterion = nn.CrossEntropyLoss()
+        self._batches: Iterator | None = None
+
+    def __call__(self) -> list[torch.Tensor]:
+        full_grad = [torch.zeros_like(p) for p in self.params]
+        self._batches = iter(self.loader)  # new workers at every pass
+        for inputs, targets in self._batches:
+            self.net.zero_grad()
+            self.criterion(self.net(inputs), targets).backward()
+            for i, p in enumerate(self.params):
+                full_grad[i] += p.grad.clone()
+        self._batches = None
+        return [g / len(self.loader) for g in full_grad]
+
+    def close(self) -> None:
+        """Stop the workers of a pass that was interrupted."""
+        self._batches = None
