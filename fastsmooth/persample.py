@@ -1,14 +1,11 @@
-"""The squared gradient norm of every sample of a batch, out of one ordinary backward pass.
+"""The squared gradient norm of every sample of a batch, and its distance from the mean, out of one backward pass.
 
 Inside `PerSample` each call of a trainable layer is an autograd function with one more input, `probe` [2, B] of zeros,
-and returns, as the gradient of the probe, its share of [||g_i||^2, <g_i, g>], with g_i the gradient of sample i and g
-that of the mean loss; autograd adds the layers up. No hooks, no change of the model, nothing of size B x parameters.
+and returns, as the gradient of the probe, its share of [||g_i||^2, ||g_i - g||^2], with g_i the gradient of sample i and
+g that of the mean loss; autograd adds the layers up. No hooks, no change of the model, nothing of size B x parameters.
 
-A convolution, T output pixels, d = C k^2 inputs a pixel and p outputs, takes the cheaper of two ways:
-
-    blocks   the weight gradients of the samples, one after the other: their squares, and their sum for g
-    ghost    ||g_i||^2 from two [T, T] Gram matrices a sample (Goodfellow 2015; Rochette et al. 2019), g as always, and
-             <g_i, g> = <dy_i, conv(x_i, g)>
+Deviations are taken from the mean, layer by layer: from ||g_i||^2 - 2 <g_i, g> + ||g||^2 a noise of a thousandth of the
+mean would come out of float32 without a correct digit.
 """
 
 from __future__ import annotations
@@ -21,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastsmooth.kernels.affine_grads import affine_grads
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.kernels.conv_noise import conv_noise
 
-BLOCK_BYTES = 16 << 20  # of the unfolded inputs and the Gram matrices that are held at a time
+BN = ("batch", "frozen")
 
 
 class NotCovered(ValueError):
@@ -37,40 +36,51 @@ class SampleNorms:
     loss: Tensor  # 0-d
     grads: list[Tensor]  # g, one tensor a trainable parameter
     squares: Tensor  # [B], wide: ||g_i||^2
-    inner: Tensor  # [B], wide: <g_i, g>
+    noise: Tensor | None  # [B], wide: ||g_i - g||^2; None where it was not asked for
     grad_square: Tensor  # 0-d, wide: ||g||^2
 
-    def noise(self) -> Tensor:
-        """[B]: ||g_i - g||^2. Each norm is right to float32's rounding: a noise below 1e-6 ||g||^2 is lost in it."""
-        return self.squares - 2 * self.inner + self.grad_square
+    @property
+    def inner(self) -> Tensor:
+        """[B], wide: <g_i, g>."""
+        return (self.squares + self.grad_square - self.noise) / 2
 
 
-def sample_norms(model: nn.Module, x: Tensor, y: Tensor) -> SampleNorms:
+def sample_norms(model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn: str | None = None) -> SampleNorms:
     """Per-sample gradient norms of the mean cross-entropy at the model's parameters, for x [B, ...] and y [B].
 
-    Raises NotCovered for a batch of one, BatchNorm with batch statistics, and parameters outside of Conv2d, Linear,
-    BatchNorm, GroupNorm and LayerNorm or used twice. Leaves .grad alone.
+    BatchNorm in training mode mixes the samples, so that no gradient belongs to one of them; `bn` says what to take:
+
+        batch    the share of the batch's gradient that flows through sample i, times B: the mean is that gradient
+        frozen   the gradient of sample i with the batch's mean and variance as constants, and the mean of those
+
+    Raises NotCovered for a batch of one, BatchNorm in training mode without `bn`, and parameters outside of Conv2d,
+    Linear, BatchNorm, GroupNorm and LayerNorm or used twice. Leaves .grad and the buffers alone.
     """
     if len(y) < 2:
         raise NotCovered("a batch of one sample has no noise: use two or more")
+    if bn not in (None, *BN):
+        raise ValueError(f"bn {bn!r} is not one of {', '.join(BN)}")
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    counters = [(b, b.clone()) for b in model.buffers() if not b.is_floating_point()]  # BatchNorm counts its calls
     wide = wide_dtype(x.device)
-    with torch.enable_grad(), PerSample(names, len(y), x.device) as layers:
+    with torch.enable_grad(), PerSample(names, len(y), x.device, noise, bn) as layers:
         loss = F.cross_entropy(model(x), y)
+    for counter, before in counters:
+        counter.copy_(before)
     missed = [name for p, name in names.items() if p not in layers.used]
     if missed:
         raise NotCovered(f"{missed[0]} takes no part in the forward pass: freeze it with requires_grad_(False)")
     *grads, total = torch.autograd.grad(loss, [*names, layers.probe])
     square = sum(g.to(wide).square().sum() for g in grads)
-    return SampleNorms(loss.detach(), grads, total[0], total[1], square)
+    return SampleNorms(loss.detach(), grads, total[0], total[1] if noise else None, square)
 
 
 class PerSample(TorchFunctionMode):
     """Lets each layer that holds a parameter of `names` report to `probe`; refuses what it does not know."""
 
-    def __init__(self, names: dict[Tensor, str], batch: int, device: torch.device):
+    def __init__(self, names: dict[Tensor, str], batch: int, device: torch.device, noise: bool, bn: str | None):
         super().__init__()
-        self.names, self.batch = names, batch
+        self.names, self.batch, self.noise, self.bn = names, batch, noise, bn
         self.probe = torch.zeros(2, batch, dtype=wide_dtype(device), device=device, requires_grad=True)
         self.used: set[Tensor] = set()
 
@@ -96,126 +106,164 @@ class PerSample(TorchFunctionMode):
             raise NotCovered(f"its input {list(x.shape)} does not begin with the {self.batch} samples of the batch")
 
 
-def shares(g: Tensor, mean: Tensor, probe: Tensor) -> Tensor:
-    """[2, B] from gradients of the mean loss g [B, ...], each 1 / B of its sample's, and their sum `mean`."""
-    B = len(g)
-    rows = g.flatten(1).to(probe.dtype)
-    return torch.stack([rows.square().sum(1) * B**2, rows @ mean.flatten().to(probe.dtype) * B])
+def shares(g: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
+    """[2, B]: ||g_i||^2 and ||g_i - g||^2 from the rows g [B, ...] of a mean loss's gradient, each g_i / B."""
+    rows = g.flatten(1).to(dtype)
+    squares = rows.square().sum(1)
+    deviations = (rows - rows.mean(0)).square().sum(1) if noise else torch.zeros_like(squares)
+    return torch.stack([squares, deviations]) * len(g) ** 2
 
 
-def gram_squares(rows: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B]: ||sum_t slopes_t rows_t^T||^2 of every sample, summed over groups, from [B, ..., T, d] and [B, ..., T, p]."""
-    both = (rows @ rows.mT) * (slopes @ slopes.mT)
-    return both.flatten(1).to(dtype).sum(1)
-
-
-class Affine(torch.autograd.Function):
-    """x * weight + bias with both broadcast from `shape`, which has a one for every dimension that they lack."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, probe, shape):
-        ctx.save_for_backward(x, weight, probe)
-        ctx.shape = shape
-        y = x * weight.view(shape)
-        return y if bias is None else y + bias.view(shape)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, probe = ctx.saved_tensors
-        over = [d for d, size in enumerate(ctx.shape) if size == 1 and d > 0]
-        reduce = (lambda t: t.sum(over)) if over else (lambda t: t)
-        dx = dw = db = None
-        total = torch.zeros_like(probe)
-        if ctx.needs_input_grad[0]:
-            dx = dy * weight.view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            g = reduce(dy * x)
-            dw = g.sum(0)
-            total += shares(g, dw, probe)
-        if ctx.needs_input_grad[2]:
-            g = reduce(dy)
-            db = g.sum(0)
-            total += shares(g, db, probe)
-        return dx, dw, db, total, None
+def weight_shares(x: Tensor, dy: Tensor, weight: Tensor, rule: tuple, noise: bool) -> tuple[Tensor, Tensor]:
+    """(the weight's gradient, [2, B] as above) of a convolution."""
+    stride, padding, dilation, groups = rule
+    found = conv_noise(x, dy, list(weight.shape[2:]), stride, padding, dilation, groups, noise)
+    return found.dw.to(weight.dtype), torch.stack([found.squares, found.noise]) * len(x) ** 2
 
 
 class Convolution(torch.autograd.Function):
     """F.conv2d over x [B, C, H, W]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, stride, padding, dilation, groups):
-        ctx.save_for_backward(x, weight, probe)
-        ctx.rule = stride, padding, dilation, groups
-        return F.conv2d(x, weight, bias, *ctx.rule)
+    def forward(ctx, x, weight, bias, probe, noise, rule):
+        ctx.save_for_backward(x, weight)
+        ctx.noise, ctx.rule, ctx.wide = noise, rule, probe.dtype
+        return F.conv2d(x, weight, bias, *rule)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, probe = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.rule
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        B, T = len(x), dy.shape[2] * dy.shape[3]
-        p, d = weight.shape[0] // groups, weight[0].numel()
-        ghost = 2 * T * (d + p) < d * p  # its products are cheaper than those of the blocks, although g comes on top
-
-        def slopes_of(x: Tensor, dy: Tensor, *wanted: bool) -> tuple[Tensor | None, ...]:
+        dx = dw = db = None
+        total = dy.new_zeros(2, len(x), dtype=ctx.wide)
+        if need_x:
             rule = (stride, padding, dilation, False, [0, 0], groups)
-            return torch.ops.aten.convolution_backward(dy, x, weight, None, *rule, wanted)
-
-        dx, dw, _ = slopes_of(x, dy, need_x, need_weight and ghost, False)
-        total = torch.zeros_like(probe)
-        squares = []
-        if need_weight and ghost:
-            unfold = {"kernel_size": weight.shape[2:], "dilation": dilation, "padding": padding, "stride": stride}
-            size = max(1, BLOCK_BYTES // (weight.element_size() * max(d * T, T * T) * groups))
-            for xs, dys in zip(x.split(size), dy.split(size), strict=True):
-                columns = F.unfold(xs, **unfold).view(len(xs), groups, d, T)
-                squares.append(gram_squares(columns.mT, dys.reshape(len(xs), groups, p, T).mT, probe.dtype))
-        elif need_weight:
-            for xs, dys in zip(x.split(1), dy.split(1), strict=True):
-                g = slopes_of(xs, dys, False, True, False)[1]
-                squares.append(torch.linalg.vector_norm(g, dtype=probe.dtype).square().view(1))
-                dw = g if dw is None else dw.add_(g)
+            dx = torch.ops.aten.convolution_backward(dy, x, weight, None, *rule, (True, False, False))[0]
         if need_weight:
-            total[0] = torch.cat(squares) * B**2
-            total[1] = (F.conv2d(x, dw, None, *ctx.rule) * dy).flatten(1).to(probe.dtype).sum(1) * B
-        db = None
+            dw, found = weight_shares(x, dy, weight, ctx.rule, ctx.noise)
+            total += found
         if need_bias:
             g = dy.sum(dim=(2, 3))
             db = g.sum(0)
-            total += shares(g, db, probe)
-        return dx, dw, db, total, None, None, None, None
+            total += shares(g, ctx.noise, ctx.wide)
+        return dx, dw, db, total, None, None
 
 
 class Linear(torch.autograd.Function):
-    """F.linear over x [B, ..., inputs]."""
+    """F.linear over x [B, ..., inputs]: a convolution with a kernel of one place over the tokens."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe):
-        ctx.save_for_backward(x, weight, probe)
+    def forward(ctx, x, weight, bias, probe, noise):
+        ctx.save_for_backward(x, weight)
+        ctx.noise, ctx.wide = noise, probe.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, probe = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        B = len(x)
-        rows, slopes = x.reshape(B, -1, x.shape[-1]), dy.reshape(B, -1, dy.shape[-1])
-        T = rows.shape[1]
-        total = torch.zeros_like(probe)
+        slopes = dy.reshape(len(x), -1, dy.shape[-1])
         dw = db = None
+        total = dy.new_zeros(2, len(x), dtype=ctx.wide)
         if need_weight:
-            dw = slopes.flatten(0, 1).T @ rows.flatten(0, 1)
-            if T * sum(weight.shape) < weight.numel() or T == 1:
-                total[0] = gram_squares(rows, slopes, probe.dtype) * B**2
-            else:
-                each = [(s.T @ r).to(probe.dtype).square().sum() for s, r in zip(slopes, rows, strict=True)]
-                total[0] = torch.stack(each) * B**2
-            total[1] = ((rows @ dw.T) * slopes).flatten(1).to(probe.dtype).sum(1) * B
+            tokens = x.reshape(len(x), -1, x.shape[-1])
+            image, slope_image, kernel = tokens.mT[..., None], slopes.mT[..., None], weight[..., None, None]
+            dw, found = weight_shares(image, slope_image, kernel, ([1, 1], [0, 0], [1, 1], 1), ctx.noise)
+            dw = dw.reshape(weight.shape)
+            total += found
         if need_bias:
             g = slopes.sum(1)
             db = g.sum(0)
-            total += shares(g, db, probe)
-        return dy @ weight if need_x else None, dw, db, total
+            total += shares(g, ctx.noise, ctx.wide)
+        return dy @ weight if need_x else None, dw, db, total, None
+
+
+class GroupNorm(torch.autograd.Function):
+    """F.group_norm over x [B, C, ...]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, probe, noise, groups, eps):
+        ctx.sizes = len(x), x.shape[1], x[0].numel() // x.shape[1], groups
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.noise, ctx.wide = noise, probe.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            slopes = torch.ops.aten.native_group_norm_backward
+            dx = slopes(dy, x, mean, rstd, weight, *ctx.sizes, (True, False, False))[0]
+        return dx, *affine_shares(ctx, x, dy, mean, rstd), None, None, None
+
+
+class BatchNorm(torch.autograd.Function):
+    """F.batch_norm over x [B, C, ...]; with no mean and variance given, with those of the batch."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, probe, noise, mean, variance, eps):
+        ctx.training = mean is None
+        y, of_batch, rstd = torch.native_batch_norm(x, weight, bias, mean, variance, ctx.training, 0.0, eps)
+        if not ctx.training:
+            of_batch, rstd = mean, (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, variance, of_batch, rstd)
+        ctx.noise, ctx.wide, ctx.eps = noise, probe.dtype, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, variance, of_batch, rstd = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            slopes = torch.ops.aten.native_batch_norm_backward
+            saved = (of_batch, rstd) if ctx.training else (None, None)
+            mask = (True, False, False)
+            dx = slopes(dy, x, weight, mean, variance, *saved, ctx.training, ctx.eps, mask)[0]
+        return dx, *affine_shares(ctx, x, dy, of_batch[None], rstd[None]), None, None, None, None
+
+
+def affine_shares(
+    ctx, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of a normalisation's weight and bias and of the probe."""
+    total = dy.new_zeros(2, len(x), dtype=ctx.wide)
+    found: list[Tensor | None] = []
+    for g, needed in zip(affine_grads(x, dy, mean, rstd), ctx.needs_input_grad[1:3], strict=True):
+        found.append(g.sum(0).to(mean.dtype) if needed else None)
+        if needed:
+            total += shares(g, ctx.noise, ctx.wide)
+    return *found, total
+
+
+class Affine(torch.autograd.Function):
+    """x * weight + bias, both broadcast over the leading dimensions of x [B, ...]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, probe, noise):
+        ctx.save_for_backward(x, weight)
+        ctx.noise, ctx.wide = noise, probe.dtype
+        y = x if weight is None else x * weight
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        shared = list(range(1, x.ndim - (weight.ndim if weight is not None else 1)))
+        total = dy.new_zeros(2, len(x), dtype=ctx.wide)
+        found = []
+        for needed, product in zip(ctx.needs_input_grad[1:3], (lambda: dy * x, lambda: dy), strict=True):
+            g = None
+            if needed:
+                g = product().sum(shared) if shared else product()
+                total += shares(g, ctx.noise, ctx.wide)
+            found.append(None if g is None else g.sum(0))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy if weight is None else dy * weight
+        return dx, *found, total, None
 
 
 # How PyTorch's functions are called ----------------------------------------------------------------------------------
@@ -235,38 +283,43 @@ def conv2d(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, grou
             input = F.pad(input, [sizes[1] // 2, sizes[1] - sizes[1] // 2, sizes[0] // 2, sizes[0] - sizes[0] // 2])
             sizes = [0, 0]
         padding = [s // 2 for s in sizes]
-    return Convolution.apply(input, weight, bias, mode.probe, pair(stride), pair(padding), pair(dilation), groups)
+    rule = (pair(stride), pair(padding), pair(dilation), groups)
+    return Convolution.apply(input, weight, bias, mode.probe, mode.noise, rule)
 
 
 def linear(mode, input, weight, bias=None):
     mode.check(input)
     if input.ndim < 2:
         raise NotCovered("a linear layer needs an input [B, ..., inputs]")
-    return Linear.apply(input, weight, bias, mode.probe)
-
-
-def scaled(mode, x, weight, bias, shape):
-    mode.check(x)
-    if weight is None:
-        raise NotCovered("a normalisation with a bias and no weight gives no per-sample norms")
-    return Affine.apply(x, weight, bias, mode.probe, shape)
+    return Linear.apply(input, weight, bias, mode.probe, mode.noise)
 
 
 def batch_norm(mode, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    mode.check(input)
+    mean, variance = running_mean, running_var
     if training:
-        raise NotCovered("BatchNorm with batch statistics mixes the samples: use evaluation mode or --norm group")
-    normal = F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
-    return scaled(mode, normal, weight, bias, [1, -1] + [1] * (input.ndim - 2))
+        if mode.bn is None:
+            raise NotCovered(
+                "BatchNorm with batch statistics mixes the samples: use evaluation mode, --norm group, or say how with bn"
+            )
+        mean = variance = None
+        if mode.bn == "frozen":
+            with torch.no_grad():
+                variance, mean = torch.var_mean(input, [0, *range(2, input.ndim)], correction=0)
+    return BatchNorm.apply(input, weight, bias, mode.probe, mode.noise, mean, variance, eps)
 
 
 def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5):
-    normal = F.group_norm(input, num_groups, None, None, eps)
-    return scaled(mode, normal, weight, bias, [1, -1] + [1] * (input.ndim - 2))
+    mode.check(input)
+    return GroupNorm.apply(input, weight, bias, mode.probe, mode.noise, num_groups, eps)
 
 
 def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    mode.check(input)
+    if input.ndim == len(normalized_shape):
+        raise NotCovered("LayerNorm over the batch dimension mixes the samples")
     normal = F.layer_norm(input, normalized_shape, None, None, eps)
-    return scaled(mode, normal, weight, bias, [1] * (input.ndim - len(normalized_shape)) + list(normalized_shape))
+    return Affine.apply(normal, weight, bias, mode.probe, mode.noise)
 
 
 LAYERS = {

@@ -55,17 +55,19 @@ def rows_of(model, x, y) -> torch.Tensor:
     return torch.stack([torch.cat([g.flatten() for g in one]) for one in grads])
 
 
-@pytest.mark.parametrize("side", [9, 4])  # with few pixels convolutions go through Gram matrices
+@pytest.mark.parametrize("kernels", ["native", "reference"])
 @pytest.mark.parametrize("name", MODELS)
-def test_norms_are_those_of_one_backward_pass_a_sample(name, side):
-    model, x, y = model_and_batch(name, torch.float64, side=side)
+def test_norms_are_those_of_one_backward_pass_a_sample(name, kernels, monkeypatch):
+    if kernels == "reference":
+        monkeypatch.setattr("fastsmooth.kernels.backend.choose", lambda device, dtype: kernels)
+    model, x, y = model_and_batch(name, torch.float64)
     found, rows = sample_norms(model, x, y), rows_of(model, x, y)
     mean = rows.mean(dim=0)
     assert torch.allclose(torch.cat([g.flatten() for g in found.grads]), mean, rtol=1e-10, atol=1e-13)
     for value, exact in (
         (found.squares, rows.square().sum(1)),
         (found.inner, rows @ mean),
-        (found.noise(), (rows - mean).square().sum(1)),
+        (found.noise, (rows - mean).square().sum(1)),
         (found.grad_square, mean.square().sum()),
     ):
         assert torch.allclose(value, exact, rtol=1e-12, atol=1e-14)
@@ -79,12 +81,15 @@ def test_float32_keeps_six_digits_of_the_norms(name):
     assert torch.allclose(squares.sqrt(), exact.sqrt(), rtol=1e-6)
 
 
-def test_gram_matrices_of_one_sample_at_a_time_give_the_same(monkeypatch):
-    """The batch is cut where memory asks for it."""
+def test_norms_alone_are_the_same(monkeypatch):
+    """In plain PyTorch they go through Gram matrices where pixels are few."""
     model, x, y = model_and_batch("resnet8", torch.float64, side=4)
     whole = sample_norms(model, x, y)
-    monkeypatch.setattr("fastsmooth.persample.BLOCK_BYTES", 1)
-    assert torch.allclose(sample_norms(model, x, y).squares, whole.squares, rtol=1e-12)
+    for kernels in ("native", "reference"):
+        monkeypatch.setattr("fastsmooth.kernels.backend.choose", lambda device, dtype, name=kernels: name)
+        alone = sample_norms(model, x, y, noise=False)
+        assert alone.noise is None
+        assert torch.allclose(alone.squares, whole.squares, rtol=1e-12)
 
 
 def test_the_noise_is_that_of_the_fused_kernel_over_materialised_rows():
@@ -93,7 +98,7 @@ def test_the_noise_is_that_of_the_fused_kernel_over_materialised_rows():
     zero = torch.zeros((), dtype=torch.float64)
     kernel = persample_noise_ref(G, torch.zeros_like(G[0]), None, zero, zero, zero, zero, "sgd")
     found = sample_norms(model, x, y)
-    assert torch.allclose(found.noise(), kernel.noise, rtol=1e-10)
+    assert torch.allclose(found.noise, kernel.noise, rtol=1e-10)
     assert torch.allclose(found.squares, kernel.squares, rtol=1e-10)
 
 
@@ -152,6 +157,64 @@ class Refused(nn.Module):
 def test_what_is_not_covered_is_refused_by_name(how, words):
     with pytest.raises(NotCovered, match=words):
         sample_norms(Refused(how), torch.randn(3, 3, 2, 2), torch.tensor([0, 1, 2]))
+
+
+def trained(name: str):
+    """As model_and_batch, in training mode."""
+    model, x, y = model_and_batch(name, torch.float64)
+    return model.train(), x, y
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2"])
+def test_shares_of_a_batch_with_statistics_have_its_gradient_as_their_mean(name):
+    model, x, y = trained(name)
+    before = {key: b.clone() for key, b in model.named_buffers()}
+    found = sample_norms(model, x, y, bn="batch")
+    assert all(torch.equal(b, before[key]) for key, b in model.named_buffers())
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for a, b in zip(found.grads, grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    mean_square = found.squares.mean() - found.noise.mean()  # of the mean of the shares
+    assert torch.allclose(mean_square, sum(g.square().sum() for g in grads), rtol=1e-9)
+    assert torch.allclose(found.inner.mean(), found.grad_square, rtol=1e-9)
+
+
+def test_frozen_statistics_are_constants():
+    """Beside the same network in evaluation mode, its running statistics set to those of the batch."""
+    model, x, y = trained("resnet8")
+    found = sample_norms(model, x, y, bn="frozen")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(set_statistics)
+    rows = rows_of_batch(model.eval(), x, y)
+    assert torch.allclose(found.squares, rows.square().sum(1), rtol=1e-10)
+    assert torch.allclose(found.noise, (rows - rows.mean(0)).square().sum(1), rtol=1e-10)
+    assert torch.allclose(torch.cat([g.flatten() for g in found.grads]), rows.mean(0), rtol=1e-8, atol=1e-12)
+
+
+def set_statistics(module, inputs):
+    with torch.no_grad():
+        variance, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+        module.running_mean, module.running_var = mean, variance
+
+
+def rows_of_batch(model, x, y):
+    """[B, P]: the gradient of each sample's loss within one forward pass of the whole batch."""
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    params = list(model.parameters())
+    grads = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in one]) for one in grads])
+
+
+def test_a_small_noise_around_a_large_mean_keeps_its_digits():
+    """In float32, where ||g_i||^2 - 2 <g_i, g> + ||g||^2 has none left."""
+    model, x, y = model_and_batch("resnet8, GroupNorm", torch.float64)
+    x = x[:1] + 1e-4 * torch.randn_like(x)
+    y = y[:1].expand(len(x))
+    exact = sample_norms(model, x, y)
+    assert (exact.noise < 2e-5 * exact.grad_square).all() and exact.noise.min() < 1e-6 * exact.grad_square
+    found = sample_norms(model.float(), x.float(), y)
+    assert torch.allclose(found.noise, exact.noise, rtol=0.05)
 
 
 def test_batch_statistics_and_a_batch_of_one_are_refused():
