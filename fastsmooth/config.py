@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 # --------------------------------------------------------------------------------------------------------------------
 # What is known of the data sets before any of them is opened. Defaults are the papers'.
 
-PAPER = {"epochs": 200, "lr": 0.1, "batch_size": 32, "min_epochs": 11, "steps": 10_000}
+PAPER = {"epochs": 200, "lr": 0.1, "batch_size": 32, "min_epochs": 11, "steps": (10_000,)}
 CIFAR = PAPER | {"model": "resnet18", "image_size": 32}
 
 
@@ -52,7 +52,7 @@ SETS = {
             "lr": 0.1,
             "batch_size": 32,
             "min_epochs": 1,
-            "steps": 200,
+            "steps": (200,),
         },
     ),
     "cifar10": SetFacts(50_000, 10_000, 10, CIFAR | {"augment": "crop-flip"}),
@@ -67,14 +67,15 @@ SETS = {
             "image_size": 224,
             "augment": "resized-crop-flip",
             "batch_size": 256,
-            "steps": 1000,
+            "steps": (1000,),
         },
     ),
     "folder": SetFacts(
         None,
         None,
         None,
-        PAPER | {"model": "resnet20", "image_size": 32, "augment": None, "epochs": 20, "min_epochs": 1, "steps": 200},
+        PAPER
+        | {"model": "resnet20", "image_size": 32, "augment": None, "epochs": 20, "min_epochs": 1, "steps": (200,)},
     ),
 }
 
@@ -225,11 +226,11 @@ class Config:
     criterion: str = option("mean-norm", "measure", "critical: what must fall below eps", choices=("mean-norm", "rms-norm", "full-grad"), only=("mode", {"critical"}))
     min_epochs: int | None = option(None, "measure", "critical: no crossing counts before", whole(0), metavar="N", only=("mode", {"critical"}))
     full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
-    steps: int | None = option(None, "measure", "sampling: updates before the measurement", whole(0), metavar="N", only=("mode", {"sampling"}))
-    draws: int = option(16, "measure", "sampling: directions drawn at that point", whole(2), metavar="N", only=("mode", {"sampling"}))
+    steps: tuple[int, ...] | None = option(None, "measure", "sampling: updates before each measurement", whole(0), metavar="N", many=True, only=("mode", {"sampling"}))
+    draws: int = option(16, "measure", "sampling: directions drawn at each point", whole(2), metavar="N", only=("mode", {"sampling"}))
     bn: str = option("train", "measure", "BatchNorm while measuring", choices=("train", "eval"))
     measure_augment: bool = option(False, "measure", "measure on augmented images")
-    save_omega: bool = option(False, "measure", "sampling: keep the noise vectors in omega.npy", only=("mode", {"sampling"}))
+    save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, omega-<step>.npy", only=("mode", {"sampling"}))
 
     seed: int = option(0, "run", "of weights, order and augmentation", whole(0), metavar="N")
     device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", device, metavar="DEV")
@@ -265,7 +266,7 @@ class Config:
         return self.c2 is None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"eps": list(self.eps)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -290,6 +291,9 @@ def check(c: Config) -> None:
         raise ConfigError(f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise --beta")
     if c.mode == "critical" and c.method != "constant":
         raise ConfigError(f"--mode critical holds the noise fixed: use --method constant, not {c.method}")
+    twice = next((step for step in c.steps or () if c.steps.count(step) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--steps names {twice} more than once: give every update once")
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
     if c.dataset == "digits" and c.augment == "resized-crop-flip":

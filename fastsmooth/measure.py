@@ -7,7 +7,7 @@ afterwards what they were before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,12 +47,22 @@ def trainable(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def batch_gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """grad f_S at the model's parameters for the batch S = (x, y), one tensor a parameter."""
-    return list(torch.autograd.grad(F.cross_entropy(model(x), y), trainable(model)))
+# loss(x, y): the mean loss of the batch x [B, 3, H, W], y [B], 0-d, with its graph.
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def full_gradient(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], n: int) -> list[Tensor]:
+def batch_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None) -> list[Tensor]:
+    """grad f_S at the model's parameters for the batch S = (x, y), one tensor a parameter.
+
+    `loss` is a compiled way to the model's mean cross-entropy, say; without it the model is called as it is.
+    """
+    value = F.cross_entropy(model(x), y) if loss is None else loss(x, y)
+    return list(torch.autograd.grad(value, trainable(model)))
+
+
+def full_gradient(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: int, loss: Loss | None = None
+) -> list[Tensor]:
     """The mean over chunks of their gradients, each weighted by its true share of the n samples, in float64.
 
     With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in train mode it is the
@@ -61,8 +71,8 @@ def full_gradient(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], n:
     wide = wide_dtype(next(model.parameters()).device)
     total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
     for x, y in batches:
-        grads = [g.to(wide) for g in batch_gradient(model, x, y)]
-        torch._foreach_add_(total, grads, alpha=len(y) / n)
+        # into float64 in place, so that only rounding within a chunk is that of float32
+        torch._foreach_add_(total, batch_gradient(model, x, y, loss), alpha=len(y) / n)
     return total
 
 
@@ -113,28 +123,24 @@ def direction_noise(
     draws: int,
     n: int,
     keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
+    loss: Loss | None = None,
 ) -> DirectionNoise:
     """Draw `draws` mini-batches at the present parameters and compare each direction with the full gradient `full`.
 
     batch(draw) gives the (x, y) of a draw. The momentum buffers are those of x_t, the same for all draws. Each noise
-    vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. Call it inside
-    `undisturbed`.
+    vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. The norms stay on the
+    device until all draws are done. `loss` is that of batch_gradient. Call it inside `undisturbed`.
     """
-    noise, grad_noise, size = [], [], 0
+    norms, size = [], 0
     for draw in range(draws):
         x, y = batch(draw)
         size = len(y)
-        grads = batch_gradient(model, x, y)
-        omega = difference(optimizer.directions(grads), full)
-        noise.append(norm(omega).item())
-        grad_noise.append(norm(difference(grads, full)).item())
+        grads = batch_gradient(model, x, y, loss)
+        omega = torch._foreach_sub(optimizer.directions(grads), full)
+        norms.append(torch.stack([norm(omega), norm(torch._foreach_sub(grads, full))]))
         keep(draw, omega)
+    noise, grad_noise = torch.stack(norms, dim=1).tolist()
     return DirectionNoise(norm(full).item(), noise, grad_noise, size, n)
-
-
-def difference(tensors: list[Tensor], full: list[Tensor]) -> list[Tensor]:
-    """tensors - full, in full's precision."""
-    return torch._foreach_sub([t.to(f.dtype) for t, f in zip(tensors, full, strict=True)], full)
 
 
 class NormRecord:

@@ -24,7 +24,7 @@ class Step:
 
     def __init__(self, model: nn.Module, optimizer: NoisySGD, device: torch.device, precision: str, compile: bool):
         self.model, self.optimizer, self.device = model, optimizer, device
-        self.precision, self.compile = precision, compile
+        self.autocast, self.compile = precision == "bf16", compile
         self.compiled_graphs = 0
         self._forward = self._plain_forward
         if compile:
@@ -34,9 +34,16 @@ class Step:
     def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss, number correct) of the batch [B, 3, H, W], [B], both 0-d on the device; fills .grad."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, correct = self._forward_for(x, y)(x, y)
+        loss, correct = self._forward_for(x, y)(x, y, self.autocast)
         loss.backward()
         return loss.detach(), correct
+
+    def measured_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean loss of a batch with its graph, 0-d, in the mode the model is in: what a measurement differentiates.
+
+        Never under autocast: with --precision bf16 rounding would add its own noise to that of the mini-batch.
+        """
+        return self._forward_for(x, y)(x, y, False)[0]
 
     def update(self) -> None:
         self.optimizer.step()
@@ -53,15 +60,15 @@ class Step:
         correct_sum = torch.zeros((), dtype=torch.int64, device=self.device)
         count = 0
         for x, y in batches:
-            loss, correct = self._forward_for(x, y)(x, y)
+            loss, correct = self._forward_for(x, y)(x, y, self.autocast)
             loss_sum += loss.to(loss_sum.dtype) * len(y)
             correct_sum += correct
             count += len(y)
         self.model.train()
         return loss_sum.item() / count, correct_sum.item() / count
 
-    def _plain_forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with self._autocast():
+    def _plain_forward(self, x: Tensor, y: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             logits = self.model(x)
         logits = logits.float()
         return F.cross_entropy(logits, y), (logits.argmax(dim=1) == y).sum()
@@ -73,11 +80,6 @@ class Step:
         torch._dynamo.mark_dynamic(x, 0)
         torch._dynamo.mark_dynamic(y, 0)
         return self._forward
-
-    def _autocast(self):
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
 
     def _counting_backend(self, graph, inputs):
         from torch._inductor.compile_fx import compile_fx

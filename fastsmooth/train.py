@@ -236,7 +236,8 @@ def train(live) -> int:
     live.tracker.finish(summary, DONE)
     if live.step.compile:
         live.progress.say(
-            f"compiled {live.step.compiled_graphs} graphs (training step, evaluation) in {live.clock.read('compile'):.0f} s"
+            f"compiled {live.step.compiled_graphs} graphs (training step, evaluation, measurement), the first in "
+            f"{live.clock.read('compile'):.0f} s"
         )
     if live.last_epoch:
         live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
@@ -329,8 +330,10 @@ def check_against_data(c: Config, schedule: Schedule, n: int) -> None:
             f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower --batchsize"
         )
     total = sum(schedule.updates(n, c.drop_last))
-    if c.mode == "sampling" and c.steps >= total:
-        raise ConfigError(f"--steps {c.steps} lies past the run's {total} updates: lower --steps or raise --epochs")
+    if c.mode == "sampling" and max(c.steps) >= total:
+        raise ConfigError(
+            f"--steps {max(c.steps)} lies past the run's {total} updates: lower --steps or raise --epochs"
+        )
     if c.mode == "sampling" and c.batch_size == n:
         raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
 

@@ -53,7 +53,7 @@ def kinds(name):
 
 
 REALS = [name for name in FIELDS if kinds(name) & {float, tuple[float, ...]}]
-WHOLES = [name for name in FIELDS if int in kinds(name)]
+WHOLES = [name for name in FIELDS if kinds(name) & {int, tuple[int, ...]}]
 TEXTS = [name for name in FIELDS if str in kinds(name) and not FIELDS[name].metadata["choices"] and name != "device"]
 SWITCHES = [name for name in FIELDS if bool in kinds(name)]
 
@@ -103,6 +103,7 @@ def test_underscores_in_values_stay():
         (["--batch-size", "64"], {"batch_size": 64}),
         (["--batch_size=64"], {"batch_size": 64}),
         (["--eps", "0.5", "0.7", "1"], {"eps": (0.5, 0.7, 1.0)}),
+        (["--steps", "100", "20"], {"steps": (100, 20)}),
         (["--lr", "1", "--lr", "2"], {"lr": 2.0}),
         ([], {}),
     ],
@@ -314,11 +315,11 @@ def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
 
 
 DEFAULTS = {  # data set: model, epochs, lr, batch, augmentation, pixels, steps, min_epochs, decay_epoch
-    "digits": ("resnet8", 15, 0.1, 32, "none", 8, 200, 1, 3),
-    "cifar10": ("resnet18", 200, 0.1, 32, "crop-flip", 32, 10_000, 11, 40),
-    "cifar100": ("resnet18", 200, 0.1, 32, "crop-flip-rotate", 32, 10_000, 11, 40),
-    "imagenet": ("torchvision/resnet34", 200, 0.1, 256, "resized-crop-flip", 224, 1000, 11, 40),
-    "folder": ("resnet20", 20, 0.1, 32, "crop-flip", 32, 200, 1, 4),
+    "digits": ("resnet8", 15, 0.1, 32, "none", 8, (200,), 1, 3),
+    "cifar10": ("resnet18", 200, 0.1, 32, "crop-flip", 32, (10_000,), 11, 40),
+    "cifar100": ("resnet18", 200, 0.1, 32, "crop-flip-rotate", 32, (10_000,), 11, 40),
+    "imagenet": ("torchvision/resnet34", 200, 0.1, 256, "resized-crop-flip", 224, (1000,), 11, 40),
+    "folder": ("resnet20", 20, 0.1, 32, "crop-flip", 32, (200,), 1, 4),
 }
 
 
@@ -360,7 +361,12 @@ def test_sampling_is_a_mode_with_the_constant_method():
     c = config("--method", "sampling")
     assert (c.method, c.mode) == ("constant", "sampling")
     assert c == config("--mode", "sampling") == config("--method", "sampling", "--mode", "sampling")
-    assert config("--method", "sampling", "--steps", 7).steps == 7
+    assert config("--method", "sampling", "--steps", 7).steps == (7,)
+
+
+def test_an_update_is_measured_once():
+    assert config("--mode", "sampling", "--steps", 9, 0, 5).steps == (9, 0, 5)
+    assert "--steps names 5 more than once" in refusal(config, "--mode", "sampling", "--steps", 9, 5, 5)
 
 
 def test_momentum_is_beta_except_for_plain_sgd():
@@ -492,7 +498,17 @@ ODD = {  # values whose text form is easily mangled
         "--max-time",
         "9999999999999999999h",
     ],
-    "imagenet": ["--method", "sampling", "--measure-augment", "--save-omega", "--out", "runs/a b\u00e9"],
+    "imagenet": [
+        "--method",
+        "sampling",
+        "--steps",
+        0,
+        2**63 - 1,
+        "--measure-augment",
+        "--save-omega",
+        "--out",
+        "runs/a b\u00e9",
+    ],
     "folder": ["--optimizer", "qhm", "--nu", 0, "--wandb-entity", "[x]", "--lr", 1e22],
 }
 

@@ -1,5 +1,6 @@
 """Measurements: exact at one point, without a trace, the same however often they are looked at."""
 
+import copy
 import itertools
 import json
 import math
@@ -7,14 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact import EXACT
 from torch import nn
 from torch.nn import functional as F
 
-from fastsmooth import measure, models
+from fastsmooth import measure, models, modes
 from fastsmooth.config import resolve
 from fastsmooth.data import open_data
 from fastsmooth.data.order import epoch_batches, in_order, subset
-from fastsmooth.log import read_rows
+from fastsmooth.log import TIMES, read_rows
 from fastsmooth.measure import Mean, NormRecord
 from fastsmooth.optim import NoisySGD
 from fastsmooth.train import main
@@ -26,6 +28,10 @@ def run(tmp_path, *flags: str, name: str = "run"):
     out = tmp_path / name
     assert main([*flags, "--out", str(out)]) == 0
     return out
+
+
+def points_of(out) -> list[dict]:
+    return json.loads((out / "noise.json").read_text())["points"]
 
 
 def linear_model(features: int = 5, classes: int = 3) -> nn.Module:
@@ -70,6 +76,38 @@ def test_the_full_gradient_weights_every_chunk_by_its_true_size(chunk):
     full = measure.full_gradient(model, zip(x.split(chunk), y.split(chunk), strict=True), 20)
     for p, g in zip(model.parameters(), full, strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_the_full_gradient_is_summed_in_float64():
+    model = noisy_model().eval()
+    x, y = torch.randn(300, 3, 8, 8), torch.randint(0, 10, (300,))
+    chunks = list(zip(x.split(7), y.split(7), strict=True))
+    expected = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for part in chunks:
+        for e, g in zip(expected, measure.batch_gradient(model, *part), strict=True):
+            e += g.double() * (len(part[1]) / 300)
+    for g, e in zip(measure.full_gradient(model, chunks, 300), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("chunk", [7, 100, 250])
+def test_the_chunks_of_a_float32_network_do_not_show_in_eval_mode(chunk):
+    """Against one batch in float64; no chunk is worse than twice one float32 batch."""
+    data = open_data(resolve({}), CPU)
+    torch.manual_seed(0)
+    model = models.build("resnet8", 10)
+    x, y = next(data.train.batches([torch.arange(250)]))
+    with torch.no_grad():
+        model(x)  # running statistics of real images
+    exact = copy.deepcopy(model).double().eval()
+    expected = torch.cat([g.flatten() for g in measure.batch_gradient(exact, x.double(), y)])
+    model.eval()
+
+    def error(size):
+        full = measure.full_gradient(model, zip(x.split(size), y.split(size), strict=True), 250)
+        return (torch.cat([g.flatten() for g in full]) - expected).norm() / expected.norm()
+
+    assert error(chunk) <= 2 * error(250) < 1e-5
 
 
 def test_batchnorm_in_train_mode_uses_the_chunks_own_statistics():
@@ -152,6 +190,56 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
         torch.testing.assert_close(w, m - g, rtol=1e-9, atol=1e-12)
     expected = math.sqrt(sum((m - g).square().sum().item() for m, g in zip(direction, full, strict=True)))
     assert noise.noise_norms[0] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+@pytest.mark.parametrize("form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)])
+def test_noise_of_linear_regression_at_a_frozen_point_has_its_closed_form(form, nu, beta):
+    """E||m_t - grad f||^2 (SPEC A.3) over mini-batches drawn with replacement, one chain of draws a row of the parameter."""
+    chains, n, features, b = 4000, 60, 6, 8
+    generator = torch.Generator().manual_seed(11)
+    inputs = torch.randn(n, features, generator=generator, dtype=torch.float64)
+    targets = torch.randn(n, generator=generator, dtype=torch.float64)
+    frozen = torch.randn(features, generator=generator, dtype=torch.float64)
+    gradients = (inputs @ frozen - targets)[:, None] * inputs  # of (a w - t)^2 / 2, [n, features]
+    full = gradients.mean(0)
+    s2 = (gradients - full).square().sum(1).mean().item() / b
+    expected = {
+        "sgd": s2,
+        "nshb": s2 * (1 - beta) / (1 + beta),
+        "qhm": s2 * ((1 - nu * beta) ** 2 + nu**2 * beta**2 * (1 - beta) / (1 + beta)),
+        "shb": s2 / (1 - beta**2) + (beta / (1 - beta)) ** 2 * full.square().sum().item(),
+    }[form]
+    w = frozen.repeat(chains, 1).requires_grad_()
+    optimizer = NoisySGD([w], form, 0.0, 0.0 if form == "sgd" else beta, nu)  # lr 0 freezes the point
+
+    def drawn():
+        return gradients[torch.randint(0, n, (chains, b), generator=generator)].mean(1)
+
+    for _ in range(150):  # the start is forgotten to 0.9^150 = 1e-7
+        w.grad = drawn()
+        optimizer.step()
+    (direction,) = optimizer.directions([drawn()])
+    squares = (direction - full).square().sum(1)
+    standard_error = squares.std().item() / math.sqrt(chains)
+    assert torch.equal(w[0], frozen) and standard_error < 0.02 * expected
+    assert abs(squares.mean().item() - expected) < 3 * standard_error
+
+
+def test_no_draw_waits_for_the_device(monkeypatch):
+    model, n = linear_model(), 30
+    x, y = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
+    optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
+    full = measure.full_gradient(model, [(x, y)], n)
+    reads, counts = [], []
+    item, tolist = torch.Tensor.item, torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: reads.append(1) or item(t))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(1) or tolist(t))
+    for draws in (2, 9):
+        reads.clear()
+        measure.direction_noise(model, optimizer, lambda i: (x[i : i + 4], y[i : i + 4]), full, draws, n)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_mean_has_the_textbook_standard_error():
@@ -268,7 +356,7 @@ def test_measuring_the_full_gradient_does_not_change_the_run(tmp_path):
 
 
 def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
-    """The weights of the measurement are those of a plain run after --steps updates; omega.npy holds m_t - grad f."""
+    """The weights of the measurement are those of a plain run after --steps updates; the omega file holds m_t - grad f."""
     # few updates: rounding differs between the two computations and grows with each
     flags = [
         "--mode",
@@ -286,8 +374,8 @@ def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
         "--save-omega",
     ]
     out = run(tmp_path, *flags)
-    noise = json.loads((out / "noise.json").read_text())
-    omega = np.load(out / "omega.npy")
+    (noise,) = points_of(out)
+    omega = np.load(out / "omega-6.npy")
     assert omega.shape == (3, 78042) and noise["step"] == 6 and noise["epoch"] == 1
     assert np.linalg.norm(omega.astype(np.float64), axis=1) == pytest.approx(noise["noise_norms"], rel=1e-5)
 
@@ -328,6 +416,116 @@ def test_the_method_named_sampling_is_the_mode_with_a_constant_schedule(tmp_path
     flags = ["--steps", "3", "--draws", "2", "--seed", "4"]
     a = run(tmp_path, "--method", "sampling", *flags, name="a")
     b = run(tmp_path, "--mode", "sampling", *flags, name="b")
-    assert json.loads((a / "noise.json").read_text()) | {"seconds": 0} == json.loads((b / "noise.json").read_text()) | {
-        "seconds": 0
-    }
+    assert (a / "noise.json").read_bytes() == (b / "noise.json").read_bytes()
+
+
+SEVERAL = [*EXACT, "--mode", "sampling", "--draws", "3", "--optimizer", "nshb", "--save-omega", "--log-every", "9"]
+
+
+@pytest.mark.parametrize("bn", ["train", "eval"])
+def test_several_steps_in_one_run_are_those_of_separate_runs(bn, tmp_path):
+    """Bit for bit, in whatever order they are given; 45 updates are an epoch."""
+    flags = [*SEVERAL, "--bn", bn, "--batchsize", "32", "--steps"]
+    together = run(tmp_path, *flags, "50", "0", "7", name="together")
+    assert [p["step"] for p in points_of(together)] == [0, 7, 50]
+    measured = [r for r in read_rows(together) if r["kind"] == "measure"]
+    for point, row in zip(points_of(together), measured, strict=True):
+        alone = run(tmp_path, *flags, str(point["step"]), name=str(point["step"]))
+        assert [point] == points_of(alone)
+        assert row["step"] == point["step"] and row["c2_sampled"] == point["c2_sampled"]
+        name = f"omega-{point['step']}.npy"
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+    assert (
+        json.loads((together / "summary.json").read_text())["updates"] == 50
+    )  # the run ends with its last measurement
+
+
+@pytest.mark.parametrize("bn", ["train", "eval"])
+def test_training_after_a_measurement_is_that_of_a_run_without(bn, tmp_path):
+    flags = [*EXACT, "--optimizer", "shb", "--lr", "0.02", "--checkpoint-every", "1"]
+    plain = run(tmp_path, *flags, "--epochs", "1", name="plain")
+    flags += ["--mode", "sampling", "--steps", "0", "5", "44", "--draws", "2", "--bn", bn]
+    measured = run(tmp_path, *flags, name="measured")
+    a, b = (torch.load(out / "checkpoints" / "ckpt-44.pt", weights_only=True) for out in (plain, measured))
+    assert [p["step"] for p in b.pop("noise_points")] == [0, 5] and a.pop("noise_points") == []
+    for key in ("model", "optimizer", "meter", "window", "rng", "samples"):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("stop", [12, 16, 26, 30])
+def test_a_run_interrupted_between_its_measurements_neither_loses_nor_repeats_one(stop, tmp_path, monkeypatch):
+    """Checkpoints at every 7th update: some points are in one and kept, others are measured again."""
+    flags = [*SEVERAL, "--steps", "10", "25", "40", "--checkpoint-every", "7"]
+    undisturbed = run(tmp_path, *flags, name="undisturbed")
+    after_update = modes.Run.after_update
+
+    def interrupted(live, point):
+        if live.update == stop:
+            raise KeyboardInterrupt
+        after_update(live, point)
+
+    monkeypatch.setattr(modes.Run, "after_update", interrupted)
+    out = tmp_path / "out"
+    assert main([*flags, "--out", str(out)]) == 130
+    assert [p["step"] for p in points_of(out)] == [step for step in (10, 25) if step < stop]
+    monkeypatch.undo()
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert (out / "noise.json").read_bytes() == (undisturbed / "noise.json").read_bytes()
+    rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(o)] for o in (out, undisturbed)]
+    assert rows[0] == rows[1]
+    for step in (10, 25, 40):
+        assert (out / f"omega-{step}.npy").read_bytes() == (undisturbed / f"omega-{step}.npy").read_bytes()
+    assert not list(out.glob(".omega*"))
+
+
+def test_a_run_that_has_diverged_is_not_measured(tmp_path, capsys):
+    flags = ["--mode", "sampling", "--lr", "1e30", "--norm", "group", "--steps", "0", "40"]
+    assert main([*flags, "--out", str(tmp_path / "run")]) == 3
+    assert "not finite at update" in capsys.readouterr().err
+    assert [p["step"] for p in points_of(tmp_path / "run")] == [0]
+
+
+def test_measurements_are_in_float32_under_bf16(tmp_path):
+    flags = ["--mode", "sampling", "--steps", "0", "--draws", "2", "--bn", "eval"]
+    runs = [points_of(run(tmp_path, *flags, "--precision", p, name=p)) for p in ("fp32", "bf16")]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("bn, precision, graphs", [("train", "fp32", 1), ("eval", "fp32", 2), ("train", "bf16", 2)])
+def test_neither_draws_nor_chunks_compile_again(bn, precision, graphs, tmp_path):
+    """The training step's own graph serves where it can; batches of 100 leave 37 of 1,437 images over."""
+    flags = ["--mode", "sampling", "--steps", "0", "1", "2", "--draws", "3", "--batchsize", "100", "--bn", bn]
+    flags += ["--precision", precision]
+    compiled = run(tmp_path, *flags, "--compile", "on", name="compiled")
+    assert json.loads((compiled / "summary.json").read_text())["compiled_graphs"] == graphs
+    found, expected = points_of(compiled), points_of(run(tmp_path, *flags, name="eager"))
+    for key in ("full_grad_norm", "c2_sampled", "noise_norm"):
+        assert found[0][key] == pytest.approx(expected[0][key], rel=1e-4)  # before training, which amplifies rounding
+
+
+def test_a_chunk_that_does_not_fit_in_memory_is_halved(tmp_path, monkeypatch):
+    flags = ["--mode", "sampling", "--steps", "0", "1", "--draws", "2", "--bn", "eval"]
+    whole = points_of(run(tmp_path, *flags, name="whole"))
+    sizes, gradient = [], measure.batch_gradient
+
+    def small(model, x, y, loss=None):
+        sizes.append(len(y))
+        if len(y) > 40:
+            raise torch.OutOfMemoryError
+        return gradient(model, x, y, loss)
+
+    monkeypatch.setattr(measure, "batch_gradient", small)
+    halved = points_of(run(tmp_path, *flags, name="halved"))
+    first = modes.EVAL_CHUNK["cpu"]
+    assert [p["chunk"] for p in whole] == [first] * 2 and [p["chunk"] for p in halved] == [first // 4] * 2
+    assert sizes.count(first) == sizes.count(first // 2) == 1  # what did not fit is not tried again
+    assert halved[0]["full_grad_norm"] == pytest.approx(whole[0]["full_grad_norm"], rel=1e-5)
+
+
+def test_a_training_batch_is_never_divided(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measure, "batch_gradient", full)
+    assert main(["--mode", "sampling", "--steps", "0", "--out", str(tmp_path / "run")]) == 2
+    assert "lower --batchsize" in capsys.readouterr().err
