@@ -1,0 +1,610 @@
+"""What gradient noise costs, ours beside other libraries: python -m benchmarks.bench_noise [--quick]
+
+Case persample/<model>/<norm>/b<batch> is a training step, forward, backward and an update of torch.optim.SGD with
+momentum, that also finds the squared gradient norm of every sample. <norm> is group (GroupNorm) or batch (BatchNorm in
+evaluation mode, with the batch's own statistics as running statistics). Every variant has the same weights and images, in
+channels-last order but for Opacus, and must find in float64 what one backward pass a sample does. Variants:
+
+    plain            the step alone
+    ours             fastsmooth.persample.sample_norms
+    ours_inner       the same, with ||g_i - g||^2 of every sample too
+    opacus           Opacus, GradSampleModule: the gradients of all samples, materialised
+    opacus_ghost     Opacus, GradSampleModuleFastGradientClipping: norms layer by layer (ghost norms in linear layers alone)
+    backpack         BackPACK, BatchL2Grad
+    vmap             torch.func: vmap of grad over 8 samples at a time, their norms and their sum kept
+    loop             one backward pass a sample
+
+Case fullgrad/<model> is the gradient over all of 10,000 random images, BatchNorm in evaluation mode. Variants:
+
+    ours             --mode sampling --bn eval, from the resident loader
+    originals        the published code's way (originals.py), the network in evaluation mode too
+
+mem_ratio is of the process's resident memory, Python and its libraries included; alloc_ratio is of what the tensors of a
+step take at its peak, by PyTorch's own count.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks import timing
+from benchmarks.bench_train import Ours
+from benchmarks.originals import OriginalsFullGradient
+from benchmarks.timing import Measured, Variant, VariantError
+from fastsmooth import config as configs
+from fastsmooth import measure, models
+from fastsmooth.data.sets import Split
+from fastsmooth.persample import sample_norms
+from fastsmooth.step import keep_freed_memory
+
+CLASSES, SIZE = 100, 32
+LR = 1e-3  # small, since all steps are on the same batch
+VMAP_CHUNK, ORIGINALS_CHUNK = 8, 1000
+CHECKED = 8  # images of the batch in float64, which takes many times as long
+NORM_FLOP, NOISE_FLOP = 2, 5  # a value of a sample's gradient: square and add; also subtract the mean, square and add
+# Relative, of the squared norm of each sample. In float32 the variants' forward passes round differently, and where a ReLU's
+# input is that near to zero its gradient jumps: up to 1e-3 of a squared norm, in whichever way it is computed.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
+PEERS = ("opacus", "backpack-for-pytorch")  # the extra "bench"
+TESTS = ("test_persample.py", "test_modes.py")
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """Training steps on one batch. A window has `steps` steps, and one of the variants in SLOW."""
+
+    model: str
+    norm: str
+    batch_size: int
+    steps: int
+    names: tuple[str, ...] = ()  # of its variants; empty: all
+    rounds: int = 6
+    budget: float = 240.0  # seconds for all rounds
+    lead: int = 1
+    ratio_to: str = "plain"
+
+    @property
+    def name(self) -> str:
+        return f"persample/{self.model}/{self.norm}/b{self.batch_size}"
+
+    @property
+    def units(self) -> int:
+        return self.batch_size
+
+    def variants(self, names: Iterable[str]) -> list[Variant]:
+        exact = one_by_one(self, torch.float32, self.batch_size)
+        kept = [name for name in self.names or NORMS if name in names]
+        return [Variant(name, NormStep, (self, name, exact), 1 if name in SLOW else None) for name in kept]
+
+
+@dataclass(frozen=True)
+class FullCase:
+    """Full gradients over `images` random images."""
+
+    model: str
+    images: int = 10_000
+    rounds: int = 3
+    budget: float = 240.0
+    steps: int = 1
+    lead: int = 0  # a pass is long enough to be in the middle of a run
+    ratio_to: str = "originals"
+
+    @property
+    def name(self) -> str:
+        return f"fullgrad/{self.model}"
+
+    @property
+    def units(self) -> int:
+        return self.images
+
+    def variants(self, names: Iterable[str]) -> list[Variant]:
+        return [Variant(name, make, (self,)) for name, make in FULLS.items() if name in names]
+
+
+CASES = (
+    *(NormCase("resnet18", norm, 32, steps=1) for norm in ("group", "batch")),
+    *(NormCase("resnet20", norm, 32, steps=5) for norm in ("group", "batch")),
+    NormCase("resnet18", "group", 128, steps=1, names=("plain", "ours", "ours_inner")),
+    FullCase("resnet20"),
+)
+QUICK = (
+    NormCase("resnet8", "group", 4, steps=1, rounds=2, budget=0.0),
+    FullCase("resnet8", images=40, rounds=2, budget=0.0),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    p = timing.arguments(
+        "What gradient noise costs beside a plain training step, ours and other libraries', on the CPU."
+    )
+    by_name = {case.name: case for case in CASES}
+    p.add_argument(
+        "--cases", nargs="+", choices=by_name, metavar="CASE", help="these alone, in this order; not with --quick"
+    )
+    names = list(dict.fromkeys((*NORMS, *FULLS)))
+    p.add_argument("--variants", nargs="+", choices=names, default=names, help="beside those that ratios refer to")
+    args = p.parse_args(argv)
+    if args.quick and args.cases:
+        p.error("--quick has cases of its own: leave out --cases")
+    report = timing.Report("bench_noise", argv, args.json, args.out)
+    report.header["about"]["peers"] = versions_of_peers()
+    began = time.perf_counter()
+    try:
+        if args.quick:
+            report.say("quick: tiny cases, their tests are not run; these times mean nothing")
+        else:
+            timing.require_green(TESTS, report.say)
+        for case in QUICK if args.quick else [by_name[name] for name in args.cases or by_name]:
+            bench(case, set(args.variants), report)
+    except (timing.RedTests, timing.VariantError) as error:
+        print(f"bench_noise: {error}", file=sys.stderr)
+        return 1
+    report.say(f"{time.perf_counter() - began:.0f} s in all")
+    return 0
+
+
+def versions_of_peers() -> dict[str, str | None]:
+    """Of each library of the extra "bench"; None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PEERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def bench(case: NormCase | FullCase, names: set[str], report: timing.Report) -> None:
+    variants = case.variants(names | {case.ratio_to})
+    about: dict[str, Any] = {"variants": {v.name: {} for v in variants}, "not_measured": []}
+    if isinstance(case, NormCase):
+        require_agreement(case, about)
+    found = timing.measure(variants, case.steps, case.rounds, case.lead, case.budget, say=about["not_measured"].append)
+    timing.require_measured(case.name, found, {case.ratio_to})
+    about["variants"] = {name: about["variants"][name] | first_and_peak(m) for name, m in found.items()}
+    result = timing.rows("bench_noise", case.name, found, case.ratio_to, case.units)
+    lines = [case.name, *timing.table(result, "images", found), *(f"  {line}" for line in about["not_measured"])]
+    if isinstance(case, NormCase):
+        add_allocations([v for v in variants if v.name in found], result, about)
+        about["floor"] = floor(case.model, case.norm, case.batch_size)
+        lines += describe(result, about)
+    for line in lines:
+        report.say(line)
+    report.add(case.name, result, about)
+
+
+def first_and_peak(m: Measured) -> dict[str, Any]:
+    peak = m.peak_bytes()
+    return {"peak_mb": None if peak is None else round(peak / 1e6), "first_step_s": rounded(m.first_step)}
+
+
+# The obvious way, which every variant is compared with ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Of the mean loss of a batch at the initial weights, with g its gradient and g_i those of the samples."""
+
+    squares: list[float]  # ||g_i||^2
+    noise: list[float]  # ||g_i - g||^2
+    grad_square: float  # ||g||^2
+
+
+def one_by_one(case: NormCase, dtype: torch.dtype, count: int) -> Exact:
+    """Of the first `count` images of the batch, by one backward pass each; g by one of them all."""
+    model, x, y = model_and_batch(case, torch.contiguous_format, dtype, count)
+    params = list(model.parameters())
+
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), params)])
+
+    mean = gradient(x, y)
+    squares, noise = [], []
+    for one, label in zip(x.split(1), y.split(1), strict=True):
+        g = gradient(one, label)
+        squares.append(square(g))
+        noise.append(square(g - mean))
+    return Exact(squares, noise, square(mean))
+
+
+def square(t: Tensor) -> float:
+    return torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2
+
+
+def model_and_batch(
+    case: NormCase, memory_format: torch.memory_format, dtype: torch.dtype, count: int
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network and the first `count` images of the batch: the same numbers in every memory format and dtype."""
+    torch.manual_seed(0)
+    model = models.build(case.model, CLASSES, case.norm)
+    x = torch.randn(case.batch_size, 3, SIZE, SIZE)
+    y = torch.randint(CLASSES, (case.batch_size,))
+    if case.norm == "batch":
+        set_running_statistics(model, x)
+    x, y = x[:count], y[:count]
+    return model.to(dtype, memory_format=memory_format), x.to(dtype, memory_format=memory_format), y
+
+
+@torch.no_grad()
+def set_running_statistics(model: nn.Module, x: Tensor) -> None:
+    """Those of the batch x, so that evaluation mode normalises as training would; leaves the model in evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model(x)
+    model.eval()
+
+
+# The variants of persample: each is made in a process of its own -----------------------------------------------------
+
+
+class NormStep:
+    """A variant of NORMS: one call is a training step on as many images as `exact` has, which the first is compared with."""
+
+    def __init__(self, case: NormCase, variant: str, exact: Exact, dtype: torch.dtype = torch.float32):
+        keep_freed_memory()  # as fastsmooth.train does it, for every variant
+        self.exact, self.dtype = exact, dtype
+        # Opacus 1.6 reads activations as if they were contiguous: norms of channels-last ones are up to 80 % off
+        memory_format = torch.contiguous_format if variant in ("opacus", "opacus_ghost") else torch.channels_last
+        self.model, self.x, self.y = model_and_batch(case, memory_format, dtype, len(exact.squares))
+        self.params = list(self.model.parameters())
+        self.optimizer = torch.optim.SGD(self.params, lr=LR, momentum=0.9, foreach=True)
+        self.gradient = NORMS[variant](self)
+        self.first: dict[str, Any] | None = None
+
+    def __call__(self) -> None:
+        found = self.gradient()
+        if self.first is None:
+            self.first = found | {"grad_square": sum(square(p.grad) for p in self.params)}
+        self.optimizer.step()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(self.x), self.y)
+
+    def keep(self, grads: Iterable[Tensor]) -> None:
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = g
+
+    def error(self) -> float:
+        """The largest relative error of what the first step found, over all samples."""
+        errors = []
+        for name, found in self.first.items():
+            found, exact = (torch.as_tensor(v, dtype=torch.float64) for v in (found, getattr(self.exact, name)))
+            errors.append(((found - exact).abs() / exact).max())
+        return torch.stack(errors).max().item()  # NaN if any is
+
+    def check(self) -> None:
+        """Raises FloatingPointError where the first step found something else, or the weights are no longer finite."""
+        if not self.error() <= TOLERANCE[self.dtype]:
+            raise FloatingPointError(f"a relative error of {self.error():.3g} beside one backward pass a sample")
+        if not all(p.isfinite().all() for p in self.params):
+            raise FloatingPointError("the weights are not finite")
+
+
+Found = dict[str, Tensor]  # squares [B], and noise [B] where it was asked for
+Gradient = Callable[[], Found]  # leaves the gradient of the mean loss in .grad
+
+
+def plain(s: NormStep) -> Gradient:
+    def gradient() -> Found:
+        s.keep(torch.autograd.grad(s.loss(s.model), s.params))
+        return {}
+
+    return gradient
+
+
+def ours(s: NormStep, noise: bool) -> Gradient:
+    def gradient() -> Found:
+        found = sample_norms(s.model, s.x, s.y, noise=noise)
+        s.keep(found.grads)
+        return {"squares": found.squares} | ({"noise": found.noise} if noise else {})
+
+    return gradient
+
+
+def opacus(s: NormStep) -> Gradient:
+    from opacus.grad_sample import GradSampleModule
+
+    ignore_warnings()
+    model = GradSampleModule(s.model)
+
+    def gradient() -> Found:
+        s.optimizer.zero_grad()
+        s.loss(model).backward()
+        squares = sum(squares_of(p.grad_sample) for p in s.params)
+        for p in s.params:
+            p.grad_sample = None
+        return {"squares": squares}
+
+    return gradient
+
+
+def opacus_ghost(s: NormStep) -> Gradient:
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    ignore_warnings()
+    model = GradSampleModuleFastGradientClipping(s.model)
+
+    def gradient() -> Found:
+        s.optimizer.zero_grad()
+        s.loss(model).backward()
+        return {"squares": model.get_norm_sample().square()}
+
+    return gradient
+
+
+def backpack(s: NormStep) -> Gradient:
+    from backpack import backpack as extended
+    from backpack import extend
+    from backpack.extensions import BatchL2Grad
+
+    ignore_warnings()
+    model, criterion = extend(s.model), extend(nn.CrossEntropyLoss())
+
+    def gradient() -> Found:
+        s.optimizer.zero_grad()
+        with extended(BatchL2Grad()):
+            criterion(model(s.x), s.y).backward()
+        missed = [name for name, p in model.named_parameters() if not hasattr(p, "batch_l2")]
+        if missed:
+            raise NotImplementedError(f"BackPACK finds no norms of {missed[0]}: no BatchL2Grad for its layer")
+        return {"squares": sum(p.batch_l2 for p in s.params) * len(s.y) ** 2}  # of the mean loss's gradients
+
+    return gradient
+
+
+def vmapped(s: NormStep) -> Gradient:
+    params = {name: p.detach() for name, p in s.model.named_parameters()}  # the optimizer changes them in place
+
+    def loss_of_one(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(s.model, params, x[None]), y[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))
+
+    def gradient() -> Found:
+        squares, total = [], None
+        for x, y in zip(s.x.split(VMAP_CHUNK), s.y.split(VMAP_CHUNK), strict=True):
+            rows = list(gradients(params, x, y).values())
+            squares.append(sum(map(squares_of, rows)))
+            total = add(total, [g.sum(0) for g in rows])
+        s.keep(torch._foreach_div(total, len(s.y)))
+        return {"squares": torch.cat(squares)}
+
+    return gradient
+
+
+def loop(s: NormStep) -> Gradient:
+    def gradient() -> Found:
+        squares, total = [], None
+        for x, y in zip(s.x.split(1), s.y.split(1), strict=True):
+            grads = torch.autograd.grad(F.cross_entropy(s.model(x), y), s.params)
+            squares.append(torch.stack(torch._foreach_norm(grads)).square().sum())
+            total = add(total, grads)
+        s.keep(torch._foreach_div(total, len(s.y)))
+        return {"squares": torch.stack(squares)}
+
+    return gradient
+
+
+def ignore_warnings() -> None:
+    """Of libraries that warn of their own hooks for every model; what they get wrong is found by check()."""
+    warnings.simplefilter("ignore", UserWarning)
+
+
+def squares_of(rows: Tensor) -> Tensor:
+    """[B] from [B, ...]."""
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1).square()
+
+
+def add(total: list[Tensor] | None, grads: Iterable[Tensor]) -> list[Tensor]:
+    if total is None:
+        return list(grads)
+    torch._foreach_add_(total, list(grads))
+    return total
+
+
+NORMS: dict[str, Callable[[NormStep], Gradient]] = {
+    "plain": plain,
+    "ours": lambda s: ours(s, noise=False),
+    "ours_inner": lambda s: ours(s, noise=True),
+    "opacus": opacus,
+    "opacus_ghost": opacus_ghost,
+    "backpack": backpack,
+    "vmap": vmapped,
+    "loop": loop,
+}
+SLOW = {"opacus", "opacus_ghost", "backpack", "vmap", "loop"}  # several times a plain step
+
+
+# The variants of fullgrad --------------------------------------------------------------------------------------------
+
+
+def random_images(count: int) -> Split:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    return Split(rng.integers(0, CLASSES, count), pixels)
+
+
+class OursFullGradient(Ours):
+    """The full gradient of the run that fastsmooth.train prepares for --mode sampling."""
+
+    def __init__(self, case: FullCase):
+        flags = f"--dataset cifar100 --model {case.model} --mode sampling --bn eval --loader resident --device cpu"
+        c = configs.resolve(configs.parse(flags.split()).given)
+        self.scratch = tempfile.TemporaryDirectory()
+        self.run = self._prepare(c, random_images(case.images))
+        self.point = self.run.schedule(0)
+
+    def __call__(self) -> None:
+        with measure.undisturbed(self.run.model, self.run.config.bn):
+            self.found = self.run.full_gradient(self.point)
+
+    def check(self) -> None:
+        require_finite(self.found)
+
+
+class Originals(OriginalsFullGradient):
+    def __init__(self, case: FullCase):
+        images = random_images(case.images)
+        torch.manual_seed(0)
+        super().__init__(models.build(case.model, CLASSES).eval(), images.pixels, images.labels, ORIGINALS_CHUNK)
+
+    def __call__(self) -> None:
+        self.found = super().__call__()
+
+    def check(self) -> None:
+        require_finite(self.found)
+
+
+def require_finite(grads: list[Tensor]) -> None:
+    if not all(g.isfinite().all() for g in grads):
+        raise FloatingPointError("the full gradient is not finite")
+
+
+FULLS: dict[str, Callable[[FullCase], Callable[[], Any]]] = {"ours": OursFullGradient, "originals": Originals}
+
+
+# Whether the variants agree, and what a step of each holds: in a process that measures no time ------------------------
+
+
+def apart(function: Callable[[Variant], Any], variants: list[Variant]) -> list[Any]:
+    """function(variant) of each, in a process of its own, so that nothing of it is in this one's children or memory."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=quieten_profiler) as pool:
+        return list(pool.map(function, variants))
+
+
+def require_agreement(case: NormCase, about: dict[str, Any]) -> None:
+    """Raises VariantError where one finds other norms in float64; one that cannot be made says so when it is measured."""
+    exact = one_by_one(case, torch.float64, min(CHECKED, case.batch_size))
+    variants = [Variant(name, NormStep, (case, name, exact, torch.float64)) for name in about["variants"]]
+    wrong = []
+    for variant, error in zip(variants, apart(error_of, variants), strict=True):
+        about["variants"][variant.name]["float64_error"] = error
+        if error is not None and not error <= TOLERANCE[torch.float64]:
+            wrong.append(f"{variant.name} is wrong: a relative error of {error:.3g} in float64")
+    if wrong:
+        raise VariantError("; ".join(wrong))
+
+
+def error_of(variant: Variant) -> float | None:
+    try:
+        step = variant.make(*variant.args)
+        step()
+    except Exception:
+        return None
+    return step.error()
+
+
+def add_allocations(variants: list[Variant], result: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    held = {v.name: size for v, size in zip(variants, apart(allocated_bytes, variants), strict=True)}
+    for row in result:
+        size = held[row["variant"]]
+        row["alloc_ratio"] = rounded(size / held[row["ratio_to"]])
+        about["variants"][row["variant"]]["alloc_mb"] = rounded(size / 1e6)
+
+
+def quieten_profiler() -> None:
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # else it writes to stderr that it starts, stops and finds no GPU
+
+
+def allocated_bytes(variant: Variant) -> int:
+    """The most that PyTorch's CPU allocator held in the second step, weights, momentum and images included.
+
+    Resident memory says the same with all of Python around it, which is several times what a small network needs.
+    """
+    gc.collect()  # what another variant left would be freed, and counted, while this one runs
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step = variant.make(*variant.args)
+        step()
+        with record_function("counted step"):
+            step()
+    events = profiled.profiler.kineto_results.events()
+    began = next(e.start_ns() for e in events if e.name() == "counted step")
+    held = peak = 0
+    for e in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += e.nbytes()
+        if e.start_ns() >= began:
+            peak = max(peak, held)
+    return peak
+
+
+# The least that a step must compute ----------------------------------------------------------------------------------
+
+
+def floor(model: str, norm: str, batch_size: int) -> dict[str, Any]:
+    """FLOPs of a training step, and of norms beside it where a sample's weight gradient is a step's own intermediate.
+
+    Forward pass, input gradient and weight gradient are 2 FLOPs a multiply-accumulate each. The norms then cost
+    NORM_FLOP a value of each sample's gradient, those of the noise NOISE_FLOP. Convolutions and linear layers alone: the
+    rest of a step is not arithmetic that counts.
+    """
+    layers = [
+        {"layer": name, "step_flop": step * batch_size, "values": values * batch_size}
+        for name, step, values in counted_layers(model, norm)
+    ]
+    step, values = (sum(layer[key] for layer in layers) for key in ("step_flop", "values"))
+    total = {"layer": "all", "step_flop": step, "values": values}
+    return {"all": shares(total, step), "layers": [shares(layer, step) for layer in layers]}
+
+
+def shares(layer: dict[str, Any], step: int) -> dict[str, Any]:
+    """With the extra work as a percentage of the whole step of `step` FLOPs."""
+    extra = {"norms_percent": NORM_FLOP, "noise_percent": NOISE_FLOP}
+    return layer | {key: rounded(100 * flop * layer["values"] / step) for key, flop in extra.items()}
+
+
+def counted_layers(name: str, norm: str) -> list[tuple[str, int, int]]:
+    """(name, FLOPs of a step, parameters) of each convolution and linear layer, for one sample; nothing is computed."""
+    found: list[tuple[str, int, int]] = []
+
+    def note(label: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        macs = output.numel() // output.shape[1] * layer.weight.numel()
+        passes = 3 if inputs[0].requires_grad else 2  # the images need no gradient
+        found.append((label, passes * 2 * macs, sum(p.numel() for p in layer.parameters())))
+
+    with torch.device("meta"):
+        model = models.build(name, CLASSES, norm)
+        for label, layer in model.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(partial(note, label))
+        model(torch.empty(1, 3, SIZE, SIZE))
+    return found
+
+
+def describe(result: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+    held = ", ".join(
+        f"{row['variant']} {about['variants'][row['variant']]['alloc_mb']:g} MB ({row['alloc_ratio']:.2f})"
+        for row in result
+    )
+    least = about["floor"]["all"]
+    return [
+        f"  tensors at the peak of a step: {held}",
+        f"  floor: {least['step_flop'] / 1e9:.4g} GFLOP a step in convolutions and linear layers; at the least "
+        f"{least['norms_percent']:g} % more for the norms, {least['noise_percent']:g} % for those of the noise",
+    ]
+
+
+rounded = timing.rounded
+
+if __name__ == "__main__":
+    sys.exit(main())
