@@ -4,7 +4,7 @@ from setuptools import setup
 
 DALI = 'nvidia-dali-cuda130; platform_system == "Linux"'
 PLOT = ["matplotlib>=3.8"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "rich>=13", "wandb>=0.19"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "rich>=13", "scipy>=1.11", "wandb>=0.19"]
 
 setup(
     name="fastsmooth",

@@ -21,6 +21,8 @@ ALLOWED = {
     "optim": {"kernels"},
     "measure": {"optim", "kernels"},
     "persample": {"kernels"},
+    "estimators": set(),
+    "tails": {"kernels"},
     "step": {"optim", "measure", "kernels"},
     "modes": {"step", "measure", "kernels", "log", "checkpoint", "progress", "clock", "config", "schedule", "data"},
 }
