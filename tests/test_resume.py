@@ -37,7 +37,7 @@ RUNS = {
     ],
     "cosine, GroupNorm, DataLoader": [*PLAIN, "--method", "cosine", "--norm", "group", "--loader", "torch"],
     "critical": [*PLAIN, "--mode", "critical", "--eps", "1.5", "1.0", "--optimizer", "shb", "--lr", "0.02"],
-    "sampling": [*PLAIN, "--mode", "sampling", "--steps", "100", "--draws", "3", "--optimizer", "nshb"],
+    "sampling": [*PLAIN, "--mode", "sampling", "--steps", "30", "100", "--draws", "3", "--optimizer", "nshb"],
 }
 KILLS = 3  # of each of the seven
 
