@@ -87,7 +87,8 @@ class PerSample(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         held = [a for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter) and a in self.names]
-        if not held or getattr(function, "__name__", "") == "__get__":  # the latter asks for a shape, a dtype
+        # without a gradient: compiled code, whose layers reported when it was traced; __get__ asks for a shape, a dtype
+        if not held or not torch.is_grad_enabled() or getattr(function, "__name__", "") == "__get__":
             return function(*args, **kwargs)
         layer = LAYERS.get(function)
         if layer is None:

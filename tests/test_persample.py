@@ -223,3 +223,16 @@ def test_batch_statistics_and_a_batch_of_one_are_refused():
         sample_norms(model, x[:1], y[:1])
     with pytest.raises(NotCovered, match=r"norm.weight: BatchNorm with batch statistics mixes the samples"):
         sample_norms(model.train(), x, y)
+
+
+def test_a_compiled_model_gives_the_same_in_one_graph():
+    model, x, y = model_and_batch("resnet8", torch.float32)
+    exact = sample_norms(model, x, y)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):  # the second time as compiled the first
+        found = sample_norms(compiled, x, y)
+        for a, b in ((found.squares, exact.squares), (found.noise, exact.noise)):
+            assert torch.allclose(a, b, rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

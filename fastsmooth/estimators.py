@@ -1,0 +1,97 @@
+"""Estimators of the gradient variance C2 = E ||grad f_i - grad f||^2, each a value with its error and what it assumed.
+
+All but `sampled` compare gradients of disjoint parts of one batch with their mean. With parts of m_j samples, h_j their
+mean gradients and h the mean over all samples,
+
+    C2 = sum_j m_j ||h_j - h||^2 / (k - 1)
+
+is unbiased for every k >= 2 (the mean square between groups of an analysis of variance); for samples that were drawn from
+n without replacement it is n / (n - 1) times too large, which is divided out. The error is the jackknife's over the parts
+(Efron and Stein 1981), for which three are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its standard error."""
+
+    value: float
+    error: float | None  # None where the parts are too few to tell
+    count: int  # of draws or parts that it rests on
+    assumed: str
+
+    @classmethod
+    def mean(cls, draws: list[float], assumed: str = "independent draws") -> Estimate:
+        """The mean of independent draws."""
+        mean = math.fsum(draws) / len(draws)
+        if len(draws) < 2:
+            return cls(mean, None, len(draws), assumed)
+        variance = math.fsum((d - mean) ** 2 for d in draws) / (len(draws) - 1)
+        return cls(mean, math.sqrt(variance / len(draws)), len(draws), assumed)
+
+
+def between(deviations: list[float], sizes: list[int], n: int | None, assumed: str) -> Estimate:
+    """C2 from ||h_j - h||^2 of parts of `sizes` samples; n: of how many the samples were drawn, None for no end of them."""
+    k, total = len(sizes), sum(sizes)
+    if k < 2:
+        raise ValueError("the variance between parts needs two or more of them")
+    terms = [m * d for m, d in zip(sizes, deviations, strict=True)]
+    between_parts = math.fsum(terms)
+    finite = 1.0 if n is None else (n - 1) / n
+    value, error = finite * between_parts / (k - 1), None
+    if k > 2:
+        # Without part j the mean moves too, and the sum of squares falls by m_j d_j M / (M - m_j).
+        without = [(between_parts - t * total / (total - m)) / (k - 2) for t, m in zip(terms, sizes, strict=True)]
+        center = math.fsum(without) / k
+        error = finite * math.sqrt((k - 1) / k * math.fsum((w - center) ** 2 for w in without))
+    return Estimate(value, error, k, assumed)
+
+
+def per_sample(noise: Tensor, n: int | None = None) -> Estimate:
+    """From ||g_i - g||^2 [B] of the samples of one batch (persample.sample_norms)."""
+    return between(noise.tolist(), [1] * len(noise), n, "independent samples")
+
+
+def micro_batch(grads: list[list[Tensor]], sizes: list[int], n: int | None = None) -> Estimate:
+    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter."""
+    total = sum(sizes)
+    mean = [
+        sum(h.double() * (m / total) for h, m in zip(parts, sizes, strict=True)) for parts in zip(*grads, strict=True)
+    ]
+    return between([distance(h, mean).item() for h in grads], sizes, n, "independent parts of a batch")
+
+
+def across_ranks(local: list[Tensor], mean: list[Tensor], samples: int, n: int | None = None) -> Estimate:
+    """From each process's own gradient over its `samples` samples and the mean over all, which training has anyway.
+
+    Every process of the default group calls it and gets the same estimate; two numbers a process are exchanged.
+    """
+    own = torch.stack(
+        [distance(local, mean), torch.tensor(float(samples), dtype=torch.float64, device=local[0].device)]
+    )
+    found = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, own)
+    deviations, sizes = torch.stack(found).T.tolist()
+    return between(deviations, [int(m) for m in sizes], n, "independent samples on every process")
+
+
+def sampled(deviations: list[float], batch_size: int, n: int) -> Estimate:
+    """From ||g - grad f||^2 of mini-batches of `batch_size` out of n, each drawn without replacement: SPEC of --mode sampling.
+
+    Var(g) = C2 / b (n - b) / (n - 1), so C2 = b mean ||g - grad f||^2 (n - 1) / (n - b).
+    """
+    factor = batch_size * (n - 1) / (n - batch_size)
+    return Estimate.mean([factor * d for d in deviations], "independent mini-batches, the full gradient exact")
+
+
+def distance(tensors: list[Tensor], mean: list[Tensor]) -> Tensor:
+    """The squared L2 distance of two lists of tensors, 0-d float64."""
+    return sum((t.double() - m.double()).square().sum() for t, m in zip(tensors, mean, strict=True))
