@@ -15,9 +15,10 @@ test: $(VENV)/installed-test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest --numprocesses auto
 
-bench: $(VENV)/installed-test  # it runs the tests of what it measures first
+bench: $(VENV)/installed-bench  # it runs the tests of what it measures first
 	$(RUN) -m benchmarks.bench_train
 	$(RUN) -m benchmarks.bench_kernels
+	$(RUN) -m benchmarks.bench_noise
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastsmooth needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -30,4 +31,8 @@ $(VENV)/installed: $(VENV)/bin/python setup.py
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed-test
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@

@@ -21,6 +21,7 @@ setup(
         "timm": ["timm>=1.0"],
         "plot": PLOT,
         "test": TEST,
+        "bench": ["opacus>=1.5", "backpack-for-pytorch>=1.7"],
         "all": [DALI, "timm>=1.0", *PLOT, *TEST],
     },
     packages=["fastsmooth", "fastsmooth.data", "fastsmooth.kernels"],
