@@ -517,15 +517,18 @@ def test_a_chunk_that_does_not_fit_in_memory_is_halved(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "batch_gradient", small)
     halved = points_of(run(tmp_path, *flags, name="halved"))
     first = modes.EVAL_CHUNK["cpu"]
-    assert [p["chunk"] for p in whole] == [first] * 2 and [p["chunk"] for p in halved] == [first // 4] * 2
-    assert sizes.count(first) == sizes.count(first // 2) == 1  # what did not fit is not tried again
+    assert [p["chunk"] for p in whole] == [first] * 2 and [p["chunk"] for p in halved] == [first // 8] * 2
+    assert [sizes.count(first // part) for part in (1, 2, 4)] == [1, 1, 1]  # what did not fit is not tried again
     assert halved[0]["full_grad_norm"] == pytest.approx(whole[0]["full_grad_norm"], rel=1e-5)
 
 
 def test_a_training_batch_is_never_divided(tmp_path, monkeypatch, capsys):
-    def full(*_):
+    sizes = []
+
+    def full(model, x, y, loss):
+        sizes.append(len(y))
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(measure, "batch_gradient", full)
     assert main(["--mode", "sampling", "--steps", "0", "--out", str(tmp_path / "run")]) == 2
-    assert "lower --batchsize" in capsys.readouterr().err
+    assert "lower --batchsize" in capsys.readouterr().err and sizes == [32]
