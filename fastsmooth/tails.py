@@ -48,7 +48,8 @@ class NoiseStatistics:
     """Statistics of `coordinates` noise coordinates over any number of draws, none of which is stored.
 
     All moments are of float64 values about their mean; histogram, quantiles, KS distance and tail indices are of the
-    values rounded to float32. About 100 ms a draw of 11 million coordinates on two CPU cores.
+    values rounded to float32. A draw of 11 million coordinates takes about 80 ms on two CPU cores, 6 % of a gradient of
+    ResNet-18 at batch 32.
     """
 
     def __init__(self, coordinates: int, device: torch.device):
@@ -229,9 +230,8 @@ class Sample:
         found = below / below[-1]
         normal = torch.special.ndtr((edges - self.moments[1]) / deviation)
         at_edges = (found - normal).abs().max()
-        between = torch.maximum(found[1:] - normal[:-1], normal[1:] - found[:-1])
-        most = between[below[1:] > below[:-1]].max()  # F is constant in an empty bin, so that edges tell all
-        return at_edges.item(), (torch.maximum(most, at_edges) - at_edges).item()
+        between = torch.maximum(found[1:] - normal[:-1], normal[1:] - found[:-1]).max()
+        return at_edges.item(), (between - at_edges).item()
 
     def magnitudes(self) -> Tensor:
         """[n] int64: counts of |omega|, zeros left out."""
