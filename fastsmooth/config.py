@@ -156,6 +156,12 @@ def device(value: str) -> str:
     return value
 
 
+def every(value: str) -> str:
+    if not re.fullmatch(r"every=[1-9]\d{0,8}(ep)?", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not every=N (updates) or every=Nep (epochs)")
+    return value
+
+
 def option(
     default: Any,
     group: str,
@@ -228,7 +234,9 @@ class Config:
     full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
     steps: tuple[int, ...] | None = option(None, "measure", "sampling: updates before each measurement", whole(0), metavar="N", many=True, only=("mode", {"sampling"}))
     draws: int = option(16, "measure", "sampling: directions drawn at each point", whole(2), metavar="N", only=("mode", {"sampling"}))
-    bn: str = option("train", "measure", "BatchNorm while measuring", choices=("train", "eval"))
+    track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training batches: every=50 updates, every=2ep", every, metavar="WHEN")
+    estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
+    bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen or eval", choices=("train", "eval", "batch", "frozen"))
     measure_augment: bool = option(False, "measure", "measure on augmented images")
     save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, omega-<step>.npy", only=("mode", {"sampling"}))
 
@@ -294,6 +302,13 @@ def check(c: Config) -> None:
     twice = next((step for step in c.steps or () if c.steps.count(step) > 1), None)
     if twice is not None:
         raise ConfigError(f"--steps names {twice} more than once: give every update once")
+    if c.estimator != "auto" and c.track_noise is None:
+        raise ConfigError("--estimator has no effect without --track-noise every=N")
+    if c.bn in ("batch", "frozen"):
+        if c.track_noise is None or c.estimator == "micro-batch":
+            raise ConfigError(f"--bn {c.bn} is a choice of per-sample gradients: it needs --track-noise every=N")
+        if c.mode == "sampling" or c.criterion == "full-grad":
+            raise ConfigError(f"--bn {c.bn} has no meaning for a full gradient: use --bn train or eval")
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
     if c.dataset == "digits" and c.augment == "resized-crop-flip":

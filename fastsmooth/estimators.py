@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsmooth.kernels.backend import wide_dtype
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -60,13 +62,18 @@ def per_sample(noise: Tensor, n: int | None = None) -> Estimate:
     return between(noise.tolist(), [1] * len(noise), n, "independent samples")
 
 
-def micro_batch(grads: list[list[Tensor]], sizes: list[int], n: int | None = None) -> Estimate:
-    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter."""
-    total = sum(sizes)
-    mean = [
-        sum(h.double() * (m / total) for h, m in zip(parts, sizes, strict=True)) for parts in zip(*grads, strict=True)
-    ]
-    return between([distance(h, mean).item() for h in grads], sizes, n, "independent parts of a batch")
+def micro_batch(grads: list[list[Tensor]], mean: list[Tensor], sizes: list[int], n: int | None = None) -> Estimate:
+    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter, and their `weighted_mean`."""
+    deviations = torch.stack([distance(h, mean) for h in grads]).tolist()
+    return between(deviations, sizes, n, "independent parts of a batch")
+
+
+def weighted_mean(grads: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
+    """The mean gradient over all samples from those over parts of `sizes` samples."""
+    mean = torch._foreach_mul(grads[0], sizes[0] / sum(sizes))
+    for h, m in zip(grads[1:], sizes[1:], strict=True):
+        torch._foreach_add_(mean, h, alpha=m / sum(sizes))
+    return mean
 
 
 def across_ranks(local: list[Tensor], mean: list[Tensor], samples: int, n: int | None = None) -> Estimate:
@@ -84,7 +91,7 @@ def across_ranks(local: list[Tensor], mean: list[Tensor], samples: int, n: int |
 
 
 def sampled(deviations: list[float], batch_size: int, n: int) -> Estimate:
-    """From ||g - grad f||^2 of mini-batches of `batch_size` out of n, each drawn without replacement: SPEC of --mode sampling.
+    """From ||g - grad f||^2 of mini-batches of `batch_size` out of n, each drawn without replacement.
 
     Var(g) = C2 / b (n - b) / (n - 1), so C2 = b mean ||g - grad f||^2 (n - 1) / (n - b).
     """
@@ -93,5 +100,6 @@ def sampled(deviations: list[float], batch_size: int, n: int) -> Estimate:
 
 
 def distance(tensors: list[Tensor], mean: list[Tensor]) -> Tensor:
-    """The squared L2 distance of two lists of tensors, 0-d float64."""
-    return sum((t.double() - m.double()).square().sum() for t, m in zip(tensors, mean, strict=True))
+    """The squared L2 distance of two lists of tensors, 0-d, wide."""
+    norms = torch._foreach_norm(torch._foreach_sub(tensors, mean), 2, wide_dtype(tensors[0].device))
+    return torch.stack(norms).square().sum()

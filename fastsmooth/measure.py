@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.estimators import Estimate, sampled
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.optim import NoisySGD
 
@@ -24,14 +25,14 @@ FULL_GRADIENT_DRAW = 2**20
 
 @contextmanager
 def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
-    """Measure with BatchNorm in `train` mode (batch statistics) or `eval` mode (running statistics), leaving no trace.
+    """Measure with BatchNorm's running statistics (`eval`) or those of the batch (anything else), leaving no trace.
 
-    `train` is the whole model's training mode, so dropout is on; `eval` is its evaluation mode.
+    `eval` is the whole model's evaluation mode; else it is in training mode, so dropout is on.
     """
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    model.train(bn == "train")
+    model.train(bn != "eval")
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
@@ -82,21 +83,6 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean with its standard error over independent draws."""
-
-    value: float
-    error: float
-    count: int
-
-    @classmethod
-    def of(cls, draws: list[float]) -> Mean:
-        mean = math.fsum(draws) / len(draws)
-        variance = math.fsum((d - mean) ** 2 for d in draws) / (len(draws) - 1)
-        return cls(mean, math.sqrt(variance / len(draws)), len(draws))
-
-
-@dataclass(frozen=True)
 class DirectionNoise:
     """||m_t - grad f(x_t)|| over draws of the mini-batch at one x_t, and what follows from it."""
 
@@ -106,13 +92,11 @@ class DirectionNoise:
     batch_size: int
     n: int
 
-    def noise_norm(self) -> Mean:
-        return Mean.of(self.noise_norms)
+    def noise_norm(self) -> Estimate:
+        return Estimate.mean(self.noise_norms)
 
-    def grad_variance(self) -> Mean:
-        """C^2 = b mean ||g - G||^2 (N - 1)/(N - b): batches are drawn without replacement."""
-        factor = self.batch_size * (self.n - 1) / (self.n - self.batch_size)
-        return Mean.of([factor * w**2 for w in self.grad_noise_norms])
+    def grad_variance(self) -> Estimate:
+        return sampled([w**2 for w in self.grad_noise_norms], self.batch_size, self.n)
 
 
 def direction_noise(

@@ -24,6 +24,8 @@ from fastsmooth.log import RunFolder, Tracker
 from fastsmooth.progress import Progress, warn
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.step import Step
+from fastsmooth.tails import NoiseStatistics
+from fastsmooth.track import NoiseTracker
 
 TEST_BATCH = 250
 # Samples a chunk of the full gradient in eval mode, where chunks change time and memory alone. On a CPU no size from 100
@@ -96,6 +98,7 @@ class Run:
     last_epoch: dict[str, Any] = field(default_factory=dict)
     enough: bool = False  # a mode has what it wanted
     record: measure.NormRecord | None = None
+    noise: NoiseTracker | None = None
     noise_points: list[dict[str, Any]] = field(default_factory=list)  # the points of noise.json
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class Run:
         self.bad_update = torch.zeros((), dtype=torch.int64, device=self.device)
         self.eval_chunk = EVAL_CHUNK[self.device.type]
         self.epoch_seconds_before = 0.0  # of this epoch, spent by an earlier process
+        self.train_seconds = 0.0  # of this process, in epochs that are done
         self.recent = ""
 
     # The loop that all modes share ------------------------------------------------------------------------------
@@ -118,6 +122,8 @@ class Run:
             self.step.optimizer.set_point(point.lr, point.momentum)
             with self.clock.measure("train"):
                 for x, y in self.data.train.batches(self.indices(point), self.epoch):
+                    if self.noise is not None and self.noise.due(self.update, self.epoch, len(y)):
+                        self.track(x, y, point)
                     if self.step.compile and not self.step.compiled_graphs:
                         with self.clock.measure("compile"):
                             yield x, y, point
@@ -182,7 +188,7 @@ class Run:
             "train_acc": train_acc,
             "test_loss": test_loss,
             "test_acc": test_acc,
-            "c2": None,
+            "c2": self.noise.end_epoch() if self.noise else None,
             "train_seconds": round(train_seconds, 3),
             "eval_seconds": round(self.clock.read("eval") - evaluated, 3),
             "images_per_second": round(self.meter.count / max(train_seconds, 1e-9), 1),
@@ -191,6 +197,7 @@ class Run:
         self.progress.epoch(self.last_epoch)
         self.best_test_acc = max(test_acc, self.best_test_acc or 0.0)
         self.meter.reset()
+        self.train_seconds += self.clock.read("train")
         self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
         self.epoch, self.position = self.epoch + 1, 0
         if self.epoch == self.schedule.epochs or not self.config.checkpoint_every:
@@ -241,6 +248,7 @@ class Run:
             "window": self.window.state_dict(),
             "record": self.record.state_dict() if self.record else None,
             "noise_points": self.noise_points,
+            "noise": self.noise.state_dict() if self.noise else None,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "metrics_bytes": self.folder.sync(),
@@ -258,12 +266,24 @@ class Run:
         self.window.load_state_dict(state["window"])
         if self.record is not None:
             self.record.load_state_dict(state["record"])
+        if self.noise is not None:
+            self.noise.load_state_dict(state["noise"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.epoch_seconds_before = state["epoch_seconds"]
 
     # Measuring --------------------------------------------------------------------------------------------------
+
+    def track(self, x: Tensor, y: Tensor, point: Point) -> None:
+        """Measure the noise of the batch that comes next; training does not notice."""
+        before = self.clock.read("track")
+        with self.clock.measure("track"):
+            try:
+                values = self.noise.measure(x, y, point, self.update, self.epoch)
+            except FloatingPointError as error:
+                raise Diverged(f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr") from None
+        self.row("measure", point, values | {"seconds": round(self.clock.read("track") - before, 3)})
 
     def measured_epoch(self) -> int | None:
         """The augmentation under which is measured: none, or this epoch's own numbers, a fixed function of x either way."""
@@ -376,6 +396,13 @@ def measure_noise(run: Run, point: Point) -> None:
     c = run.config
     run.check_finite()
     omega = OmegaFile(run) if c.save_omega else None
+    statistics = NoiseStatistics(sum(p.numel() for p in measure.trainable(run.model)), run.device)
+
+    def keep(draw: int, vectors: list[Tensor]) -> None:
+        statistics.observe(vectors)
+        if omega:
+            omega.keep(draw, vectors)
+
     started = time.perf_counter()
     with run.clock.measure("measure"), measure.undisturbed(run.model, c.bn):
         noise = measure.direction_noise(
@@ -385,7 +412,7 @@ def measure_noise(run: Run, point: Point) -> None:
             run.full_gradient(point),
             c.draws,
             len(run.data.train),
-            omega.keep if omega else lambda draw, vectors: None,
+            keep,
             run.step.measured_loss,
         )
     if omega:
@@ -405,12 +432,24 @@ def measure_noise(run: Run, point: Point) -> None:
     run.row("measure", point, values | {"seconds": round(time.perf_counter() - started, 3)})
     at = {"step": run.update, "epoch": run.epoch, "lr": point.lr, "batch_size": point.batch_size}
     norms = {"noise_norms": noise.noise_norms, "grad_noise_norms": noise.grad_noise_norms}
-    run.noise_points.append(at | {"momentum": point.momentum} | values | norms)
+    tails = statistics.summary()
+    run.noise_points.append(at | {"momentum": point.momentum} | values | norms | {"statistics": tails})
     about = {"optimizer": c.optimizer, "seed": c.seed, "images": noise.n}
     run.folder.write("noise.json", about | {"points": run.noise_points})
     run.progress.say(
         f"update {run.update:,}: ||m - grad f|| {norm.value:.4g} +- {norm.error:.2g}, ||grad f|| {noise.full_grad_norm:.4g}, "
         f"c2_sampled {c2.value:.4g} +- {c2.error:.2g} ({c.draws} draws, BatchNorm in {c.bn} mode)"
+    )
+    run.progress.say(
+        f"update {run.update:,}: its coordinates have {shown(tails['excess_kurtosis'], 'excess kurtosis')}, "
+        f"{shown(tails['ks_distance'], 'KS distance')} to a normal, {shown(tails['hill'][1], 'Hill tail index')} over the largest 1 %"
+    )
+
+
+def shown(estimate: dict[str, Any], name: str) -> str:
+    value, error = estimate["value"], estimate["error"]
+    return (
+        f"{name} undefined" if value is None else f"{name} {value:.3g} +- " + ("?" if error is None else f"{error:.2g}")
     )
 
 

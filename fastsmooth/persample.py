@@ -301,7 +301,8 @@ def batch_norm(mode, input, running_mean, running_var, weight=None, bias=None, t
     if training:
         if mode.bn is None:
             raise NotCovered(
-                "BatchNorm with batch statistics mixes the samples: use evaluation mode, --norm group, or say how with bn"
+                "BatchNorm with batch statistics mixes the samples: choose bn batch (each sample's share of the batch's "
+                "gradient), frozen (statistics as constants) or evaluation mode, or GroupNorm"
             )
         mean = variance = None
         if mode.bn == "frozen":

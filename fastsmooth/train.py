@@ -186,6 +186,7 @@ def prepare(c: Config, torch):
     torch.manual_seed(c.seed)
     model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
     try_model(model, images, torch)
+    noise = noise_tracker(c, model, images, schedule, torch) if c.track_noise else None
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled)
@@ -199,6 +200,7 @@ def prepare(c: Config, torch):
     if c.mode == "critical":
         ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
         live.record = NormRecord(c.eps, c.criterion, ignored, device)
+    live.noise = noise
     if c.resume:
         go_on(live)
     epoch_samples = n - n % c.batch_size if c.drop_last else n
@@ -241,6 +243,8 @@ def train(live) -> int:
         )
     if live.last_epoch:
         live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
+    if live.noise and live.noise.count:
+        live.progress.say(noise_cost(live))
     live.progress.say(f"run folder {live.folder.path}")
     if live.config.dataset == "digits" and live.config.mode == "normal":
         live.progress.say(
@@ -357,6 +361,31 @@ def try_model(model, images, torch) -> None:
         raise ModelError(f"the model cannot take {images.size}x{images.size} images: {one_line(error)[:200]}") from None
 
 
+def noise_tracker(c: Config, model, images, schedule: Schedule, torch):
+    """What --track-noise asks for; a model or a batch that it cannot measure is refused before the run folder is made."""
+    from fastsmooth.persample import NotCovered
+    from fastsmooth.track import Every, NoiseTracker, choose_estimator, smallest_batch
+
+    x, _ = next(iter(images.test.batches([torch.arange(2)])))
+    try:
+        estimator, why = choose_estimator(model, x, c.estimator, c.bn)
+    except NotCovered as error:
+        raise ConfigError(f"--track-noise: {error}; --estimator micro-batch measures any model") from None
+    if c.batch_size < smallest_batch(estimator):
+        raise ConfigError(
+            f"--track-noise with the {estimator} estimator needs batches of {smallest_batch(estimator)} or more, "
+            f"not --batchsize {c.batch_size}"
+        )
+    every = Every.parse(c.track_noise)
+    return NoiseTracker(model, every, estimator, why, c.bn, schedule.smoothing, len(images.train))
+
+
+def noise_cost(live) -> str:
+    """What --track-noise took of this process's training time."""
+    tracked, trained = live.clock.read("track"), live.train_seconds + live.clock.read("train")
+    return f"noise measured {live.noise.count} times; {tracked:.2g} s here, {tracked / max(trained, 1e-9):.1%} of the training time"
+
+
 def default_out(c: Config) -> Path:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{c.dataset}-{c.method if c.mode == 'normal' else c.mode}"
     out, number = Path("runs") / name, 2
@@ -376,6 +405,8 @@ def introduce(c: Config, live, parameters: int) -> None:
     )
     for line in notes(c, live.schedule):
         print(line)
+    if live.noise:
+        print(f"noise measured {live.noise.described()}")
     if live.update:
         print(f"going on from update {live.update:,}, epoch {live.epoch}")
     sys.stdout.flush()

@@ -61,7 +61,9 @@ SWITCHES = [name for name in FIELDS if bool in kinds(name)]
 def other(name, now):
     """A value that the field takes and that is not the one it has now."""
     choices = FIELDS[name].metadata["choices"]
-    for value in choices or ((True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x")):
+    for value in choices or (
+        (True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x", "every=9")
+    ):
         if value is True:
             return True
         try:

@@ -10,7 +10,7 @@ from torch import multiprocessing
 from torch.nn import functional as F
 
 from fastsmooth import estimators, models
-from fastsmooth.estimators import Estimate, across_ranks, between, micro_batch, per_sample, sampled
+from fastsmooth.estimators import Estimate, across_ranks, between, per_sample, sampled
 from fastsmooth.persample import sample_norms
 
 N, P, REPETITIONS = 40, 6, 2000
@@ -22,6 +22,10 @@ def population():
         torch.randn(N, P, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * torch.arange(1, P + 1) + 5
     )
     return rows, (rows - rows.mean(0)).square().sum(1).mean().item()
+
+
+def micro_batch(grads, sizes, n=None) -> Estimate:
+    return estimators.micro_batch(grads, estimators.weighted_mean(grads, sizes), sizes, n)
 
 
 def one(name: str, rows, generator) -> Estimate:

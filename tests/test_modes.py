@@ -16,8 +16,9 @@ from fastsmooth import measure, models, modes
 from fastsmooth.config import resolve
 from fastsmooth.data import open_data
 from fastsmooth.data.order import epoch_batches, in_order, subset
+from fastsmooth.estimators import Estimate
 from fastsmooth.log import TIMES, read_rows
-from fastsmooth.measure import Mean, NormRecord
+from fastsmooth.measure import NormRecord
 from fastsmooth.optim import NoisySGD
 from fastsmooth.train import main
 
@@ -244,7 +245,7 @@ def test_no_draw_waits_for_the_device(monkeypatch):
 
 def test_a_mean_has_the_textbook_standard_error():
     draws = [1.0, 4.0, 2.5, 7.0]
-    mean = Mean.of(draws)
+    mean = Estimate.mean(draws)
     assert mean.value == pytest.approx(np.mean(draws))
     assert mean.error == pytest.approx(np.std(draws, ddof=1) / 2)
 
@@ -378,6 +379,10 @@ def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
     omega = np.load(out / "omega-6.npy")
     assert omega.shape == (3, 78042) and noise["step"] == 6 and noise["epoch"] == 1
     assert np.linalg.norm(omega.astype(np.float64), axis=1) == pytest.approx(noise["noise_norms"], rel=1e-5)
+    centered = omega.astype(np.float64).ravel() - omega.mean(dtype=np.float64)
+    assert noise["statistics"]["variance"]["value"] == pytest.approx(np.mean(centered**2), rel=1e-5)
+    kurtosis = np.mean(centered**4) / np.mean(centered**2) ** 2 - 3
+    assert noise["statistics"]["excess_kurtosis"]["value"] == pytest.approx(kurtosis, rel=1e-4)
 
     data = open_data(resolve({}), CPU)
     torch.manual_seed(0)

@@ -1,0 +1,153 @@
+"""The gradient variance and what follows from it, measured every so often while a run trains, without changing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsmooth import estimators, measure
+from fastsmooth.estimators import Estimate
+from fastsmooth.persample import BN, NotCovered, sample_norms
+from fastsmooth.schedule import Point, Smoothing
+
+GROUPS = 4  # parts of a batch for the micro-batch estimator
+DECAY = 0.9  # a measurement: of the averages behind the noise scale
+
+
+@dataclass(frozen=True)
+class Every:
+    """When to measure: before updates 0, count, 2 count, ...; or before the first of every `count`-th epoch."""
+
+    count: int
+    epochs: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Every:
+        """Of "every=50" or "every=2ep", as the configuration has it."""
+        number = text.removeprefix("every=")
+        return cls(int(number.removesuffix("ep")), number.endswith("ep"))
+
+    def period(self, update: int, epoch: int) -> int:
+        """Grows by one whenever a measurement falls due."""
+        return (epoch if self.epochs else update) // self.count
+
+
+class NoiseTracker:
+    """Measures batches of training at the present parameters, and keeps what runs over the measurements.
+
+    `estimator` is per-sample (of the batch as one, BatchNorm as `bn` says: batch, frozen or eval) or micro-batch (GROUPS
+    parts, each a forward pass of its own, BatchNorm in train or eval mode). n is the number of training images.
+    """
+
+    def __init__(self, model: nn.Module, every: Every, estimator: str, why: str, bn: str, smoothing: Smoothing, n: int):
+        self.model, self.every, self.estimator, self.why, self.bn = model, every, estimator, why, bn
+        self.smoothing, self.n = smoothing, n
+        self.last_period = -1
+        self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
+        self.norm_squares = self.full_squares = 0.0  # sums over measurements of ||g||^2 and of ||grad f||^2
+        self.recent_c2 = self.recent_full = 0.0  # decaying averages
+        self.epoch_c2: list[float] = []
+
+    def described(self) -> str:
+        """How, in words."""
+        when = f"every {self.every.count} {'epochs' if self.every.epochs else 'updates'}"
+        how = f"{self.estimator} estimator" + (f" of {GROUPS} parts" if self.estimator == "micro-batch" else "")
+        return f"{when}: {how}, --bn {self.bn}" + (f" ({self.why})" if self.why else "")
+
+    def due(self, update: int, epoch: int, batch_size: int) -> bool:
+        """A batch too small to measure (the last of an epoch) leaves it to the next."""
+        return self.every.period(update, epoch) > self.last_period and batch_size >= smallest_batch(self.estimator)
+
+    def measure(self, x: Tensor, y: Tensor, point: Point, update: int, epoch: int) -> dict[str, Any]:
+        """The values of a row for metrics.jsonl from the batch x [B, 3, H, W], y [B], before update number `update`.
+
+        Leaves no trace in the model. Raises FloatingPointError for a gradient that is not finite.
+        """
+        with measure.undisturbed(self.model, self.bn):
+            c2, grad_square = self.estimate(x, y)
+        if not (math.isfinite(c2.value) and math.isfinite(grad_square)):
+            raise FloatingPointError("the gradient is not finite")
+        self.last_period = self.every.period(update, epoch)
+        return self.take_in(c2, grad_square, len(y), point)
+
+    def estimate(self, x: Tensor, y: Tensor) -> tuple[Estimate, float]:
+        """(C2, ||g||^2) of a batch; call it inside measure.undisturbed."""
+        if self.estimator == "per-sample":
+            found = sample_norms(self.model, x, y, bn=self.bn if self.bn in BN else None)
+            return estimators.per_sample(found.noise, self.n), found.grad_square.item()
+        sizes = [len(part) for part in y.tensor_split(GROUPS)]
+        parts = zip(x.split(sizes), y.split(sizes), strict=True)
+        grads = [measure.batch_gradient(self.model, *part) for part in parts]
+        mean = estimators.weighted_mean(grads, sizes)
+        return estimators.micro_batch(grads, mean, sizes, self.n), measure.norm(mean).item() ** 2
+
+    def take_in(self, c2: Estimate, grad_square: float, batch_size: int, point: Point) -> dict[str, Any]:
+        """Update what runs over the measurements.
+
+        E ||g||^2 = ||grad f||^2 + Var(g), and Var(g) = C2 / b (n - b) / (n - 1): the difference estimates ||grad f||^2
+        without bias, and may be negative.
+        """
+        full_square = grad_square - c2.value / batch_size * (self.n - batch_size) / max(self.n - 1, 1)
+        self.count += 1
+        self.epoch_c2.append(c2.value)
+        self.largest = max(self.largest, math.sqrt(grad_square))
+        self.norm_squares += grad_square
+        self.full_squares += full_square
+        self.recent_c2 = DECAY * self.recent_c2 + (1 - DECAY) * c2.value
+        self.recent_full = DECAY * self.recent_full + (1 - DECAY) * full_square
+        k2 = max(self.full_squares / self.count, 0.0)
+        smoothing = dataclasses.replace(self.smoothing, grad_variance=max(c2.value, 0.0), grad_norm_bound_sq=k2)
+        return {
+            "c2": c2.value,
+            "c2_se": c2.error,
+            "estimator": self.estimator,
+            "bn": self.bn,
+            "grad_norm": math.sqrt(grad_square),
+            "grad_norm_max": self.largest,
+            "grad_norm_rms": math.sqrt(self.norm_squares / self.count),
+            "k2": k2,
+            "noise_scale": self.recent_c2 / self.recent_full if self.recent_full > 0 else None,
+            "delta_measured": smoothing.degree(point.lr, point.batch_size, point.momentum),
+        }
+
+    def end_epoch(self) -> float | None:
+        """The mean C2 of the epoch's measurements, None where there were none; the next epoch begins."""
+        mean = math.fsum(self.epoch_c2) / len(self.epoch_c2) if self.epoch_c2 else None
+        self.epoch_c2 = []
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in STATE:
+            setattr(self, name, state[name])
+
+
+STATE = ("last_period", "count", "largest", "norm_squares", "full_squares", "recent_c2", "recent_full", "epoch_c2")
+
+
+def smallest_batch(estimator: str) -> int:
+    return 2 if estimator == "per-sample" else 2 * GROUPS
+
+
+def choose_estimator(model: nn.Module, x: Tensor, wanted: str, bn: str) -> tuple[str, str]:
+    """(per-sample or micro-batch, why) for `wanted`, which may be "auto": per-sample wherever it has a clear meaning.
+
+    x [B, ...] are a few images of the kind that will come. Raises NotCovered where per-sample is wanted and cannot be.
+    """
+    if wanted == "micro-batch":
+        return wanted, ""
+    try:
+        with measure.undisturbed(model, bn):
+            sample_norms(model, x, torch.zeros(len(x), dtype=torch.int64, device=x.device), bn=bn if bn in BN else None)
+    except NotCovered as error:
+        if wanted == "per-sample" or bn in BN:
+            raise
+        return "micro-batch", str(error)
+    return "per-sample", ""
