@@ -22,7 +22,8 @@ Case fullgrad/<model> is the gradient over all of 10,000 random images, BatchNor
 A library that cannot run on a case is left out with its own words; one that finds other norms ends the benchmark.
 
 mem_ratio is of the process's resident memory, Python and its libraries included; alloc_ratio is of what PyTorch's allocator
-holds at the peak of a step, without what C++ code allocates for itself, as oneDNN and our kernels do block by block.
+holds at the peak of a step beyond weights, momentum and images, without what C++ code allocates for itself, as oneDNN and
+our kernels do block by block.
 """
 
 from __future__ import annotations
@@ -176,18 +177,24 @@ def versions_of_peers() -> dict[str, str | None]:
 
 
 def bench(case: NormCase | FullCase, names: set[str], report: timing.Report) -> None:
+    report.say(case.name)
     variants = case.variants(names | {case.ratio_to})
     needed = {case.ratio_to, *(v.name for v in variants if v.name.startswith("ours"))}
-    about: dict[str, Any] = {"variants": {v.name: {} for v in variants}, "not_measured": []}
+    about: dict[str, Any] = {"not_measured": [], "variants": {v.name: {} for v in variants}}
+
+    def leave_out(line: str) -> None:
+        about["not_measured"].append(line)
+        report.say(f"  {line}")
+
     if isinstance(case, NormCase):
-        variants = those_that_agree(case, variants, about)
-    found = timing.measure(variants, case.steps, case.rounds, case.lead, case.budget, say=about["not_measured"].append)
+        variants = those_that_agree(case, variants, about["variants"], leave_out)
+    found = timing.measure(variants, case.steps, case.rounds, case.lead, case.budget, leave_out)
     timing.require_measured(case.name, found, needed)
     about["variants"] = {name: about["variants"][name] | first_and_peak(m) for name, m in found.items()}
     result = timing.rows("bench_noise", case.name, found, case.ratio_to, case.units)
-    lines = [case.name, *timing.table(result, "images", found), *(f"  {line}" for line in about["not_measured"])]
+    lines = timing.table(result, "images", found)
     if isinstance(case, NormCase):
-        add_allocations([v for v in variants if v.name in found], result, about)
+        add_allocations([v for v in variants if v.name in found], result, about["variants"])
         about["floor"] = floor(case.model, case.norm, case.batch_size)
         lines += describe(result, about)
     for line in lines:
@@ -274,11 +281,11 @@ class NormStep:
         self.first: dict[str, Any] | None = None
 
     def __call__(self) -> None:
-        self.optimizer.zero_grad()
         found = self.gradient()
         if self.first is None:
             self.first = found | {"grad_square": sum(square(p.grad) for p in self.params)}
         self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def loss(self, model: nn.Module) -> Tensor:
         return F.cross_entropy(model(self.x), self.y)
@@ -386,6 +393,7 @@ def vmapped(s: NormStep) -> Gradient:
             rows = list(gradients(params, x, y).values())
             squares.append(sum(map(squares_of, rows)))
             total = add(total, [g.sum(0) for g in rows])
+            del rows  # before there are others
         s.keep(torch._foreach_div(total, len(s.y)))
         return {"squares": torch.cat(squares)}
 
@@ -399,6 +407,7 @@ def loop(s: NormStep) -> Gradient:
             grads = torch.autograd.grad(F.cross_entropy(s.model(x), y), s.params)
             squares.append(torch.stack(torch._foreach_norm(grads)).square().sum())
             total = add(total, grads)
+            del grads  # before there are others
         s.keep(torch._foreach_div(total, len(s.y)))
         return {"squares": torch.stack(squares)}
 
@@ -499,17 +508,19 @@ def apart(function: Callable[[Variant], Any], variants: list[Variant]) -> list[A
         return list(pool.map(function, variants))
 
 
-def those_that_agree(case: NormCase, variants: list[Variant], about: dict[str, Any]) -> list[Variant]:
+def those_that_agree(
+    case: NormCase, variants: list[Variant], about: dict[str, dict[str, Any]], leave_out: Callable[[str], None]
+) -> list[Variant]:
     """Leaves out what cannot run on this network; raises VariantError where a variant finds other norms in float64."""
     exact = one_by_one(case, torch.float64, min(CHECKED, case.batch_size))
     checks = [Variant(v.name, NormStep, (case, v.name, exact, torch.float64)) for v in variants]
     kept, wrong = [], []
     for variant, error in zip(variants, apart(error_or_reason, checks), strict=True):
         if isinstance(error, str):
-            about["not_measured"].append(f"not measured: {variant.name}: {error}")
+            leave_out(f"not measured: {variant.name}: {error}")
             continue
         kept.append(variant)
-        about["variants"][variant.name]["float64_error"] = rounded(error)
+        about[variant.name]["float64_error"] = rounded(error)
         if not error <= TOLERANCE[torch.float64]:
             wrong.append(f"{variant.name} is wrong: a relative error of {error:.3g} in float64")
     if wrong:
@@ -523,24 +534,25 @@ def error_or_reason(variant: Variant) -> float | str:
         step = variant.make(*variant.args)
         step()
     except Exception as error:
-        return " ".join(str(error).split())[:300] or type(error).__name__
+        return " ".join(str(error).split())[:120] or type(error).__name__
     return step.error()
 
 
-def add_allocations(variants: list[Variant], result: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    held = {v.name: size for v, size in zip(variants, apart(allocated_bytes, variants), strict=True)}
+def add_allocations(variants: list[Variant], result: list[dict[str, Any]], about: dict[str, dict[str, Any]]) -> None:
+    held = dict(zip((v.name for v in variants), apart(allocated_bytes, variants), strict=True))
+    state = held["plain"][0]  # weights, momentum, images: what else a variant keeps from step to step is its own
+    own = {name: peak - state for name, (_, peak) in held.items()}
     for row in result:
-        size = held[row["variant"]]
-        row["alloc_ratio"] = rounded(size / held[row["ratio_to"]])
-        about["variants"][row["variant"]]["alloc_mb"] = rounded(size / 1e6)
+        row["alloc_ratio"] = rounded(own[row["variant"]] / own["plain"])
+        about[row["variant"]]["alloc_mb"] = rounded(own[row["variant"]] / 1e6)
 
 
 def quieten_profiler() -> None:
     os.environ["KINETO_LOG_LEVEL"] = "99"  # else it writes to stderr that it starts, stops and finds no GPU
 
 
-def allocated_bytes(variant: Variant) -> int:
-    """The most that PyTorch's CPU allocator held in the second step, weights, momentum and images included.
+def allocated_bytes(variant: Variant) -> tuple[int, int]:
+    """What PyTorch's CPU allocator holds between two steps, and the most that it holds in the second.
 
     Resident memory says the same with all of Python around it, which is several times what a small network needs.
     """
@@ -552,12 +564,14 @@ def allocated_bytes(variant: Variant) -> int:
             step()
     events = profiled.profiler.kineto_results.events()
     began = next(e.start_ns() for e in events if e.name() == "counted step")
-    held = peak = 0
+    held = between = peak = 0
     for e in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += e.nbytes()
-        if e.start_ns() >= began:
+        if e.start_ns() < began:
+            between = held
+        else:
             peak = max(peak, held)
-    return peak
+    return between, peak
 
 
 # The least that a step must compute ----------------------------------------------------------------------------------
@@ -611,7 +625,7 @@ def describe(result: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
     errors = ", ".join(f"{name} {v['float64_error']:.1g}" for name, v in measured.items())
     least = about["floor"]["all"]
     return [
-        f"  tensors at the peak of a step: {held}",
+        f"  tensors at the peak of a step, beyond weights, momentum and images: {held}",
         f"  largest relative error in float64 beside one backward pass a sample: {errors}",
         f"  floor: {least['step_flop'] / 1e9:.4g} GFLOP a step in convolutions and linear layers; at the least "
         f"{least['norms_percent']:.2g} % more for the norms, {least['noise_percent']:.2g} % for those of the noise",
