@@ -258,12 +258,16 @@ inline Doubles fused(Doubles a, Doubles b, Doubles c) { return vfmaq_f64(c, a, b
 template <class V> inline V fused(V a, V b, V c) { return a * b + c; }
 #endif
 
-// to[r][c] = sum over i of dy[ys[i] + r] x[xs[i] + c], for ROWS rows and 2 LANES columns, all of it in registers.
+// to[r][c] (+)= sum over i of dy[ys[i] + r] x[xs[i] + c], for ROWS rows and 2 LANES columns, all of it in registers.
 template <int ROWS, class T>
-void outer_products(int64_t count, const int32_t* xs, const int32_t* ys, const T* x, const T* dy, T* to,
+void outer_products(bool add, int64_t count, const int32_t* xs, const int32_t* ys, const T* x, const T* dy, T* to,
                     int64_t stride) {
     using V = typename Vector<T>::type;
     V sums[ROWS][2] = {};
+    if (add) {
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) std::memcpy(sums[r], to + r * stride, sizeof sums[r]);
+    }
     for (int64_t i = 0; i < count; ++i) {
         V near, far;
         std::memcpy(&near, x + xs[i], sizeof near);
@@ -281,10 +285,10 @@ void outer_products(int64_t count, const int32_t* xs, const int32_t* ys, const T
 }
 
 template <class T, int ROWS = TILE_ROWS>
-void outer_products_of(int64_t rows, int64_t count, const int32_t* xs, const int32_t* ys, const T* x, const T* dy,
-                       T* to, int64_t stride) {
-    if (rows == ROWS) return outer_products<ROWS>(count, xs, ys, x, dy, to, stride);
-    if constexpr (ROWS > 1) outer_products_of<T, ROWS - 1>(rows, count, xs, ys, x, dy, to, stride);
+void outer_products_of(int64_t rows, bool add, int64_t count, const int32_t* xs, const int32_t* ys, const T* x,
+                       const T* dy, T* to, int64_t stride) {
+    if (rows == ROWS) return outer_products<ROWS>(add, count, xs, ys, x, dy, to, stride);
+    if constexpr (ROWS > 1) outer_products_of<T, ROWS - 1>(rows, add, count, xs, ys, x, dy, to, stride);
 }
 
 struct Convolution {  // x [batch, height, width, groups * inputs], dy [batch, out_height, out_width, groups * outputs]
@@ -294,137 +298,231 @@ struct Convolution {  // x [batch, height, width, groups * inputs], dy [batch, o
     int64_t pixels() const { return out_height * out_width; }
 };
 
-// For every place of the kernel, the output pixels that see the image there, and the input pixel under each.
+// For every run of `run` output pixels and every place of the kernel, those of them that see the image there, and the
+// input pixel under each.
 struct Places {
-    std::vector<int32_t> from, to;  // input and output pixels, of place k those in [starts[k], starts[k + 1])
+    std::vector<int32_t> from, to;  // input and output pixels; of run r and place k from starts[r places + k] on
     std::vector<int64_t> starts{0};
-    explicit Places(const Convolution& c) {
-        for (int64_t k = 0; k < c.places(); ++k) {
-            const int64_t down = k / c.kernel[1] * c.dilation[0] - c.padding[0];
-            const int64_t right = k % c.kernel[1] * c.dilation[1] - c.padding[1];
-            for (int64_t t = 0; t < c.pixels(); ++t) {
-                const int64_t h = t / c.out_width * c.stride[0] + down, w = t % c.out_width * c.stride[1] + right;
-                if (h < 0 || h >= c.height || w < 0 || w >= c.width) continue;
-                from.push_back(int32_t(h * c.width + w));
-                to.push_back(int32_t(t));
+    Places(const Convolution& c, int64_t run) {
+        for (int64_t start = 0; start < c.pixels(); start += run)
+            for (int64_t k = 0; k < c.places(); ++k) {
+                const int64_t down = k / c.kernel[1] * c.dilation[0] - c.padding[0];
+                const int64_t right = k % c.kernel[1] * c.dilation[1] - c.padding[1];
+                for (int64_t t = start; t < std::min(c.pixels(), start + run); ++t) {
+                    const int64_t h = t / c.out_width * c.stride[0] + down, w = t % c.out_width * c.stride[1] + right;
+                    if (h < 0 || h >= c.height || w < 0 || w >= c.width) continue;
+                    from.push_back(int32_t(h * c.width + w));
+                    to.push_back(int32_t(t));
+                }
+                starts.push_back(int64_t(from.size()));
             }
-            starts.push_back(int64_t(from.size()));
-        }
     }
 };
+
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A piece of the weight, [places, rows, columns], that one thread computes for every sample before the next piece.
 struct Piece {
     int64_t group, place, places, row, rows, column, columns;
-    int64_t values() const { return places * rows * columns; }
 };
 
-constexpr int64_t PIECE_PLACES = 9, PIECE_ROWS = 16, PIECE_COLUMNS = 32;
-
-inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t PIECE_PLACES = 9, PIECE_ROWS = 18, PIECE_COLUMNS = 32;
+constexpr int64_t PIECES = 4, CHUNKS = 16;  // fewer pieces than that: threads share a piece, in so many chunks of samples
+constexpr int64_t RUN_BYTES = 20 * 1024;  // of x and dy that a piece needs of a run of pixels: they stay in the L1 cache
 
 // Cut [0, size) into `parts` pieces that differ by one at most: calls each(start, length).
 template <class Each> void cut(int64_t size, int64_t parts, Each each) {
     for (int64_t i = 0; i < parts; ++i) each(size * i / parts, size * (i + 1) / parts - size * i / parts);
 }
 
-template <class T>
-void conv_noise(const Convolution& c, const T* x, const T* dy, bool with_noise, int threads, T* dw, double* squares,
-                double* noise) {
-    const int64_t B = c.batch, wide = 2 * LANES<T>, x_row = c.inputs * c.groups, y_row = c.outputs * c.groups;
-    const int64_t x_sample = c.height * c.width * x_row, y_sample = c.pixels() * y_row;
-    // Too few channels for a tile: the inputs of an output pixel are copied side by side, and the kernel has one place.
-    const bool packed = c.inputs < wide;
-    const int64_t places = packed ? 1 : c.places(), used = packed ? c.places() * c.inputs : c.inputs;
-    const int64_t inputs = packed ? up(used, wide) * wide : c.inputs;
-    const Places at(c);
-    std::vector<int32_t> xs(at.from.size()), ys(at.to.size()), all(c.pixels());
-    for (size_t i = 0; i < xs.size(); ++i) xs[i] = int32_t(at.from[i] * x_row), ys[i] = int32_t(at.to[i] * y_row);
-    for (int64_t t = 0; t < c.pixels(); ++t) all[t] = int32_t(t * y_row);
-
+std::vector<Piece> pieces_of(const Convolution& c, int64_t wide) {
+    const int64_t tiles = std::max<int64_t>(1, c.inputs / wide);
     std::vector<Piece> pieces;
     for (int64_t g = 0; g < c.groups; ++g)
-        cut(places, up(places, PIECE_PLACES), [&](int64_t place, int64_t some) {
-            cut(inputs / wide, std::max<int64_t>(1, inputs / PIECE_COLUMNS), [&](int64_t column, int64_t columns) {
-                const int64_t start = column * wide, end = start + columns * wide;
+        cut(c.places(), up(c.places(), PIECE_PLACES), [&](int64_t place, int64_t places) {
+            cut(tiles, up(tiles * wide, PIECE_COLUMNS), [&](int64_t tile, int64_t several) {
+                const int64_t column = tile * wide, end = tile + several == tiles ? c.inputs : column + several * wide;
                 cut(c.outputs, up(c.outputs, PIECE_ROWS), [&](int64_t row, int64_t rows) {
-                    pieces.push_back({g, place, some, row, rows, start, end + wide > inputs ? inputs - start : end - start});
+                    pieces.push_back({g, place, places, row, rows, column, end - column});
                 });
             });
         });
+    return pieces;
+}
+
+// The same convolution over images of one group's channels with their padding around them. Where the places of a row of
+// the kernel are neighbours, their inputs lie side by side: the row is one place.
+Convolution padded(Convolution c) {
+    c.height += 2 * c.padding[0];
+    c.width += 2 * c.padding[1];
+    c.padding[0] = c.padding[1] = 0;
+    if (c.dilation[1] == 1) {
+        c.inputs *= c.kernel[1];
+        c.kernel[1] = 1;
+    }
+    return c;
+}
+
+template <class T> struct ConvNoise {
+    static constexpr int64_t wide = 2 * LANES<T>;
+    const Convolution given;
+    const T *x, *dy;
+    const bool narrow;  // a tile may read past the inputs of a place: from a copy, with room after it
+    const Convolution c;
+    const int64_t channels, x_row, x_sample, y_sample, run, runs;
+    const Places at;
+    std::vector<int32_t> xs, ys;
+
+    ConvNoise(const Convolution& given, const T* x, const T* dy)
+        : given(given), x(x), dy(dy), narrow(given.inputs < wide), c(narrow ? padded(given) : given),
+          channels(given.inputs), x_row(channels * given.groups), x_sample(given.height * given.width * x_row),
+          y_sample(given.pixels() * given.outputs * given.groups), run(run_of(c)), runs(up(c.pixels(), run)), at(c, run) {
+        for (int32_t pixel : at.from) xs.push_back(int32_t(pixel * (narrow ? channels : x_row)));
+        for (int32_t pixel : at.to) ys.push_back(int32_t(pixel * c.outputs * c.groups));
+    }
+
+    static int64_t run_of(const Convolution& c) {
+        const int64_t beside = std::min(up(c.inputs, wide) * wide, PIECE_COLUMNS) + std::min(c.outputs, PIECE_ROWS);
+        return std::max<int64_t>(16, RUN_BYTES / int64_t(sizeof(T)) / beside);
+    }
+
+    int64_t width(const Piece& piece) const { return up(piece.columns, wide) * wide; }  // in whole tiles
+    int64_t values(const Piece& piece) const { return piece.places * piece.rows * width(piece); }
+    // Of the last tile's columns some are not its own: they belong to the tile before, or to no input at all.
+    int64_t junk(const Piece& piece) const { return width(piece) - piece.columns; }
+    int64_t junk_at(const Piece& piece) const { return narrow ? piece.columns : width(piece) - wide; }
+
+    // The share g [places, rows, width] of sample i; `image` is scratch.
+    void share(const Piece& piece, int64_t i, std::vector<T>& image, T* g) const {
+        const T* inputs = x + i * x_sample + piece.group * channels;
+        if (narrow) {
+            image.resize(c.height * c.width * channels + wide);  // its padding and its end stay zero
+            for (int64_t h = 0; h < given.height; ++h)
+                for (int64_t w = 0; w < given.width; ++w)
+                    std::copy_n(inputs + (h * given.width + w) * x_row, channels,
+                                &image[((h + given.padding[0]) * c.width + w + given.padding[1]) * channels]);
+            inputs = image.data();
+        }
+        const T* slopes = dy + i * y_sample + piece.group * c.outputs + piece.row;
+        const int64_t width = this->width(piece), last = width - wide, back = narrow ? 0 : junk(piece);
+        for (int64_t r = 0; r < runs; ++r)
+            for (int64_t k = 0; k < piece.places; ++k) {
+                const int64_t* start = &at.starts[r * c.places() + piece.place + k];
+                for (int64_t q = 0; q < width; q += wide) {
+                    const T* tile = inputs + piece.column + (q == last ? q - back : q);
+                    cut(piece.rows, up(piece.rows, TILE_ROWS), [&](int64_t top, int64_t rows) {
+                        outer_products_of(rows, r > 0, start[1] - start[0], &xs[start[0]], &ys[start[0]], tile,
+                                          slopes + top, g + (k * piece.rows + top) * width + q, width);
+                    });
+                }
+            }
+        for (int64_t v = junk_at(piece); junk(piece) && v < values(piece); v += width) std::fill_n(g + v, junk(piece), T(0));
+    }
+
+    void store(const Piece& piece, const T* total, T* dw) const {
+        const int64_t width = this->width(piece), last = width - wide, here = junk_at(piece);
+        for (int64_t k = 0; k < piece.places; ++k)
+            for (int64_t r = 0; r < piece.rows; ++r) {
+                const int64_t output = piece.group * c.outputs + piece.row + r;
+                const T* from = total + (k * piece.rows + r) * width;
+                T* to = dw + (output * c.places() + piece.place + k) * c.inputs + piece.column;
+                std::copy_n(from, std::min(here, piece.columns), to);
+                if (here == last) std::copy_n(from + last + junk(piece), wide - junk(piece), to + last);
+            }
+    }
+};
+
+// Adds g to total; returns the sum of its squares.
+template <class T> double add_and_square(const T* g, int64_t values, T* total) {
+    double square = 0;
+    for (int64_t start = 0; start < values; start += SHORT) {
+        T gg = 0;
+#pragma omp simd reduction(+ : gg)
+        for (int64_t v = start; v < std::min(values, start + SHORT); ++v) {
+            total[v] += g[v];
+            gg += g[v] * g[v];
+        }
+        square += double(gg);
+    }
+    return square;
+}
+
+template <class T> double square_distance(const T* g, const T* mean, int64_t values) {
+    double square = 0;
+    for (int64_t start = 0; start < values; start += SHORT) {
+        T dd = 0;
+#pragma omp simd reduction(+ : dd)
+        for (int64_t v = start; v < std::min(values, start + SHORT); ++v) {
+            T deviation = g[v] - mean[v];
+            dd += deviation * deviation;
+        }
+        square += double(dd);
+    }
+    return square;
+}
+
+template <class T>
+void conv_noise(const Convolution& given, const T* x, const T* dy, bool with_noise, int threads, T* dw, double* squares,
+                double* noise) {
+    const ConvNoise<T> of(given, x, dy);
+    const int64_t B = given.batch;
+    const std::vector<Piece> pieces = pieces_of(of.c, of.wide);
     std::vector<double> sums(2 * B * pieces.size(), 0.0);
+    // Threads take pieces, and all samples of one; of a weight of few pieces they take samples, one piece after the other.
+    const bool by_sample = int64_t(pieces.size()) < PIECES;
+    const int64_t chunks = by_sample ? std::min(B, CHUNKS) : 1;
+    std::vector<T> shared, totals;  // of the piece that is being computed by all threads
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> blocks, total, columns;
-        std::vector<int32_t> rows_of;
+        std::vector<T> own, image;
+        // Samples [first, last): shares into `blocks`, or into one block over and over, their sum into `total`.
+        auto add_shares = [&](int64_t n, int64_t first, int64_t last, T* blocks, T* total) {
+            const int64_t values = of.values(pieces[n]);
+            std::fill_n(total, values, T(0));
+            for (int64_t i = first; i < last; ++i) {
+                T* g = blocks + (with_noise ? i * values : 0);
+                of.share(pieces[n], i, image, g);
+                sums[2 * B * n + i] = add_and_square(g, values, total);
+            }
+        };
+        auto deviations = [&](int64_t n, int64_t first, int64_t last, const T* blocks, const T* mean) {
+            const int64_t values = of.values(pieces[n]);
+            for (int64_t i = first; i < last; ++i)
+                sums[2 * B * n + B + i] = square_distance(blocks + i * values, mean, values);
+        };
+        for (int64_t n = 0; by_sample && n < int64_t(pieces.size()); ++n) {
+            const int64_t values = of.values(pieces[n]);
+#pragma omp single
+            {
+                totals.resize(chunks * values);
+                shared.resize(with_noise ? B * values : 0);
+            }
+            own.resize(values);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t n = 0; n < int64_t(pieces.size()); ++n) {
-            const Piece& piece = pieces[n];
-            const int64_t values = piece.values(), width = piece.columns;
-            double* to = &sums[2 * B * n];
-            blocks.resize((with_noise ? B : 1) * values);
-            total.assign(values, T(0));
-            if (packed) {
-                columns.assign(c.pixels() * width, T(0));  // padding stays zero
-                rows_of.resize(c.pixels());
-                for (int64_t t = 0; t < c.pixels(); ++t) rows_of[t] = int32_t(t * width);
+            for (int64_t k = 0; k < chunks; ++k)
+                add_shares(n, B * k / chunks, B * (k + 1) / chunks, with_noise ? shared.data() : own.data(),
+                           &totals[k * values]);
+#pragma omp single
+            {
+                for (int64_t k = 1; k < chunks; ++k)
+                    for (int64_t v = 0; v < values; ++v) totals[v] += totals[k * values + v];
+                of.store(pieces[n], totals.data(), dw);
+                for (int64_t v = 0; v < values; ++v) totals[v] /= T(B);
             }
-            for (int64_t i = 0; i < B; ++i) {
-                const T* xi = x + i * x_sample + piece.group * c.inputs;
-                const T* yi = dy + i * y_sample + piece.group * c.outputs + piece.row;
-                T* g = &blocks[with_noise ? i * values : 0];
-                if (packed) {
-                    for (int64_t v = 0; v < std::min(width, used - piece.column); ++v) {
-                        const int64_t k = (piece.column + v) / c.inputs, channel = (piece.column + v) % c.inputs;
-                        for (int64_t j = at.starts[k]; j < at.starts[k + 1]; ++j)
-                            columns[at.to[j] * width + v] = xi[xs[j] + channel];
-                    }
-                }
-                for (int64_t q = 0; q < width; q += wide) {
-                    const int64_t column = std::min(q, width - wide);  // the last tile may overlap the one before
-                    for (int64_t k = 0; k < piece.places; ++k) {
-                        const int64_t start = at.starts[piece.place + k];
-                        const int64_t count = packed ? c.pixels() : at.starts[piece.place + k + 1] - start;
-                        const int32_t* from = packed ? rows_of.data() : xs.data() + start;
-                        const int32_t* under = packed ? all.data() : ys.data() + start;
-                        const T* inputs_at = packed ? columns.data() + column : xi + piece.column + column;
-                        cut(piece.rows, up(piece.rows, TILE_ROWS), [&](int64_t row, int64_t rows) {
-                            outer_products_of(rows, count, from, under, inputs_at, yi + row,
-                                              g + (k * piece.rows + row) * width + column, width);
-                        });
-                    }
-                }
-                for (int64_t start = 0; start < values; start += SHORT) {
-                    T gg = 0;
-#pragma omp simd reduction(+ : gg)
-                    for (int64_t v = start; v < std::min(values, start + SHORT); ++v) {
-                        total[v] += g[v];
-                        gg += g[v] * g[v];
-                    }
-                    to[i] += double(gg);
-                }
-            }
-            for (int64_t k = 0; k < piece.places; ++k)
-                for (int64_t r = 0; r < piece.rows; ++r) {
-                    const int64_t output = piece.group * c.outputs + piece.row + r;
-                    const T* from = &total[(k * piece.rows + r) * width];
-                    std::copy(from, from + std::min(width, used - piece.column),
-                              dw + (output * places + piece.place + k) * used + piece.column);
-                }
-            if (!with_noise) continue;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t k = 0; k < (with_noise ? chunks : 0); ++k)
+                deviations(n, B * k / chunks, B * (k + 1) / chunks, shared.data(), totals.data());
+        }
+        std::vector<T> total;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < (by_sample ? 0 : int64_t(pieces.size())); ++n) {
+            const int64_t values = of.values(pieces[n]);
+            own.resize((with_noise ? B : 1) * values);
+            total.resize(values);
+            add_shares(n, 0, B, own.data(), total.data());
+            of.store(pieces[n], total.data(), dw);
             for (T& value : total) value /= T(B);
-            for (int64_t i = 0; i < B; ++i) {
-                const T* g = &blocks[i * values];
-                for (int64_t start = 0; start < values; start += SHORT) {
-                    T dd = 0;
-#pragma omp simd reduction(+ : dd)
-                    for (int64_t v = start; v < std::min(values, start + SHORT); ++v) {
-                        T deviation = g[v] - total[v];
-                        dd += deviation * deviation;
-                    }
-                    to[B + i] += double(dd);
-                }
-            }
+            if (with_noise) deviations(n, 0, B, own.data(), total.data());
         }
     }
     std::fill(squares, squares + B, 0.0);
