@@ -14,10 +14,12 @@ channels-last order but for Opacus and vmap, and must find in float64 what one b
     vmap             torch.func: vmap of grad over 8 samples at a time, their norms and their sum kept
     loop             one backward pass a sample
 
-Case fullgrad/<model> is the gradient over all of 10,000 random images, BatchNorm in evaluation mode. Variants:
+Case fullgrad/<model> is the gradient over all of 10,000 random images. Variants:
 
     ours             --mode sampling --bn eval, from the resident loader
-    originals        the published code's way (originals.py), the network in evaluation mode too
+    ours_compiled    the same with --compile on
+    originals        the published code's way (originals.py): in training mode, which moves the running statistics
+    originals_eval   the same in evaluation mode, as ours
 
 A library that cannot run on a case is left out with its own words; one that finds other norms ends the benchmark.
 
@@ -104,6 +106,7 @@ class FullCase:
 
     model: str
     images: int = 10_000
+    names: tuple[str, ...] = ()  # of its variants; empty: all
     rounds: int = 3
     budget: float = 240.0
     steps: int = 1
@@ -119,7 +122,8 @@ class FullCase:
         return self.images
 
     def variants(self, names: Iterable[str]) -> list[Variant]:
-        return [Variant(name, make, (self,)) for name, make in FULLS.items() if name in names]
+        kept = [name for name in self.names or FULLS if name in names]
+        return [Variant(name, FULLS[name], (self,)) for name in kept]
 
 
 CASES = (
@@ -130,7 +134,7 @@ CASES = (
 )
 QUICK = (
     NormCase("resnet8", "group", 4, steps=1, rounds=2, budget=0.0),
-    FullCase("resnet8", images=40, rounds=2, budget=0.0),
+    FullCase("resnet8", images=40, names=("ours", "originals"), rounds=2, budget=0.0),
 )
 
 
@@ -459,8 +463,9 @@ def random_images(count: int) -> Split:
 class OursFullGradient(Ours):
     """The full gradient of the run that fastsmooth.train prepares for --mode sampling."""
 
-    def __init__(self, case: FullCase):
+    def __init__(self, case: FullCase, compile: str):
         flags = f"--dataset cifar100 --model {case.model} --mode sampling --bn eval --loader resident --device cpu"
+        flags += f" --compile {compile}"
         c = configs.resolve(configs.parse(flags.split()).given)
         self.scratch = tempfile.TemporaryDirectory()
         self.run = self._prepare(c, random_images(case.images))
@@ -475,10 +480,11 @@ class OursFullGradient(Ours):
 
 
 class Originals(OriginalsFullGradient):
-    def __init__(self, case: FullCase):
+    def __init__(self, case: FullCase, training: bool):
         images = random_images(case.images)
         torch.manual_seed(0)
-        super().__init__(models.build(case.model, CLASSES).eval(), images.pixels, images.labels, ORIGINALS_CHUNK)
+        net = models.build(case.model, CLASSES).train(training)
+        super().__init__(net, images.pixels, images.labels, ORIGINALS_CHUNK)
         if sys.platform == "linux":
             # a script's workers are forked there; this process was spawned, and would spawn its own at every pass
             self.loader.multiprocessing_context = "fork"
@@ -495,7 +501,12 @@ def require_finite(grads: list[Tensor]) -> None:
         raise FloatingPointError("the full gradient is not finite")
 
 
-FULLS: dict[str, Callable[[FullCase], Callable[[], Any]]] = {"ours": OursFullGradient, "originals": Originals}
+FULLS: dict[str, Callable[[FullCase], Callable[[], Any]]] = {
+    "ours": partial(OursFullGradient, compile="off"),
+    "ours_compiled": partial(OursFullGradient, compile="on"),
+    "originals": partial(Originals, training=True),
+    "originals_eval": partial(Originals, training=False),
+}
 
 
 # Whether the variants agree, and what a step of each holds: in a process that measures no time ------------------------

@@ -34,13 +34,14 @@ def made(case, variant, exact, dtype=torch.float64):
 def test_the_cases_are_those_that_are_documented(monkeypatch):
     monkeypatch.setattr(bench_noise, "one_by_one", lambda *given: None)
     everything = ["plain", "ours", "ours_inner", "opacus", "opacus_ghost", "backpack", "vmap", "loop"]
-    assert {case.name: [v.name for v in case.variants({*everything, "originals"})] for case in bench_noise.CASES} == {
+    fulls = ["ours", "ours_compiled", "originals", "originals_eval"]
+    assert {case.name: [v.name for v in case.variants({*everything, *fulls})] for case in bench_noise.CASES} == {
         "persample/resnet18/group/b32": everything,
         "persample/resnet18/batch/b32": everything,
         "persample/resnet20/group/b32": everything,
         "persample/resnet20/batch/b32": everything,
         "persample/resnet18/group/b128": ["plain", "ours", "ours_inner"],
-        "fullgrad/resnet20": ["ours", "originals"],
+        "fullgrad/resnet20": fulls,
     }
     for case in bench_noise.CASES:
         variants = case.variants({*everything, "originals"})
@@ -112,7 +113,7 @@ def test_a_variant_that_is_wrong_ends_the_benchmark_before_anything_is_measured(
 
 def test_our_full_gradient_is_that_of_the_mean_loss_over_all_images():
     case = FullCase("resnet8", images=130)  # more than a chunk
-    ours = bench_noise.OursFullGradient(case)
+    ours = bench_noise.OursFullGradient(case, compile="off")
     try:
         ours()
         ours.check()
@@ -126,10 +127,11 @@ def test_our_full_gradient_is_that_of_the_mean_loss_over_all_images():
         ours.close()
 
 
-def test_the_originals_have_the_same_images_and_network_mode():
-    originals = bench_noise.Originals(FullCase("resnet8", images=40))
+@pytest.mark.parametrize("training", [True, False])
+def test_the_originals_have_the_same_images_and_network_mode(training):
+    originals = bench_noise.Originals(FullCase("resnet8", images=40), training=training)
     assert len(originals.loader.dataset) == 40 and originals.loader.batch_size == 1000
-    assert not originals.net.training
+    assert originals.net.training == training
     if sys.platform == "linux":
         assert originals.loader.multiprocessing_context.get_start_method() == "fork"
 
