@@ -178,9 +178,13 @@ class Ours:
         keep_freed_memory()
         test = Split(split.labels[:TEST_IMAGES], split.pixels[:TEST_IMAGES])
         classes = tuple(map(str, range(CLASSES)))
-        data.READERS["cifar100"] = lambda config: ImageSet(split, test, classes, CIFAR100_MEAN, CIFAR100_STD)
         device = torch.device(c.device)
-        images = data.open_data(c, device)
+        reader = data.READERS["cifar100"]
+        data.READERS["cifar100"] = lambda config: ImageSet(split, test, classes, CIFAR100_MEAN, CIFAR100_STD)
+        try:
+            images = data.open_data(c, device)
+        finally:
+            data.READERS["cifar100"] = reader
         schedule = Schedule(
             c.method, c.epochs, Point(c.lr, c.batch_size, c.momentum), Smoothing(c.optimizer, c.c2 or 1.0)
         )
