@@ -135,33 +135,16 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     p = timing.arguments("The kernels beside PyTorch's own ways to the same result.")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    by_name = {case.name: case for case in CASES}
-    p.add_argument(
-        "--cases", nargs="+", choices=by_name, metavar="CASE", help="these alone, in this order; not with --quick"
-    )
-    names = list(dict.fromkeys((*UPDATES, *NOISES)))
-    p.add_argument("--variants", nargs="+", choices=names, default=names, help="beside those that ratios refer to")
+    timing.add_selection(p, (case.name for case in CASES), (*UPDATES, *NOISES))
     args = p.parse_args(argv)
-    if args.quick and args.cases:
-        p.error("--quick has cases of its own: leave out --cases")
+    cases = timing.selected(p, args, CASES, QUICK)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that PyTorch can use: leave it out")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     report = timing.Report("bench_kernels", argv, args.json, args.out)
     report.header["about"]["device"] = device
-    began = time.perf_counter()
-    try:
-        if args.quick:
-            report.say("quick: tiny cases, their tests are not run; these times mean nothing")
-        else:
-            timing.require_green(TESTS, report.say)
-        for case in QUICK if args.quick else [by_name[name] for name in args.cases or by_name]:
-            bench(case, device, set(args.variants), report)
-    except (timing.RedTests, timing.VariantError) as error:
-        print(f"bench_kernels: {error}", file=sys.stderr)
-        return 1
-    report.say(f"{time.perf_counter() - began:.0f} s in all")
-    return 0
+    names = set(args.variants)
+    return timing.run_cases(report, args.quick, TESTS, cases, lambda case: bench(case, device, names, report))
 
 
 def bench(case: UpdateCase | NoiseCase, device: str, names: set[str], report: timing.Report) -> None:

@@ -35,7 +35,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -143,30 +142,12 @@ def main(argv: list[str] | None = None) -> int:
     p = timing.arguments(
         "What gradient noise costs beside a plain training step, ours and other libraries', on the CPU."
     )
-    by_name = {case.name: case for case in CASES}
-    p.add_argument(
-        "--cases", nargs="+", choices=by_name, metavar="CASE", help="these alone, in this order; not with --quick"
-    )
-    names = list(dict.fromkeys((*NORMS, *FULLS)))
-    p.add_argument("--variants", nargs="+", choices=names, default=names, help="beside those that ratios refer to")
+    timing.add_selection(p, (case.name for case in CASES), (*NORMS, *FULLS))
     args = p.parse_args(argv)
-    if args.quick and args.cases:
-        p.error("--quick has cases of its own: leave out --cases")
+    cases = timing.selected(p, args, CASES, QUICK)
     report = timing.Report("bench_noise", argv, args.json, args.out)
     report.header["about"]["peers"] = versions_of_peers()
-    began = time.perf_counter()
-    try:
-        if args.quick:
-            report.say("quick: tiny cases, their tests are not run; these times mean nothing")
-        else:
-            timing.require_green(TESTS, report.say)
-        for case in QUICK if args.quick else [by_name[name] for name in args.cases or by_name]:
-            bench(case, set(args.variants), report)
-    except (timing.RedTests, timing.VariantError) as error:
-        print(f"bench_noise: {error}", file=sys.stderr)
-        return 1
-    report.say(f"{time.perf_counter() - began:.0f} s in all")
-    return 0
+    return timing.run_cases(report, args.quick, TESTS, cases, lambda case: bench(case, set(args.variants), report))
 
 
 def versions_of_peers() -> dict[str, str | None]:

@@ -82,21 +82,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = p.parse_args(argv)
     report = timing.Report("bench_train", argv, args.json, args.out)
-    began = time.perf_counter()
-    try:
-        if args.quick:
-            report.say("quick: one tiny case, its tests are not run; these times mean nothing")
-        else:
-            timing.require_green(TESTS, report.say)
-        with tempfile.TemporaryDirectory() as scratch:
-            for case in QUICK if args.quick else CASES:
-                images = write_images(Path(scratch), case.images, args.data_dir, report)
-                bench(case, images, {"originals", *args.variants}, report)
-    except (DataError, configs.ConfigError, timing.RedTests, timing.VariantError) as error:
-        print(f"bench_train: {error}", file=sys.stderr)
-        return 1
-    report.say(f"{time.perf_counter() - began:.0f} s in all")
-    return 0
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def bench_one(case: Case) -> None:
+            images = write_images(Path(scratch), case.images, args.data_dir, report)
+            bench(case, images, {"originals", *args.variants}, report)
+
+        cases = QUICK if args.quick else CASES
+        return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, configs.ConfigError))
 
 
 def bench(case: Case, images: str, names: set[str], report: timing.Report) -> None:

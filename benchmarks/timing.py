@@ -418,6 +418,25 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return p
 
 
+def add_selection(p: argparse.ArgumentParser, cases: Iterable[str], variants: Iterable[str]) -> None:
+    """The flags of a benchmark with several cases and variants, by their names."""
+    p.add_argument(
+        "--cases", nargs="+", choices=list(cases), metavar="CASE", help="these alone, in this order; not with --quick"
+    )
+    names = list(dict.fromkeys(variants))
+    p.add_argument("--variants", nargs="+", choices=names, default=names, help="beside those that ratios refer to")
+
+
+def selected(
+    p: argparse.ArgumentParser, args: argparse.Namespace, cases: Iterable[Any], quick: Iterable[Any]
+) -> list[Any]:
+    """The cases that the flags of add_selection ask for."""
+    if args.quick and args.cases:
+        p.error("--quick has cases of its own: leave out --cases")
+    by_name = {case.name: case for case in cases}
+    return list(quick) if args.quick else [by_name[name] for name in args.cases or by_name]
+
+
 class Report:
     """Words for people, rows for machines. The file is replaced whole whenever a case is done."""
 
@@ -466,6 +485,33 @@ def header(bench: str, argv: list[str]) -> dict[str, Any]:
 
 class RedTests(RuntimeError):
     """A test of what is to be measured fails; the message is the end of what pytest said."""
+
+
+def run_cases(
+    report: Report,
+    quick: bool,
+    tests: Iterable[str],
+    cases: Iterable[Any],
+    bench: Callable[[Any], None],
+    refused: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run the tests of what is measured (unless `quick`), then bench(case) of each case; the exit code.
+
+    Red tests, a variant that fails and the errors in `refused` end the benchmark with one message.
+    """
+    began = time.perf_counter()
+    try:
+        if quick:
+            report.say("quick: tiny cases, their tests are not run; these times mean nothing")
+        else:
+            require_green(tests, report.say)
+        for case in cases:
+            bench(case)
+    except (RedTests, VariantError, *refused) as error:
+        print(f"{report.bench}: {error}", file=sys.stderr)
+        return 1
+    report.say(f"{time.perf_counter() - began:.0f} s in all")
+    return 0
 
 
 def require_green(names: Iterable[str], say: Callable[[str], None]) -> None:
