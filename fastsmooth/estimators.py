@@ -52,9 +52,15 @@ def between(deviations: list[float], sizes: list[int], n: int | None, assumed: s
     if k > 2:
         # Without part j the mean moves too, and the sum of squares falls by m_j d_j M / (M - m_j).
         without = [(between_parts - t * total / (total - m)) / (k - 2) for t, m in zip(terms, sizes, strict=True)]
-        center = math.fsum(without) / k
-        error = finite * math.sqrt((k - 1) / k * math.fsum((w - center) ** 2 for w in without))
+        error = finite * jackknife_error(without)
     return Estimate(value, error, k, assumed)
+
+
+def jackknife_error(without: list[float]) -> float:
+    """The standard error of an estimate from its values with one of two or more parts left out at a time."""
+    k = len(without)
+    center = math.fsum(without) / k
+    return math.sqrt((k - 1) / k * math.fsum((w - center) ** 2 for w in without))
 
 
 def per_sample(noise: Tensor, n: int | None = None) -> Estimate:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsmooth.estimators import Estimate, jackknife_error
 from fastsmooth.kernels.backend import wide_dtype
 
 # A bin is a float32 cut to its sign, exponent and 7 leading bits: 128 bins an octave, found by one shift, the same for
@@ -136,7 +137,7 @@ class NoiseStatistics:
         pooled = joined(self.groups)
         left_out = [s.estimates() for s in leave_one_out(self.groups, pooled)]
         each = {
-            name: {"value": value, "error": jackknife_error([s[name] for s in left_out])}
+            name: {"value": value, "error": pooled_error([s[name] for s in left_out])}
             | over_draws([draw[name] for draw in self.estimates])
             for name, value in pooled.estimates().items()
         }
@@ -321,21 +322,15 @@ def leave_one_out(samples: list[Sample], all_joined: Sample) -> Iterator[Sample]
             yield Sample(all_joined.counts - left.counts, merged(torch.cat([moments[:i], moments[i + 1 :]])))
 
 
-def jackknife_error(values: list[float | None]) -> float | None:
+def pooled_error(values: list[float | None]) -> float | None:
     """The standard error of an estimate from its values with one group of draws left out at a time."""
-    n = len(values)
-    if n < 2 or None in values:
-        return None
-    mean = math.fsum(values) / n
-    return math.sqrt((n - 1) / n * math.fsum((v - mean) ** 2 for v in values))
+    return None if len(values) < 2 or None in values else jackknife_error(values)
 
 
 def over_draws(values: list[float | None]) -> dict[str, float | int | None]:
     """Mean and standard error of the estimates of single draws, without those that are None."""
     found = [v for v in values if v is not None]
-    n = len(found)
-    if n == 0:
+    if not found:
         return {"draws_mean": None, "draws_error": None, "draws": 0}
-    mean = math.fsum(found) / n
-    error = math.sqrt(math.fsum((v - mean) ** 2 for v in found) / (n - 1) / n) if n > 1 else None
-    return {"draws_mean": mean, "draws_error": error, "draws": n}
+    mean = Estimate.mean(found)
+    return {"draws_mean": mean.value, "draws_error": mean.error, "draws": mean.count}

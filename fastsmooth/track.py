@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsmooth import estimators, measure
 from fastsmooth.estimators import Estimate
-from fastsmooth.persample import BN, NotCovered, sample_norms
+from fastsmooth.persample import BN, NotCovered, SampleNorms, sample_norms
 from fastsmooth.schedule import Point, Smoothing
 
 GROUPS = 4  # parts of a batch for the micro-batch estimator
@@ -78,7 +78,7 @@ class NoiseTracker:
     def estimate(self, x: Tensor, y: Tensor) -> tuple[Estimate, float]:
         """(C2, ||g||^2) of a batch; call it inside measure.undisturbed."""
         if self.estimator == "per-sample":
-            found = sample_norms(self.model, x, y, bn=self.bn if self.bn in BN else None)
+            found = norms(self.model, x, y, self.bn)
             return estimators.per_sample(found.noise, self.n), found.grad_square.item()
         sizes = [len(part) for part in y.tensor_split(GROUPS)]
         parts = zip(x.split(sizes), y.split(sizes), strict=True)
@@ -132,6 +132,11 @@ class NoiseTracker:
 STATE = ("last_period", "count", "largest", "norm_squares", "full_squares", "recent_c2", "recent_full", "epoch_c2")
 
 
+def norms(model: nn.Module, x: Tensor, y: Tensor, bn: str) -> SampleNorms:
+    """sample_norms for a value of --bn, whose train and eval say nothing about per-sample gradients."""
+    return sample_norms(model, x, y, bn=bn if bn in BN else None)
+
+
 def smallest_batch(estimator: str) -> int:
     return 2 if estimator == "per-sample" else 2 * GROUPS
 
@@ -145,7 +150,7 @@ def choose_estimator(model: nn.Module, x: Tensor, wanted: str, bn: str) -> tuple
         return wanted, ""
     try:
         with measure.undisturbed(model, bn):
-            sample_norms(model, x, torch.zeros(len(x), dtype=torch.int64, device=x.device), bn=bn if bn in BN else None)
+            norms(model, x, torch.zeros(len(x), dtype=torch.int64, device=x.device), bn)
     except NotCovered as error:
         if wanted == "per-sample" or bn in BN:
             raise

@@ -23,7 +23,7 @@ ALLOWED = {
     "persample": {"kernels"},
     "estimators": {"kernels"},
     "track": {"measure", "persample", "estimators", "schedule"},
-    "tails": {"kernels"},
+    "tails": {"kernels", "estimators"},
     "step": {"optim", "measure", "kernels"},
     "modes": {
         "step",
