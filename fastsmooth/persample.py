@@ -301,8 +301,7 @@ def batch_norm(mode, input, running_mean, running_var, weight=None, bias=None, t
     if training:
         if mode.bn is None:
             raise NotCovered(
-                "BatchNorm with batch statistics mixes the samples: choose bn batch (each sample's share of the batch's "
-                "gradient), frozen (statistics as constants) or evaluation mode, or GroupNorm"
+                "BatchNorm with batch statistics mixes the samples: choose bn batch, frozen or eval, or GroupNorm"
             )
         mean = variance = None
         if mode.bn == "frozen":

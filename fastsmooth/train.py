@@ -383,7 +383,8 @@ def noise_tracker(c: Config, model, images, schedule: Schedule, torch):
 def noise_cost(live) -> str:
     """What --track-noise took of this process's training time."""
     tracked, trained = live.clock.read("track"), live.train_seconds + live.clock.read("train")
-    return f"noise measured {live.noise.count} times; {tracked:.2g} s here, {tracked / max(trained, 1e-9):.1%} of the training time"
+    share = tracked / max(trained, 1e-9)
+    return f"noise measured {live.noise.count} times, here in {tracked:.2g} s: {share:.1%} of the training time"
 
 
 def default_out(c: Config) -> Path:

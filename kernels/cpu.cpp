@@ -321,7 +321,7 @@ struct Places {
 
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A piece of the weight, [places, rows, columns], that one thread computes for every sample before the next piece.
+// A piece of the weight, [places, rows, columns]: all samples' shares of it are computed before those of the next.
 struct Piece {
     int64_t group, place, places, row, rows, column, columns;
 };

@@ -85,7 +85,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
-        warnings.warn(f"the update runs in plain PyTorch, slower: {error}", stacklevel=2)
+        warnings.warn(f"the kernels run in plain PyTorch, slower: {error}", stacklevel=2)
         return None
 
 
