@@ -202,28 +202,32 @@ class GroupNorm(torch.autograd.Function):
 
 
 class BatchNorm(torch.autograd.Function):
-    """F.batch_norm over x [B, C, ...]; with no mean and variance given, with those of the batch."""
+    """F.batch_norm over x [B, C, ...]; with no mean and variance given, with those of the batch.
+
+    These are functions of x, through which the gradient goes, or with `frozen` constants as the given ones are.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, noise, mean, variance, eps):
-        ctx.training = mean is None
-        y, of_batch, rstd = torch.native_batch_norm(x, weight, bias, mean, variance, ctx.training, 0.0, eps)
-        if not ctx.training:
-            of_batch, rstd = mean, (variance + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, variance, of_batch, rstd)
-        ctx.noise, ctx.wide, ctx.eps = noise, probe.dtype, eps
+    def forward(ctx, x, weight, bias, probe, noise, mean, variance, eps, frozen):
+        of_batch = mean is None
+        y, center, rstd = torch.native_batch_norm(x, weight, bias, mean, variance, of_batch, 0.0, eps)
+        if not of_batch:
+            center, rstd = mean, (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, center, rstd)
+        ctx.noise, ctx.wide, ctx.eps, ctx.through = noise, probe.dtype, eps, of_batch and not frozen
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, mean, variance, of_batch, rstd = ctx.saved_tensors
+        x, weight, center, rstd = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
             slopes = torch.ops.aten.native_batch_norm_backward
-            saved = (of_batch, rstd) if ctx.training else (None, None)
+            constants = (None, None) if ctx.through else (center, rstd**-2 - ctx.eps)
+            of_batch = (center, rstd) if ctx.through else (None, None)
             mask = (True, False, False)
-            dx = slopes(dy, x, weight, mean, variance, *saved, ctx.training, ctx.eps, mask)[0]
-        return dx, *affine_shares(ctx, x, dy, of_batch[None], rstd[None]), None, None, None, None
+            dx = slopes(dy, x, weight, *constants, *of_batch, ctx.through, ctx.eps, mask)[0]
+        return dx, *affine_shares(ctx, x, dy, center[None], rstd[None]), None, None, None, None, None
 
 
 def affine_shares(
@@ -297,17 +301,12 @@ def linear(mode, input, weight, bias=None):
 
 def batch_norm(mode, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     mode.check(input)
-    mean, variance = running_mean, running_var
-    if training:
-        if mode.bn is None:
-            raise NotCovered(
-                "BatchNorm with batch statistics mixes the samples: choose bn batch, frozen or eval, or GroupNorm"
-            )
-        mean = variance = None
-        if mode.bn == "frozen":
-            with torch.no_grad():
-                variance, mean = torch.var_mean(input, [0, *range(2, input.ndim)], correction=0)
-    return BatchNorm.apply(input, weight, bias, mode.probe, mode.noise, mean, variance, eps)
+    if training and mode.bn is None:
+        raise NotCovered(
+            "BatchNorm with batch statistics mixes the samples: choose bn batch, frozen or eval, or GroupNorm"
+        )
+    given = (None, None) if training else (running_mean, running_var)
+    return BatchNorm.apply(input, weight, bias, mode.probe, mode.noise, *given, eps, mode.bn == "frozen")
 
 
 def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5):
