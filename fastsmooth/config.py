@@ -190,6 +190,7 @@ def option(
 
 positive = real(0, open_low=True)
 momentum = real(0, 1, open_high=True)
+CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
 MEMORY_SETS = {"cifar10", "cifar100", "imagenet", "folder"}
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -203,8 +204,13 @@ class Config:
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", MEMORY_SETS))
     image_size: int | None = option(None, "data", "pixels a side", whole(8, 1024), metavar="N", only=("dataset", {"folder", "imagenet"}))
     augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS)
-    loader: str = option("auto", "data", "resident: all images on the device; torch: DataLoader", choices=("auto", "resident", "dali", "torch"))
-    workers: int = option(2, "data", "processes of --loader torch", whole(0, 256), metavar="N")
+    loader: str = option("auto", "data", "resident: all images on the device; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
+    workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
+    chunk: int | None = option(None, "data", "samples decoded together (2048; files 64, on CUDA 256)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
+    on_bad_image: str = option("raise", "data", "raise: stop; zeros: serve it black and count it", choices=("raise", "zeros"), only=("dataset", {"folder", "imagenet"}))
+    hw_decoder_load: float = option(0.65, "data", "dali on CUDA: share of the hardware decoder", real(0, 1), metavar="X", only=("loader", DALI))
+    decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))
+    decoder_host_memory: int = option(8, "data", "the same in host memory", whole(0, 65536), metavar="MB", only=("loader", DALI))
     drop_last: bool = option(False, "data", "drop the last partial batch of an epoch")
 
     model: str | None = option(None, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")

@@ -17,8 +17,8 @@ from fastsmooth import measure
 from fastsmooth.checkpoint import Checkpoints
 from fastsmooth.clock import Clock
 from fastsmooth.config import Config
-from fastsmooth.data import Data
-from fastsmooth.data.order import epoch_batches, in_order, subset
+from fastsmooth.data import Data, Stream
+from fastsmooth.data.order import in_order, subset
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, Tracker
 from fastsmooth.progress import Progress, warn
@@ -91,7 +91,6 @@ class Run:
     stop_reason: Callable[[], str | None] = lambda: None
 
     epoch: int = 0
-    position: int = 0  # samples of this epoch that are done
     update: int = 0
     samples: int = 0
     best_test_acc: float | None = None
@@ -104,6 +103,8 @@ class Run:
     def __post_init__(self) -> None:
         self.meter, self.window = Meter(self.device), Meter(self.device)
         self.bad_update = torch.zeros((), dtype=torch.int64, device=self.device)
+        c = self.config
+        self.stream = Stream(self.data.train, c.seed, self.schedule.epochs, self.data.fingerprint, c.drop_last)
         self.eval_chunk = EVAL_CHUNK[self.device.type]
         self.epoch_seconds_before = 0.0  # of this epoch, spent by an earlier process
         self.train_seconds = 0.0  # of this process, in epochs that are done
@@ -120,8 +121,9 @@ class Run:
         while self.epoch < self.schedule.epochs:
             point = self.schedule(self.epoch)
             self.step.optimizer.set_point(point.lr, point.momentum)
+            self.stream.batch_size = point.batch_size
             with self.clock.measure("train"):
-                for x, y in self.data.train.batches(self.indices(point), self.epoch):
+                for x, y in self.stream.rest_of_epoch():
                     if self.noise is not None and self.noise.due(self.update, self.epoch, len(y)):
                         self.track(x, y, point)
                     if self.step.compile and not self.step.compiled_graphs:
@@ -130,19 +132,12 @@ class Run:
                         self.progress.restart_clock(self.samples + len(y))
                     else:
                         yield x, y, point
-                    self.position += len(y)
                     self.samples += len(y)
                     self.update += 1
                     self.after_update(point)
                     if self.enough:
                         return
             self.end_epoch(point)
-
-    def indices(self, point: Point) -> Iterator[Tensor]:
-        c = self.config
-        return epoch_batches(
-            c.seed, self.epoch, len(self.data.train), point.batch_size, self.position, c.drop_last, str(self.device)
-        )
 
     def gradient(self, x: Tensor, y: Tensor) -> None:
         """Forward and backward; what they say is kept on the device."""
@@ -199,7 +194,7 @@ class Run:
         self.meter.reset()
         self.train_seconds += self.clock.read("train")
         self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
-        self.epoch, self.position = self.epoch + 1, 0
+        self.epoch += 1
         if self.epoch == self.schedule.epochs or not self.config.checkpoint_every:
             self.save(final=self.epoch == self.schedule.epochs)
 
@@ -239,7 +234,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "epoch": self.epoch,
-            "position": self.position,
+            "data": self.stream.state_dict(),
             "update": self.update,
             "samples": self.samples,
             "best_test_acc": self.best_test_acc,
@@ -252,15 +247,15 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "metrics_bytes": self.folder.sync(),
-            "fingerprint": self.data.fingerprint,
             "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was saved."""
+        """Stand where `state` was saved. Raises DataError where that was with other images."""
+        self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
-        for name in ("epoch", "position", "update", "samples", "best_test_acc", "last_epoch", "noise_points"):
+        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch", "noise_points"):
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
@@ -322,6 +317,7 @@ class Run:
             "updates": self.update,
             "samples": self.samples,
             "compiled_graphs": self.step.compiled_graphs,
+            "bad_images": len(self.data.bad.reasons),
         }
 
 

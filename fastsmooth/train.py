@@ -159,6 +159,9 @@ def run(c: Config) -> int:
     except KeyboardInterrupt:
         end(live, "failed", "interrupted")
         return 130
+    finally:
+        if live is not None:
+            live.stream.close()
 
 
 def prepare(c: Config, torch):
@@ -178,7 +181,7 @@ def prepare(c: Config, torch):
     out = Path(c.out or default_out(c))
     if not c.resume:
         check_unused(out)
-    images = data.open_data(c, device)
+    images = data.open_data(c, device, warn)
     n = len(images.train)
     schedule = make_schedule(c, n)
     check_against_data(c, schedule, n)
@@ -245,6 +248,8 @@ def train(live) -> int:
         live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
     if live.noise and live.noise.count:
         live.progress.say(noise_cost(live))
+    if live.data.bad.reasons:
+        live.progress.say(f"{len(live.data.bad.reasons)} images could not be read and were served black")
     live.progress.say(f"run folder {live.folder.path}")
     if live.config.dataset == "digits" and live.config.mode == "normal":
         live.progress.say(
@@ -276,6 +281,7 @@ def finished(out: Path) -> bool:
 def go_on(live) -> None:
     """Load the newest valid checkpoint; without one the run starts from its beginning."""
     from fastsmooth.checkpoint import CheckpointError
+    from fastsmooth.data import DataError
     from fastsmooth.log import one_line
 
     live.checkpoints.clean()
@@ -284,15 +290,14 @@ def go_on(live) -> None:
         live.folder.rewind(0)
         return
     try:
-        size, same_images = state["metrics_bytes"], state["fingerprint"] == live.data.fingerprint
-        if same_images:
-            live.restore(state)
+        size = state["metrics_bytes"]
+        live.restore(state)
+    except DataError as error:
+        raise ConfigError(f"--resume with --data-dir {live.config.data_dir}: {error}") from None
     except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
             f"{live.checkpoints.directory}: the checkpoint is not of this run ({one_line(error)[:200]}): start a new run"
         ) from None
-    if not same_images:
-        raise ConfigError(f"--resume: the images in {live.config.data_dir} are not those the run was started with")
     live.folder.rewind(size)
 
 

@@ -569,6 +569,41 @@ void affine_grads(int64_t batch, int64_t pixels, int64_t channels, int64_t share
     }
 }
 
+// augment ------------------------------------------------------------------------------------------------------------
+
+// out[i] is image rows[i] (or i) of pixels [N, size, size, 3], moved by its 8 numbers in `moves`, if there are any, and its
+// values looked up in table [3][256]; augment.py says what the numbers are.
+void augment(int64_t count, int64_t size, const uint8_t* pixels, const int64_t* rows, const int32_t* moves,
+             const float* table, int threads, float* out) {
+    static const uint8_t black[3] = {0, 0, 0};
+    const float *red = table, *green = table + 256, *blue = table + 512;
+    const uint32_t edge = uint32_t(size);
+    int64_t values = size * size * 3;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t stored = rows ? rows[i] : i;
+        const uint8_t* image = pixels + stored * values;
+        float* to = out + i * values;
+        if (!moves) {
+            for (int64_t at = 0; at < values; at += 3) {
+                to[at] = red[image[at]], to[at + 1] = green[image[at + 1]], to[at + 2] = blue[image[at + 2]];
+            }
+            continue;
+        }
+        const int32_t *m = moves + stored * 8, cos = m[2], sin = m[3], minus_sin = m[4], down = m[5], right = m[6];
+        const int32_t sign = m[7] ? -1 : 1, shift = right + (m[7] ? int32_t(size) - 1 : 0);
+        for (int32_t y = 0; y < int32_t(size); ++y) {
+            int32_t across = m[0] + y * sin, along = m[1] + y * cos;
+            for (int32_t x = 0; x < int32_t(size); ++x, across += cos, along += minus_sin, to += 3) {
+                int32_t u = across >> 16, v = along >> 16, c = sign * u + shift, r = v + down;
+                bool inside = uint32_t(u) < edge & uint32_t(v) < edge & uint32_t(c) < edge & uint32_t(r) < edge;
+                const uint8_t* from = inside ? image + (r * int64_t(size) + c) * 3 : black;
+                to[0] = red[from[0]], to[1] = green[from[1]], to[2] = blue[from[2]];
+            }
+        }
+    }
+}
+
 }  // namespace
 
 #define UPDATE(NAME, T)                                                                                         \
@@ -610,3 +645,8 @@ CONV(conv_noise_float64, double)
     }
 AFFINE(affine_grads_float32, float)
 AFFINE(affine_grads_float64, double)
+
+extern "C" void augment(int64_t count, int64_t size, const void* pixels, const int64_t* rows, const int32_t* moves,
+                        const float* table, int threads, void* out) {
+    augment(count, size, static_cast<const uint8_t*>(pixels), rows, moves, table, threads, static_cast<float*>(out));
+}

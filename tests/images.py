@@ -1,5 +1,6 @@
 """Small images, trees of image files, and data sets opened from them."""
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -9,15 +10,24 @@ from PIL import Image
 
 from fastsmooth.config import resolve
 from fastsmooth.data import open_data
-from fastsmooth.data.order import epoch_batches
+from fastsmooth.data.order import permutation
 
 CPU = torch.device("cpu")
-LOADERS = [("resident", 0), ("torch", 0), ("torch", 2)]  # with the number of workers
+HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+# with the number of workers
+LOADERS = [("resident", 0), ("torch", 0), ("torch", 2), ("threads", 2), *([("dali", 2)] if HAS_DALI else [])]
 rng = np.random.default_rng(0)
 
 
 def opened(loader: str = "resident", workers: int = 0, **given):
     return open_data(resolve(given | {"loader": loader, "workers": workers}), CPU)
+
+
+def epoch_batches(seed, epoch, n, batch_size, start=0, drop_last=False):
+    """The sample indices of the batches of an epoch."""
+    order = permutation(seed, epoch, n)
+    end = n - n % batch_size if drop_last else n
+    return order[start:end].split(batch_size) if start < end else ()
 
 
 def every_batch(loader, batch_size: int = 64, seed: int = 0, epoch: int | None = None):

@@ -13,7 +13,6 @@ from PIL import Image
 from torchvision import transforms as T
 
 from fastsmooth.data import DataError, dali, sets
-from fastsmooth.data.order import epoch_batches
 
 ROOT = Path(__file__).parents[1]
 

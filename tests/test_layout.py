@@ -16,7 +16,7 @@ ALLOWED = {
     "log": set(),
     "checkpoint": set(),
     "progress": set(),
-    "data": {"data"},
+    "data": {"data", "kernels"},
     "models": set(),
     "optim": {"kernels"},
     "measure": {"optim", "kernels", "estimators"},

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastsmooth import measure, models, modes
 from fastsmooth.config import resolve
 from fastsmooth.data import open_data
-from fastsmooth.data.order import epoch_batches, in_order, subset
+from fastsmooth.data.order import in_order, subset
 from fastsmooth.estimators import Estimate
 from fastsmooth.log import TIMES, read_rows
 from fastsmooth.measure import NormRecord

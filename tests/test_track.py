@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from fastsmooth import models
 from fastsmooth.config import resolve
 from fastsmooth.data import open_data
-from fastsmooth.data.order import epoch_batches
 from fastsmooth.log import TIMES, read_rows
 from fastsmooth.persample import NotCovered
 from fastsmooth.schedule import Point, Smoothing
@@ -62,7 +61,7 @@ def test_training_is_the_same_bit_for_bit(flags, tmp_path):
 
 def first_batch(size: int):
     data = open_data(resolve({}), CPU)
-    index = next(iter(epoch_batches(0, 0, len(data.train), size, 0, False, "cpu")))
+    index = next(iter(epoch_batches(0, 0, len(data.train), size, 0))
     x, y = next(iter(data.train.batches([index], 0)))
     torch.manual_seed(0)
     return x, y, len(data.train)

@@ -4,75 +4,132 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fastsmooth.data import augment, dali
+from fastsmooth.data.chunks import ChunkedLoader, Loader
+from fastsmooth.data.dali import DaliEngine, Decoder
+from fastsmooth.data.index import read_index
 from fastsmooth.data.resident import ResidentLoader
-from fastsmooth.data.sets import READERS, DataError, ImageSet, decode_all
-from fastsmooth.data.torchloader import TorchLoader
+from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.source import BadImages, Source
+from fastsmooth.data.stream import Stream
+from fastsmooth.data.threads import ThreadsEngine
+from fastsmooth.data.torchloader import TorchEngine
 
 MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
+CHUNK_OF_PIXELS = 2048  # samples of a set whose pixels are in memory
+CHUNK_OF_FILES = {"cuda": 256}  # a GPU wants many at once; elsewhere 64, which the caches like and which is soon there
 
-__all__ = ["Data", "DataError", "open_data"]
+__all__ = ["Data", "DataError", "Stream", "open_data"]
 
 
 @dataclass(frozen=True)
 class Data:
     """A training and a test loader with the facts that the rest of a run needs."""
 
-    train: ResidentLoader | TorchLoader
-    test: ResidentLoader | TorchLoader
+    train: Loader
+    test: Loader
     classes: int
     size: int
     fingerprint: str
     choice: str  # one line: which loader was picked and why
+    bad: BadImages
 
 
-def open_data(config, device: torch.device) -> Data:
-    """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError."""
+def open_data(config, device: torch.device, say: Callable[[str], None] = print) -> Data:
+    """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError.
+
+    `say` gets a line where reading takes long, and one for each image that cannot be read but may be black.
+    """
     if config.loader == "dali":
-        dali.refuse()
+        dali.require()
     try:
         images = READERS[config.dataset](config)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(f"--data-dir {config.data_dir}: {error.strerror or error}{where}") from None
-    resident, why = fits(config, images, device)
-    if resident:
-        train, test = (decode(split, config) for split in (images.train, images.test))
-        loaders = [
-            ResidentLoader(split, config.augment, config.seed, images.mean, images.std, device)
-            for split in (train, test)
-        ]
-    else:
-        loaders = [
-            TorchLoader(
-                s, config.augment, config.image_size, config.seed, images.mean, images.std, device, config.workers
-            )
-            for s in (images.train, images.test)
-        ]
-    choice = f"loader {'resident' if resident else 'torch'}: {why}"
-    return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), choice)
-
-
-def decode(split, config):
-    return decode_all(
-        split, config.image_size, lambda image: augment.evaluation_view(image, config.augment, config.image_size)
+    bad = BadImages(config.on_bad_image, say)
+    name, why = choose(config, images, device)
+    threads = processors() if config.workers is None else config.workers
+    loaders, chunk = [], 0
+    for split in (images.train, images.test):
+        if name == "resident":
+            kept = decode(split, config, bad)
+            loader = ResidentLoader(kept, config.augment, config.seed, images.mean, images.std, device)
+        else:
+            source = Source(split, indexed(split, bad, say), config.augment, config.image_size, config.seed, bad)
+            chunk = config.chunk or chunk_size(split, device)
+            engine = make_engine(name, source, chunk, threads, device, config)
+            loader = ChunkedLoader(engine, split.labels, config.image_size, chunk, images.mean, images.std, device)
+        loaders.append(loader)
+    how = "" if name == "resident" else f", {threads} {'processes' if name == 'torch' else 'threads'}, chunks of {chunk}"
+    return Data(
+        *loaders, len(images.classes), config.image_size, images.fingerprint(), f"loader {name}: {why}{how}", bad
     )
 
 
-def fits(config, images: ImageSet, device: torch.device) -> tuple[bool, str]:
-    """Whether the images are to be resident, and why."""
+def choose(config, images: ImageSet, device: torch.device) -> tuple[str, str]:
+    """The loader's name, and why it was picked."""
     if config.loader != "auto":
-        return config.loader == "resident", "as asked"
+        return config.loader, "as asked"
+    resident, why = fits(config, images, device)
+    if resident:
+        return "resident", why
+    if images.train.pixels is None and dali.available():
+        return "dali", f"{why}, and DALI is installed"
+    return "threads", f"{why}; pip install 'fastsmooth[dali]' decodes faster" if images.train.pixels is None else why
+
+
+def fits(config, images: ImageSet, device: torch.device) -> tuple[bool, str]:
+    """Whether the images can be resident, and why."""
     if config.augment == "resized-crop-flip":
         return False, "random resized crops need the whole images"
-    needed = 4 * (config.image_size**2 + 1) * (len(images.train) + len(images.test))
+    needed = 3 * config.image_size**2 * (len(images.train) + len(images.test))
     free = free_memory(device)
-    verdict = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
-    return needed <= MEMORY_SHARE * free, verdict
+    return needed <= MEMORY_SHARE * free, f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
+
+
+def make_engine(name: str, source: Source, chunk: int, threads: int, device: torch.device, config):
+    pinned = device.type == "cuda"
+    if name == "torch":
+        return TorchEngine(source, threads, pinned)
+    if name == "threads":
+        return ThreadsEngine(source, max(threads, 1), pinned)
+    device_memory, host_memory = config.decoder_device_memory << 20, config.decoder_host_memory << 20
+    decoder = Decoder(False, config.hw_decoder_load, device_memory, host_memory)
+    return DaliEngine(source, chunk, max(threads, 1), device, decoder)
+
+
+def chunk_size(split: Split, device: torch.device) -> int:
+    return CHUNK_OF_FILES.get(device.type, 64) if split.pixels is None else CHUNK_OF_PIXELS
+
+
+def indexed(split: Split, bad: BadImages, say: Callable[[str], None]):
+    """The index of a split of files; its bad headers are reported now."""
+    if split.pixels is not None:
+        return None
+    index = read_index(split.paths, os.path.commonpath([os.path.dirname(path) for path in split.paths]), say)
+    for count, (i, reason) in enumerate(index.bad.items()):
+        more = len(index.bad) - 1 - count
+        if bad.policy == "raise" and more:
+            reason = f"{reason} ({more} more cannot be read)"
+        bad.report(split.paths[i], reason)
+    return index
+
+
+def decode(split: Split, config, bad: BadImages) -> Split:
+    return decode_all(
+        split, config.image_size, lambda image: augment.evaluation_view(image, config.augment, config.image_size), bad.report
+    )
+
+
+def processors() -> int:
+    """How many of the processors are this process's to use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory(device: torch.device) -> float:

@@ -7,6 +7,7 @@ The same numbers give the same pixels in both forms, and both equal torchvision'
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -19,6 +20,15 @@ from fastsmooth.data.order import AUGMENT, CROP_ATTEMPT, philox
 MAX_ANGLE = 15.0  # degrees
 ATTEMPTS = 10  # of RandomResizedCrop before it falls back to a central crop
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+ONE = 1 << 16  # in 16.16 fixed point
+
+
+class Views(NamedTuple):
+    """What a decoder is to make of n images of any size: int64 on the CPU, in pixels."""
+
+    box: Tensor  # [n, 4] top, left, height, width: the part that is wanted
+    scaled: Tensor  # [n, 2] height, width that it is resized to, antialiased
+    corner: Tensor  # [n, 2] top, left of the size x size pixels that are kept of that
 
 
 def padding(size: int) -> int:
@@ -34,8 +44,8 @@ def draw(kind: str, size: int, seed: int, epoch: int, index: Tensor) -> Tensor:
     """
     words = philox(seed, epoch, index, AUGMENT)
     if kind == "resized-crop-flip":
-        attempts = [philox(seed, epoch, index, CROP_ATTEMPT + k) for k in range(ATTEMPTS)]
-        uniforms = torch.cat(attempts).double() / 2**32
+        streams = CROP_ATTEMPT + torch.arange(ATTEMPTS, device=index.device)[:, None]
+        uniforms = philox(seed, epoch, index, streams).transpose(0, 1).flatten(0, 1).double() / 2**32
         return torch.cat([(words[2] >> 31).double()[None], uniforms]).T
     spread = 2 * padding(size) + 1
     top, left = (words[0] * spread) >> 32, (words[1] * spread) >> 32
@@ -45,36 +55,66 @@ def draw(kind: str, size: int, seed: int, epoch: int, index: Tensor) -> Tensor:
     return torch.stack([top.double(), left.double(), (words[2] >> 31).double(), angle], dim=1)
 
 
-def source_pixels(params: Tensor, size: int, rotate: bool) -> Tensor:
-    """Where each output pixel comes from: int64 [n, size * size], the pixel's index, or size * size for the zero fill.
+def moves(kind: str, size: int, params: Tensor) -> Tensor:
+    """What `draw` gave, in the numbers of fastsmooth.kernels.augment: int32 [n, 8].
 
-    Crop, flip and rotation collapse into one look-up. Rotation follows PIL's nearest affine transform, which works in
-    16.16 fixed point from coefficients rounded to 15 decimals.
+    PIL's nearest affine transform works in 16.16 fixed point from coefficients rounded to 15 decimals. Of
+    resized-crop-flip only the flip is left: views has the rest.
     """
-    top, left, flip, angle = params.T[:, :, None, None]  # each [n, 1, 1]
-    pixels = torch.arange(size, device=params.device)
-    y, x = pixels[:, None], pixels[None, :]
-    inside = torch.ones((), dtype=torch.bool, device=params.device)
-    if rotate:
-        radians = -torch.deg2rad(angle)
-        cos, sin = (f(radians).round(decimals=15) for f in (torch.cos, torch.sin))
-        half = size / 2
-        x0 = cos * -half + sin * -half + half + cos * 0.5 + sin * 0.5
-        y0 = -sin * -half + cos * -half + half - sin * 0.5 + cos * 0.5
-        x, y = (
-            (fixed(x0) + x * fixed(cos) + y * fixed(sin)) >> 16,
-            (fixed(y0) + x * fixed(-sin) + y * fixed(cos)) >> 16,
-        )
-        inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
-    x = torch.where(flip != 0, size - 1 - x, x) + left.long() - padding(size)
-    y = y + top.long() - padding(size)
-    inside = inside & (x >= 0) & (x < size) & (y >= 0) & (y < size)
-    return torch.where(inside, y * size + x, size * size).flatten(1)
+    if kind == "resized-crop-flip":
+        top = left = angle = torch.zeros_like(params[:, 0])
+        flip, border = params[:, 0], 0
+    else:
+        (top, left, flip, angle), border = params.T, padding(size)
+    radians = -torch.deg2rad(angle)
+    cos, sin = (f(radians).round(decimals=15) for f in (torch.cos, torch.sin))
+    half = size / 2
+    x0 = cos * -half + sin * -half + half + cos * 0.5 + sin * 0.5
+    y0 = -sin * -half + cos * -half + half - sin * 0.5 + cos * 0.5
+    rotation = [torch.floor(value * ONE + 0.5) for value in (x0, y0, cos, sin, -sin)]
+    return torch.stack([*rotation, top - border, left - border, flip], dim=1).to(torch.int32)
 
 
-def fixed(value: Tensor) -> Tensor:
-    """16.16 fixed point, rounded as PIL does."""
-    return torch.floor(value * 65536 + 0.5).long()
+def views(kind: str, size: int, drawn: Tensor | None, width: Tensor, height: Tensor) -> Views:
+    """The views of images with these sizes, int64 [n]; `drawn` is what `draw` gave, None for the view that is tested."""
+    zero = torch.zeros_like(width)
+    corner = torch.stack([zero, zero], dim=1)
+    if drawn is not None and kind == "resized-crop-flip":
+        return Views(crop_boxes(width, height, drawn[:, 1:]), torch.full_like(corner, size), corner)
+    short = torch.full_like(width, short_side(kind, size))
+    wide = width >= height
+    scaled = [  # as torchvision's Resize: the long side is rounded down
+        torch.where(wide, short, (short * height).double().div(width).floor().long()),
+        torch.where(wide, (short * width).double().div(height).floor().long(), short),
+    ]
+    scaled = torch.stack(scaled, dim=1)
+    return Views(torch.stack([zero, zero, height, width], dim=1), scaled, ((scaled - size) / 2).round().long())
+
+
+def short_side(kind: str, size: int) -> int:
+    """What the view that is tested is resized to before its centre is kept: 256 for 224 in ImageNet's recipe."""
+    return round(size * 256 / 224) if kind == "resized-crop-flip" else size
+
+
+def crop_boxes(width: Tensor, height: Tensor, uniforms: Tensor) -> Tensor:
+    """int64 [n, 4] rows (top, left, height, width) as torchvision's RandomResizedCrop.get_params draws them, for images of
+    these sizes, int64 [n], from given uniforms [n, 4 ATTEMPTS]."""
+    area, ratio, at_y, at_x = uniforms.view(len(uniforms), ATTEMPTS, 4).permute(2, 0, 1)  # each [n, ATTEMPTS]
+    target = (width * height)[:, None] * (SCALE[0] + area * (SCALE[1] - SCALE[0]))
+    low, high = map(math.log, RATIO)
+    ratio = torch.exp(low + ratio * (high - low))
+    w, h = torch.sqrt(target * ratio).round().long(), torch.sqrt(target / ratio).round().long()
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    first = fits.long().argmax(dim=1, keepdim=True)
+    w, h, at_y, at_x = (value.gather(1, first)[:, 0] for value in (w, h, at_y, at_x))
+    top, left = (at_y * (height - h + 1)).long(), (at_x * (width - w + 1)).long()
+    drawn = torch.stack([top, left, h, w], dim=1)
+    # none fits: the largest box of an allowed ratio in the centre
+    tall, flat = width / height < RATIO[0], width / height > RATIO[1]
+    h = torch.where(tall, (width / RATIO[0]).round().long(), height)
+    w = torch.where(flat, (height * RATIO[1]).round().long(), width)
+    central = torch.stack([(height - h) // 2, (width - w) // 2, h, w], dim=1)
+    return torch.where(fits.any(dim=1, keepdim=True), drawn, central)
 
 
 def crop_flip_rotate(image: Image.Image, params: list[float], size: int) -> Image.Image:
@@ -86,34 +126,15 @@ def crop_flip_rotate(image: Image.Image, params: list[float], size: int) -> Imag
     return TF.rotate(image, angle, InterpolationMode.NEAREST, fill=0) if angle else image
 
 
-def resized_crop_flip(image: Image.Image, params: list[float], size: int) -> Image.Image:
-    """RandomResizedCrop(size) and RandomHorizontalFlip with the numbers that `draw` gave."""
-    top, left, height, width = crop_box(image.width, image.height, params[1:])
-    image = TF.resized_crop(image, top, left, height, width, [size, size], antialias=True)
-    return TF.hflip(image) if params[0] else image
-
-
-def crop_box(width: int, height: int, uniforms: list[float]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) as torchvision's RandomResizedCrop.get_params draws them, from given uniforms."""
-    by_attempt = [uniforms[k : k + 4] for k in range(0, len(uniforms), 4)]
-    for area, ratio, at_y, at_x in by_attempt:
-        target = width * height * (SCALE[0] + area * (SCALE[1] - SCALE[0]))
-        log_ratio = math.log(RATIO[0]) + ratio * (math.log(RATIO[1]) - math.log(RATIO[0]))
-        w = round(math.sqrt(target * math.exp(log_ratio)))
-        h = round(math.sqrt(target / math.exp(log_ratio)))
-        if 0 < w <= width and 0 < h <= height:
-            return int(at_y * (height - h + 1)), int(at_x * (width - w + 1)), h, w
-    w, h = width, height
-    if width / height < RATIO[0]:
-        h = round(width / RATIO[0])
-    elif width / height > RATIO[1]:
-        w = round(height * RATIO[1])
-    return (height - h) // 2, (width - w) // 2, h, w
+def resized_crop_flip(image: Image.Image, box: list[int], flip: float, size: int) -> Image.Image:
+    """One PIL image through torchvision's functions: the box (top, left, height, width), resized and flipped."""
+    image = TF.resized_crop(image, *box, [size, size], antialias=True)
+    return TF.hflip(image) if flip else image
 
 
 def evaluation_view(image: Image.Image, kind: str, size: int) -> Image.Image:
-    """The view that is tested: Resize and CenterCrop; the short side is 256/224 of the crop for ImageNet's recipe."""
-    short = round(size * 256 / 224) if kind == "resized-crop-flip" else size
+    """The view that is tested: Resize and CenterCrop."""
+    short = short_side(kind, size)
     if image.size != (size, size) or short != size:
         image = TF.center_crop(TF.resize(image, short, antialias=True), [size, size])
     return image

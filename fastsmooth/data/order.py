@@ -16,8 +16,11 @@ MASK = 0xFFFFFFFF
 ORDER, AUGMENT, DRAW, CROP_ATTEMPT = 0, 1, 2, 16
 
 
-def philox(seed: int, epoch: int, index: Tensor, stream: int = ORDER) -> Tensor:
-    """Four 32-bit random words a sample: int64 [4, n] in [0, 2^32) for int64 `index` [n], on the index's device."""
+def philox(seed: int, epoch: int, index: Tensor, stream: int | Tensor = ORDER) -> Tensor:
+    """Four 32-bit random words a sample: int64 [4, n] in [0, 2^32) for int64 `index` [n], on the index's device.
+
+    Streams [k, 1] give [4, k, n].
+    """
     return philox_rounds([index & MASK, epoch & MASK, stream, index >> 32], [seed & MASK, seed >> 32])
 
 
@@ -42,16 +45,6 @@ def permutation(seed: int, epoch: int, n: int, device: torch.device | str = "cpu
 def sorted_by(words: Tensor) -> Tensor:
     """The indices that sort 62-bit keys made of the first two words."""
     return torch.argsort((words[0] << 30) ^ words[1], stable=True)
-
-
-def epoch_batches(
-    seed: int, epoch: int, n: int, batch_size: int, start: int = 0, drop_last: bool = False, device: str = "cpu"
-) -> Iterator[Tensor]:
-    """The epoch's batches of sample indices from position `start` on; every sample once, the last batch partial."""
-    order = permutation(seed, epoch, n, device)
-    end = n - n % batch_size if drop_last else n
-    for at in range(start, end, batch_size):
-        yield order[at : min(at + batch_size, end)]
 
 
 def in_order(n: int, batch_size: int, device: str = "cpu") -> Iterator[Tensor]:

@@ -153,14 +153,19 @@ def open_image(path: str) -> Image.Image:
         raise DataError(f"{path}: {reason}: remove or replace it") from None
 
 
-def decode_all(split: Split, size: int, view: Callable[[Image.Image], Image.Image]) -> Split:
-    """The split with its images decoded and brought to size x size; the first bad file raises DataError."""
+def decode_all(
+    split: Split, size: int, view: Callable[[Image.Image], Image.Image], report: Callable[[str, str], None]
+) -> Split:
+    """The split with its images decoded and brought to size x size; bad files are black, and report(path, reason) may raise."""
     if split.pixels is not None:
         return split
-    pixels = np.empty((len(split), size, size, 3), dtype=np.uint8)
+    pixels = np.zeros((len(split), size, size, 3), dtype=np.uint8)
 
     def decode(i: int) -> None:
-        pixels[i] = np.asarray(view(open_image(split.paths[i])))
+        try:
+            pixels[i] = np.asarray(view(open_image(split.paths[i])))
+        except DataError as error:
+            report(split.paths[i], str(error))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(decode, range(len(split)), chunksize=64):

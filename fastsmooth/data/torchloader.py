@@ -1,4 +1,4 @@
-"""The plain DataLoader behind the same order and the same random numbers: for sets that do not fit, and as reference."""
+"""PyTorch's DataLoader with PIL and torchvision's transforms, one image after the other: the reference of the engines."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastsmooth.data import augment
-from fastsmooth.data.sets import DataError, Split, open_image
+from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.sets import DataError, open_image
+from fastsmooth.data.source import Source
+
+Item = tuple[int, list[int], list[float] | None]  # sample, the box of its view, the numbers that `draw` gave
 
 
 class Images(Dataset):
-    """One image at a time, decoded and augmented with the numbers that come with its index."""
+    """One image at a time, decoded and augmented with the numbers that come with its index: pixels, or why not."""
 
-    def __init__(self, split: Split, kind: str, size: int):
-        self.split, self.kind, self.size = split, kind, size
+    def __init__(self, source: Source):
+        self.split, self.kind, self.size = source.split, source.kind, source.size
 
-    def __getitem__(self, item: tuple[int, list[float] | None]) -> tuple[np.ndarray, int] | str:
-        index, params = item
+    def __getitem__(self, item: Item) -> np.ndarray | str:
+        index, box, drawn = item
         try:
             image = self.open(index)
         except DataError as error:
-            return str(error)  # raised in the main process, where it is one line
-        if params is None or self.kind == "none":
-            image = augment.evaluation_view(image, self.kind, self.size)
-        elif self.kind == "resized-crop-flip":
-            image = augment.resized_crop_flip(image, params, self.size)
-        else:
-            image = augment.evaluation_view(image, self.kind, self.size)
-            image = augment.crop_flip_rotate(image, params, self.size)
-        return np.asarray(image), int(self.split.labels[index])
+            return str(error)  # reported in the main process
+        if drawn is not None and self.kind == "resized-crop-flip":
+            return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size))
+        image = augment.evaluation_view(image, self.kind, self.size)
+        return np.asarray(image if drawn is None else augment.crop_flip_rotate(image, drawn, self.size))
 
     def open(self, index: int) -> Image.Image:
         if self.split.pixels is not None:
@@ -41,74 +41,78 @@ class Images(Dataset):
         return open_image(self.split.paths[index])
 
 
-def collate(items: list) -> tuple[Tensor, Tensor] | str:
-    for item in items:
-        if isinstance(item, str):
-            return item
-    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in items]))  # [B, size, size, 3]
-    return pixels, torch.tensor([label for _, label in items])
+def collate(items: list[np.ndarray | str]) -> tuple[Tensor, dict[int, str]]:
+    """uint8 [m, size, size, 3], black where there is none, and why there is none."""
+    reasons = {k: item for k, item in enumerate(items) if isinstance(item, str)}
+    found = next((item for item in items if not isinstance(item, str)), np.zeros((1, 1, 3), np.uint8))
+    pixels = np.stack([np.zeros_like(found) if k in reasons else item for k, item in enumerate(items)])
+    return torch.from_numpy(pixels), reasons
 
 
-class Batches:
-    """What the DataLoader takes its batches of (index, parameters) from; exchanged before each pass."""
+class Items:
+    """What the DataLoader takes its lists of items from; exchanged before each pass."""
 
     def __init__(self) -> None:
-        self.source: Iterable[list] = ()
+        self.source: Iterable[list[Item]] = ()
 
-    def __iter__(self) -> Iterator[list]:
+    def __iter__(self) -> Iterator[list[Item]]:
         return iter(self.source)
 
 
-class TorchLoader:
-    """The same interface as ResidentLoader; workers are kept between passes."""
+class TorchEngine:
+    """Chunks by worker processes, each a chunk at a time; they are kept between passes."""
 
-    def __init__(self, split: Split, kind: str, size: int, seed: int, mean, std, device: torch.device, workers: int):
-        self.images, self.kind, self.size, self.seed = Images(split, kind, size), kind, size, seed
-        self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
-        self.device, self.workers = device, workers
-        self.labels = torch.from_numpy(split.labels)
-        self._sampler, self._loader, self._busy = Batches(), None, False
+    ahead = False
 
-    def __len__(self) -> int:
-        return len(self.images.split)
+    def __init__(self, source: Source, workers: int, pinned: bool):
+        self.source, self.workers, self.pinned = source, workers, pinned
+        self.images = Images(source)
+        self._items, self._loader, self._busy = Items(), None, False
 
-    def batches(self, indices: Iterable[Tensor], epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ResidentLoader.batches. A file that cannot be read raises DataError with its name."""
-        sampler, loader, kept = self._claim()
-        sampler.source = map(lambda index: self.items(index.cpu(), epoch), indices)
+    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+        items, loader, kept = self._claim()
+        waiting: list[Job] = []  # what the DataLoader has drawn ahead
+
+        def drawn() -> Iterator[list[Item]]:
+            for job in jobs:
+                waiting.append(job)
+                yield self.items(job)
+
+        items.source = drawn()
         try:
-            for batch in loader:
-                if isinstance(batch, str):
-                    raise DataError(batch)
-                pixels, labels = (t.to(self.device, non_blocking=True) for t in batch)
-                x = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
-                yield x, labels
+            for pixels, reasons in loader:
+                job = waiting.pop(0)
+                for k, reason in reasons.items():
+                    self.source.bad.report(self.source.split.paths[job.index[k]], reason)
+                if len(reasons) == len(pixels):
+                    pixels = torch.zeros(len(pixels), self.source.size, self.source.size, 3, dtype=torch.uint8)
+                yield Chunk(job, pixels, None)
         finally:
             self._busy = self._busy and not kept
 
-    def items(self, index: Tensor, epoch: int | None) -> list:
-        if epoch is None or self.kind == "none":
-            return [(i, None) for i in index.tolist()]
-        drawn = augment.draw(self.kind, self.size, self.seed, epoch, index)
-        return list(zip(index.tolist(), drawn.tolist(), strict=True))
+    def items(self, job: Job) -> list[Item]:
+        drawn = self.source.drawn(job)
+        numbers = [None] * len(job.index) if drawn is None else drawn.tolist()
+        boxes = self.source.views(job, drawn).box.tolist() if self.source.index else [None] * len(job.index)
+        return list(zip(job.index.tolist(), boxes, numbers, strict=True))
 
-    def _claim(self) -> tuple[Batches, DataLoader, bool]:
+    def _claim(self) -> tuple[Items, DataLoader, bool]:
         """The kept DataLoader, or one of its own for a pass inside another pass."""
         if self._busy:
-            sampler = Batches()
-            return sampler, self._make(sampler), False
+            items = Items()
+            return items, self._make(items), False
         if self._loader is None:
-            self._loader = self._make(self._sampler)
+            self._loader = self._make(self._items)
         self._busy = True
-        return self._sampler, self._loader, True
+        return self._items, self._loader, True
 
-    def _make(self, sampler: Batches) -> DataLoader:
+    def _make(self, items: Items) -> DataLoader:
         return DataLoader(
             self.images,
-            batch_sampler=sampler,
+            batch_sampler=items,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.pinned,
             generator=torch.Generator(),  # without one of its own each pass would move the global random state
         )

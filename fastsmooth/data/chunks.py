@@ -1,0 +1,212 @@
+"""Batches of any size cut from chunks of one size, which an engine makes ahead of time.
+
+A loader reads segments: sample indices in order, with the epoch whose random numbers augment them. Its reader gives the next
+`count` samples of the present segment, so that a new batch size holds from the next batch on while the engine, DALI's memory
+included, never sees but one size.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastsmooth.kernels.augment import augment
+
+
+class Segment(NamedTuple):
+    """Samples in order, from place `start` on."""
+
+    index: Tensor  # int64 [n]
+    epoch: int | None  # whose random numbers augment them; None: as they are tested
+    start: int = 0
+
+
+class Job(NamedTuple):
+    """A chunk to be made. `skip` samples at its beginning are not wanted: chunks begin at the same places always."""
+
+    segment: int
+    index: Tensor
+    epoch: int | None
+    skip: int
+
+
+class Chunk(NamedTuple):
+    """A chunk that is made: uint8 pixels [m, S, S, 3] on the CPU or the device, and what is still to be done to them."""
+
+    job: Job
+    pixels: Tensor
+    moves: Tensor | None  # int32 [m, 8] of kernels.augment
+    release: Callable[[], None] = lambda: None  # gives the memory back, once it is read
+
+
+class Engine(Protocol):
+    """Makes chunks, in the order of the jobs, several at a time."""
+
+    ahead: bool  # whether it works in a thread of ours, or has processes of its own
+
+    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]: ...
+
+
+def normalisation(mean, std, device: torch.device) -> Tensor:
+    """float32 [3, 256]: what ToTensor and Normalize make of a channel's value, by their own operations in their order."""
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
+    return torch.arange(256, dtype=torch.float32).div(255).sub(mean).div(std).to(device)
+
+
+class Loader:
+    """What all loaders have: their length, and passes over given samples."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def reader(self, segments: Iterable[Segment]):
+        """take(count) gives (x, y) of the next samples of the present segment; advance() goes to the next; close() ends."""
+        raise NotImplementedError
+
+    def batches(self, indices: Iterable[Tensor], epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y) for each tensor of sample indices: x float32 [B, 3, size, size] normalised, y int64 [B].
+
+        With an epoch the images are augmented with that epoch's numbers; with None they are as they are tested. Raises
+        DataError with the file's name where one cannot be read.
+        """
+        indices = list(indices)
+        if not indices:
+            return
+        reader = self.reader([Segment(torch.cat(indices), epoch)])
+        try:
+            for index in indices:
+                yield reader.take(len(index))
+        finally:
+            reader.close()
+
+
+class ChunkedLoader(Loader):
+    """Batches on `device` from the chunks of an engine."""
+
+    def __init__(self, engine: Engine, labels, size: int, chunk: int, mean, std, device: torch.device):
+        self.engine, self.size, self.chunk, self.device = engine, size, chunk, device
+        self.labels = torch.from_numpy(labels).to(device)
+        self.table = normalisation(mean, std, device)
+
+    def reader(self, segments: Iterable[Segment]) -> ChunkReader:
+        return ChunkReader(self, segments)
+
+
+class ChunkReader:
+    """Cuts batches from chunks, in order."""
+
+    def __init__(self, loader: ChunkedLoader, segments: Iterable[Segment]):
+        self.loader = loader
+        chunks = loader.engine.chunks(jobs(segments, loader.chunk))
+        self._chunks = Ahead(chunks) if loader.engine.ahead else chunks
+        self._chunk, self._at, self._segment = None, 0, 0
+        self._used: deque[tuple[torch.cuda.Event, Chunk]] = deque()  # on a GPU: read by work that may be still to come
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        loader = self.loader
+        x = torch.empty(count, loader.size, loader.size, 3, device=loader.device)
+        y = torch.empty(count, dtype=torch.int64, device=loader.device)
+        done = 0
+        while done < count:
+            chunk = self._present()
+            part = slice(self._at, min(len(chunk.pixels), self._at + count - done))
+            to = slice(done, done + part.stop - part.start)
+            pixels, index, moves = (
+                t if t is None else t[part].to(loader.device, non_blocking=True)
+                for t in (chunk.pixels, chunk.job.index, chunk.moves)
+            )
+            augment(pixels, None, moves, loader.table, x[to])
+            torch.index_select(loader.labels, 0, index, out=y[to])
+            self._at, done = part.stop, to.stop
+            if self._at == len(chunk.pixels):
+                self._retire()
+        return x.permute(0, 3, 1, 2), y
+
+    def advance(self) -> None:
+        self._segment += 1
+        if self._chunk is not None:
+            self._retire()
+
+    def close(self) -> None:
+        self._chunks.close()
+        if self._chunk is not None:
+            self._retire()
+        for event, chunk in self._used:
+            event.synchronize()
+            chunk.release()
+        self._used.clear()
+
+    def _present(self) -> Chunk:
+        """The chunk that the next sample is in."""
+        while self._chunk is None:
+            chunk = next(self._chunks)
+            if chunk.job.segment == self._segment:
+                self._chunk, self._at = chunk, chunk.job.skip
+            else:  # the last samples of a segment may be left over
+                chunk.release()
+        return self._chunk
+
+    def _retire(self) -> None:
+        chunk, self._chunk = self._chunk, None
+        if self.loader.device.type != "cuda":
+            return chunk.release()
+        event = torch.cuda.Event()
+        event.record()
+        self._used.append((event, chunk))
+        while self._used and self._used[0][0].query():
+            self._used.popleft()[1].release()
+
+
+def jobs(segments: Iterable[Segment], size: int) -> Iterator[Job]:
+    """The chunks of the segments, cut at the multiples of `size` wherever a segment starts."""
+    for number, segment in enumerate(segments):
+        index = segment.index.cpu()
+        for at in range(segment.start // size * size, len(index), size):
+            yield Job(number, index[at : at + size], segment.epoch, max(segment.start - at, 0))
+
+
+class Ahead:
+    """An iterator whose items are made in a thread, two ahead. What the thread raises is raised by next()."""
+
+    def __init__(self, items: Iterator):
+        self._items, self._ready = items, queue.Queue(maxsize=2)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="fastsmooth data", daemon=True)
+        self._thread.start()
+
+    def __next__(self):
+        done, item = self._ready.get()
+        if done:
+            self._ready.put((done, item))  # for whoever asks again
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; items that nobody took are dropped."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                pass
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                self._ready.put((False, item))
+                if self._stop.is_set():
+                    break
+            end = StopIteration()
+        except BaseException as error:  # handed on, whatever it is
+            end = error
+        self._items.close()
+        if not self._stop.is_set():
+            self._ready.put((True, end))

@@ -1,0 +1,153 @@
+"""What the headers of a tree's image files say, read before training begins, so that a bad file is found then.
+
+What was read is kept in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a hash of the tree's
+path, and holds for a file as long as its name, size and time of modification stay. The cache may be damaged or another
+user's work: nothing in it is unpickled, and what does not fit is read again from the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastsmooth.data.sets import DataError, open_image
+
+VERSION = 1  # of the cache: another one whenever its fields change, or the meaning of plain
+# plain is a byte, since a bool that another program stored as 2 is not safe to compute with
+RECORD = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("width", "<i4"), ("height", "<i4"), ("plain", "u1")])
+THREADS = 16  # they wait for the disk more than for a core, so the number of cores does not matter
+CHUNK = 256  # files that a thread takes at a time
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is known of n image files without decoding them."""
+
+    width: np.ndarray  # int32 [n], pixels as stored, before any EXIF rotation; 0 where the file is bad
+    height: np.ndarray  # int32 [n], likewise
+    size: np.ndarray  # int64 [n], bytes; 0 where the system does not say
+    plain: np.ndarray  # bool [n]: a JPEG or PNG that every decoder turns into the same RGB pixels as PIL
+    bad: dict[int, str]  # position: one line that names the file and says what is wrong and what to do
+
+
+def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | None = None) -> Index:
+    """The index of all image files below `root`, as sets.scan lists them: what is not in `paths` leaves the cache.
+
+    `say` gets a line now and then once it has taken 2 seconds. Bad files raise nothing and are read again each time.
+    """
+    names = relative(paths, root)
+    table = np.zeros(len(paths), RECORD)
+    for part, stats in in_threads(stat, paths, "looking for changed image files", say):
+        table["size"][part], table["mtime"][part] = zip(*stats, strict=True)
+
+    kept_names, kept = load(root)
+    before = np.append(kept, np.zeros(1, RECORD))[positions(names, kept_names)]  # zeros for new names
+    pixels = before["width"].astype(np.int64) * before["height"]
+    known = (before["size"] == table["size"]) & (before["mtime"] == table["mtime"]) & (table["size"] > 0)
+    known &= (before["width"] > 0) & (before["height"] > 0) & (pixels <= Image.MAX_IMAGE_PIXELS)
+    table[known] = before[known]
+
+    unknown, bad = np.flatnonzero(~known), {}
+    if len(unknown):
+        Image.preinit()  # so that JPEG and PNG are tried first
+        Image.init()  # all formats, now: threads that load them at the same time may miss one
+    for part, headers in in_threads(header, [paths[i] for i in unknown.tolist()], "reading image headers", say):
+        rows = unknown[part]
+        table["width"][rows], table["height"][rows], table["plain"][rows], wrong = zip(*headers, strict=True)
+        bad.update((i, line) for i, line in zip(rows.tolist(), wrong, strict=True) if line)
+    if names != kept_names or not np.array_equal(table, kept):
+        save(root, names, table)
+    return Index(*(table[field].copy() for field in ("width", "height", "size")), table["plain"] != 0, bad)
+
+
+def in_threads(work: Callable, paths: Sequence[str], what: str, say) -> Iterator[tuple[slice, list]]:
+    """Slices of `paths`, in order, each with what `work` says of its paths."""
+    due = time.monotonic() + 2
+    starts = range(0, len(paths), CHUNK)
+    with ThreadPoolExecutor(THREADS) as pool:
+        chunks = pool.map(lambda start: list(map(work, paths[start : start + CHUNK])), starts)
+        for start, results in zip(starts, chunks, strict=True):
+            yield slice(start, start + CHUNK), results
+            if say and time.monotonic() > due:
+                say(f"{what}: {100 * (start + len(results)) // len(paths)} %")
+                due = time.monotonic() + 10
+
+
+def stat(path: str) -> tuple[int, int]:
+    """The size in bytes and the time of modification in ns; zeros for a file that open_image will then refuse."""
+    try:
+        result = os.stat(path)
+    except OSError:
+        return 0, 0
+    return result.st_size, result.st_mtime_ns & (2**63 - 1)  # a time in the far future would not fit
+
+
+def header(path: str) -> tuple[int, int, bool, str]:
+    """Width and height in pixels, whether the file is plain, and what is wrong with it: nothing, or one line."""
+    with suppress(Exception), Image.open(path) as image:  # open_image finds the words for whatever is raised
+        if image.width * image.height <= Image.MAX_IMAGE_PIXELS:
+            return *image.size, is_plain(image), ""
+    try:
+        open_image(path)
+        raise DataError(f"{path}: it changed while it was read: start again")
+    except DataError as error:
+        return 0, 0, False, str(error)
+
+
+def is_plain(image: Image.Image) -> bool:
+    if image.format == "PNG" and "transparency" not in image.info:
+        # the tile speaks of the file: RGB;16B or L;4 is RGB or L once it is decoded
+        return image.mode in ("RGB", "L") and all(tile.args == image.mode for tile in image.tile)
+    return image.format == "JPEG" and image.mode in ("RGB", "L", "CMYK")
+
+
+def relative(paths: Sequence[str], root: str) -> bytes:
+    """The paths below `root`, each behind a zero byte."""
+    prefix = str(Path(root, "_"))[:-1]
+    return os.fsencode("\0".join(("", *paths)).replace("\0" + prefix, "\0"))
+
+
+def positions(names: bytes, kept_names: bytes) -> np.ndarray:
+    """int64 [n]: where each of n names stood when the index was kept, -1 for new ones."""
+    if names == kept_names:
+        return np.arange(names.count(b"\0"))
+    where = dict(zip(kept_names.split(b"\0")[1:], count()))
+    return np.array([where.get(name, -1) for name in names.split(b"\0")[1:]], np.int64)
+
+
+def cache_file(root: str) -> Path:
+    """Raises RuntimeError where there is no home directory."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
+    return folder / f"index-{hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]}.npz"
+
+
+def load(root: str) -> tuple[bytes, np.ndarray]:
+    """The names and their records, RECORD [n], as saved; none where there is no cache that can be used."""
+    with suppress(Exception), np.load(cache_file(root), allow_pickle=False) as file:  # damage may raise anything
+        version, names, table = (file[key] for key in ("version", "names", "table"))
+        right = (names.dtype, table.dtype, names.ndim, table.ndim) == (np.uint8, RECORD, 1, 1)
+        names = names.tobytes()
+        if right and np.array_equal(version, VERSION) and names.count(b"\0") == len(table):
+            return names, table
+    return b"", np.zeros(0, RECORD)
+
+
+def save(root: str, names: bytes, table: np.ndarray) -> None:
+    with suppress(OSError, RuntimeError):  # no home, no room or no permission: then the headers are read every time
+        target = cache_file(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            aside = os.path.join(scratch, target.name)
+            np.savez(aside, version=VERSION, names=np.frombuffer(names, np.uint8), table=table)
+            os.replace(aside, target)  # whole or not at all, whoever else builds it now

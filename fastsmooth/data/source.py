@@ -1,0 +1,74 @@
+"""What the engines read from: the images of a split, their sizes, and what is done about those that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastsmooth.data import augment
+from fastsmooth.data.augment import Views
+from fastsmooth.data.chunks import Job
+from fastsmooth.data.index import Index
+from fastsmooth.data.sets import DataError, Split, open_image
+
+
+class BadImages:
+    """Files that cannot be read. With "raise" the first ends the run; with "zeros" they are black, and are counted."""
+
+    def __init__(self, policy: str, say: Callable[[str], None]):
+        self.policy, self.say = policy, say
+        self.reasons: dict[str, str] = {}  # by path
+
+    def report(self, path: str, reason: str) -> None:
+        """Raises DataError(reason), or keeps it and says it once."""
+        if self.policy == "raise":
+            raise DataError(f"{reason}; or serve it black with --on-bad-image zeros")
+        if path not in self.reasons:
+            self.reasons[path] = reason
+            self.say(f"{DataError(reason)}; it is served black")
+
+
+@dataclass
+class Source:
+    """A split with what its augmentation is: `kind`, at `size` pixels a side, with the random numbers of `seed`."""
+
+    split: Split
+    index: Index | None  # of a split of files
+    kind: str
+    size: int
+    seed: int
+    bad: BadImages
+
+    def drawn(self, job: Job) -> Tensor | None:
+        if job.epoch is None or self.kind == "none":
+            return None
+        return augment.draw(self.kind, self.size, self.seed, job.epoch, job.index)
+
+    def moves(self, drawn: Tensor | None) -> Tensor | None:
+        """int32 [m, 8], what is left to do once the views are cut out."""
+        return None if drawn is None else augment.moves(self.kind, self.size, drawn)
+
+    def views(self, job: Job, drawn: Tensor | None) -> Views:
+        at = job.index.numpy()
+        # an image that cannot be read has no size, and gets some view that nobody looks at
+        width, height = (torch.from_numpy(v[at].astype(np.int64)).clamp(min=1) for v in (self.index.width, self.index.height))
+        return augment.views(self.kind, self.size, drawn, width, height)
+
+    def readable(self, i: int) -> bool:
+        """False, once it is reported, where the header of sample i was bad, or an earlier decoding."""
+        path = self.split.paths[i]
+        if i in self.index.bad:
+            self.bad.report(path, self.index.bad[i])
+        return i not in self.index.bad and path not in self.bad.reasons
+
+    def by_pil(self, i: int, view: tuple[list[int], list[int], list[int]]) -> np.ndarray:
+        """uint8 [size, size, 3]: the view of sample i, for files that the fast decoders read otherwise than PIL, or not."""
+        (top, left, height, width), (tall, wide), (down, right) = view
+        image = open_image(self.split.paths[i]).crop((left, top, left + width, top + height))
+        image = image.resize((wide, tall), Image.Resampling.BILINEAR)
+        return np.asarray(image.crop((right, down, right + self.size, down + self.size)))

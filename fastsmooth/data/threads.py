@@ -1,0 +1,97 @@
+"""JPEG and PNG files by torchvision's decoders in a pool of threads: ImageNet without DALI."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_image
+
+from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.sets import DataError
+from fastsmooth.data.source import Source
+
+AT_ONCE = 2  # chunks in the pool's hands: one being made, one for the threads that are done with it
+
+
+class ThreadsEngine:
+    """Chunks in host memory, pinned for a GPU; the buffers are used again."""
+
+    ahead = True
+
+    def __init__(self, source: Source, threads: int, pinned: bool):
+        self.source, self.pinned = source, pinned
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fastsmooth decode")
+        self.free: deque[torch.Tensor] = deque()
+
+    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+        started: deque[tuple[Chunk, list[Future]]] = deque()
+        try:
+            for job in jobs:
+                started.append(self._start(job))
+                if len(started) == AT_ONCE:
+                    yield self._finish(*started.popleft())
+            while started:
+                yield self._finish(*started.popleft())
+        finally:
+            for _, futures in started:
+                for future in futures:
+                    future.cancel()
+
+    def _start(self, job: Job) -> tuple[Chunk, list[Future]]:
+        source = self.source
+        drawn = source.drawn(job)
+        if source.split.pixels is not None:
+            return Chunk(job, torch.from_numpy(source.split.pixels[job.index.numpy()]), source.moves(drawn)), []
+        buffer = self._buffer(len(job.index))
+        views = zip(*(v.tolist() for v in source.views(job, drawn)), strict=True)
+        pixels = buffer[: len(job.index)]
+        futures = [
+            self.pool.submit(self._decode, i, view, pixels[k].numpy())
+            for k, (i, view) in enumerate(zip(job.index.tolist(), views, strict=True))
+        ]
+        return Chunk(job, pixels, source.moves(drawn), lambda: self.free.append(buffer)), futures
+
+    def _finish(self, chunk: Chunk, futures: list[Future]) -> Chunk:
+        for future in futures:
+            future.result()
+        return chunk
+
+    def _buffer(self, count: int) -> torch.Tensor:
+        while self.free:
+            buffer = self.free.popleft()
+            if len(buffer) >= count:
+                return buffer
+        return torch.empty(count, self.source.size, self.source.size, 3, dtype=torch.uint8, pin_memory=self.pinned)
+
+    def _decode(self, i: int, view: tuple[list[int], list[int], list[int]], to: np.ndarray) -> None:
+        """Write the view of sample i into `to`, uint8 [size, size, 3]."""
+        source = self.source
+        path = source.split.paths[i]
+        if not source.readable(i):
+            to[...] = 0
+            return
+        try:
+            to[...] = self._fast(path, view) if source.index.plain[i] else source.by_pil(i, view)
+        except (DataError, RuntimeError, OSError) as error:
+            source.bad.report(path, reason(path, error))
+            to[...] = 0
+
+    def _fast(self, path: str, view: tuple[list[int], list[int], list[int]]) -> np.ndarray:
+        (top, left, height, width), scaled, (down, right) = view
+        image = decode_image(torch.from_numpy(np.fromfile(path, dtype=np.uint8)), ImageReadMode.RGB)
+        image = image[None, :, top : top + height, left : left + width]
+        image = F.interpolate(image, scaled, mode="bilinear", antialias=True)[0].numpy().transpose(1, 2, 0)
+        return image[down : down + self.source.size, right : right + self.source.size]
+
+
+def reason(path: str, error: Exception) -> str:
+    """One line for what a decoder said of a file."""
+    if isinstance(error, DataError):
+        return str(error)
+    said = getattr(error, "strerror", None) or str(error).strip().splitlines()[0].rstrip(".")
+    return f"{path}: {said}: remove or replace it"
