@@ -1,4 +1,4 @@
-"""What gradient noise costs, ours beside other libraries: python -m benchmarks.bench_noise [--quick]
+"""What gradient noise costs, ours beside other libraries: python -m benchmarks.bench_noise [--quick] [--device cuda]
 
 Case persample/<model>/<norm>/b<batch> is a training step, forward, backward and an update of torch.optim.SGD with
 momentum, that also finds the squared gradient norm of every sample. <norm> is group (GroupNorm) or batch (BatchNorm in
@@ -26,6 +26,10 @@ A library that cannot run on a case is left out with its own words; one that fin
 mem_ratio is of the process's resident memory, Python and its libraries included; alloc_ratio is of what PyTorch's allocator
 holds at the peak of a step beyond weights, momentum and images, without what C++ code allocates for itself, as oneDNN and
 our kernels do block by block.
+
+On a GPU, where the cases persample alone run, a step ends with torch.cuda.synchronize(), float32 is no TF32 and both ratios
+are of the memory that PyTorch's allocator holds there: mem_ratio of all of it, alloc_ratio as above. tests/test_gpu.py is
+not run first, as the tests are on a CPU: gpu_check.sh has run it, and here every variant is compared in float64 all the same.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -62,6 +66,8 @@ from fastsmooth.step import keep_freed_memory
 CLASSES, SIZE = 100, 32
 LR = 1e-3  # small, since all steps are on the same batch
 VMAP_CHUNK, ORIGINALS_CHUNK = 8, 1000
+GPU_STEPS = 10  # times the steps of a window, which are that much shorter on a GPU
+GPU_BUDGET = 10.0  # seconds for all rounds of a case there
 CHECKED = 8  # images of the batch in float64, which takes many times as long
 NORM_FLOP, NOISE_FLOP = 2, 5  # a value of a sample's gradient: square and add; also subtract the mean, square and add
 # Relative, of the squared norm of each sample. In float32 the variants' forward passes round differently, and where a ReLU's
@@ -84,6 +90,7 @@ class NormCase:
     budget: float = 240.0  # seconds for all rounds
     lead: int = 1
     ratio_to: str = "plain"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -97,6 +104,9 @@ class NormCase:
         exact = one_by_one(self, torch.float32, self.batch_size)
         kept = [name for name in self.names or NORMS if name in names]
         return [Variant(name, NormStep, (self, name, exact), 1 if name in SLOW else None) for name in kept]
+
+    def on_gpu(self) -> NormCase:
+        return replace(self, device="cuda", steps=self.steps * GPU_STEPS, budget=min(self.budget, GPU_BUDGET))
 
 
 @dataclass(frozen=True)
@@ -139,15 +149,18 @@ QUICK = (
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    p = timing.arguments(
-        "What gradient noise costs beside a plain training step, ours and other libraries', on the CPU."
-    )
+    p = timing.arguments("What gradient noise costs beside a plain training step, ours and other libraries'.")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the cases persample alone")
     timing.add_selection(p, (case.name for case in CASES), (*NORMS, *FULLS))
     args = p.parse_args(argv)
-    cases = timing.selected(p, args, CASES, QUICK)
+    cases, tests = timing.selected(p, args, CASES, QUICK), TESTS
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            p.error("--device cuda: this machine has no GPU that PyTorch can use: leave it out")
+        cases, tests = [case.on_gpu() for case in cases if isinstance(case, NormCase)], ()
     report = timing.Report("bench_noise", argv, args.json, args.out)
-    report.header["about"]["peers"] = versions_of_peers()
-    return timing.run_cases(report, args.quick, TESTS, cases, lambda case: bench(case, set(args.variants), report))
+    report.header["about"] |= {"peers": versions_of_peers(), "device": args.device}
+    return timing.run_cases(report, args.quick, tests, cases, lambda case: bench(case, set(args.variants), report))
 
 
 def versions_of_peers() -> dict[str, str | None]:
@@ -179,7 +192,7 @@ def bench(case: NormCase | FullCase, names: set[str], report: timing.Report) -> 
     result = timing.rows("bench_noise", case.name, found, case.ratio_to, case.units)
     lines = timing.table(result, "images", found)
     if isinstance(case, NormCase):
-        add_allocations([v for v in variants if v.name in found], result, about["variants"])
+        add_allocations(case, [v for v in variants if v.name in found], result, about["variants"])
         about["floor"] = floor(case.model, case.norm, case.batch_size)
         lines += describe(result, about)
     for line in lines:
@@ -228,15 +241,17 @@ def square(t: Tensor) -> float:
 def model_and_batch(
     case: NormCase, memory_format: torch.memory_format, dtype: torch.dtype, count: int
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network and the first `count` images of the batch: the same numbers in every memory format and dtype."""
+    """The network and the first `count` images of the batch: the same numbers in every memory format, dtype and device."""
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        backend.fp32_precision = "ieee"  # as fastsmooth.train has it
     torch.manual_seed(0)
     model = models.build(case.model, CLASSES, case.norm)
     x = torch.randn(case.batch_size, 3, SIZE, SIZE)
     y = torch.randint(CLASSES, (case.batch_size,))
     if case.norm == "batch":
         set_running_statistics(model, x)
-    x, y = x[:count], y[:count]
-    return model.to(dtype, memory_format=memory_format), x.to(dtype, memory_format=memory_format), y
+    form = {"device": case.device, "dtype": dtype, "memory_format": memory_format}
+    return model.to(**form), x[:count].to(**form), y[:count].to(case.device)
 
 
 @torch.no_grad()
@@ -257,6 +272,7 @@ class NormStep:
 
     def __init__(self, case: NormCase, variant: str, exact: Exact, dtype: torch.dtype = torch.float32):
         keep_freed_memory()  # as fastsmooth.train does it, for every variant
+        torch.backends.cudnn.benchmark = dtype == torch.float32  # so too; one step in float64 gains nothing by it
         self.exact, self.dtype = exact, dtype
         memory_format = torch.contiguous_format if variant in CONTIGUOUS else torch.channels_last
         self.model, self.x, self.y = model_and_batch(case, memory_format, dtype, len(exact.squares))
@@ -271,6 +287,8 @@ class NormStep:
             self.first = found | {"grad_square": sum(square(p.grad) for p in self.params)}
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
 
     def loss(self, model: nn.Module) -> Tensor:
         return F.cross_entropy(model(self.x), self.y)
@@ -283,7 +301,7 @@ class NormStep:
         """The largest relative error of what the first step found, over all samples."""
         errors = []
         for name, found in self.first.items():
-            found, exact = (torch.as_tensor(v, dtype=torch.float64) for v in (found, getattr(self.exact, name)))
+            found, exact = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (found, getattr(self.exact, name)))
             errors.append(((found - exact).abs() / exact).max())
         return torch.stack(errors).max().item()  # NaN if any is
 
@@ -530,8 +548,11 @@ def error_or_reason(variant: Variant) -> float | str:
     return step.error()
 
 
-def add_allocations(variants: list[Variant], result: list[dict[str, Any]], about: dict[str, dict[str, Any]]) -> None:
-    held = dict(zip((v.name for v in variants), apart(allocated_bytes, variants), strict=True))
+def add_allocations(
+    case: NormCase, variants: list[Variant], result: list[dict[str, Any]], about: dict[str, dict[str, Any]]
+) -> None:
+    count = allocated_bytes_on_gpu if case.device == "cuda" else allocated_bytes
+    held = dict(zip((v.name for v in variants), apart(count, variants), strict=True))
     state = held["plain"][0]  # weights, momentum, images: what else a variant keeps from step to step is its own
     own = {name: peak - state for name, (_, peak) in held.items()}
     for row in result:
@@ -564,6 +585,17 @@ def allocated_bytes(variant: Variant) -> tuple[int, int]:
         else:
             peak = max(peak, held)
     return between, peak
+
+
+def allocated_bytes_on_gpu(variant: Variant) -> tuple[int, int]:
+    """The same of the GPU's allocator."""
+    gc.collect()
+    step = variant.make(*variant.args)
+    step()
+    between = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return between, torch.cuda.max_memory_allocated()
 
 
 # The least that a step must compute ----------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Every check that needs a GPU, in one call of under 8 minutes: bash benchmarks/gpu_check.sh
 #
-# Runs the kernels' tests on the GPU, not in Triton's interpreter, then their benchmark. Needs Linux, an NVIDIA driver, a
-# C compiler (Triton calls it) and Python 3.11 or newer; PYTHON names one, else .venv or python3. Where that has no PyTorch
-# that sees the GPU, no torchvision, pytest or pytest-xdist, they are installed into .venv/gpu: up to 3 GB to download.
+# Runs the kernels' tests on the GPU, not in Triton's interpreter, and those of whole runs there, then the benchmarks of the
+# kernels and of gradient noise. Needs Linux, an NVIDIA driver, a C compiler (Triton calls it) and Python 3.11 or newer;
+# PYTHON names one, else .venv or python3. Where that has no PyTorch that sees the GPU, no torchvision, pytest or
+# pytest-xdist, they are installed into .venv/gpu: up to 3 GB to download.
 #
-# Writes <date>_gpu_kernels.jsonl and <date>_gpu_check.log into ${OUT:-benchmarks/results}. A part that fails or takes too
-# long stops no other. Exit code: 0 all passed, 1 something failed, 2 no GPU.
+# Writes <date>_gpu_kernels.jsonl, <date>_gpu_noise.jsonl and <date>_gpu_check.log into ${OUT:-benchmarks/results}. A part
+# that fails or takes too long stops no other. Exit code: 0 all passed, 1 something failed, 2 no GPU.
 set -u
 
-LIMIT=460 # seconds for everything
+LIMIT=${LIMIT:-460} # seconds for everything
 INSTALL=200 TESTS=220
+NOISE=110 # of LIMIT, kept for the benchmark of noise
 
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
     echo "gpu_check: no NVIDIA GPU on this machine (nvidia-smi lists none): nothing was run" >&2
@@ -99,19 +101,25 @@ fi
 # side by side and in several processes: most of their time goes into compiling kernels, on one core each
 pytest=("$python" -m pytest)
 workers=$((($(nproc) + 1) / 2))
+start tests_gpu "$TESTS" "${pytest[@]}" --numprocesses "$(((workers + 1) / 2))" --durations 10 tests/test_gpu.py &
 start tests_kernels "$TESTS" "${pytest[@]}" --numprocesses "$workers" tests/test_kernels.py &
 start tests_machine_code "$TESTS" "${pytest[@]}" --numprocesses 1 tests/test_aot.py &
 start tests_optim "$TESTS" "${pytest[@]}" --numprocesses 1 tests/test_optim.py &
 wait
-for part in tests_kernels tests_machine_code tests_optim; do
+for part in tests_kernels tests_machine_code tests_optim tests_gpu; do
     report "$part"
 done
 
 # The cases and variants that fit in the time, the most telling first; what is finished when time is up is kept.
-start bench_kernels "$LIMIT" "$python" -m benchmarks.bench_kernels --device cuda --json --out "${name}_kernels.jsonl" \
+start bench_kernels $((LIMIT - NOISE - SECONDS)) "$python" -m benchmarks.bench_kernels --device cuda --json --out "${name}_kernels.jsonl" \
     --cases update/resnet18/shb persample_noise/B32 persample_noise/B8 update/resnet18/sgd \
     --variants ours loop foreach fused compiled eager
 report bench_kernels
+start bench_noise "$LIMIT" "$python" -m benchmarks.bench_noise --device cuda --json --out "${name}_noise.jsonl" \
+    --cases persample/resnet18/group/b128 persample/resnet20/group/b32 \
+    --variants ours ours_inner vmap opacus opacus_ghost backpack
+report bench_noise
 
-echo "gpu_check: $( ((failed)) && echo "something failed" || echo "all passed") in $SECONDS s: ${name}_kernels.jsonl, $log"
+verdict=$( ((failed)) && echo "something failed" || echo "all passed")
+echo "gpu_check: $verdict in $SECONDS s: ${name}_kernels.jsonl, ${name}_noise.jsonl, $log"
 exit "$failed"

@@ -206,7 +206,7 @@ class Config:
     augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS)
     loader: str = option("auto", "data", "resident: all images on the device; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
-    chunk: int | None = option(None, "data", "samples decoded together (2048; files 64, on CUDA 256)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
+    chunk: int | None = option(None, "data", "samples decoded together (2048; files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
     on_bad_image: str = option("raise", "data", "raise: stop; zeros: serve it black and count it", choices=("raise", "zeros"), only=("dataset", {"folder", "imagenet"}))
     hw_decoder_load: float = option(0.65, "data", "dali on CUDA: share of the hardware decoder", real(0, 1), metavar="X", only=("loader", DALI))
     decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))

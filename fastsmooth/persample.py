@@ -92,6 +92,9 @@ class PerSample(TorchFunctionMode):
             return function(*args, **kwargs)
         layer = LAYERS.get(function)
         if layer is None:
+            result = function(*args, **kwargs)
+            if not isinstance(result, Tensor):  # a fact about the parameter: a tracing compiler asks for some
+                return result
             raise NotCovered(f"{self.names[held[0]]} is used by {function.__name__}, which gives no per-sample norms")
         for p in held:
             if p in self.used:
@@ -186,6 +189,10 @@ class GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, probe, noise, groups, eps):
         ctx.sizes = len(x), x.shape[1], x[0].numel() // x.shape[1], groups
+        # the native functions of PyTorch 2.11 take memory in this order, or read it as if it were
+        in_order = x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        ctx.order = torch.channels_last if in_order else torch.contiguous_format
+        x = x.contiguous(memory_format=ctx.order)
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.noise, ctx.wide = noise, probe.dtype
@@ -197,7 +204,9 @@ class GroupNorm(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             slopes = torch.ops.aten.native_group_norm_backward
-            dx = slopes(dy, x, mean, rstd, weight, *ctx.sizes, (True, False, False))[0]
+            dx = slopes(
+                dy.contiguous(memory_format=ctx.order), x, mean, rstd, weight, *ctx.sizes, (True, False, False)
+            )[0]
         return dx, *affine_shares(ctx, x, dy, mean, rstd), None, None, None
 
 
@@ -224,9 +233,8 @@ class BatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             slopes = torch.ops.aten.native_batch_norm_backward
             constants = (None, None) if ctx.through else (center, rstd**-2 - ctx.eps)
-            of_batch = (center, rstd) if ctx.through else (None, None)
-            mask = (True, False, False)
-            dx = slopes(dy, x, weight, *constants, *of_batch, ctx.through, ctx.eps, mask)[0]
+            # CUDA wants mean and rstd in any case
+            dx = slopes(dy, x, weight, *constants, center, rstd, ctx.through, ctx.eps, (True, False, False))[0]
         return dx, *affine_shares(ctx, x, dy, center[None], rstd[None]), None, None, None, None, None
 
 

@@ -29,6 +29,7 @@ class Step:
         self._forward = self._plain_forward
         if compile:
             never_guard_on_sizes()
+            torch.compiler.reset()  # else the graphs of earlier runs count: a process runs eagerly after eight
             self._forward = torch.compile(self._plain_forward, backend=self._counting_backend)
 
     def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

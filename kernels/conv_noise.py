@@ -65,6 +65,7 @@ def conv_noise_ref(
         if noise:
             deviations.append(torch.linalg.vector_norm((g - mean).flatten(1), dim=1, dtype=wide).square())
     squares = torch.cat(squares)
+    dw = dw.contiguous(memory_format=torch.channels_last)  # as cpu.cpp has it, and as compilers are told
     return Shares(dw, squares, torch.cat(deviations) if noise else torch.zeros_like(squares))
 
 

@@ -136,6 +136,27 @@ def test_the_originals_have_the_same_images_and_network_mode(training):
         assert originals.loader.multiprocessing_context.get_start_method() == "fork"
 
 
+# --- on a GPU
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        bench_noise.main(["--device", "cuda"])
+    assert "no GPU that PyTorch can use" in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_cases_persample_have_longer_windows_there(monkeypatch):
+    measured = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "header", lambda *given: {"about": {}})
+    monkeypatch.setattr(bench_noise, "bench", lambda case, names, report: measured.append(case))
+    assert bench_noise.main(["--device", "cuda"]) == 0
+    cases = [case for case in bench_noise.CASES if isinstance(case, NormCase)]
+    assert [(c.name, c.steps) for c in measured] == [(c.name, 10 * c.steps) for c in cases]
+    assert {c.device for c in measured} == {"cuda"} and {c.device for c in cases} == {"cpu"}
+
+
 # --- what a step holds, and the least that it must compute
 
 

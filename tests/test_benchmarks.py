@@ -484,6 +484,7 @@ def test_a_part_of_the_gpu_check_that_fails_stops_no_other(tmp_path):
     done = gpu_check(tmp_path, "echo GPU 0: none", PYTHON=str(python))
     assert done.returncode == 1 and "tests_kernels: failed with code 3" in done.stdout
     (log,) = (tmp_path / "out").glob("*_gpu_check.log")
-    for part in ("test_kernels.py", "test_aot.py", "test_optim.py", "bench_kernels --device cuda --json"):
+    benches = ("bench_kernels --device cuda --json", "bench_noise --device cuda --json")
+    for part in ("test_kernels.py", "test_aot.py", "test_optim.py", "test_gpu.py", *benches):
         assert part in log.read_text()
-    assert log.read_text().count(": passed") == 3
+    assert log.read_text().count(": passed") == 5

@@ -22,7 +22,7 @@ from fastsmooth.data.torchloader import TorchEngine
 
 MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
 CHUNK_OF_PIXELS = 2048  # samples of a set whose pixels are in memory
-CHUNK_OF_FILES = {"cuda": 256}  # a GPU wants many at once; elsewhere 64, which the caches like and which is soon there
+CHUNK_OF_FILES = {"cuda": 128}  # the fastest on an H100 (benchmarks/gpu_decode.py); elsewhere 64, which is soon there
 
 __all__ = ["Data", "DataError", "Stream", "open_data"]
 
