@@ -121,7 +121,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    for decoder, chunk in [VARIANTS["full/hw0/chunk256"], VARIANTS["full/hw0.65/chunk256"], VARIANTS["full/hw1/chunk256"]]:
+    for decoder, chunk in [
+        VARIANTS["full/hw0/chunk256"],
+        VARIANTS["full/hw0.65/chunk256"],
+        VARIANTS["full/hw1/chunk256"],
+    ]:
         tell({"bench": "gpu_decode", "hw": decoder.hw_load, **again(files, decoder, chunk)})
     for _ in range(ROUNDS):
         for name, (decoder, chunk) in VARIANTS.items():
@@ -131,7 +135,14 @@ def main(argv: list[str] | None = None) -> int:
                 tell({"bench": "gpu_decode", "variant": name, "failed": " ".join(str(error).split())[:300]})
     for name, found in speeds.items():
         if found:
-            tell({"bench": "gpu_decode", "variant": name, "per_s": round(median(found)), "rounds": [round(v) for v in found]})
+            tell(
+                {
+                    "bench": "gpu_decode",
+                    "variant": name,
+                    "per_s": round(median(found)),
+                    "rounds": [round(v) for v in found],
+                }
+            )
     return 0
 
 

@@ -181,6 +181,7 @@ def prepare(c: Config, torch):
     out = Path(c.out or default_out(c))
     if not c.resume:
         check_unused(out)
+    about = environment() | {"kernels": choose_kernels(device, torch)}  # before their first use, which would warn elsewhere
     images = data.open_data(c, device, warn)
     n = len(images.train)
     schedule = make_schedule(c, n)
@@ -193,7 +194,6 @@ def prepare(c: Config, torch):
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled)
-    about = environment() | {"kernels": choose_kernels(device, torch)}
 
     folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), about)
     checkpoints = Checkpoints(out / "checkpoints", warn)

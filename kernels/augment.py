@@ -113,14 +113,18 @@ def _augment_native(pixels, rows, moves, table, out) -> Tensor:
     count, size = out.shape[:2]
     threads = max(1, min(torch.get_num_threads(), count * size * size // (PER_THREAD * 1024)))
     places = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (pixels, rows, moves, table)]
-    native.function("augment")(ctypes.c_int64(count), ctypes.c_int64(size), *places, threads, ctypes.c_void_p(out.data_ptr()))
+    native.function("augment")(
+        ctypes.c_int64(count), ctypes.c_int64(size), *places, threads, ctypes.c_void_p(out.data_ptr())
+    )
     return out
 
 
 IMPLEMENTATIONS = {"triton": _augment_triton, "native": _augment_native, "reference": augment_ref}
 
 
-def augment(pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor | None = None) -> Tensor:
+def augment(
+    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor | None = None
+) -> Tensor:
     """The images `rows` of `pixels`, moved and normalised: float32 [B, S, S, 3].
 
     Args:
@@ -144,7 +148,12 @@ def augment(pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Te
     for name, tensor, dtype, shape in expected:
         if tensor is None and name != "pixels":
             continue
-        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or tensor.device != pixels.device:
+        if (
+            tensor.dtype != dtype
+            or tensor.shape != shape
+            or not tensor.is_contiguous()
+            or tensor.device != pixels.device
+        ):
             raise ValueError(
                 f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}: wanted contiguous {list(shape)} of "
                 f"{dtype} on {pixels.device}"

@@ -40,7 +40,7 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
         name
         for path in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"def _(\w+)_kernel\(", path.read_text())
-    }
+    } - {"augment"}  # it has no loop whose bytes could be counted; test_kernels_augment.py compiles it
     assert {(row["kernel"], row["arch"]) for row in rows} == {(k, arch) for k in kernels for arch in (80, 90, 100)}
     assert len({(row["arch"], row["kernel"], row["case"]) for row in rows}) == len(rows) == 3 * len(aot.CASES)
 

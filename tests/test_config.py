@@ -177,7 +177,8 @@ def test_nan_and_infinity_are_refused(name, word):
 
 
 def test_the_real_valued_flags_are_all_there():
-    assert set(REALS) == {"lr", "power", "gamma", "c2", "k2", "beta", "nu", "weight_decay", "eps", "max_time"}
+    others = {"power", "gamma", "c2", "k2", "beta", "nu", "weight_decay", "eps", "max_time", "hw_decoder_load"}
+    assert set(REALS) == {"lr"} | others
 
 
 @pytest.mark.parametrize("word", ["", "x", "1.5", "1e3", "nan", "0x10", str(2**63)])
@@ -205,6 +206,10 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--decay-epoch": (["0"], ["1"]),
     "--image-size": (["7", "1025"], ["8", "1024"]),
     "--workers": (["-1", "257"], ["0", "256"]),
+    "--chunk": (["0", "65537"], ["1", "65536"]),
+    "--hw-decoder-load": (["-0.1", "1.1"], ["0", "1"]),
+    "--decoder-device-memory": (["-1", "65537"], ["0", "65536"]),
+    "--decoder-host-memory": (["-1", "65537"], ["0", "65536"]),
     "--draws": (["1"], ["2"]),
     "--steps": (["-1"], ["0"]),
     "--min-epochs": (["-1"], ["0"]),
@@ -303,10 +308,12 @@ def test_contradictions_are_refused_in_words(argv, parts):
 def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
     needs, values = FIELDS[name].metadata["only"]
     value = other(name, None)
-    message = refusal(resolve, {name: value})
+    choices = FIELDS[needs].metadata["choices"]
+    others = {} if FIELDS[needs].default not in values else {needs: next(c for c in choices if c not in values)}
+    message = refusal(resolve, others | {name: value})
     assert message.startswith(f"{flag(name)} has no effect with {flag(needs)} ")
     assert all(str(v) in message for v in values)
-    assert values <= set(FIELDS[needs].metadata["choices"])
+    assert values <= set(choices)
     for chosen in values:
         context = {"method": {"optimizer": "shb", "c2": 1.0, "k2": 1.0}, "criterion": {"mode": "critical"}}
         enough = context.get(needs, {}) | {needs: chosen, name: value}

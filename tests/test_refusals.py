@@ -101,7 +101,7 @@ FLAGS = [
     ("--save-omega", "--mode sampling"),
     ("--image-size 32", "has no effect"),
     ("--augment resized-crop-flip", "digits has none"),
-    ("--loader dali", "--loader torch"),
+    ("--loader resident --chunk 64", "no effect"),
     ("--model resnet9", "resnet9"),
     ("--model torchvision/nothing", "nothing"),
     ("--model timm/nothing", "nothing"),

@@ -66,7 +66,9 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
             engine = make_engine(name, source, chunk, threads, device, config)
             loader = ChunkedLoader(engine, split.labels, config.image_size, chunk, images.mean, images.std, device)
         loaders.append(loader)
-    how = "" if name == "resident" else f", {threads} {'processes' if name == 'torch' else 'threads'}, chunks of {chunk}"
+    how = (
+        "" if name == "resident" else f", {threads} {'processes' if name == 'torch' else 'threads'}, chunks of {chunk}"
+    )
     return Data(
         *loaders, len(images.classes), config.image_size, images.fingerprint(), f"loader {name}: {why}{how}", bad
     )
@@ -123,7 +125,10 @@ def indexed(split: Split, bad: BadImages, say: Callable[[str], None]):
 
 def decode(split: Split, config, bad: BadImages) -> Split:
     return decode_all(
-        split, config.image_size, lambda image: augment.evaluation_view(image, config.augment, config.image_size), bad.report
+        split,
+        config.image_size,
+        lambda image: augment.evaluation_view(image, config.augment, config.image_size),
+        bad.report,
     )
 
 

@@ -7,6 +7,7 @@ included, never sees but one size.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -193,10 +194,8 @@ class Ahead:
         """Stop the thread and wait for it; items that nobody took are dropped."""
         self._stop.set()
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
-            except queue.Empty:
-                pass
 
     def _work(self) -> None:
         try:

@@ -7,6 +7,7 @@ angles. Its readers repeat samples, and its random operators depend on the batch
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastsmooth.data.augment import padding
@@ -236,9 +238,16 @@ class DaliEngine:
 
 
 VIEWS = ("start", "shape", "scaled", "corner")
-STAND_IN = np.frombuffer(  # a PGM of one pixel
-    b"P5 1 1 255\n\0", dtype=np.uint8
-)
+
+
+def stand_in() -> np.ndarray:
+    """The bytes of a JPEG of one pixel."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)
+
+
+STAND_IN = stand_in()
 
 
 def run(pipe, feeds: dict[str, Any]) -> None:

@@ -56,7 +56,9 @@ class Source:
     def views(self, job: Job, drawn: Tensor | None) -> Views:
         at = job.index.numpy()
         # an image that cannot be read has no size, and gets some view that nobody looks at
-        width, height = (torch.from_numpy(v[at].astype(np.int64)).clamp(min=1) for v in (self.index.width, self.index.height))
+        width, height = (
+            torch.from_numpy(v[at].astype(np.int64)).clamp(min=1) for v in (self.index.width, self.index.height)
+        )
         return augment.views(self.kind, self.size, drawn, width, height)
 
     def readable(self, i: int) -> bool:
