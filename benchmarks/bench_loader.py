@@ -22,6 +22,7 @@ the published code does, with a new DataLoader.
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -93,6 +94,7 @@ class Images:
     """Where the images of a set are: a file of bench_train.write_images, or a tree whose files are listed `copies` times."""
 
     path: str
+    cache: str  # a folder for what is kept of them
     copies: int = 1
 
 
@@ -105,7 +107,7 @@ class ServeCase:
     images: int
     lead: int
     rounds: int = 6
-    budget: float = 150.0  # seconds for all rounds
+    budget: float = 200.0  # seconds for all rounds
     steps: int = 1  # of a window, but for STEPS
     tiny: bool = False
 
@@ -164,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     report = timing.Report("bench_loader", argv, args.json, args.out)
     names = {"originals", *args.variants}
-    if not dali.available():
+    report.header["about"]["dali"] = version_of_dali()
+    if report.header["about"]["dali"] is None:
         names.discard("dali")
         report.say("not measured: dali: NVIDIA DALI is not installed")
     with tempfile.TemporaryDirectory() as scratch:
@@ -172,13 +175,17 @@ def main(argv: list[str] | None = None) -> int:
         def bench_one(case: ServeCase | ResizeCase) -> None:
             if case.set == "cifar":
                 count = 400 if case.tiny else CIFAR_IMAGES
-                images = Images(bench_train.write_images(Path(scratch), count, args.data_dir, report))
+                images = Images(bench_train.write_images(Path(scratch), count, args.data_dir, report), scratch)
             else:
                 images = find_files(Path(scratch), args.imagenet_dir, case.tiny, report)
             bench(case, images, names, report)
 
         cases = timing.selected(p, args, CASES, QUICK)
         return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, configs.ConfigError))
+
+
+def version_of_dali() -> str | None:
+    return importlib.import_module("nvidia.dali").__version__ if dali.available() else None
 
 
 def bench(case: ServeCase | ResizeCase, images: Images, names: set[str], report: timing.Report) -> None:
@@ -206,7 +213,8 @@ def find_files(scratch: Path, imagenet_dir: str | None, tiny: bool, report: timi
     root = Path(imagenet_dir or scratch / "imagenet")
     if imagenet_dir is None and not root.exists():
         make_files(root, FILES // 8 if tiny else FILES)
-    count = len(data.READERS["imagenet"](config_of("dali", Images(str(root)), "imagenet")).train)
+    images = Images(str(root), str(scratch))
+    count = len(data.READERS["imagenet"](config_of("threads", images, "imagenet")).train)
     copies = -(-(64 if tiny else LISTED) // count)
     width, height = PIXELS
     what = f"JPEG files made of smooth colours, {width}x{height}, quality {QUALITY}"
@@ -214,7 +222,7 @@ def find_files(scratch: Path, imagenet_dir: str | None, tiny: bool, report: timi
     if report.header["about"].get("imagenet") != source:
         report.header["about"]["imagenet"] = source
         report.say(source)
-    return Images(str(root), copies)
+    return replace(images, copies=copies)
 
 
 def make_files(root: Path, count: int) -> None:
@@ -230,14 +238,14 @@ def make_files(root: Path, count: int) -> None:
             path.write_bytes(encoded.getvalue())
 
 
-def image_set(images: Images, config: configs.Config) -> ImageSet:
-    """What a reader of fastsmooth.data gives."""
+def image_set(images: Images, config: configs.Config, reader: Callable[[configs.Config], ImageSet]) -> ImageSet:
+    """What `reader` is to give: for CIFAR-100 the images of the file, for ImageNet its own files as often as is wanted."""
     if config.dataset == "cifar100":
         split = bench_train.load_images(images.path)
         test = Split(split.labels[:TEST_IMAGES], split.pixels[:TEST_IMAGES])
         classes = tuple(map(str, range(bench_train.CLASSES)))
         return ImageSet(split, test, classes, originals.CIFAR100_MEAN, originals.CIFAR100_STD)
-    files = READERS["imagenet"](config)
+    files = reader(config)
     train = Split(np.tile(files.train.labels, images.copies), paths=files.train.paths * images.copies)
     return replace(files, train=train)
 
@@ -251,9 +259,6 @@ def config_of(loader: str, images: Images, name: str) -> configs.Config:
     return configs.resolve(configs.parse(flags).given)
 
 
-READERS = dict(data.READERS)  # as they are, where image_set stands in for them
-
-
 # The variants: each is made in a process of its own ------------------------------------------------------------------
 
 
@@ -263,11 +268,12 @@ class Ours:
     def __init__(self, loader: str, images: Images, name: str):
         keep_freed_memory()  # as fastsmooth.train does it
         config = config_of(loader, images, name)
-        data.READERS[config.dataset] = lambda config: image_set(images, config)
+        reader = data.READERS[config.dataset]
+        data.READERS[config.dataset] = lambda config: image_set(images, config, reader)
         try:
             opened = data.open_data(config, torch.device("cpu"))
         finally:
-            data.READERS[config.dataset] = READERS[config.dataset]
+            data.READERS[config.dataset] = reader
         self.epoch_images = len(opened.train)
         self.stream = data.Stream(opened.train, config.seed, EPOCHS, opened.fingerprint)
         self._batches = (batch for _ in range(EPOCHS) for batch in self.stream.rest_of_epoch())
@@ -278,6 +284,9 @@ class Ours:
     def has(self, images: int) -> bool:
         """Whether as many are left of the epoch."""
         return images <= self.epoch_images - self.stream.cursor
+
+    def end_epoch(self) -> None:
+        """The size may change in the middle of one."""
 
     def resize(self, batch_size: int) -> None:
         self.stream.batch_size = batch_size
@@ -299,14 +308,16 @@ class Originals:
     def has(self, images: int) -> bool:
         return True  # a new DataLoader begins a new epoch
 
+    def end_epoch(self) -> None:
+        """The workers end with it."""
+        self._batches = None
+
     def resize(self, batch_size: int) -> None:
-        """A new DataLoader; the workers of the one before end first, as they do at the end of an epoch."""
-        self.close()
         options = {"shuffle": True, "num_workers": WORKERS, "persistent_workers": True}
         self._batches = endless(DataLoader(self.dataset, batch_size, **options))
 
     def close(self) -> None:
-        self._batches = None
+        self.end_epoch()
 
 
 def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -345,7 +356,7 @@ def like_a_script(images: Images) -> None:
     """Workers begin as a script's do, though this process was spawned; what is known of the files is kept aside."""
     if sys.platform == "linux":
         multiprocessing.set_start_method("fork", force=True)
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastsmooth-bench-")
+    os.environ["XDG_CACHE_HOME"] = images.cache
 
 
 class Serve:
@@ -383,10 +394,12 @@ class Change:
 
     def __call__(self) -> None:
         small, large = self.case.batch_size, 2 * self.case.batch_size
+        self.source.end_epoch()
         self.source.resize(small)
         while not self.source.has(small + (1 + self.NEXT) * large):
             self.source()
         self._timed(small, lambda: None)
+        self.source.end_epoch()
         self.laps["first"] += self._timed(large, lambda: self.source.resize(large))
         self.laps["next"] += median(self._timed(large, lambda: None) for _ in range(self.NEXT))
 

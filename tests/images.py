@@ -20,7 +20,8 @@ rng = np.random.default_rng(0)
 
 
 def opened(loader: str = "resident", workers: int = 0, **given):
-    return open_data(resolve(given | {"loader": loader, "workers": workers}), CPU)
+    more = {} if loader == "resident" else {"workers": workers}
+    return open_data(resolve(given | {"loader": loader} | more), CPU)
 
 
 def epoch_batches(seed, epoch, n, batch_size, start=0, drop_last=False):

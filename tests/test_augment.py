@@ -12,9 +12,12 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
 from fastsmooth.data import augment
+from fastsmooth.data.chunks import ChunkedLoader
 from fastsmooth.data.resident import ResidentLoader
 from fastsmooth.data.sets import Split
-from fastsmooth.data.torchloader import TorchLoader
+from fastsmooth.data.source import BadImages, Source
+from fastsmooth.data.torchloader import TorchEngine
+from fastsmooth.kernels.augment import sources_ref
 
 CPU = torch.device("cpu")
 MEAN = (0.5070751592371323, 0.48654887331495095, 0.4409178433670343)  # of CIFAR-100
@@ -51,9 +54,10 @@ def torchvision_tensor(image: Image.Image) -> torch.Tensor:
 
 def both_loaders(pixels: np.ndarray, kind: str, seed: int = 0) -> list:
     split, size = Split(np.arange(len(pixels)), pixels), pixels.shape[1]
+    engine = TorchEngine(Source(split, None, kind, size, seed, BadImages("raise", print)), workers=0, pinned=False)
     return [
         ResidentLoader(split, kind, seed, MEAN, STD, CPU),
-        TorchLoader(split, kind, size, seed, MEAN, STD, CPU, workers=0),
+        ChunkedLoader(engine, split.labels, size, 40, MEAN, STD, CPU),
     ]
 
 
@@ -68,14 +72,28 @@ def test_crop_flip_rotate_gives_torchvisions_pixels(size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rotate", [True, False])
-def test_source_pixels_look_up_torchvisions_pixels(size, rotate):
+def test_the_moves_look_up_torchvisions_pixels(size, rotate):
     params = rows(size, 700)
+    if not rotate:
+        params[:, 3] = 0
     pixels = random_pixels(len(params), size, low=1)  # no black pixel that could pass for the fill
-    sources = augment.source_pixels(params, size, rotate)
-    for array, row, source in zip(pixels, params.tolist(), sources.numpy(), strict=True):
+    moves = augment.moves("crop-flip-rotate" if rotate else "crop-flip", size, params)
+    assert moves.dtype == torch.int32 and moves.shape == (len(params), 8)
+    index, inside = (found.numpy() for found in sources_ref(moves, size))
+    for array, row, places, kept in zip(pixels, params.tolist(), index, inside, strict=True):
         with_fill = np.concatenate([array.reshape(-1, 3), np.zeros((1, 3), np.uint8)])
         expected = torchvision_image(Image.fromarray(array), row, size, rotate)
-        assert np.array_equal(with_fill[source].reshape(size, size, 3), expected), row
+        found = with_fill[np.where(kept, places, size * size)]
+        assert np.array_equal(found.reshape(size, size, 3), expected), row
+
+
+def test_of_a_resized_crop_the_flip_alone_is_left():
+    params = augment.draw("resized-crop-flip", 32, 0, 0, torch.arange(50))
+    index, inside = sources_ref(augment.moves("resized-crop-flip", 32, params), 32)
+    plain = torch.arange(32 * 32).view(32, 32)
+    assert inside.all() and set(params[:, 0].tolist()) == {0.0, 1.0}
+    for found, flip in zip(index, params[:, 0].tolist(), strict=True):
+        assert torch.equal(found.view(32, 32), plain.flip(1) if flip else plain)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -198,6 +216,37 @@ def test_parameters_of_a_sample_do_not_depend_on_its_batch():
             assert torch.equal(torch.cat(parts), whole[index[:100]])
 
 
+def crop_boxes(shapes: list[tuple[int, int]], uniforms: torch.Tensor) -> torch.Tensor:
+    width, height = torch.tensor(shapes).T
+    boxes = augment.crop_boxes(width, height, uniforms)
+    assert boxes.dtype == torch.int64 and boxes.shape == (len(shapes), 4)
+    return boxes
+
+
+def box_of_one(width: int, height: int, uniforms: list[float]) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop.get_params, as published, with given uniforms."""
+    for area, ratio, at_y, at_x in np.reshape(uniforms, (10, 4)).tolist():
+        target = width * height * (0.08 + area * (1.0 - 0.08))
+        aspect = math.exp(math.log(3 / 4) + ratio * (math.log(4 / 3) - math.log(3 / 4)))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(at_y * (height - h + 1)), int(at_x * (width - w + 1)), h, w
+    if width / height < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w, h = round(height * (4 / 3)), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def test_crop_boxes_of_many_images_are_those_of_torchvisions_loop_over_the_attempts():
+    shapes = list(itertools.islice(itertools.cycle([*SHAPES, *EXTREME, (300, 400), (400, 300)]), 2600))
+    uniforms = augment.draw("resized-crop-flip", 224, 5, 1, torch.arange(len(shapes)))[:, 1:]
+    expected = [box_of_one(*shape, row) for shape, row in zip(shapes, uniforms.tolist(), strict=True)]
+    assert [tuple(box) for box in crop_boxes(shapes, uniforms).tolist()] == expected
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_crop_boxes_have_the_law_of_torchvisions_random_resized_crop(shape):
     n = 2500
@@ -206,9 +255,8 @@ def test_crop_boxes_have_the_law_of_torchvisions_random_resized_crop(shape):
     image = torch.empty(3, 1, 1).expand(3, height, width)
     args = [0.08, 1.0], [3 / 4, 4 / 3]
     theirs = np.array([T.RandomResizedCrop.get_params(image, *args) for _ in range(n)])
-    uniforms = augment.draw("resized-crop-flip", 224, 0, 0, torch.arange(n))[:, 1:].tolist()
-    boxes = np.array([augment.crop_box(width, height, row) for row in uniforms])
-    boxes = boxes.astype(float)
+    uniforms = augment.draw("resized-crop-flip", 224, 0, 0, torch.arange(n))[:, 1:]
+    boxes = crop_boxes([shape] * n, uniforms).double().numpy()
     for name, value in {
         "top": lambda b: b[:, 0],
         "left": lambda b: b[:, 1],
@@ -228,9 +276,8 @@ def test_boxes_of_extreme_images_fall_back_as_torchvision_does(shape):
     image = torch.empty(3, 1, 1).expand(3, height, width)
     torch.manual_seed(0)
     theirs = {T.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(300)}
-    uniforms = augment.draw("resized-crop-flip", 224, 0, 0, torch.arange(300))[:, 1:].tolist()
-    ours = {augment.crop_box(width, height, row) for row in uniforms}
-    assert ours == theirs
+    uniforms = augment.draw("resized-crop-flip", 224, 0, 0, torch.arange(300))[:, 1:]
+    assert set(map(tuple, crop_boxes([shape] * 300, uniforms).tolist())) == theirs
 
 
 def test_crop_boxes_lie_inside_the_image_whatever_was_drawn():
@@ -240,30 +287,30 @@ def test_crop_boxes_lie_inside_the_image_whatever_was_drawn():
     corners = [
         list(corner) * 10 for corner in itertools.product((low, 0.5, high), (low, 0.5, high), (low, high), (low, high))
     ]
-    shapes = [*SHAPES, *EXTREME, (2, 1), (1, 2), (20_000, 3), (3, 20_000), (12_000, 12_000)]
-    for (width, height), uniforms in itertools.product(shapes, drawn.tolist() + corners):
-        top, left, h, w = augment.crop_box(width, height, uniforms)
-        assert all(isinstance(edge, int) for edge in (top, left, h, w))
-        assert h >= 1 and w >= 1 and top >= 0 and left >= 0
-        assert top + h <= height and left + w <= width
+    uniforms = torch.cat([drawn, torch.tensor(corners, dtype=torch.float64)])
+    for width, height in [*SHAPES, *EXTREME, (2, 1), (1, 2), (20_000, 3), (3, 20_000), (12_000, 12_000)]:
+        top, left, h, w = crop_boxes([(width, height)] * len(uniforms), uniforms).T
+        assert h.min() >= 1 and w.min() >= 1 and top.min() >= 0 and left.min() >= 0
+        assert (top + h).max() <= height and (left + w).max() <= width
 
 
 def test_crop_boxes_reach_every_edge_of_the_image():
-    uniforms = augment.draw("resized-crop-flip", 224, 0, 0, torch.arange(4000))[:, 1:].tolist()
-    top, left, h, w = np.array([augment.crop_box(20, 16, row) for row in uniforms]).T
+    uniforms = augment.draw("resized-crop-flip", 224, 0, 0, torch.arange(4000))[:, 1:]
+    top, left, h, w = crop_boxes([(20, 16)] * 4000, uniforms).T
     assert top.min() == left.min() == 0 and (top + h).max() == 16 and (left + w).max() == 20
 
 
 def test_resized_crop_flip_gives_the_pixels_of_torchvisions_transform(monkeypatch):
     rng = np.random.default_rng(0)
-    params = augment.draw("resized-crop-flip", 32, 0, 0, torch.arange(40)).tolist()
-    assert {row[0] for row in params} == {0.0, 1.0}
-    for row, (width, height) in zip(params, itertools.cycle([(50, 37), (37, 50), (20, 20), (200, 9)]), strict=False):
+    params = augment.draw("resized-crop-flip", 32, 0, 0, torch.arange(40))
+    assert set(params[:, 0].tolist()) == {0.0, 1.0}
+    shapes = [(50, 37), (37, 50), (20, 20), (200, 9)] * 10
+    boxes = crop_boxes(shapes, params[:, 1:]).tolist()
+    for flip, box, (width, height) in zip(params[:, 0].tolist(), boxes, shapes, strict=True):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        box = augment.crop_box(width, height, row[1:])
         monkeypatch.setattr(T.RandomResizedCrop, "get_params", staticmethod(lambda *_, box=box: box))
-        pipeline = T.Compose([T.RandomResizedCrop(32), T.RandomHorizontalFlip(row[0])])
-        assert np.array_equal(augment.resized_crop_flip(image, row, 32), pipeline(image))
+        pipeline = T.Compose([T.RandomResizedCrop(32), T.RandomHorizontalFlip(flip)])
+        assert np.array_equal(augment.resized_crop_flip(image, box, flip, 32), pipeline(image))
 
 
 @pytest.mark.parametrize("shape", [(500, 375), (375, 500), (256, 256), (224, 224), (100, 80), (32, 32)])
@@ -273,3 +320,16 @@ def test_the_view_that_is_tested_is_torchvisions_resize_and_central_crop(shape):
     for kind, size, short in [("resized-crop-flip", 224, 256), ("crop-flip", 32, 32), ("none", 33, 33)]:
         expected = T.Compose([T.Resize(short), T.CenterCrop(size)])(image)
         assert np.array_equal(augment.evaluation_view(image, kind, size), expected)
+
+
+@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (256, 256), (224, 224), (100, 81), (32, 32), (1, 1), (1, 200)])
+def test_the_views_of_the_sizes_alone_are_those_of_the_view_that_is_tested(shape):
+    """What a decoder is told to do, done by PIL: the box, resized, and the pixels that are kept of it."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
+    for kind, size in [("resized-crop-flip", 224), ("crop-flip", 32), ("none", 33)]:
+        views = augment.views(kind, size, None, *torch.tensor([shape]).T)
+        (top, left, height, width), (tall, wide), (down, right) = (v[0].tolist() for v in views)
+        assert (top, left, width, height) == (0, 0, *shape)
+        found = image.resize((wide, tall), Image.Resampling.BILINEAR).crop((right, down, right + size, down + size))
+        assert np.array_equal(found, augment.evaluation_view(image, kind, size))

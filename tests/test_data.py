@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import LOADERS, every_batch, one_line, opened, solid, tree
+from images import HAS_DALI, LOADERS, epoch_batches, every_batch, one_line, opened, solid, tree
 from PIL import Image
 from torchvision import transforms as T
 
@@ -17,11 +17,12 @@ from fastsmooth.data import DataError, dali, sets
 ROOT = Path(__file__).parents[1]
 
 
-def assert_equal_batches(ours, theirs) -> None:
+def assert_equal_batches(ours, theirs, other_pixels: float = 0) -> None:
+    """`other_pixels` is the share of pixels that may differ."""
     for (x, y), (u, v) in zip(ours, theirs, strict=True):
         assert x.dtype == u.dtype == torch.float32 and y.dtype == v.dtype == torch.int64
         assert x.is_contiguous(memory_format=torch.channels_last) and x.stride() == u.stride()
-        assert torch.equal(x, u) and torch.equal(y, v)
+        assert torch.equal(y, v) and (x != u).any(1).float().mean() <= other_pixels
 
 
 @pytest.mark.parametrize("kind", ["none", "crop-flip", "crop-flip-rotate"])
@@ -54,10 +55,13 @@ def test_both_loaders_give_equal_batches_of_decoded_files(cifar_folder, tmp_path
 @pytest.mark.parametrize(("loader", "workers"), LOADERS)
 def test_a_sample_looks_the_same_at_any_batch_size(loader, workers):
     train = opened(loader, workers, augment="crop-flip-rotate").train
-    expected = every_batch(opened(augment="crop-flip-rotate").train, 1437, epoch=2)
+    whole = every_batch(train, 1437, epoch=2)
+    # where a rotation puts a pixel's centre on an edge between two, DALI's rounding may take the other
+    resident = every_batch(opened(augment="crop-flip-rotate").train, 1437, epoch=2)
+    assert_equal_batches(whole, resident, other_pixels=0.0005 if loader == "dali" else 0)
     for batch_size in (10, 64, 1000):
         x, y = (torch.cat(parts) for parts in zip(*every_batch(train, batch_size, epoch=2), strict=True))
-        assert_equal_batches([(x.contiguous(memory_format=torch.channels_last), y)], expected)
+        assert_equal_batches([(x.contiguous(memory_format=torch.channels_last), y)], whole)
 
 
 @pytest.mark.parametrize(("loader", "workers"), LOADERS)
@@ -113,15 +117,21 @@ def test_batches_hold_the_images_and_labels_that_were_asked_for(loader, workers)
         assert torch.equal(got, expected) and label == images.train.labels[i]
 
 
-def test_the_resident_loader_is_chosen_where_the_images_fit(monkeypatch, tmp_path):
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_resident_loader_is_chosen_where_the_images_fit(monkeypatch, tmp_path, installed):
+    if installed and not HAS_DALI:
+        pytest.skip("DALI is not installed")
+    monkeypatch.setattr(dali, "available", lambda: installed)
     assert opened("auto").choice.startswith("loader resident: ")
-    monkeypatch.setattr("fastsmooth.data.free_memory", lambda device: 1_000_000)
-    assert opened("auto").choice.startswith("loader torch: ")  # 0.47 MB of digits, and 0.4 MB allowed
-    monkeypatch.setattr("fastsmooth.data.free_memory", lambda device: 1_200_000)
+    monkeypatch.setattr("fastsmooth.data.free_memory", lambda device: 800_000)
+    assert opened("auto").choice.startswith("loader threads: ")  # 0.345 MB of digits, and 0.32 MB allowed
+    monkeypatch.setattr("fastsmooth.data.free_memory", lambda device: 900_000)
     assert opened("auto").choice.startswith("loader resident: ")
     tree(tmp_path, {"train/a/1.png": solid(), "train/b/1.png": solid(), "val/a/1.png": solid()})
     choice = opened("auto", dataset="imagenet", data_dir=str(tmp_path)).choice
-    assert choice.startswith("loader torch: ") and "crops" in choice
+    assert choice.startswith(f"loader {'dali' if installed else 'threads'}: ") and "crops" in choice
+    assert ("pip install 'fastsmooth[dali]'" in choice) == (not installed)
+    assert opened("threads").choice == "loader threads: as asked, 1 threads, chunks of 2048"
 
 
 def test_a_system_that_does_not_say_what_memory_is_free_still_trains(monkeypatch):
@@ -140,14 +150,21 @@ def test_dali_is_refused_in_one_line_that_names_the_package(monkeypatch, cuda):
     with pytest.raises(DataError) as error:
         opened("dali")
     package = "nvidia-dali-cuda120" if cuda == "12.8" else "nvidia-dali-cuda130"
-    assert "--loader dali" in one_line(error) and f"pip install {package};" in one_line(error)
+    wanted = f"--loader dali needs NVIDIA DALI: pip install {package}, or use --loader threads"
+    assert one_line(error) == wanted
 
 
-def test_dali_is_refused_also_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+def test_dali_is_refused_where_there_is_none_to_install(monkeypatch):
+    monkeypatch.setattr(dali, "available", lambda: False)
+    monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(DataError) as error:
-        dali.refuse()
-    assert "--loader torch" in one_line(error)
+        dali.require()
+    assert "Linux" in one_line(error) and "--loader threads" in one_line(error) and "pip" not in one_line(error)
+
+
+def test_dali_is_not_refused_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    dali.require()
 
 
 def test_every_fifth_digit_from_the_first_on_is_held_out():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from exact import EXACT
+from images import epoch_batches
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from bounds import chi_square, chi_square_limit
 
-from fastsmooth.data.order import epoch_batches, in_order, permutation, philox, philox_rounds, subset
+from fastsmooth.data.chunks import Loader
+from fastsmooth.data.order import in_order, permutation, philox, philox_rounds, subset
+from fastsmooth.data.stream import Stream
 
 ONES = 0xFFFFFFFF
 KNOWN = [  # kat_vectors of Random123: counter, key, output of philox4x32-10
@@ -30,6 +32,50 @@ def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
         a, b, c, d = (y >> 32) ^ b ^ k0, y % 2**32, (x >> 32) ^ d ^ k1, x % 2**32
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return [a, b, c, d]
+
+
+class Indices(Loader):
+    """A loader whose samples are their indices, and whose labels say whose random numbers augment them."""
+
+    def __init__(self, n: int):
+        self.labels = torch.arange(n)
+
+    def reader(self, segments):
+        return Reader(segments)
+
+
+class Reader:
+    def __init__(self, segments):
+        self.segments, self.index = iter(segments), None
+
+    def take(self, count: int):
+        if self.index is None:
+            index, self.epoch, start = next(self.segments)
+            self.index = index[start:]
+        taken, self.index = self.index[:count], self.index[count:]
+        assert len(taken) == count  # the segment holds what is asked of it
+        return taken, torch.full((count,), self.epoch)
+
+    def advance(self) -> None:
+        self.index = None
+
+    def close(self) -> None:
+        pass
+
+
+def stream(n: int, seed: int = 0, epoch: int = 0, start: int = 0, **more) -> Stream:
+    made = Stream(Indices(n), seed, epoch + 1, "digits", **more)
+    made.load_state_dict({"seed": seed, "epoch": epoch, "cursor": start, "fingerprint": "digits"})
+    return made
+
+
+def epoch_batches(seed: int, epoch: int, n: int, batch_size: int, start: int = 0, **more):
+    """The sample indices of the batches of an epoch, as a Stream serves them."""
+    served = stream(n, seed, epoch, start, **more)
+    served.batch_size = batch_size
+    for index, epochs in served.rest_of_epoch():
+        assert (epochs == epoch).all()
+        yield index
 
 
 def order(n: int, batch_size: int, seed: int = 0, epoch: int = 0, **more) -> list[int]:
@@ -108,6 +154,34 @@ def test_an_epoch_goes_on_exactly_across_changes_of_the_batch_size():
     while len(seen) < 97:
         seen += next(epoch_batches(1, 4, 97, next(sizes), start=len(seen))).tolist()
     assert seen == whole
+    served, seen, sizes = stream(97, 1, 4), [], itertools.cycle([8, 13, 1, 30])
+    served.batch_size = wanted = next(sizes)
+    for index, _ in served.rest_of_epoch():
+        seen += index.tolist()
+        assert len(index) == min(wanted, 97 - len(seen) + len(index)) and served.cursor == len(seen)
+        served.batch_size = wanted = next(sizes)  # in force at the very next batch
+    assert seen == whole and (served.epoch, served.cursor) == (5, 0)
+
+
+def test_epochs_follow_each_other_each_in_its_own_order():
+    served = Stream(Indices(50), 3, 3, "digits", drop_last=True)
+    served.batch_size = 8
+    for epoch in range(3):
+        batches = list(served.rest_of_epoch())
+        assert torch.cat([x for x, _ in batches]).tolist() == permutation(3, epoch, 50)[:48].tolist()
+        assert torch.cat([y for _, y in batches]).unique().tolist() == [epoch]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 7, 97])
+def test_ranks_serve_together_what_one_alone_serves(n, drop_last):
+    for world, batch_size in itertools.product((2, 3, 4, 8), (1, 2, 5, 32)):
+        ranks = [list(epoch_batches(1, 0, n, batch_size, rank=r, world=world, drop_last=drop_last)) for r in range(world)]
+        alone = list(epoch_batches(1, 0, n, batch_size, drop_last=drop_last))
+        for k, parts in enumerate(zip(*ranks, strict=True)):
+            assert sorted(torch.cat(parts).tolist()) == sorted(alone[k].tolist())
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert all(len(batches) == len(alone) for batches in ranks)
 
 
 def test_the_same_seed_and_epoch_give_the_same_order_again():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from exact import EXACT
+from images import epoch_batches
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,7 +62,7 @@ def test_training_is_the_same_bit_for_bit(flags, tmp_path):
 
 def first_batch(size: int):
     data = open_data(resolve({}), CPU)
-    index = next(iter(epoch_batches(0, 0, len(data.train), size, 0))
+    index = next(iter(epoch_batches(0, 0, len(data.train), size)))
     x, y = next(iter(data.train.batches([index], 0)))
     torch.manual_seed(0)
     return x, y, len(data.train)
