@@ -181,7 +181,9 @@ def prepare(c: Config, torch):
     out = Path(c.out or default_out(c))
     if not c.resume:
         check_unused(out)
-    about = environment() | {"kernels": choose_kernels(device, torch)}  # before their first use, which would warn elsewhere
+    about = environment() | {
+        "kernels": choose_kernels(device, torch)
+    }  # before their first use, which would warn elsewhere
     images = data.open_data(c, device, warn)
     n = len(images.train)
     schedule = make_schedule(c, n)

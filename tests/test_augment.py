@@ -322,7 +322,9 @@ def test_the_view_that_is_tested_is_torchvisions_resize_and_central_crop(shape):
         assert np.array_equal(augment.evaluation_view(image, kind, size), expected)
 
 
-@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (256, 256), (224, 224), (100, 81), (32, 32), (1, 1), (1, 200)])
+@pytest.mark.parametrize(
+    "shape", [(500, 375), (375, 500), (256, 256), (224, 224), (100, 81), (32, 32), (1, 1), (1, 200)]
+)
 def test_the_views_of_the_sizes_alone_are_those_of_the_view_that_is_tested(shape):
     """What a decoder is told to do, done by PIL: the box, resized, and the pixels that are kept of it."""
     rng = np.random.default_rng(0)

@@ -176,7 +176,9 @@ def test_epochs_follow_each_other_each_in_its_own_order():
 @pytest.mark.parametrize("n", [1, 2, 7, 97])
 def test_ranks_serve_together_what_one_alone_serves(n, drop_last):
     for world, batch_size in itertools.product((2, 3, 4, 8), (1, 2, 5, 32)):
-        ranks = [list(epoch_batches(1, 0, n, batch_size, rank=r, world=world, drop_last=drop_last)) for r in range(world)]
+        ranks = [
+            list(epoch_batches(1, 0, n, batch_size, rank=r, world=world, drop_last=drop_last)) for r in range(world)
+        ]
         alone = list(epoch_batches(1, 0, n, batch_size, drop_last=drop_last))
         for k, parts in enumerate(zip(*ranks, strict=True)):
             assert sorted(torch.cat(parts).tolist()) == sorted(alone[k].tolist())

@@ -54,7 +54,9 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
         raise DataError(f"--data-dir {config.data_dir}: {error.strerror or error}{where}") from None
     bad = BadImages(config.on_bad_image, say)
     name, why = choose(config, images, device)
-    threads = processors() if config.workers is None else config.workers
+    threads = (
+        processors() if config.workers is None else max(config.workers, name != "torch")
+    )  # torch: 0 is this process
     loaders, chunk = [], 0
     for split in (images.train, images.test):
         if name == "resident":
@@ -100,10 +102,10 @@ def make_engine(name: str, source: Source, chunk: int, threads: int, device: tor
     if name == "torch":
         return TorchEngine(source, threads, pinned)
     if name == "threads":
-        return ThreadsEngine(source, max(threads, 1), pinned)
+        return ThreadsEngine(source, threads, pinned)
     device_memory, host_memory = config.decoder_device_memory << 20, config.decoder_host_memory << 20
     decoder = Decoder(False, config.hw_decoder_load, device_memory, host_memory)
-    return DaliEngine(source, chunk, max(threads, 1), device, decoder)
+    return DaliEngine(source, chunk, threads, device, decoder)
 
 
 def chunk_size(split: Split, device: torch.device) -> int:

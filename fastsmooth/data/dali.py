@@ -6,6 +6,7 @@ angles. Its readers repeat samples, and its random operators depend on the batch
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import sys
@@ -80,16 +81,25 @@ class DaliEngine:
     def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
         pipe = self.idle.pop() if self.idle else self._pipeline(self.chunk)
         waiting: deque[Prepared] = deque()
-        for job in jobs:
-            waiting.append(self._prepare(job))
-            pipe = self._schedule(pipe, waiting[-1])
-            if len(waiting) == AT_ONCE:
+        try:
+            for job in jobs:
+                waiting.append(self._prepare(job))
+                pipe = self._schedule(pipe, waiting[-1])
+                if len(waiting) == AT_ONCE:
+                    pipe, chunk = self._collect(pipe, waiting)
+                    yield chunk
+            while waiting:
                 pipe, chunk = self._collect(pipe, waiting)
                 yield chunk
-        while waiting:
-            pipe, chunk = self._collect(pipe, waiting)
-            yield chunk
-        self.idle.append(pipe)
+        except DataError:
+            pipe = None  # it has failed, or may have
+            raise
+        finally:  # DALI reads what `waiting` holds
+            if pipe is not None:
+                with contextlib.suppress(RuntimeError):
+                    for _ in waiting:
+                        result(pipe)
+                    self.idle.append(pipe)
 
     def _schedule(self, pipe, prepared: Prepared):
         """The pipeline, or None where it has failed."""

@@ -53,7 +53,7 @@ class ResidentReader:
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         if self._index is None:
             index, self._epoch, self._at = next(self._segments)
-            self._index = index.to(self.loader.device)
+            self._index = index.to(self.loader.device).contiguous()  # a rank's share has gaps
         index = self._index[self._at : self._at + count]
         self._at += count
         x = augmented(self.loader.stored, index, self.loader.moves(self._epoch), self.loader.table)
