@@ -19,6 +19,7 @@ bench: $(VENV)/installed-bench  # it runs the tests of what it measures first
 	$(RUN) -m benchmarks.bench_train
 	$(RUN) -m benchmarks.bench_kernels
 	$(RUN) -m benchmarks.bench_noise
+	$(RUN) -m benchmarks.bench_loader
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastsmooth needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -30,7 +31,7 @@ $(VENV)/installed: $(VENV)/bin/python setup.py
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm,dali]'
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-test
