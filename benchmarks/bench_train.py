@@ -36,6 +36,7 @@ from fastsmooth import config as configs
 from fastsmooth import data, models
 from fastsmooth.clock import Clock
 from fastsmooth.data.sets import DataError, ImageSet, Split, decode_all
+from fastsmooth.data.source import BadImages
 from fastsmooth.log import RunFolder, Tracker, environment
 from fastsmooth.modes import Run
 from fastsmooth.optim import NoisySGD
@@ -134,7 +135,7 @@ def read_folder(data_dir: str) -> Split:
     images = data.READERS["folder"](c)
     if len(images.classes) != CLASSES:
         raise DataError(f"--data-dir {data_dir} has {len(images.classes)} classes, not {CLASSES}")
-    split = decode_all(images.train, SIZE, lambda image: image.resize((SIZE, SIZE)))
+    split = decode_all(images.train, SIZE, lambda image: image.resize((SIZE, SIZE)), BadImages("raise", print).report)
     order = np.random.default_rng(0).permutation(len(split))  # by class no longer, so that a part holds all classes
     return Split(split.labels[order], split.pixels[order])
 

@@ -290,7 +290,7 @@ PLAIN = {name for name in odd_files() if name[0] not in "ghijq"}
 
 @every_decoder
 @pytest.mark.parametrize("kind", ["resized-crop-flip", "crop-flip"])
-def test_a_file_of_any_kind_is_read_as_pil_reads_it(tmp_path, decoder, kind):
+def test_a_file_of_any_kind_is_read_as_pil_reads_it(tmp_path, decoder, kind, monkeypatch):
     files = odd_files()
     tree(
         tmp_path,
@@ -300,6 +300,8 @@ def test_a_file_of_any_kind_is_read_as_pil_reads_it(tmp_path, decoder, kind):
     paths = sorted((tmp_path / "train").glob("*/*"))
     drawn = augment.draw(kind, 48, 1, 2, torch.arange(len(paths)))
     assert len(paths) == 2 * len(files)
+    slowly, by_pil = [], Source.by_pil
+    monkeypatch.setattr(Source, "by_pil", lambda source, i, view: slowly.append(i) or by_pil(source, i, view))
     for split, epoch in [("test", None), ("train", 2)]:
         ((x, _),) = getattr(data, split).batches([torch.arange(len(paths))], epoch)
         for path, found, row in zip(paths, pixels_of(x), drawn, strict=True):
@@ -314,6 +316,8 @@ def test_a_file_of_any_kind_is_read_as_pil_reads_it(tmp_path, decoder, kind):
             difference = (found - torch.from_numpy(np.array(image)).permute(2, 0, 1)).abs().mean().item()
             allowed = TOLERANCE[decoder] if path.stem in PLAIN else 0
             assert difference <= allowed + 1e-4, (path.stem, split, difference)
+    # the fast decoders themselves have read what is plain, and nothing else
+    assert decoder == "torch" or {paths[i].stem for i in slowly} == files.keys() - PLAIN
 
 
 def bad_files() -> dict[str, bytes]:
@@ -470,7 +474,20 @@ def test_dali_keeps_its_pipeline_between_passes(monkeypatch):
     monkeypatch.setattr(engine, "_pipeline", lambda most: made.append(most) or build(most))
     for _ in range(10):
         list(engine.chunks(jobs([Segment(torch.arange(360), None)], 100)))
+        abandoned = engine.chunks(jobs([Segment(torch.arange(360), None)], 100))
+        next(abandoned)
+        abandoned.close()
     assert made == [100] and len(engine.idle) == 1
+    expected = every_batch(data.test, 100)  # nothing of a pass that was given up is left in the pipeline
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(expected, every_batch(opened().test, 100), strict=True))
+
+
+def test_chunks_are_cut_at_the_same_places_wherever_a_segment_starts():
+    index = torch.arange(100, 150)
+    made = list(jobs([Segment(index, 3, 37), Segment(index, 4)], 16))
+    assert [(job.segment, job.epoch, job.skip) for job in made] == [(0, 3, 5), (0, 3, 0), *[(1, 4, 0)] * 4]
+    assert torch.equal(torch.cat([job.index for job in made]), torch.cat([index[32:], index]))
+    assert [len(job.index) for job in made] == [16, 2, 16, 16, 16, 2]
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
