@@ -55,7 +55,7 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
     bad = BadImages(config.on_bad_image, say)
     name, why = choose(config, images, device)
     threads = (
-        processors() if config.workers is None else max(config.workers, name != "torch")
+        processors() if config.workers is None else max(config.workers, 0 if name == "torch" else 1)
     )  # torch: 0 is this process
     loaders, chunk = [], 0
     for split in (images.train, images.test):
