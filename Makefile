@@ -31,7 +31,7 @@ $(VENV)/installed: $(VENV)/bin/python setup.py
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm,dali]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm]'
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-test
