@@ -88,6 +88,7 @@ class TorchEngine:
                     pixels = torch.zeros(len(pixels), self.source.size, self.source.size, 3, dtype=torch.uint8)
                 yield Chunk(job, pixels, None)
         finally:
+            items.source.close()  # suspended, it and the kept DataLoader hold each other, which stalls the garbage collector
             self._busy = self._busy and not kept
 
     def items(self, job: Job) -> list[Item]:
