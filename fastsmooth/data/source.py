@@ -73,4 +73,4 @@ class Source:
         (top, left, height, width), (tall, wide), (down, right) = view
         image = open_image(self.split.paths[i]).crop((left, top, left + width, top + height))
         image = image.resize((wide, tall), Image.Resampling.BILINEAR)
-        return np.asarray(image.crop((right, down, right + self.size, down + self.size)))
+        return np.array(image.crop((right, down, right + self.size, down + self.size)))

@@ -76,22 +76,19 @@ class ThreadsEngine:
             to[...] = 0
             return
         try:
-            to[...] = self._fast(path, view) if source.index.plain[i] else source.by_pil(i, view)
-        except (DataError, RuntimeError, OSError) as error:
-            source.bad.report(path, reason(path, error))
+            pixels = self._fast(path, view) if source.index.plain[i] else None
+            to[...] = source.by_pil(i, view) if pixels is None else pixels
+        except DataError as error:
+            source.bad.report(path, str(error))
             to[...] = 0
 
-    def _fast(self, path: str, view: tuple[list[int], list[int], list[int]]) -> np.ndarray:
+    def _fast(self, path: str, view: tuple[list[int], list[int], list[int]]) -> np.ndarray | None:
+        """The view by torchvision's decoder; None for a file that it refuses: PIL reads that, or finds the words."""
         (top, left, height, width), scaled, (down, right) = view
-        image = decode_image(torch.from_numpy(np.fromfile(path, dtype=np.uint8)), ImageReadMode.RGB)
+        try:
+            image = decode_image(torch.from_numpy(np.fromfile(path, dtype=np.uint8)), ImageReadMode.RGB)
+        except (RuntimeError, OSError):
+            return None
         image = image[None, :, top : top + height, left : left + width]
         image = F.interpolate(image, scaled, mode="bilinear", antialias=True)[0].numpy().transpose(1, 2, 0)
         return image[down : down + self.source.size, right : right + self.source.size]
-
-
-def reason(path: str, error: Exception) -> str:
-    """One line for what a decoder said of a file."""
-    if isinstance(error, DataError):
-        return str(error)
-    said = getattr(error, "strerror", None) or str(error).strip().splitlines()[0].rstrip(".")
-    return f"{path}: {said}: remove or replace it"
