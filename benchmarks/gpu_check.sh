@@ -4,13 +4,14 @@
 # Runs the kernels' tests on the GPU, not in Triton's interpreter, and those of whole runs there, then the benchmarks of the
 # kernels and of gradient noise. Needs Linux, an NVIDIA driver, a C compiler (Triton calls it) and Python 3.11 or newer;
 # PYTHON names one, else .venv or python3. Where that has no PyTorch that sees the GPU, no torchvision, pytest or
-# pytest-xdist, they are installed into .venv/gpu: up to 3 GB to download.
+# pytest-xdist, they are installed into .venv/gpu: up to 3 GB to download. IMAGES may name a tree like ImageNet's: then its
+# decoding by DALI is measured too (python -m benchmarks.gpu_decode), 100 seconds more.
 #
-# Writes <date>_gpu_kernels.jsonl, <date>_gpu_noise.jsonl and <date>_gpu_check.log into ${OUT:-benchmarks/results}. A part
-# that fails or takes too long stops no other. Exit code: 0 all passed, 1 something failed, 2 no GPU.
+# Writes <date>_gpu_kernels.jsonl, _noise.jsonl, _decode.jsonl and _check.log into ${OUT:-benchmarks/results}. A part that
+# fails or takes too long stops no other. Exit code: 0 all passed, 1 something failed, 2 no GPU.
 set -u
 
-LIMIT=${LIMIT:-460} # seconds for everything
+LIMIT=460 # seconds for everything but decoding
 INSTALL=200 TESTS=220
 NOISE=110 # of LIMIT, kept for the benchmark of noise
 
@@ -102,7 +103,7 @@ fi
 pytest=("$python" -m pytest)
 workers=$((($(nproc) + 1) / 2))
 start tests_gpu "$TESTS" "${pytest[@]}" --numprocesses "$(((workers + 1) / 2))" --durations 10 tests/test_gpu.py &
-start tests_kernels "$TESTS" "${pytest[@]}" --numprocesses "$workers" tests/test_kernels.py &
+start tests_kernels "$TESTS" "${pytest[@]}" --numprocesses "$workers" tests/test_kernels.py tests/test_kernels_augment.py &
 start tests_machine_code "$TESTS" "${pytest[@]}" --numprocesses 1 tests/test_aot.py &
 start tests_optim "$TESTS" "${pytest[@]}" --numprocesses 1 tests/test_optim.py &
 wait
@@ -119,7 +120,12 @@ start bench_noise "$LIMIT" "$python" -m benchmarks.bench_noise --device cuda --j
     --cases persample/resnet18/group/b128 persample/resnet20/group/b32 \
     --variants ours ours_inner vmap opacus opacus_ghost backpack
 report bench_noise
+if [ -n "${IMAGES:-}" ]; then
+    LIMIT=$((SECONDS + 180))
+    start gpu_decode "$LIMIT" "$python" -m benchmarks.gpu_decode "$IMAGES" --out "${name}_decode.jsonl"
+    report gpu_decode
+fi
 
 verdict=$( ((failed)) && echo "something failed" || echo "all passed")
-echo "gpu_check: $verdict in $SECONDS s: ${name}_kernels.jsonl, ${name}_noise.jsonl, $log"
+echo "gpu_check: $verdict in $SECONDS s: ${name}_*.jsonl, $log"
 exit "$failed"

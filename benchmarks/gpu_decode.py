@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -27,14 +26,14 @@ from statistics import median
 import numpy as np
 import torch
 
+from benchmarks import timing
 from fastsmooth.data.chunks import ChunkedLoader, Segment
 from fastsmooth.data.dali import DaliEngine, Decoder
 from fastsmooth.data.index import Index, read_index
 from fastsmooth.data.order import permutation
-from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD, Split
+from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD, Split, processors
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.threads import ThreadsEngine
-from fastsmooth.log import environment
 
 FILES, SIZE, BATCH, ROUNDS = 4096, 224, 256, 2
 CUDA = torch.device("cuda", 0)
@@ -58,7 +57,7 @@ def source(directory: Path) -> Source:
 
 
 def loader(files: Source, decoder: Decoder | None, chunk: int) -> ChunkedLoader:
-    threads = len(os.sched_getaffinity(0))
+    threads = processors()
     engine = DaliEngine(files, chunk, threads, CUDA, decoder) if decoder else ThreadsEngine(files, threads, True)
     return ChunkedLoader(engine, files.split.labels, SIZE, chunk, IMAGENET_MEAN, IMAGENET_STD, CUDA)
 
@@ -107,13 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("directory", type=Path, metavar="DIR")
     p.add_argument("--out", type=Path, metavar="FILE")
     p.add_argument("--seconds", type=float, default=1.5, metavar="S", help="of a window")
+    argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu_decode: PyTorch sees no CUDA device", file=sys.stderr)
         return 2
     files = source(args.directory)
     speeds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    lines = [json.dumps(environment())]
+    lines = [json.dumps(timing.header("gpu_decode", argv))]
 
     def tell(row: dict) -> None:
         lines.append(json.dumps(row))
@@ -121,11 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    for decoder, chunk in [
-        VARIANTS["full/hw0/chunk256"],
-        VARIANTS["full/hw0.65/chunk256"],
-        VARIANTS["full/hw1/chunk256"],
-    ]:
+    for hw in ("hw0", "hw0.65", "hw1"):
+        decoder, chunk = VARIANTS[f"full/{hw}/chunk256"]
         tell({"bench": "gpu_decode", "hw": decoder.hw_load, **again(files, decoder, chunk)})
     for _ in range(ROUNDS):
         for name, (decoder, chunk) in VARIANTS.items():
@@ -135,14 +132,8 @@ def main(argv: list[str] | None = None) -> int:
                 tell({"bench": "gpu_decode", "variant": name, "failed": " ".join(str(error).split())[:300]})
     for name, found in speeds.items():
         if found:
-            tell(
-                {
-                    "bench": "gpu_decode",
-                    "variant": name,
-                    "per_s": round(median(found)),
-                    "rounds": [round(v) for v in found],
-                }
-            )
+            row = {"bench": "gpu_decode", "variant": name, "per_s": round(median(found))}
+            tell(row | {"rounds": [round(v) for v in found]})
     return 0
 
 

@@ -481,10 +481,10 @@ def test_a_part_of_the_gpu_check_that_fails_stops_no_other(tmp_path):
     python = tmp_path / "python"  # has everything, and fails the kernels' tests
     python.write_text("#!/bin/sh\n[ $1 = -c ] && exit\necho ran $*\ncase $* in *test_kernels*) exit 3 ;; esac\n")
     python.chmod(0o755)
-    done = gpu_check(tmp_path, "echo GPU 0: none", PYTHON=str(python))
+    done = gpu_check(tmp_path, "echo GPU 0: none", PYTHON=str(python), IMAGES="photos")
     assert done.returncode == 1 and "tests_kernels: failed with code 3" in done.stdout
     (log,) = (tmp_path / "out").glob("*_gpu_check.log")
-    benches = ("bench_kernels --device cuda --json", "bench_noise --device cuda --json")
-    for part in ("test_kernels.py", "test_aot.py", "test_optim.py", "test_gpu.py", *benches):
+    benches = ("bench_kernels --device cuda --json", "bench_noise --device cuda --json", "gpu_decode photos")
+    for part in ("test_kernels.py", "test_kernels_augment.py", "test_aot.py", "test_optim.py", "test_gpu.py", *benches):
         assert part in log.read_text()
-    assert log.read_text().count(": passed") == 5
+    assert log.read_text().count(": passed") == 6
