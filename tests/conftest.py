@@ -1,8 +1,8 @@
-"""How the tests run, and their real images: archives that lie beside the checkout, extracted once a session."""
+"""How the tests run, what they share, and their real images: archives that lie beside the checkout, extracted once a session."""
 
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: a value that a kernel forgets to write shows."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data"

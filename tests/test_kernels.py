@@ -7,30 +7,17 @@ import shutil
 
 import pytest
 import torch
+from implementations import DEVICE, every_implementation, needs_cxx
 
 from fastsmooth.kernels import backend, native, persample_noise, update
 from fastsmooth.kernels.backend import FORMS
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LR, BETA, NU = 0.1, 0.9, 0.7
 SHAPES = [(3, 5, 7), (1,), (), (129,), (0, 4), (8192,), (8193,), (20001,), (1023,), (64, 3, 3, 3)]
 DTYPES = [torch.float32, torch.bfloat16]
 
-triton = pytest.param("triton", marks=pytest.mark.skipif(update.triton is None, reason="no triton"))
-needs_cxx = pytest.mark.skipif(DEVICE.type == "cuda" or native.library() is None, reason="for CPUs with a C++ compiler")
-cxx = pytest.param("native", marks=needs_cxx)
-every_implementation = pytest.mark.parametrize("implementation", [triton, cxx, "reference"])
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_form = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN: a value that a kernel forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def scalars(lr=LR, beta=BETA, nu=NU, decay=0.0):

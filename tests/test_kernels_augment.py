@@ -9,36 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from implementations import DEVICE, every_implementation, needs_cxx, needs_triton
 from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
 from fastsmooth.data import augment as drawing
 from fastsmooth.data.chunks import normalisation
-from fastsmooth.kernels import aot, native
+from fastsmooth.kernels import aot
 from fastsmooth.kernels import augment as kernel
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADDING = {8: 1, 32: 4, 33: 4, 224: 28}
 SIZES = list(PADDING)
 
-needs_triton = pytest.mark.skipif(kernel.triton is None, reason="no triton")
-needs_cxx = pytest.mark.skipif(DEVICE.type == "cuda" or native.library() is None, reason="for CPUs with a C++ compiler")
-triton, cxx = pytest.param("triton", marks=needs_triton), pytest.param("native", marks=needs_cxx)
-every_implementation = pytest.mark.parametrize("implementation", [triton, cxx, "reference"])
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_size = pytest.mark.parametrize("size", SIZES)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN: a value that a kernel forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

@@ -153,6 +153,16 @@ def test_a_growing_batch_compiles_once(tmp_path, capsys):
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
 
 
+def test_the_ninth_compiled_step_of_a_process_is_compiled_like_the_first():
+    """PyTorch keeps eight graphs a function, which all steps share, and then runs eagerly without a word."""
+    x, y = torch.randn(5, 3, 2, 2), torch.arange(5)
+    for _ in range(9):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+        step = Step(model, NoisySGD(model.parameters(), "sgd", 0.1), CPU, "fp32", True)
+        step.gradient(x, y)
+        assert step.compiled_graphs == 1
+
+
 def test_no_update_waits_for_the_device(monkeypatch, tmp_path):
     """Between two logged rows the loop reads no number back."""
     reads = []
