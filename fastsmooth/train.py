@@ -181,9 +181,7 @@ def prepare(c: Config, torch):
     out = Path(c.out or default_out(c))
     if not c.resume:
         check_unused(out)
-    about = environment() | {
-        "kernels": choose_kernels(device, torch)
-    }  # before their first use, which would warn elsewhere
+    kernels = choose_kernels(device, torch)  # before their first use, which would warn in other words
     images = data.open_data(c, device, warn)
     n = len(images.train)
     schedule = make_schedule(c, n)
@@ -197,7 +195,7 @@ def prepare(c: Config, torch):
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled)
 
-    folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), about)
+    folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), environment() | {"kernels": kernels})
     checkpoints = Checkpoints(out / "checkpoints", warn)
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     tracker = Tracker(c.to_json(), out, warn)

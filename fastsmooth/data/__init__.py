@@ -14,7 +14,7 @@ from fastsmooth.data.chunks import ChunkedLoader, Loader
 from fastsmooth.data.dali import DaliEngine, Decoder
 from fastsmooth.data.index import read_index
 from fastsmooth.data.resident import ResidentLoader
-from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all, processors
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
 from fastsmooth.data.threads import ThreadsEngine
@@ -54,9 +54,9 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
         raise DataError(f"--data-dir {config.data_dir}: {error.strerror or error}{where}") from None
     bad = BadImages(config.on_bad_image, say)
     name, why = choose(config, images, device)
-    threads = (
-        processors() if config.workers is None else max(config.workers, 0 if name == "torch" else 1)
-    )  # torch: 0 is this process
+    threads = processors() if config.workers is None else config.workers
+    if name != "torch":  # where 0 processes are this one
+        threads = max(threads, 1)
     loaders, chunk = [], 0
     for split in (images.train, images.test):
         if name == "resident":
@@ -68,12 +68,10 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
             engine = make_engine(name, source, chunk, threads, device, config)
             loader = ChunkedLoader(engine, split.labels, config.image_size, chunk, images.mean, images.std, device)
         loaders.append(loader)
-    how = (
-        "" if name == "resident" else f", {threads} {'processes' if name == 'torch' else 'threads'}, chunks of {chunk}"
-    )
-    return Data(
-        *loaders, len(images.classes), config.image_size, images.fingerprint(), f"loader {name}: {why}{how}", bad
-    )
+    choice = f"loader {name}: {why}"
+    if name != "resident":
+        choice += f", {threads} {'processes' if name == 'torch' else 'threads'}, chunks of {chunk}"
+    return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), choice, bad)
 
 
 def choose(config, images: ImageSet, device: torch.device) -> tuple[str, str]:
@@ -103,8 +101,11 @@ def make_engine(name: str, source: Source, chunk: int, threads: int, device: tor
         return TorchEngine(source, threads, pinned)
     if name == "threads":
         return ThreadsEngine(source, threads, pinned)
-    device_memory, host_memory = config.decoder_device_memory << 20, config.decoder_host_memory << 20
-    decoder = Decoder(False, config.hw_decoder_load, device_memory, host_memory)
+    decoder = Decoder(
+        hw_load=config.hw_decoder_load,
+        device_padding=config.decoder_device_memory << 20,
+        host_padding=config.decoder_host_memory << 20,
+    )
     return DaliEngine(source, chunk, threads, device, decoder)
 
 
@@ -132,11 +133,6 @@ def decode(split: Split, config, bad: BadImages) -> Split:
         lambda image: augment.evaluation_view(image, config.augment, config.image_size),
         bad.report,
     )
-
-
-def processors() -> int:
-    """How many of the processors are this process's to use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory(device: torch.device) -> float:

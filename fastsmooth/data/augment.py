@@ -23,12 +23,18 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 ONE = 1 << 16  # in 16.16 fixed point
 
 
+View = tuple[list[int], list[int], list[int]]  # of one image: its rows of box, scaled and corner
+
+
 class Views(NamedTuple):
     """What a decoder is to make of n images of any size: int64 on the CPU, in pixels."""
 
     box: Tensor  # [n, 4] top, left, height, width: the part that is wanted
     scaled: Tensor  # [n, 2] height, width that it is resized to, antialiased
     corner: Tensor  # [n, 2] top, left of the size x size pixels that are kept of that
+
+    def each(self) -> list[View]:
+        return list(zip(*(rows.tolist() for rows in self), strict=True))
 
 
 def padding(size: int) -> int:
@@ -40,7 +46,7 @@ def draw(kind: str, size: int, seed: int, epoch: int, index: Tensor) -> Tensor:
     """The augmentation's parameters for the samples `index` [n]: float64 [n, 4] rows (top, left, flip, angle).
 
     top and left count from 0 to 2 padding. For resized-crop-flip the row is (flip, then four uniforms an attempt),
-    since the box depends on the image: crop_box makes it.
+    since the box depends on the image: crop_boxes makes it.
     """
     words = philox(seed, epoch, index, AUGMENT)
     if kind == "resized-crop-flip":

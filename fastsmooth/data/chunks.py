@@ -133,13 +133,11 @@ class ChunkReader:
 
     def advance(self) -> None:
         self._segment += 1
-        if self._chunk is not None:
-            self._retire()
+        self._retire()
 
     def close(self) -> None:
         self._chunks.close()
-        if self._chunk is not None:
-            self._retire()
+        self._retire()
         for event, chunk in self._used:
             event.synchronize()
             chunk.release()
@@ -157,8 +155,11 @@ class ChunkReader:
 
     def _retire(self) -> None:
         chunk, self._chunk = self._chunk, None
+        if chunk is None:
+            return
         if self.loader.device.type != "cuda":
-            return chunk.release()
+            chunk.release()
+            return
         event = torch.cuda.Event()
         event.record()
         self._used.append((event, chunk))

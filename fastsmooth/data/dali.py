@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsmooth.data.augment import padding
+from fastsmooth.data.augment import View, padding
 from fastsmooth.data.chunks import Chunk, Job
 from fastsmooth.data.sets import DataError
 from fastsmooth.data.source import Source
@@ -61,6 +61,7 @@ class Prepared:
     job: Job
     feeds: dict[str, Any]
     moves: Tensor | None = None
+    views: list[View] = field(default_factory=list)  # of files
     given: dict[int, np.ndarray] = field(default_factory=dict)  # place in the chunk: pixels from elsewhere
 
 
@@ -119,7 +120,7 @@ class DaliEngine:
             pixels = result(pipe)
         except RuntimeError as error:
             if not self.files:
-                raise DataError(f"DALI: {last_line(error)}: use --loader resident") from None
+                raise DataError(f"DALI: {reason(error)}: use --loader resident") from None
             pixels = self._one_by_one(prepared)
             pipe = self._pipeline(self.chunk)  # one that has failed is of no use
             for later in waiting:
@@ -137,10 +138,10 @@ class DaliEngine:
                 pixels.append(result(pipe))
             except RuntimeError as error:
                 if "CUDA" in str(error) or "alloc" in str(error):
-                    raise DataError(f"DALI: {last_line(error)}: lower --chunk, or use --loader threads") from None
+                    raise DataError(f"DALI: {reason(error)}: lower --chunk, or use --loader threads") from None
                 pipe = None
                 pixels.append(torch.zeros(1, self.source.size, self.source.size, 3, dtype=torch.uint8))
-                prepared.given[k] = self._by_pil(i, [prepared.feeds[name][k] for name in VIEWS])
+                prepared.given[k] = self.source.by_pil(i, prepared.views[k])
         return torch.cat([p.to(self.device if self.gpu else "cpu") for p in pixels])
 
     # What is fed ------------------------------------------------------------------------------------------------------
@@ -151,40 +152,32 @@ class DaliEngine:
     def _prepare_files(self, job: Job) -> Prepared:
         source = self.source
         drawn = source.drawn(job)
-        box, scaled, corner = (v.numpy().astype(np.int32) for v in source.views(job, drawn))
-        prepared = Prepared(job, {}, source.moves(drawn))
-        encoded = list(self.pool.map(self._read, job.index.tolist(), box.tolist(), scaled.tolist(), corner.tolist()))
-        for k, found in enumerate(encoded):
-            if found.ndim > 1:  # pixels
-                prepared.given[k], encoded[k] = found, STAND_IN
+        found = source.views(job, drawn)
+        prepared = Prepared(job, {}, source.moves(drawn), views=found.each())
+        encoded = list(self.pool.map(self._read, job.index.tolist(), prepared.views))
+        box, scaled, corner = (v.numpy().astype(np.int32) for v in found)
+        for k, read in enumerate(encoded):
+            if read.ndim > 1:  # pixels
+                prepared.given[k], encoded[k] = read, STAND_IN
                 box[k], scaled[k], corner[k] = (0, 0, 1, 1), source.size, 0
-        views = [np.ascontiguousarray(v) for v in (box[:, :2], box[:, 2:], scaled.astype(np.float32), corner)]
-        prepared.feeds = {"encoded": encoded} | dict(zip(VIEWS, views, strict=True))
+        prepared.feeds = {"encoded": encoded, "start": np.ascontiguousarray(box[:, :2])}
+        prepared.feeds |= {
+            "shape": np.ascontiguousarray(box[:, 2:]),
+            "scaled": scaled.astype(np.float32),
+            "corner": corner,
+        }
         return prepared
 
-    def _read(self, i: int, *view: list[int]) -> np.ndarray:
+    def _read(self, i: int, view: View) -> np.ndarray:
         """The bytes of sample i, or where DALI is not to decode them its pixels, uint8 [size, size, 3]."""
-        source = self.source
-        if not source.readable(i):
-            return self._black()
-        if not source.index.plain[i]:
-            return self._by_pil(i, [view[0][:2], view[0][2:], *view[1:]])
-        try:
-            found = np.fromfile(source.split.paths[i], dtype=np.uint8)
-            return found if len(found) else self._by_pil(i, [])
-        except OSError:
-            return self._by_pil(i, [])  # which finds the words
-
-    def _by_pil(self, i: int, view: list) -> np.ndarray:
-        try:
-            start, shape, scaled, corner = ([int(x) for x in v] for v in view or [(0, 0), (1, 1), (1, 1), (0, 0)])
-            return self.source.by_pil(i, ([*start, *shape], scaled, corner))
-        except DataError as error:
-            self.source.bad.report(self.source.split.paths[i], str(error))
-            return self._black()
-
-    def _black(self) -> np.ndarray:
-        return np.zeros((self.source.size, self.source.size, 3), dtype=np.uint8)
+        pixels = self.source.given(i, view)
+        if pixels is not None:
+            return pixels
+        with contextlib.suppress(OSError):
+            encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
+            if len(encoded):
+                return encoded
+        return self.source.by_pil(i, view)  # which finds the words
 
     def _prepare_pixels(self, job: Job) -> Prepared:
         source, m = self.source, len(job.index)
@@ -247,9 +240,6 @@ class DaliEngine:
         return fn.rotate(images, angle=angle, interp_type=types.INTERP_NN, keep_size=True, fill_value=0)
 
 
-VIEWS = ("start", "shape", "scaled", "corner")
-
-
 def stand_in() -> np.ndarray:
     """The bytes of a JPEG of one pixel."""
     file = io.BytesIO()
@@ -273,6 +263,7 @@ def result(pipe) -> Tensor:
     return torch.from_dlpack(images.as_tensor())
 
 
-def last_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The telling line of what DALI raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if line.startswith(("Error", "Assert"))), lines[0] if lines else "failed")

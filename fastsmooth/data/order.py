@@ -36,9 +36,9 @@ def philox_rounds(counter: list[Tensor | int], key: list[int]) -> Tensor:
     return torch.stack([a, b, c, d])
 
 
-def permutation(seed: int, epoch: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+def permutation(seed: int, epoch: int, n: int) -> Tensor:
     """The order of epoch `epoch`: int64 [n], uniform over permutations up to the ties of 62-bit keys."""
-    words = philox(seed, epoch, torch.arange(n, device=device), ORDER)
+    words = philox(seed, epoch, torch.arange(n), ORDER)
     return sorted_by(words)
 
 

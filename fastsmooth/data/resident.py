@@ -12,6 +12,8 @@ from fastsmooth.data.chunks import Loader, Segment, normalisation
 from fastsmooth.data.sets import Split
 from fastsmooth.kernels.augment import augment as augmented
 
+DRAWN_AT_ONCE = 8192  # samples: few enough for the intermediate numbers to stay in a processor's cache
+
 
 class ResidentLoader(Loader):
     """Serves batches of any size from the pixels of a split; `kind` is the augmentation."""
@@ -38,9 +40,6 @@ class ResidentLoader(Loader):
             ]
             self._drawn = epoch, torch.cat(drawn)
         return self._drawn[1]
-
-
-DRAWN_AT_ONCE = 8192  # samples: few enough for the intermediate numbers to stay in a processor's cache
 
 
 class ResidentReader:

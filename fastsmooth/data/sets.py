@@ -167,10 +167,15 @@ def decode_all(
         except DataError as error:
             report(split.paths[i], str(error))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         for _ in pool.map(decode, range(len(split)), chunksize=64):
             pass
     return Split(split.labels, pixels)
+
+
+def processors() -> int:
+    """How many of the processors are this process's to use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 READERS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet, "folder": folder}

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsmooth.data import augment
-from fastsmooth.data.augment import Views
+from fastsmooth.data.augment import View, Views
 from fastsmooth.data.chunks import Job
 from fastsmooth.data.index import Index
 from fastsmooth.data.sets import DataError, Split, open_image
@@ -61,16 +61,29 @@ class Source:
         )
         return augment.views(self.kind, self.size, drawn, width, height)
 
-    def readable(self, i: int) -> bool:
-        """False, once it is reported, where the header of sample i was bad, or an earlier decoding."""
+    def given(self, i: int, view: View) -> np.ndarray | None:
+        """Pixels, uint8 [size, size, 3], of a sample that no fast decoder is to read; None for the others.
+
+        Black where the header was bad, or an earlier decoding, once that is reported; PIL's where others would differ.
+        """
         path = self.split.paths[i]
         if i in self.index.bad:
             self.bad.report(path, self.index.bad[i])
-        return i not in self.index.bad and path not in self.bad.reasons
+        if i in self.index.bad or path in self.bad.reasons:
+            return self._black()
+        return None if self.index.plain[i] else self.by_pil(i, view)
 
-    def by_pil(self, i: int, view: tuple[list[int], list[int], list[int]]) -> np.ndarray:
-        """uint8 [size, size, 3]: the view of sample i, for files that the fast decoders read otherwise than PIL, or not."""
+    def by_pil(self, i: int, view: View) -> np.ndarray:
+        """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where PIL cannot read it."""
+        path = self.split.paths[i]
         (top, left, height, width), (tall, wide), (down, right) = view
-        image = open_image(self.split.paths[i]).crop((left, top, left + width, top + height))
+        try:
+            image = open_image(path).crop((left, top, left + width, top + height))
+        except DataError as error:
+            self.bad.report(path, str(error))
+            return self._black()
         image = image.resize((wide, tall), Image.Resampling.BILINEAR)
         return np.array(image.crop((right, down, right + self.size, down + self.size)))
+
+    def _black(self) -> np.ndarray:
+        return np.zeros((self.size, self.size, 3), dtype=np.uint8)

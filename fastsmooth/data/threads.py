@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image
 
+from fastsmooth.data.augment import View
 from fastsmooth.data.chunks import Chunk, Job
-from fastsmooth.data.sets import DataError
 from fastsmooth.data.source import Source
 
 AT_ONCE = 2  # chunks in the pool's hands: one being made, one for the threads that are done with it
@@ -48,7 +48,7 @@ class ThreadsEngine:
         if source.split.pixels is not None:
             return Chunk(job, torch.from_numpy(source.split.pixels[job.index.numpy()]), source.moves(drawn)), []
         buffer = self._buffer(len(job.index))
-        views = zip(*(v.tolist() for v in source.views(job, drawn)), strict=True)
+        views = source.views(job, drawn).each()
         pixels = buffer[: len(job.index)]
         futures = [
             self.pool.submit(self._decode, i, view, pixels[k].numpy())
@@ -68,21 +68,14 @@ class ThreadsEngine:
                 return buffer
         return torch.empty(count, self.source.size, self.source.size, 3, dtype=torch.uint8, pin_memory=self.pinned)
 
-    def _decode(self, i: int, view: tuple[list[int], list[int], list[int]], to: np.ndarray) -> None:
+    def _decode(self, i: int, view: View, to: np.ndarray) -> None:
         """Write the view of sample i into `to`, uint8 [size, size, 3]."""
-        source = self.source
-        path = source.split.paths[i]
-        if not source.readable(i):
-            to[...] = 0
-            return
-        try:
-            pixels = self._fast(path, view) if source.index.plain[i] else None
-            to[...] = source.by_pil(i, view) if pixels is None else pixels
-        except DataError as error:
-            source.bad.report(path, str(error))
-            to[...] = 0
+        pixels = self.source.given(i, view)
+        if pixels is None:
+            pixels = self._fast(self.source.split.paths[i], view)
+        to[...] = self.source.by_pil(i, view) if pixels is None else pixels
 
-    def _fast(self, path: str, view: tuple[list[int], list[int], list[int]]) -> np.ndarray | None:
+    def _fast(self, path: str, view: View) -> np.ndarray | None:
         """The view by torchvision's decoder; None for a file that it refuses: PIL reads that, or finds the words."""
         (top, left, height, width), scaled, (down, right) = view
         try:

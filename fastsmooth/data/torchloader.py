@@ -19,21 +19,24 @@ Item = tuple[int, list[int], list[float] | None]  # sample, the box of its view,
 
 
 class Images(Dataset):
-    """One image at a time, decoded and augmented with the numbers that come with its index: pixels, or why not."""
+    """One image at a time, decoded and augmented with the numbers that come with its index.
+
+    It is uint8 [size, size, 3] with None, or black with the reason, which the main process reports.
+    """
 
     def __init__(self, source: Source):
         self.split, self.kind, self.size = source.split, source.kind, source.size
 
-    def __getitem__(self, item: Item) -> np.ndarray | str:
+    def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
         index, box, drawn = item
         try:
             image = self.open(index)
         except DataError as error:
-            return str(error)  # reported in the main process
+            return np.zeros((self.size, self.size, 3), dtype=np.uint8), str(error)
         if drawn is not None and self.kind == "resized-crop-flip":
-            return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size))
+            return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size)), None
         image = augment.evaluation_view(image, self.kind, self.size)
-        return np.asarray(image if drawn is None else augment.crop_flip_rotate(image, drawn, self.size))
+        return np.asarray(image if drawn is None else augment.crop_flip_rotate(image, drawn, self.size)), None
 
     def open(self, index: int) -> Image.Image:
         if self.split.pixels is not None:
@@ -41,12 +44,10 @@ class Images(Dataset):
         return open_image(self.split.paths[index])
 
 
-def collate(items: list[np.ndarray | str]) -> tuple[Tensor, dict[int, str]]:
-    """uint8 [m, size, size, 3], black where there is none, and why there is none."""
-    reasons = {k: item for k, item in enumerate(items) if isinstance(item, str)}
-    found = next((item for item in items if not isinstance(item, str)), np.zeros((1, 1, 3), np.uint8))
-    pixels = np.stack([np.zeros_like(found) if k in reasons else item for k, item in enumerate(items)])
-    return torch.from_numpy(pixels), reasons
+def collate(images: list[tuple[np.ndarray, str | None]]) -> tuple[Tensor, dict[int, str]]:
+    """uint8 [m, size, size, 3], and why some are black, by their place."""
+    pixels, reasons = zip(*images, strict=True)
+    return torch.from_numpy(np.stack(pixels)), {k: reason for k, reason in enumerate(reasons) if reason}
 
 
 class Items:
@@ -84,8 +85,6 @@ class TorchEngine:
                 job = waiting.pop(0)
                 for k, reason in reasons.items():
                     self.source.bad.report(self.source.split.paths[job.index[k]], reason)
-                if len(reasons) == len(pixels):
-                    pixels = torch.zeros(len(pixels), self.source.size, self.source.size, 3, dtype=torch.uint8)
                 yield Chunk(job, pixels, None)
         finally:
             items.source.close()  # suspended, it and the kept DataLoader hold each other, which stalls the garbage collector
