@@ -101,7 +101,7 @@ class ServeCase:
     images: int
     lead: int
     rounds: int = 6
-    budget: float = 80.0  # seconds for all rounds
+    budget: float = 200.0  # seconds for all rounds
     steps: int = 1  # of a window, but for STEPS
     tiny: bool = False
 
@@ -122,7 +122,7 @@ class ResizeCase:
     set: str
     batch_size: int
     rounds: int = 20
-    budget: float = 50.0
+    budget: float = 150.0
     steps: int = 1
     lead: int = 0
     tiny: bool = False
