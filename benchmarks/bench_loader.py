@@ -136,7 +136,7 @@ class ResizeCase:
         return [Variant(name, change, (self, name, images)) for name in kept]
 
 
-# What is made ahead of time is up to six chunks, of 2048 images or 64 files: the lead is longer.
+# What is made ahead of time is up to six chunks, of 512 images or 64 files: the lead is longer.
 CASES = (
     *(ServeCase("cifar", batch, images=10_000, lead=2) for batch in (32, 128)),
     ServeCase("cifar", 1024, images=10_000, lead=2, steps=2),  # of ten batches, which two workers end two at a time
@@ -265,12 +265,10 @@ class Ours:
         keep_freed_memory()  # as fastsmooth.train does it
         config = config_of(loader, images, name)
         reader = data.READERS[config.dataset]
-        data.READERS[config.dataset] = lambda config: image_set(images, config, reader)
-        try:
-            with patch.dict(os.environ, XDG_CACHE_HOME=images.cache):  # where open_data keeps what it knows of files
-                opened = data.open_data(config, torch.device("cpu"))
-        finally:
-            data.READERS[config.dataset] = reader
+        stand_in = {config.dataset: lambda config: image_set(images, config, reader)}
+        cache = {"XDG_CACHE_HOME": images.cache}  # where open_data keeps what it knows of files
+        with patch.dict(data.READERS, stand_in), patch.dict(os.environ, cache):
+            opened = data.open_data(config, torch.device("cpu"))
         self.epoch_images = len(opened.train)
         self.stream = data.Stream(opened.train, config.seed, EPOCHS, opened.fingerprint)
         self._batches = (batch for _ in range(EPOCHS) for batch in self.stream.rest_of_epoch())

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -173,12 +174,9 @@ class Ours:
         test = Split(split.labels[:TEST_IMAGES], split.pixels[:TEST_IMAGES])
         classes = tuple(map(str, range(CLASSES)))
         device = torch.device(c.device)
-        reader = data.READERS["cifar100"]
-        data.READERS["cifar100"] = lambda config: ImageSet(split, test, classes, CIFAR100_MEAN, CIFAR100_STD)
-        try:
+        stand_in = ImageSet(split, test, classes, CIFAR100_MEAN, CIFAR100_STD)
+        with patch.dict(data.READERS, cifar100=lambda config: stand_in):
             images = data.open_data(c, device)
-        finally:
-            data.READERS["cifar100"] = reader
         schedule = Schedule(
             c.method, c.epochs, Point(c.lr, c.batch_size, c.momentum), Smoothing(c.optimizer, c.c2 or 1.0)
         )

@@ -154,8 +154,9 @@ def augment(
             or not tensor.is_contiguous()
             or tensor.device != pixels.device
         ):
+            strides = "" if tensor.is_contiguous() else ", not contiguous"
             raise ValueError(
-                f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}: wanted contiguous {list(shape)} of "
+                f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}{strides}: wanted contiguous {list(shape)} of "
                 f"{dtype} on {pixels.device}"
             )
     if out is None:

@@ -131,7 +131,7 @@ def test_the_resident_loader_is_chosen_where_the_images_fit(monkeypatch, tmp_pat
     choice = opened("auto", dataset="imagenet", data_dir=str(tmp_path)).choice
     assert choice.startswith(f"loader {'dali' if installed else 'threads'}: ") and "crops" in choice
     assert ("pip install 'fastsmooth[dali]'" in choice) == (not installed)
-    assert opened("threads").choice == "loader threads: as asked, 1 threads, chunks of 2048"
+    assert opened("threads").choice == "loader threads: as asked, 1 thread, chunks of 512"
 
 
 def test_a_system_that_does_not_say_what_memory_is_free_still_trains(monkeypatch):

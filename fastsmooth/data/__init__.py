@@ -21,7 +21,7 @@ from fastsmooth.data.threads import ThreadsEngine
 from fastsmooth.data.torchloader import TorchEngine
 
 MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
-CHUNK_OF_PIXELS = 2048  # samples of a set whose pixels are in memory
+CHUNK_OF_PIXELS = {"cuda": 2048}  # elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory
 CHUNK_OF_FILES = {"cuda": 128}  # the fastest on an H100 (benchmarks/gpu_decode.py); elsewhere 64, which is soon there
 
 __all__ = ["Data", "DataError", "Stream", "open_data"]
@@ -70,7 +70,7 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
         loaders.append(loader)
     choice = f"loader {name}: {why}"
     if name != "resident":
-        choice += f", {threads} {'processes' if name == 'torch' else 'threads'}, chunks of {chunk}"
+        choice += f", {threads} {'process' if name == 'torch' else 'thread'}{'s' * (threads != 1)}, chunks of {chunk}"
     return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), choice, bad)
 
 
@@ -110,7 +110,8 @@ def make_engine(name: str, source: Source, chunk: int, threads: int, device: tor
 
 
 def chunk_size(split: Split, device: torch.device) -> int:
-    return CHUNK_OF_FILES.get(device.type, 64) if split.pixels is None else CHUNK_OF_PIXELS
+    of_files = split.pixels is None
+    return CHUNK_OF_FILES.get(device.type, 64) if of_files else CHUNK_OF_PIXELS.get(device.type, 512)
 
 
 def indexed(split: Split, bad: BadImages, say: Callable[[str], None]):
