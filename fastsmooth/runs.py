@@ -71,7 +71,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             raise RunError(f"{path}: no such folder: name run folders, or folders that hold them")
         inside = sorted(Path(base) for base, _, files in os.walk(path) if "config.json" in files)
         if not inside:
-            raise RunError(f"{path} holds no run folder (none with a config.json): name a folder that fastsmooth.train wrote")
+            raise RunError(
+                f"{path} holds no run folder (none with a config.json): name a folder that fastsmooth.train wrote"
+            )
         found |= dict.fromkeys(inside)
     return list(found)
 

@@ -1,0 +1,225 @@
+"""The critical batch size: the batch that reaches a threshold with the fewest gradient evaluations, and what it says of C^2.
+
+T(b) is the number of updates until the running mean of the gradient norm is at most eps (--mode critical), N(b) = b T(b) the
+gradient evaluations (SFO), b* the batch with the smallest N (arXiv 2402.02325). C^2 = b* eps^2 / (kappa lr) is an upper
+bound through a convergence theorem that is used as a point estimate: nothing forces it to agree with a measured C^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastsmooth.runs import SavedRun
+from fastsmooth.schedule import Smoothing
+
+# What does not tell groups apart: the axis, the repetition, what cannot change a result, and constants that only scale delta.
+WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
+NO_RESULT = {
+    "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers", "chunk", "loader",
+    "checkpoint_every", "log_every", "track_noise", "estimator", "device", "decay_epoch", "epochs", "budget", "max_updates",
+}  # fmt: skip
+FLAT = (
+    0.1  # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published as very flat
+)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Runs of one batch size, one a seed."""
+
+    batch_size: int
+    steps: tuple[int | None, ...]  # T(b) of every seed; None: not reached
+    samples: tuple[int | None, ...]  # gradient evaluations: b T(b), less what the last batches of epochs lack
+
+    @property
+    def reached(self) -> list[int]:
+        return [t for t in self.steps if t is not None]
+
+    @property
+    def n(self) -> int:
+        return len(self.reached)
+
+    @property
+    def not_reached(self) -> int:
+        return len(self.steps) - self.n
+
+    @property
+    def mean_steps(self) -> float | None:
+        return mean(self.reached)
+
+    @property
+    def sd_steps(self) -> float | None:
+        return deviation(self.reached)
+
+    @property
+    def sfo_mean(self) -> float | None:
+        """N(b) = b T(b), the mean over the seeds that reached eps; None where one did not: the mean would be too small."""
+        return None if self.not_reached else mean([self.batch_size * t for t in self.reached])
+
+    @property
+    def sfo_sd(self) -> float | None:
+        return None if self.not_reached else deviation([self.batch_size * t for t in self.reached])
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One curve N(b): runs that differ in batch size and seed alone, at one threshold."""
+
+    group: dict[str, Any]  # the settings that all have, from their config.json
+    eps: float
+    batches: tuple[BatchResult, ...]  # by batch size
+    kappa: float
+    k2: float | None  # the largest squared gradient norm that any of the runs met
+    k2_mean_square: float | None  # the mean over runs of the mean squared gradient norm
+
+    @property
+    def best(self) -> int | None:
+        """b*: the batch size with the smallest mean N."""
+        reached = [b for b in self.batches if b.sfo_mean is not None]
+        return min(reached, key=lambda b: b.sfo_mean).batch_size if reached else None
+
+    @property
+    def bracket(self) -> tuple[int, int] | None:
+        """The smallest and the largest batch size of the floor: N within FLAT of the smallest, without a gap around b*."""
+        if self.best is None:
+            return None
+        sizes = [b.batch_size for b in self.batches]
+        at = low = high = sizes.index(self.best)
+        while low > 0 and self._flat(low - 1):
+            low -= 1
+        while high + 1 < len(sizes) and self._flat(high + 1):
+            high += 1
+        return (sizes[low], sizes[high]) if low <= at <= high else None
+
+    def _flat(self, at: int) -> bool:
+        smallest = min(b.sfo_mean for b in self.batches if b.sfo_mean is not None)
+        found = self.batches[at].sfo_mean
+        return found is not None and found <= (1 + FLAT) * smallest
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the floor ends where the batches that were tried, or that reached eps, end: b* may lie outside."""
+        reached = [b.batch_size for b in self.batches if b.sfo_mean is not None]
+        return self.bracket is not None and (self.bracket[0] == reached[0] or self.bracket[1] == reached[-1])
+
+    @property
+    def c2_critical(self) -> float | None:
+        return None if self.best is None else self.grad_variance(self.best)
+
+    @property
+    def c2_range(self) -> tuple[float, float] | None:
+        """c2_critical at the two ends of the floor."""
+        return None if self.bracket is None else tuple(self.grad_variance(b) for b in self.bracket)
+
+    def grad_variance(self, batch_size: float) -> float:
+        """C^2 = b* eps^2 / (kappa lr)."""
+        return batch_size * self.eps**2 / (self.kappa * self.group["lr"])
+
+    def batch_of(self, grad_variance: float) -> float:
+        """The theory's b* = kappa lr C^2 / eps^2 for a C^2 that is known otherwise."""
+        return self.kappa * self.group["lr"] * grad_variance / self.eps**2
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [
+            {"batch_size": b.batch_size, "steps": list(b.steps), "samples": list(b.samples)}
+            | {"mean_steps": b.mean_steps, "sd_steps": b.sd_steps, "sfo_mean": b.sfo_mean, "sfo_sd": b.sfo_sd}
+            | {"n": b.n, "not_reached": b.not_reached}
+            for b in self.batches
+        ]
+        found = {"group": self.group, "eps": self.eps, "kappa": self.kappa, "batches": rows, "best": self.best}
+        found |= {"bracket": self.bracket, "flat_within": FLAT, "at_edge": self.at_edge}
+        return found | {
+            "c2_critical": self.c2_critical,
+            "c2_range": self.c2_range,
+            "k2": self.k2,
+            "k2_mean_square": self.k2_mean_square,
+        }
+
+
+def analyse(runs: Iterable[SavedRun]) -> list[Analysis]:
+    """One Analysis for every threshold of every group of finished critical runs, in the order of the runs."""
+    groups: dict[str, list[SavedRun]] = {}
+    for run in runs:
+        if sound(run):
+            groups.setdefault(repr(sorted(settings(run.config).items())), []).append(run)
+    found = []
+    for members in groups.values():
+        thresholds = sorted({name for run in members for name in run.critical["crossings"]}, key=float)
+        found += [analyse_group(members, name) for name in thresholds]
+    return found
+
+
+def analyse_group(runs: list[SavedRun], threshold: str) -> Analysis:
+    batches: dict[int, list[dict[str, Any] | None]] = {}
+    for run in sorted(runs, key=lambda run: run.critical["seed"]):
+        if threshold in run.critical["crossings"]:
+            batches.setdefault(run.critical["batch_size"], []).append(run.critical["crossings"][threshold])
+    results = tuple(
+        BatchResult(size, *(tuple(c[key] if c else None for c in crossings) for key in ("step", "samples")))
+        for size, crossings in sorted(batches.items())
+    )
+    config = runs[0].config
+    smoothing = Smoothing(config["optimizer"], nu=config.get("nu", 1.0))
+    largest = [run.critical["grad_norm_max"] for run in runs if number(run.critical.get("grad_norm_max"))]
+    squares = [run.critical["grad_norm_rms"] ** 2 for run in runs if number(run.critical.get("grad_norm_rms"))]
+    return Analysis(
+        settings(config),
+        float(threshold),
+        results,
+        smoothing.critical_factor(runs[0].critical["momentum"]),
+        max(largest) ** 2 if largest else None,
+        mean(squares),
+    )
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What tells the groups apart."""
+    return {name: value for name, value in config.items() if name not in WITHIN | NO_RESULT}
+
+
+def sound(run: SavedRun) -> bool:
+    """Whether the run is finished and its critical.json is one."""
+    c = run.critical
+    crossings = c.get("crossings")
+    return (
+        run.state == "done"
+        and isinstance(crossings, dict)
+        and all(threshold(name) and crossing(value) for name, value in crossings.items())
+        and all(isinstance(c.get(name), int) and not isinstance(c[name], bool) for name in ("batch_size", "seed"))
+        and c["batch_size"] > 0
+        and number(c.get("momentum"))
+        and 0 <= c["momentum"] < 1
+        and number(run.config.get("lr"))
+        and run.config["lr"] > 0
+        and run.config.get("optimizer") in ("sgd", "shb", "nshb", "qhm")
+    )
+
+
+def threshold(name: str) -> bool:
+    try:
+        return 0 < float(name) < math.inf
+    except ValueError:
+        return False
+
+
+def crossing(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(number(value.get(key)) for key in ("step", "samples")))
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def deviation(values: list[float]) -> float | None:
+    """The standard deviation with n - 1; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    center = mean(values)
+    return math.sqrt(math.fsum((v - center) ** 2 for v in values) / (len(values) - 1))
