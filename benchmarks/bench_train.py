@@ -187,7 +187,7 @@ class Ours:
         out = Path(self.scratch.name) / "run"
         folder = RunFolder.create(out, c.to_json(), environment())
         tracker = Tracker(c.to_json(), out, warn)
-        progress = Progress(c.epochs, len(images.train), 0, "this CPU")
+        progress = Progress(c.epochs, len(images.train), c.epochs * len(images.train), 0, "this CPU")
         return Run(c, schedule, images, model, step, device, folder, None, tracker, Clock(), progress)
 
     def __call__(self) -> None:

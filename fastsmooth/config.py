@@ -162,6 +162,12 @@ def every(value: str) -> str:
     return value
 
 
+def budget(value: str) -> str:
+    if not re.fullmatch(r"(epochs|updates|samples)=[1-9]\d{0,17}", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not epochs=N, updates=N or samples=N")
+    return value
+
+
 def option(
     default: Any,
     group: str,
@@ -218,6 +224,7 @@ class Config:
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
     epochs: int | None = option(None, "schedule", "passes over the data", whole(1), metavar="N")
+    budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or samples=N", budget, metavar="WHAT=N")
     lr: float | None = option(None, "schedule", "learning rate at the start", positive, metavar="X")
     batch_size: int | None = option(None, "schedule", "batch size at the start", whole(1), names=("-b", "--batchsize"), metavar="N")
     decay_epoch: int | None = option(None, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", {"lr", "batch", "hybrid"}))
@@ -275,6 +282,12 @@ class Config:
         return SETS[self.dataset].train
 
     @property
+    def limit(self) -> tuple[str, int] | None:
+        """What --budget says: epochs, updates or samples, and how many."""
+        unit, _, amount = (self.budget or "").partition("=")
+        return (unit, int(amount)) if unit else None
+
+    @property
     def unit_constants(self) -> bool:
         """True where delta is in units of C (and K): no constant was given and none is published for this model."""
         return self.c2 is None
@@ -305,6 +318,10 @@ def check(c: Config) -> None:
         raise ConfigError(f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise --beta")
     if c.mode == "critical" and c.method != "constant":
         raise ConfigError(f"--mode critical holds the noise fixed: use --method constant, not {c.method}")
+    if c.mode == "sampling" and c.budget is not None:
+        raise ConfigError(
+            "--budget has no meaning with --mode sampling, which ends at the last of --steps: use --epochs"
+        )
     twice = next((step for step in c.steps or () if c.steps.count(step) > 1), None)
     if twice is not None:
         raise ConfigError(f"--steps names {twice} more than once: give every update once")
@@ -334,7 +351,9 @@ def resolve(given: dict[str, Any]) -> Config:
         values["augment"] = "crop-flip" if values["image_size"] <= 64 else "resized-crop-flip"
     if given.get("dataset") == "folder" and "model" not in given and values["image_size"] > 64:
         values["model"] = "torchvision/resnet34"
-    if values.get("decay_epoch") is None:
+    if "budget" in given and "epochs" in given:
+        raise ConfigError("--epochs and --budget both say how long to train: give one of them")
+    if values.get("decay_epoch") is None and "budget" not in given:  # else once the epochs are known
         values["decay_epoch"] = max(1, values["epochs"] // 5)
     effective = Config(**values)
     refuse_idle(given, effective)

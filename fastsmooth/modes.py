@@ -123,7 +123,7 @@ class Run:
             self.step.optimizer.set_point(point.lr, point.momentum)
             self.stream.batch_size = point.batch_size
             with self.clock.measure("train"):
-                for x, y in self.stream.rest_of_epoch():
+                for x, y in () if self.spent() else self.stream.rest_of_epoch():
                     if self.noise is not None and self.noise.due(self.update, self.epoch, len(y)):
                         self.track(x, y, point)
                     if self.step.compile and not self.step.compiled_graphs:
@@ -137,7 +137,15 @@ class Run:
                     self.after_update(point)
                     if self.enough:
                         return
+                    if self.spent():
+                        break
             self.end_epoch(point)
+
+    def spent(self) -> bool:
+        """Whether the --budget is used up, which ends the last epoch early."""
+        unit, amount = self.config.limit or ("", 0)
+        done = {"updates": self.update, "samples": self.samples}
+        return unit in done and done[unit] >= amount
 
     def gradient(self, x: Tensor, y: Tensor) -> None:
         """Forward and backward; what they say is kept on the device."""

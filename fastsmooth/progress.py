@@ -22,9 +22,9 @@ def span(seconds: float) -> str:
 class Progress:
     """Told of every update and epoch; prints to stdout. `total` is the samples that the whole run will process."""
 
-    def __init__(self, epochs: int, epoch_samples: int, done: int, device_name: str):
+    def __init__(self, epochs: int, epoch_samples: int, total: int, done: int, device_name: str):
         self.epochs, self.epoch_samples, self.device_name = epochs, epoch_samples, device_name
-        self.total, self.begun_at = epochs * epoch_samples, done
+        self.total, self.begun_at = total, done
         self.started = self.last_line = time.monotonic()
         self.announced = False
         self.bar = self.task = None

@@ -60,8 +60,52 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
     return Schedule(c.method, c.epochs, start, smoothing, c.decay_epoch, c.power, c.gamma, images, shifted)
 
 
+def within_budget(c: Config, images: int) -> Config:
+    """`c` with the fewest epochs over `images` training images that hold its --budget; the run ends inside the last of them."""
+    if c.limit is None:
+        return c
+    unit, amount = c.limit
+
+    def lasting(epochs: int) -> Config:
+        return dataclasses.replace(c, epochs=epochs, decay_epoch=c.decay_epoch or max(1, epochs // 5))
+
+    if unit == "epochs":
+        return lasting(amount)
+    few, enough = 0, 1
+    while training(lasting(enough), images)[unit] < amount:
+        few, enough = enough, 2 * enough
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if training(lasting(middle), images)[unit] >= amount else (middle, enough)
+    return lasting(enough)
+
+
+def training(c: Config, images: int) -> dict[str, int]:
+    """The updates and samples of all epochs."""
+    schedule = make_schedule(c, images)
+    updates = schedule.updates(images, c.drop_last)
+    served = sum(n * p.batch_size for n, p in zip(updates, schedule.points(), strict=True))
+    return {"updates": sum(updates), "samples": served if c.drop_last else c.epochs * images}
+
+
+def within_limit(c: Config, schedule: Schedule, images: int) -> int:
+    """The samples that a run over all epochs, or to the end of its --budget, processes."""
+    unit, amount = c.limit or ("epochs", c.epochs)
+    updates = samples = 0
+    for n, point in zip(schedule.updates(images, c.drop_last), schedule.points(), strict=True):
+        done = min(n, amount - updates) if unit == "updates" else n
+        updates, samples = updates + done, samples + min(done * point.batch_size, images)
+    return min(samples, amount) if unit == "samples" else samples
+
+
 def print_plan(c: Config, as_json: bool) -> None:
     """Every epoch's Point and delta; equal epochs share a line."""
+    if c.limit:
+        if c.images is None:
+            raise ConfigError(
+                f"--plan: how many epochs --budget {c.budget} takes, only the images in {c.data_dir} tell"
+            )
+        c = within_budget(c, c.images)
     schedule = make_schedule(c, c.images)
     points = list(schedule.points())
     if as_json:
@@ -88,9 +132,9 @@ def print_plan(c: Config, as_json: bool) -> None:
 def cost(c: Config, updates: list[int] | None) -> str:
     if updates is None:
         return f"cost: {c.epochs} passes over the images in {c.data_dir}"
-    samples = sum(n * p.batch_size for n, p in zip(updates, make_schedule(c, c.images).points(), strict=True))
-    total = samples if c.drop_last else c.epochs * c.images
-    return f"cost: {sum(updates):,} updates, {total:,} gradient evaluations of {c.model}"
+    total = training(c, c.images)
+    ending = f" (--budget {c.budget} ends inside the last epoch)" if c.limit and c.limit[0] != "epochs" else ""
+    return f"cost: {total['updates']:,} updates, {total['samples']:,} gradient evaluations of {c.model}{ending}"
 
 
 def notes(c: Config, schedule: Schedule) -> list[str]:
@@ -184,8 +228,11 @@ def prepare(c: Config, torch):
     kernels = choose_kernels(device, torch)  # before their first use, which would warn in other words
     images = data.open_data(c, device, warn)
     n = len(images.train)
+    check_batch(c, n)
+    if not c.resume:
+        c = within_budget(c, n)
     schedule = make_schedule(c, n)
-    check_against_data(c, schedule, n)
+    check_steps(c, schedule, n)
     set_numerics(c, schedule, torch)
     torch.manual_seed(c.seed)
     model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
@@ -208,7 +255,8 @@ def prepare(c: Config, torch):
         go_on(live)
     epoch_samples = n - n % c.batch_size if c.drop_last else n
     introduce(c, live, models.count_parameters(model))
-    live.progress = Progress(c.epochs, epoch_samples, live.samples, device_name(device, torch))
+    total = within_limit(c, schedule, n)
+    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, device_name(device, torch))
     live.stop_reason = watch(c)
     folder.status("running", "", live.update)
     return live
@@ -332,12 +380,14 @@ def set_numerics(c: Config, schedule: Schedule, torch) -> None:
     torch.backends.cudnn.benchmark = same_batch and not c.deterministic
 
 
-def check_against_data(c: Config, schedule: Schedule, n: int) -> None:
-    """What can only be refused once the number of training images is known."""
+def check_batch(c: Config, n: int) -> None:
     if c.batch_size > n:
         raise ConfigError(
             f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower --batchsize"
         )
+
+
+def check_steps(c: Config, schedule: Schedule, n: int) -> None:
     total = sum(schedule.updates(n, c.drop_last))
     if c.mode == "sampling" and max(c.steps) >= total:
         raise ConfigError(
