@@ -340,6 +340,19 @@ def check(c: Config) -> None:
 
 def resolve(given: dict[str, Any]) -> Config:
     """Fill what was not given: first from the data set, then from the published constants."""
+    given, effective = fill(given)
+    refuse_idle(given, effective)
+    return dataclasses.replace(effective, **constants(effective))
+
+
+def without_idle(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, less the flags that have no effect with the others."""
+    given, effective = fill(given)
+    return {name: value for name, value in given.items() if name not in idle(given, effective)}
+
+
+def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
+    """What was given in its plainest form, and the Config of it with the defaults of the data set."""
     given = dict(given)
     if given.get("method") == "sampling":
         if given.setdefault("mode", "sampling") != "sampling":
@@ -355,9 +368,7 @@ def resolve(given: dict[str, Any]) -> Config:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     if values.get("decay_epoch") is None and "budget" not in given:  # else once the epochs are known
         values["decay_epoch"] = max(1, values["epochs"] // 5)
-    effective = Config(**values)
-    refuse_idle(given, effective)
-    return dataclasses.replace(effective, **constants(effective))
+    return given, Config(**values)
 
 
 def constants(c: Config) -> dict[str, float]:
@@ -382,12 +393,16 @@ def uses_k2(c: Config) -> bool:
     return c.optimizer == "shb" or (c.optimizer == "nshb" and c.nshb_delta == "v1")
 
 
+def idle(given: dict[str, Any], c: Config) -> list[str]:
+    """The names of what was given without effect."""
+    limited = {name: FIELDS[name].metadata["only"] for name in given}
+    return [name for name, only in limited.items() if only is not None and getattr(c, only[0]) not in only[1]]
+
+
 def refuse_idle(given: dict[str, Any], c: Config) -> None:
     """A flag that would change nothing is a misunderstanding: say so instead of ignoring it."""
-    for name in given:
+    for name in idle(given, c):
         only = FIELDS[name].metadata["only"]
-        if only is None or getattr(c, only[0]) in only[1]:
-            continue
         values = " or ".join(sorted(only[1], key=str))
         hint = "; the factor of exp is --gamma" if name == "power" and c.method == "exp" else ""
         hint = hint or ("; the exponent of poly is --power" if name == "gamma" and c.method == "poly" else "")

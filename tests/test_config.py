@@ -62,7 +62,7 @@ def other(name, now):
     """A value that the field takes and that is not the one it has now."""
     choices = FIELDS[name].metadata["choices"]
     for value in choices or (
-        (True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x", "every=9")
+        (True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x", "every=9", "updates=9")
     ):
         if value is True:
             return True
