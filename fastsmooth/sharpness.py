@@ -1,0 +1,578 @@
+"""Sharpness of saved runs: python -m fastsmooth.sharpness RUN... [flags]
+
+How much the loss rises when the weights move, on average (avg_l2, avg_linf) or at worst (m_apgd_l2, m_apgd_linf), after
+Andriushchenko et al. 2023 (arXiv 2302.07011; SPEC B.8). Without flags it is what arXiv 2311.08745 reports: adaptive
+m_apgd_linf with rho 0.0002 on the first 1024 training images in batches of 128, without augmentation, BatchNorm in eval mode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from argparse import SUPPRESS, BooleanOptionalAction, HelpFormatter
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in fastsmooth.train, before torch is imported
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from fastsmooth import config as configs
+from fastsmooth import data, models
+from fastsmooth.checkpoint import CheckpointError, Checkpoints
+from fastsmooth.config import Config, ConfigError
+from fastsmooth.data.order import in_order
+from fastsmooth.estimators import Estimate
+from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.log import RunFolder, RunFolderError, finite, one_line
+from fastsmooth.measure import undisturbed
+from fastsmooth.runs import read_object
+
+DONE, BAD_INPUT, CANNOT_WRITE = 0, 2, 74
+PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
+SCANNED_RHO = {  # by the authors of the algorithms
+    "avg_l2": "0.05 0.1 0.2 0.4",
+    "avg_linf": "0.1 0.2 0.4 0.8",
+    "m_apgd_l2": "0.25 0.5 1 2",
+    "m_apgd_linf": "0.0005 0.001 0.002 0.004",
+}
+MIX = 0.75  # of the new point in the next iterate; the rest is the iterate before the present one
+MIN_IMPROVED = 0.75  # of the iterations since the last checkpoint, or the step is halved
+NEWTON_STEPS = 25  # of a projection: more than any spectrum that tests/test_sharpness.py tries needs
+
+
+# The loss as a function of the perturbation ---------------------------------------------------------------------------
+
+
+class Landscape:
+    """Loss and error of one batch at the weights w + d. The model's own parameters are never written.
+
+    d [P] is one vector over all trainable parameters, in their order.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, normalize_logits: bool):
+        self.model, self.x, self.y, self.normalize_logits = model, x, y, normalize_logits
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = torch.cat([p.detach().flatten() for p in self.parameters.values()])
+
+    def climb(self, d: Tensor) -> tuple[Tensor, Tensor]:
+        """values(d) and the gradient of the loss [P]."""
+        with torch.enable_grad():
+            d = d.detach().requires_grad_()
+            values = self._values(d)
+            (gradient,) = torch.autograd.grad(values[0], d)
+        return values.detach(), gradient
+
+    @torch.no_grad()
+    def values(self, d: Tensor) -> Tensor:
+        """[2]: the mean cross-entropy and the share of samples that are wrong."""
+        return self._values(d)
+
+    def _values(self, d: Tensor) -> Tensor:
+        parts = (self.weights + d).split([p.numel() for p in self.parameters.values()])
+        moved = {name: part.view(p.shape) for (name, p), part in zip(self.parameters.items(), parts, strict=True)}
+        # wide, since sharpness is a small difference of losses
+        logits = torch.func.functional_call(self.model, moved, (self.x,)).to(wide_dtype(d.device))
+        if self.normalize_logits:
+            logits = normalized(logits)
+        wrong = (logits.argmax(dim=1) != self.y).to(logits.dtype).mean()
+        return torch.stack([F.cross_entropy(logits, self.y), wrong])
+
+
+def normalized(logits: Tensor) -> Tensor:
+    """Each row [C] without its mean and of length 1, so that the scale of the logits does not count (SPEC B.8)."""
+    logits = logits - logits.mean(dim=1, keepdim=True)
+    return logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
+
+
+# Where the perturbation may be ----------------------------------------------------------------------------------------
+
+
+class Box:
+    """|d_i| <= rho s_i for every coordinate, with the scale s: |w| [P] if adaptive, else 1."""
+
+    def __init__(self, scale: Tensor, rho: float):
+        self.scale, self.rho = scale, rho
+
+    def noise(self, like: Tensor, generator: Generator) -> Tensor:
+        """Uniform in the box."""
+        uniform = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        return self.rho * (2 * uniform - 1) * self.scale
+
+    def step(self, d: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
+        return d + size * gradient.sign() * self.scale
+
+    def project(self, d: Tensor) -> Tensor:
+        bound = self.rho * self.scale
+        return d.clamp(-bound, bound)
+
+
+class Ellipsoid:
+    """||d / s||_2 <= rho, with the scale s of Box: a ball unless adaptive."""
+
+    def __init__(self, scale: Tensor, rho: float):
+        self.scale, self.rho = scale, rho
+        squares = scale.to(wide_dtype(scale.device)).square()
+        self.squares = squares.clamp_min(
+            torch.finfo(squares.dtype).tiny
+        )  # a weight of 0 does not move, and 0 / 0 is no 0
+
+    def noise(self, like: Tensor, generator: Generator) -> Tensor:
+        """Normal with standard deviation rho s in every coordinate, so of length rho sqrt(P): not in the ellipsoid."""
+        normal = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        return self.rho * normal * self.scale
+
+    def step(self, d: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
+        return d + size / (gradient.norm() + 1e-12) * gradient * self.scale
+
+    def project(self, d: Tensor) -> Tensor:
+        """The nearest point: d s^2 / (s^2 + t) for the t >= 0 at which it is on the surface.
+
+        1 / ||d s / (s^2 + t)|| is concave in t, so that Newton's method ends there from any t below. The originals bisect
+        until the length is within 1e-5 of rho, 5 % of the published rho.
+        """
+        moved = d.to(self.squares.dtype) * self.scale
+        t = (moved.norm() / self.rho - self.squares.max()).clamp_min(0)  # there the length is rho or more
+        for _ in range(NEWTON_STEPS):
+            r = moved / (self.squares + t)
+            length = r.norm()
+            slope = (r.square() / (self.squares + t)).sum()
+            rise = (length / self.rho - 1) * length.square() / slope
+            t = t + torch.where(slope > 0, rise, 0).clamp_min(0)
+        length = (moved / (self.squares + t)).norm()
+        # what rounding left outside the surface is brought onto it
+        return (d * (self.squares / (self.squares + t)) * (self.rho / length).clamp_max(1)).to(d.dtype)
+
+
+Region = Box | Ellipsoid
+
+
+# The algorithms -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, but for rho and the images."""
+
+    algorithm: str = "m_apgd_linf"
+    adaptive: bool = True
+    normalize_logits: bool = False
+    n_iters: int = 20  # draws, for the averages
+    restarts: int = 1
+    step_size_mult: float = 1.0
+    random_start: bool = False
+    seed: int = 0
+
+
+# Each gives the values [k, 2] of one batch at k perturbations, whose mean counts, from those at none.
+Search = Callable[[Landscape, Region, Setting, Generator, Tensor], Tensor]
+
+
+def average(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
+    """Random perturbations, one an iteration."""
+    return torch.stack([f.values(region.noise(f.weights, generator)) for _ in range(setting.n_iters)])
+
+
+def worst(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
+    """The largest loss that any restart finds, [1, 2]."""
+    found = torch.stack([ascend(f, region, setting, generator, clean) for _ in range(setting.restarts)])
+    return found.index_select(0, found[:, :1].argmax(dim=0))
+
+
+def ascend(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
+    """The values [2] at the largest loss that APGD meets (Croce and Hein 2020, as coded by Andriushchenko et al. 2023).
+
+    d_{k+1} = 0.75 P(d_k + step) + 0.25 d_{k-1}. Where the step is halved the iterate is the best one so far: the published
+    code resets the weights but not d, and goes on from where it was (SPEC C.34). Its random starts lie outside an
+    ellipsoid, and 0.25 of that in the first iterate: here they are projected. Nothing waits for the device.
+    """
+    start = region.noise(f.weights, generator) if setting.random_start else torch.zeros_like(f.weights)
+    d = before = best_d = region.project(start)
+    values, gradient = f.climb(d)
+    best, best_gradient = clean, gradient
+    size = 2 * region.rho * setting.step_size_mult * torch.ones_like(clean[0])
+    improved, size_before, best_before, last = torch.zeros_like(size), size, best, 0
+    turns = checkpoints(setting.n_iters)
+    for i in range(setting.n_iters):
+        d, before = MIX * region.project(region.step(d, gradient, size)) + (1 - MIX) * before, d
+        # the gradient serves the next iteration; the last has none
+        values, gradient = f.climb(d) if i + 1 < setting.n_iters else (f.values(d), gradient)
+        better = values[0] > best[0]
+        best = torch.where(better, values, best)
+        best_d, best_gradient = torch.where(better, d, best_d), torch.where(better, gradient, best_gradient)
+        improved = improved + better
+        if i in turns:
+            stalled = improved < MIN_IMPROVED * (i - last)
+            stalled |= (size == size_before) & (best[0] == best_before[0])
+            improved, size_before, best_before, last = torch.zeros_like(size), size, best, i
+            size = torch.where(stalled, size / 2, size)
+            d, gradient = torch.where(stalled, best_d, d), torch.where(stalled, best_gradient, gradient)
+    return best
+
+
+def checkpoints(n_iters: int) -> list[int]:
+    """The iterations, counted from 0, after which the step may be halved; 20: 5, 9, 12, 15, 16, 18, 19 and one never reached."""
+    shares, found = [0.0, 0.22], [0, math.ceil(n_iters * 0.22)]
+    while found[-1] < n_iters and found[-1] != found[-2]:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+        found.append(math.ceil(shares[-1] * n_iters))
+    return found[1:]
+
+
+ALGORITHMS: dict[str, tuple[Search, type[Region]]] = {
+    "avg_l2": (average, Ellipsoid),
+    "avg_linf": (average, Box),
+    "m_apgd_l2": (worst, Ellipsoid),
+    "m_apgd_linf": (worst, Box),
+}
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """The mean rise of the loss over batches, in nats, at one rho."""
+
+    rho: float
+    value: float
+    error: float | None  # the standard error over batches; None for one batch
+    draw_error: float | None  # of the averages: the part of it that more draws would lower
+    error_increase: float  # of the share of wrong samples, at the same perturbations
+    clean_loss: float
+    per_batch: list[float]
+
+
+def sharpness(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], setting: Setting, rhos: Iterable[float]
+) -> list[Sharpness]:
+    """The sharpness of `model` in eval mode on batches (x [m, 3, H, W], y [m]), one for each rho, each as if it were alone.
+
+    Random numbers come from the setting's seed alone (on a GPU they are others than on a CPU). Parameters, buffers,
+    gradients, modes and random state are bit for bit what they were.
+    """
+    search, shape = ALGORITHMS[setting.algorithm]
+    rhos, regions, found, clean = list(rhos), [], [], []
+    with undisturbed(model, "eval"):
+        for x, y in batches:
+            f = Landscape(model, x, y, setting.normalize_logits)
+            if not regions:
+                scale = f.weights.abs() if setting.adaptive else torch.ones_like(f.weights[0])
+                regions = [shape(scale, rho) for rho in rhos]
+                generators = [Generator(x.device).manual_seed(setting.seed) for _ in rhos]
+            clean.append(f.values(torch.zeros_like(f.weights)))
+            moved = [search(f, r, setting, g, clean[-1]) for r, g in zip(regions, generators, strict=True)]
+            found.append(torch.stack(moved))
+    unmoved = torch.stack(clean)  # [batches, 2]
+    rises = torch.stack(found, dim=1) - unmoved[:, None]  # [rhos, batches, draws, 2]
+    return [summary(rho, rise, unmoved) for rho, rise in zip(rhos, rises.cpu(), strict=True)]
+
+
+def summary(rho: float, rises: Tensor, clean: Tensor) -> Sharpness:
+    """From the rises of loss and error [batches, draws, 2] and what they rise from [batches, 2]."""
+    count, draws, _ = rises.shape
+    per_batch = rises[..., 0].mean(dim=1)
+    mean = Estimate.mean(per_batch.tolist())
+    draw_error = None
+    if draws > 1:
+        draw_error = (rises[..., 0].var(dim=1).sum() / draws).sqrt().item() / count
+    return Sharpness(
+        rho,
+        mean.value,
+        mean.error,
+        draw_error,
+        rises[..., 1].mean().item(),
+        clean[:, 0].mean().item(),
+        per_batch.tolist(),
+    )
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for."""
+
+    runs: tuple[Path, ...]
+    setting: Setting
+    rho: tuple[float, ...]
+    samples: int
+    batch: int
+    test: bool
+    augment: bool
+    device: str
+    data_dir: str | None
+    json: bool
+
+    @property
+    def split(self) -> str:
+        return "test" if self.test else "train"
+
+    def described(self) -> str:
+        s = self.setting
+        words = [("adaptive " if s.adaptive else "") + s.algorithm]
+        words.append(f"{s.n_iters} {'draws' if s.algorithm.startswith('avg') else 'iterations'} a batch")
+        words.append(
+            f"the first {self.samples:,} {'test' if self.test else 'training'} images in batches of {self.batch}"
+        )
+        words += ["augmented"] * self.augment + ["normalized logits"] * s.normalize_logits
+        words += [f"random start, {s.restarts} restart{'s' * (s.restarts > 1)}"] * s.random_start
+        return ", ".join(words) + "; value +- standard error over batches"
+
+
+def parser() -> configs.Parser:
+    p = configs.Parser(
+        prog="python -m fastsmooth.sharpness",
+        usage="python -m fastsmooth.sharpness RUN... [flags]",
+        description="Sharpness at the newest checkpoint of run folders. Without flags: as arXiv 2311.08745 reports it.",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=118),
+    )
+    d = Setting()
+    add = p.add_argument
+    # fmt: off
+    add("runs", nargs="*", metavar="RUN", type=configs.text, help="run folders that fastsmooth.train wrote")
+    add("--algorithm", default=d.algorithm, choices=ALGORITHMS, metavar="NAME", help=f"{' '.join(ALGORITHMS)} ({d.algorithm})")
+    add("--rho", nargs="+", type=configs.positive, metavar="X", help="how far weights move, measured for each X by itself. avg_l2: standard deviation of every coordinate; avg_linf, m_apgd_linf: bound of every coordinate; m_apgd_l2: L2 length of the whole; adaptive: of each in units of |w| (0.0002 for m_apgd_linf)")
+    add("--adaptive", default=d.adaptive, action=BooleanOptionalAction, help="in units of each weight's size, as published (on)")
+    add("--normalize-logits", action="store_true", help="logits without their mean and of length 1")
+    add("--n-iters", default=d.n_iters, type=configs.whole(1), metavar="N", help=f"m_apgd: iterations; avg: draws ({d.n_iters})")
+    add("--restarts", "--n-restarts", default=d.restarts, type=configs.whole(1), metavar="N", help=f"m_apgd: the worst of N random starts ({d.restarts})")
+    add("--step-size-mult", default=d.step_size_mult, type=configs.positive, metavar="X", help="m_apgd: the first step in units of 2 rho (1)")
+    add("--random-start", "--sharpness-rand-init", action="store_true", help="m_apgd: start at a random perturbation")
+    add("--samples", "--n-eval-sharpness", default=1024, type=configs.whole(1), metavar="N", help="the first N images (1024)")
+    add("--batch", "--bs-sharpness", default=128, type=configs.whole(1), metavar="M", help="images a batch, each perturbed for itself: the m of m-sharpness (128)")
+    add("--test", "--sharpness-on-test-set", action="store_true", help="on test images")
+    add("--augment", "--data-augm-sharpness", action="store_true", help="augmented as the run trained, by the numbers of epoch --seed")
+    add("--seed", default=d.seed, type=configs.whole(0, 2**32 - 1), metavar="N", help=f"of draws, random starts and augmentation ({d.seed})")
+    add("--device", default="auto", type=configs.device, metavar="DEV", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    add("--data-dir", type=configs.text, metavar="DIR", help="where the run's images are now (as in its config.json)")
+    add("--json", action="store_true", help="one JSON object a result")
+    add("-h", "--help", action="store_true", default=SUPPRESS, help="this page")
+    # fmt: on
+    return p
+
+
+def parse(argv: list[str]) -> Request | None:
+    """The request of a command line; None where it asks for help. Raises ConfigError."""
+    given = vars(parser().parse_args([configs.plain(word) for word in argv]))
+    if given.pop("help", False):
+        return None
+    setting = Setting(**{f.name: given.pop(f.name) for f in dataclasses.fields(Setting)})
+    runs, rho = given.pop("runs"), given.pop("rho")
+    if not runs:
+        raise ConfigError("no run is named: python -m fastsmooth.sharpness RUN, a folder that fastsmooth.train wrote")
+    check(setting)
+    if rho is None and setting.algorithm not in PUBLISHED_RHO:
+        raise ConfigError(
+            f"--algorithm {setting.algorithm} needs --rho, since none is published for it; "
+            f"its authors scan {SCANNED_RHO[setting.algorithm]}"
+        )
+    rho = rho or [PUBLISHED_RHO[setting.algorithm]]
+    if len(set(rho)) < len(rho):
+        raise ConfigError("--rho names a value more than once: give every value once")
+    if given["samples"] % given["batch"]:
+        raise ConfigError(
+            f"--samples {given['samples']} is no multiple of --batch {given['batch']}, and a smaller batch is another "
+            f"m-sharpness: give --samples {max(given['samples'] // given['batch'], 1) * given['batch']}"
+        )
+    return Request(runs=tuple(map(Path, runs)), setting=setting, rho=tuple(rho), **given)
+
+
+def check(s: Setting) -> None:
+    """Refuse flags that would change nothing."""
+    idle = {"--restarts": s.restarts > 1, "--random-start": s.random_start, "--step-size-mult": s.step_size_mult != 1}
+    named = next((name for name, given in idle.items() if given), None)
+    if ALGORITHMS[s.algorithm][0] is average and named:
+        raise ConfigError(f"{named} has no effect with --algorithm {s.algorithm}: it needs m_apgd_l2 or m_apgd_linf")
+    if s.restarts > 1 and not s.random_start:
+        raise ConfigError(f"--restarts {s.restarts} would climb the same way {s.restarts} times: add --random-start")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure every run of a command line; the exit code. A run that cannot be measured is one line on stderr."""
+    try:
+        request = parse(sys.argv[1:] if argv is None else argv)
+        if request is None:
+            print(parser().format_help(), end="")
+            return DONE
+        device = pick_device(request.device)
+    except ConfigError as error:
+        return refuse(error)
+    # TF32 would round the loss more coarsely than it rises
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+    if not request.json:
+        print(f"{request.described()}\n{heading(request)}", flush=True)
+    return max(attempt(path, request, device) for path in request.runs)
+
+
+def attempt(path: Path, request: Request, device: torch.device) -> int:
+    """Measure one run and print what was found; an exit code."""
+    try:
+        for entry in measure_run(path, request, device):
+            shown = {"run": str(path)} | finite(entry)
+            print(json.dumps(shown) if request.json else line(path, request, entry), flush=True)
+        return DONE
+    except (ConfigError, models.ModelError, data.DataError, CheckpointError, RunFolderError) as error:
+        return refuse(error)
+    except torch.OutOfMemoryError:
+        return refuse(f"{path}: out of memory at --batch {request.batch}: try --device cpu")
+    except OSError as error:
+        refuse(f"{path}: cannot write {error.filename or ''}: {error.strerror}")
+        return CANNOT_WRITE
+
+
+def refuse(error: Exception | str) -> int:
+    say("error", error)
+    return BAD_INPUT
+
+
+def warn(words: str) -> None:
+    say("warning", words)
+
+
+def say(kind: str, words: Exception | str) -> None:
+    print(f"fastsmooth: {kind}: {' '.join(str(words).split())}", file=sys.stderr, flush=True)
+
+
+def heading(request: Request) -> str:
+    width = max(len(str(path)) for path in request.runs)
+    return f"{'run':<{width}}  {'update':>9}  {'rho':>8}  {'sharpness':>24}  {'error increase':>14}  {'clean loss':>10}"
+
+
+def line(path: Path, request: Request, entry: dict[str, Any]) -> str:
+    width = max(len(str(p)) for p in request.runs)
+    value = f"{entry['value']:.6g}" + ("" if entry["error"] is None else f" +- {entry['error']:.2g}")
+    return (
+        f"{path!s:<{width}}  {entry['step']:>9,}  {entry['rho']:>8g}  {value:>24}"
+        f"  {entry['error_increase']:>14.2%}  {entry['clean_loss']:>10.4g}"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    device = torch.device(name)
+    if (device.index or 0) >= there[device.type]:
+        raise ConfigError(f"--device {name}: this machine has {there[device.type]} such devices: --device cpu")
+    return device
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+def measure_run(path: Path, request: Request, device: torch.device) -> list[dict[str, Any]]:
+    """The entries of one run, one for each rho, after they are written to its sharpness.json and metrics.jsonl."""
+    started = time.perf_counter()
+    c = configs.read_saved(path)
+    earlier = earlier_results(path)
+    with closing(RunFolder(path)) as folder:  # nobody goes on with the run meanwhile
+        images = open_images(path, c, request, device)
+        model, state = load(path, c, images, device)
+        loader = images.test if request.test else images.train
+        order = in_order(request.samples, request.batch, str(device))
+        batches = loader.batches(order, request.setting.seed if request.augment else None)
+        found = sharpness(model, batches, request.setting, request.rho)
+        entries = [entry_of(result, request, state["update"]) for result in found]
+        again = [key(entry) for entry in entries]
+        kept = [entry for entry in earlier if key(entry) not in again]
+        folder.write("sharpness.json", {"results": kept + entries})
+        drop_torn_row(folder)
+        seconds = round((time.perf_counter() - started) / len(entries), 3)
+        for entry in entries:
+            folder.row("measure", standing(state) | row_of(entry) | {"seconds": seconds})
+        folder.sync()
+    return entries
+
+
+def earlier_results(path: Path) -> list[dict[str, Any]]:
+    saved = path / "sharpness.json"
+    if not saved.exists():
+        return []
+    results = (read_object(saved) or {}).get("results")
+    if not isinstance(results, list) or not all(isinstance(entry, dict) for entry in results):
+        raise ConfigError(f"{saved} is damaged: move it away, and the run is measured anew")
+    return results
+
+
+def open_images(path: Path, c: Config, request: Request, device: torch.device) -> data.Data:
+    """The run's images, as it read them. Raises DataError or ConfigError."""
+    if request.augment and c.augment == "none":
+        raise ConfigError(f"--augment: {path} trained on images as they are: leave it out")
+    if c.dataset in ("imagenet", "folder") and c.loader in ("auto", "resident"):
+        c = dataclasses.replace(c, loader="threads")  # decodes what is measured alone
+    if request.data_dir:
+        c = dataclasses.replace(c, data_dir=request.data_dir)
+    images = data.open_data(c, device, warn)
+    there = len(images.test if request.test else images.train)
+    if request.samples > there:
+        kind = "test" if request.test else "training"
+        raise ConfigError(f"--samples {request.samples} exceeds the {there} {kind} images of {path}: lower --samples")
+    return images
+
+
+def load(path: Path, c: Config, images: data.Data, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The model at the newest valid checkpoint, and that checkpoint. Raises CheckpointError, DataError or ModelError."""
+    state = Checkpoints(path / "checkpoints", warn).load()
+    if state is None:
+        raise CheckpointError(f"{path} has no checkpoint: train it to the end of an epoch, or with --checkpoint-every")
+    model = models.build(c.model, images.classes, c.norm)
+    try:
+        same_images = state["data"]["fingerprint"] == images.fingerprint
+        model.load_state_dict(state["model"])
+        standing(state)
+    except Exception as error:  # a sound file of another program may fail anywhere
+        raise CheckpointError(
+            f"{path}: its checkpoint is not of {c.model} with {images.classes} classes: {one_line(error)[:200]}"
+        ) from None
+    if not same_images:
+        raise data.DataError(f"{path}: the images in {c.data_dir} are not those it was trained on: give --data-dir")
+    return model.to(device, memory_format=torch.channels_last), state
+
+
+def standing(state: dict[str, Any]) -> dict[str, Any]:
+    """The fields of every row, at a checkpoint. lr, batch size, momentum and delta are known at the end of an epoch."""
+    at = {"epoch": state["epoch"], "step": state["update"], "samples": state["samples"]}
+    at |= dict.fromkeys(("lr", "batch_size", "momentum", "delta"))
+    last = state["last_epoch"]
+    return {name: last[name] for name in at} if last and last["step"] == state["update"] else at
+
+
+def entry_of(result: Sharpness, request: Request, update: int) -> dict[str, Any]:
+    """A result as sharpness.json has it: first what tells it from others, then what was found."""
+    entry = dataclasses.asdict(request.setting) | {"rho": result.rho, "split": request.split}
+    entry |= {"samples": request.samples, "batch": request.batch, "augment": request.augment, "step": update}
+    return entry | dataclasses.asdict(result)
+
+
+FOUND = {f.name for f in dataclasses.fields(Sharpness)} - {"rho"}
+
+
+def key(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name not in FOUND}
+
+
+def row_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """A result as metrics.jsonl has it, named so that it hides no field that every row has."""
+    renamed = {"value": "sharpness", "error": "sharpness_se"}
+    settings = {name: value for name, value in entry.items() if name not in ("step", "per_batch")}
+    return {renamed.get(name, f"sharpness_{name}"): value for name, value in settings.items()}
+
+
+def drop_torn_row(folder: RunFolder) -> None:
+    """Remove the half row that a killed run left at the end of metrics.jsonl: the next would be glued to it."""
+    rows = (folder.path / "metrics.jsonl").read_bytes()
+    folder.rewind(rows.rfind(b"\n") + 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
