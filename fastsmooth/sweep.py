@@ -134,7 +134,7 @@ def parser() -> configs.Parser:
         "--ray",
         metavar="ADDRESS",
         nargs="?",
-        const="",
+        const="local",
         type=configs.text,
         help="run on a Ray cluster (one started here)",
     )
@@ -169,6 +169,8 @@ def values_of(word: str) -> list[str]:
         if value > last * (1 + 1e-9):
             break
         values.append(f"{value:.12g}")
+    else:
+        raise ConfigError(f"{word} has over {MOST_RUNS:,} values: take a larger step")
     return ([name] if name else []) + values
 
 
@@ -256,7 +258,7 @@ def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
     long = {
         key: expanded(map(str, v if isinstance(v, list) else [v]))
         for key, v in table.items()
-        if not isinstance(v, bool)
+        if not isinstance(v, bool | dict)
     }
     found = configs.from_table(parser(), table | long, source)
     stranger = next((name for name in found if name not in FIELDS), None)
@@ -459,19 +461,20 @@ def on_ray(out: Path, runs: list[Planned], numbers: Iterable[int], own: dict[str
         raise ConfigError("--ray needs Ray: pip install 'fastsmooth[ray]'") from None
     waiting = [number for number in numbers if unfinished(out, runs[number])]
     (out / "logs").mkdir(exist_ok=True)
-    ray.init(own["ray"] or None, log_to_driver=False, logging_level="ERROR")
+    ray.init(None if own["ray"] == "local" else own["ray"], log_to_driver=False, logging_level="ERROR")
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
 
     # a worker that is lost is a run that goes on elsewhere
     @ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)
-    def do(command: list[str], log: str) -> int:
+    def do(command: list[str], log: str, where: str) -> int:
         with open(log, "ab") as file:
-            return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False).returncode
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            return subprocess.run(command, cwd=where, check=False, **streams).returncode
 
     table = Table(out.absolute(), runs, len(list(numbers)) - len(waiting))
     try:
-        log = out.absolute() / "logs"
-        tasks = {do.remote(command_of(out.absolute(), k), str(log / f"{runs[k].name}.log")): k for k in waiting}
+        log, here = out.absolute() / "logs", os.getcwd()
+        tasks = {do.remote(command_of(out.absolute(), k), str(log / f"{runs[k].name}.log"), here): k for k in waiting}
         while tasks and not stop.received:
             ready, _ = ray.wait(list(tasks), timeout=1.0)
             for task in ready:

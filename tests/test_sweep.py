@@ -1,0 +1,375 @@
+"""Sweeps: what the runs are, that all of them are done whatever happens, and what is refused."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from exact import EXACT
+
+from fastsmooth import sweep, train
+from fastsmooth.config import ConfigError
+from fastsmooth.log import TIMES, read_rows, read_status
+from fastsmooth.runs import read_run
+
+ROOT = Path(__file__).parent.parent
+SHORT = [*EXACT, "--epochs", "1"]
+
+
+def planned(*flags: str) -> list[sweep.Planned]:
+    own_flags = sweep.parser().parse_args(sweep.expanded(flags))
+    asked = vars(own_flags)
+    own = {name: asked.pop(name) for name in list(asked) if name not in sweep.FIELDS}
+    return sweep.grid_runs(asked, own)
+
+
+def refusal(capsys, *flags: str) -> str:
+    """The one line with which the sweep refuses."""
+    assert sweep.main([*flags]) == 2
+    shown = capsys.readouterr()
+    assert len(shown.err.splitlines()) == 1 and "Traceback" not in shown.err
+    return shown.err
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """In every process: sums in another number of threads have other bits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(out: Path, *flags: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastsmooth.sweep", "--out", str(out), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+# What the runs are ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("8..64x2", ["8", "16", "32", "64"]),
+        ("8..100x2", ["8", "16", "32", "64"]),
+        ("0..4+2", ["0", "2", "4"]),
+        ("0.1..0.3+0.1", ["0.1", "0.2", "0.3"]),
+        ("1e-3..1x10", ["0.001", "0.01", "0.1", "1"]),
+        ("5..5x2", ["5"]),
+        ("--lr=1..4x2", ["--lr", "1", "2", "4"]),
+        ("../data", ["../data"]),
+        ("a..b", ["a..b"]),
+    ],
+)
+def test_ranges_are_written_out(word, values):
+    assert sweep.values_of(word) == values
+
+
+@pytest.mark.parametrize("word", ["8..4x2", "8..64x1", "8..64x0.5", "0..8x2", "1..5+0"])
+def test_ranges_that_do_not_grow_are_refused(word):
+    with pytest.raises(ConfigError, match="not a range"):
+        sweep.values_of(word)
+
+
+def test_a_grid_is_every_combination_with_the_seeds_of_each_together():
+    runs = planned("--lr", "0.1", "0.2", "--batchsize", "8..32x2", "--seeds", "2")
+    assert len(runs) == 12
+    assert runs[0].name == "lr=0.1_batchsize=8_seed=0"
+    assert runs[1].name == "lr=0.1_batchsize=8_seed=1"
+    assert runs[-1].flags == ("--lr=0.2", "--batchsize=32", "--seed=1")
+    assert runs[-1].differs == {"lr": 0.2, "batch_size": 32, "seed": 1}
+
+
+def test_flags_are_left_out_of_combinations_in_which_they_have_no_effect():
+    runs = planned("--optimizer", "sgd", "shb", "--beta", "0.5", "0.9")
+    assert [run.flags for run in runs] == [
+        ("--optimizer=sgd",),
+        ("--optimizer=shb", "--beta=0.5"),
+        ("--optimizer=shb", "--beta=0.9"),
+    ]
+
+
+def test_lists_and_switches_are_one_value():
+    (run,) = planned("--mode", "critical", "--eps", "1", "0.5", "--drop-last")
+    assert run.flags == ("--drop-last", "--mode=critical", "--eps", "1.0", "0.5")
+
+
+def test_the_flags_of_a_run_are_those_that_train_understands():
+    from fastsmooth.config import parse, resolve
+
+    flags = [
+        "--optimizer",
+        "sgd",
+        "nshb",
+        "--lr",
+        "0.1",
+        "1e-05",
+        "--steps",
+        "3",
+        "4",
+        "--mode",
+        "sampling",
+        "--save-omega",
+    ]
+    for run in planned("--method", "lr", "batch", "exp", *flags):
+        c = resolve(parse([*run.flags]).given)
+        assert (c.steps, c.save_omega, c.mode) == ((3, 4), True, "sampling")
+        assert all(getattr(c, name) == value for name, value in run.differs.items())
+
+
+def test_tables_of_a_grid_file_are_added_up(tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        'epochs = 5\nbatch-size = "8..32x2"\n[[grid]]\nmethod = ["lr", "constant"]\nbatch_size = 128\n'
+        '[[grid]]\nmethod = "batch"\ndrop-last = true\n'
+    )
+    runs = planned("--grid", str(file), "--lr", "0.3")
+    assert [run.flags[1:] for run in runs] == [
+        ("--epochs=5", "--lr=0.3", "--batchsize=128"),
+        ("--epochs=5", "--lr=0.3", "--batchsize=128"),
+        ("--method=batch", "--epochs=5", "--lr=0.3", "--batchsize=8"),
+        ("--method=batch", "--epochs=5", "--lr=0.3", "--batchsize=16"),
+        ("--method=batch", "--epochs=5", "--lr=0.3", "--batchsize=32"),
+    ]
+    assert [run.flags[0] for run in runs] == ["--method=lr", "--method=constant"] + ["--drop-last"] * 3
+
+
+def test_equal_runs_are_done_once():
+    assert len(planned("--lr", "0.1", "0.1", "1e-1")) == 1
+
+
+def test_values_make_safe_folder_names():
+    runs = planned(
+        "--model", "torchvision/resnet18", "timm/../x", "--dataset", "folder", "--data-dir", "a/b", "--image-size", "32"
+    )
+    assert [run.name for run in runs] == ["model=torchvision-resnet18", "model=timm-..-x"]
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "0.1"], "--out DIR is missing"),
+        (["--out", "{}"], "give the flags of the runs"),
+        (["--out", "{}", "--lr", "0"], "--lr"),
+        (["--out", "{}", "--lr"], "--lr"),
+        (["--out", "{}", "--method", "lr", "cosin"], "did you mean cosine"),
+        (["--out", "{}", "--beta", "0.9"], "--beta has no effect in any"),
+        (["--out", "{}", "--method", "beta", "--optimizer", "sgd", "shb"], "choose --optimizer"),
+        (["--out", "{}", "--seed", "1", "--seeds", "2"], "--seed and --seeds"),
+        (["--out", "{}", "--critical", "--mode", "normal"], "leave --mode out"),
+        (["--out", "{}", "--resume"], "--resume"),
+        (["--out", "{}", "--run", "0"], "sweep.json"),
+        (["--out", "{}", "--lr", "1..50+0.001", "--seeds", "1000"], "over 100,000 runs"),
+        (["--out", "{}", "--lr", "0..1000000+0.001"], "over 100,000 values"),
+        (["--out", "{}", "--grid", "/nowhere.toml"], "No such file"),
+        (["--out", "{}", "--lr", "9..1x2"], "not a range"),
+        (["--out", "{}", "--jobs", "0", "--lr", "1"], "--jobs"),
+        (["--out", "/proc/nowhere", "--lr", "0.1"], "/proc/nowhere"),
+    ],
+)
+def test_bad_command_lines_are_one_line(flags, words, tmp_path, capsys):
+    assert words in refusal(capsys, *(flag.format(tmp_path / "sweep") for flag in flags))
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("lr = [0.1", "not TOML"),
+        ("lr = 'x'", "not a number"),
+        ("colour = 3", "colour"),
+        ("grid = 3", "[[grid]]"),
+        ("grid = []", "[[grid]]"),
+        ("jobs = 3", "belongs on the command line"),
+        ("[lr]\nx = 1", "is a table"),
+        ("lr = []", "lr"),
+    ],
+)
+def test_bad_grid_files_are_one_line(content, words, tmp_path, capsys):
+    file = tmp_path / "grid.toml"
+    file.write_text(content)
+    assert words in refusal(capsys, "--grid", str(file), "--out", str(tmp_path / "sweep"))
+
+
+def test_a_folder_of_other_things_and_of_another_sweep_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "carry_out", lambda *args: 0)
+    (tmp_path / "file").write_text("mine")
+    assert "is not empty" in refusal(capsys, "--out", str(tmp_path), "--lr", "0.1")
+    out = str(tmp_path / "sweep")
+    assert sweep.main(["--out", out, "--lr", "0.1", "0.2"]) == 0
+    before = (tmp_path / "sweep" / "sweep.json").read_text()
+    assert "holds another sweep" in refusal(capsys, "--out", out, "--lr", "0.1", "0.3")
+    assert (tmp_path / "sweep" / "sweep.json").read_text() == before
+    assert sweep.main(["--out", out, "--lr", "0.1", "0.2", "0.3"]) == 0  # more of the same is welcome
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert "is damaged" in refusal(capsys, "--out", out)
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "carry_out", lambda *args: 0)
+    script = "import sys, time; from fastsmooth.log import lock; lock(__import__('pathlib').Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        assert "another process" in refusal(capsys, "--out", str(tmp_path), "--lr", "0.1")
+    finally:
+        holder.kill()
+
+
+# Doing the runs -------------------------------------------------------------------------------------------------------
+
+
+def outcome(folder: Path) -> list[dict]:
+    return [{key: v for key, v in row.items() if key not in TIMES} for row in read_rows(folder)]
+
+
+def test_a_sweep_killed_three_times_ends_with_the_results_of_one_that_was_not(tmp_path):
+    """Twelve runs: kill -9 of the sweep, whose runs stop with it, at three instants; each run's rows are those of the run alone."""
+    flags = [
+        *SHORT,
+        "--lr",
+        "0.02",
+        "0.05",
+        "0.1",
+        "--batchsize",
+        "32",
+        "64",
+        "--seeds",
+        "2",
+        "--checkpoint-every",
+        "5",
+    ]
+    out = tmp_path / "sweep"
+    for done in (2, 5, 8):
+        process = call(out, *flags)
+        while len(list(out.glob("*/summary.json"))) < done:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = call(out, *flags)
+    shown, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    runs = sweep.read_sweep(out)
+    results = json.loads((out / "results.json").read_text())
+    assert len(runs) == len(results) == 12
+    assert shown.count("n 2") == 6 and "runs are finished already" in shown
+    for run, result in zip(runs, results, strict=True):
+        assert train.main([*run.flags, "--out", str(tmp_path / run.name)]) == 0
+        assert outcome(out / run.name) == outcome(tmp_path / run.name)
+        assert result["state"] == "done"
+        assert result["summary"]["final_test_acc"] == read_run(tmp_path / run.name).summary["final_test_acc"]
+
+
+def test_a_run_that_fails_is_reported_and_the_others_are_done(tmp_path):
+    process = call(tmp_path / "sweep", *SHORT, "--lr", "1e30", "0.1", "--jobs", "1")
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "diverged: lr=1e+30: the loss is not finite" in errors and len(errors.splitlines()) == 1
+    assert "lr=0.1  test acc" in shown
+    states = [result["state"] for result in json.loads((tmp_path / "sweep" / "results.json").read_text())]
+    assert states == ["diverged", "done"]
+    again = call(tmp_path / "sweep")
+    shown, _ = again.communicate(timeout=60)
+    assert again.returncode == 1 and "2 of 2 runs are finished already" in shown  # it would diverge again
+
+
+def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path):
+    flags = [*EXACT, "--epochs", "60", "--lr", "0.1", "0.2", "--jobs", "2"]
+    process = call(tmp_path / "sweep", *flags, start_new_session=True)
+    folders = [tmp_path / "sweep" / f"lr={lr}" for lr in ("0.1", "0.2")]
+    while not all((folder / "metrics.jsonl").exists() and read_rows(folder) for folder in folders):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in shown
+    assert [read_status(folder)["state"] for folder in folders] == ["preempted"] * 2
+
+
+def test_the_critical_batch_size_comes_with_a_sampled_variance(tmp_path):
+    flags = [*EXACT, "--critical", "--batchsize", "32", "64", "--eps", "1.5", "--epochs", "12"]
+    process = call(tmp_path / "sweep", *flags)
+    shown, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (curve,) = json.loads((tmp_path / "sweep" / "critical.json").read_text())["curves"]
+    assert [b["batch_size"] for b in curve["batches"]] == [32, 64]
+    best = next(b for b in curve["batches"] if b["batch_size"] == curve["best"])
+    assert curve["c2_critical"] == pytest.approx(curve["best"] * 1.5**2 / 0.1)
+    assert curve["c2_sampled"] > 0 and curve["c2_sampled_se"] > 0
+    assert curve["sampled_step"] == best["steps"][0] - 1
+    assert f"b* {curve['best']}" in shown and "c2_sampled" in shown
+
+
+# Slurm and Ray --------------------------------------------------------------------------------------------------------
+
+
+def test_the_job_array_does_the_runs_and_queues_a_preempted_one_again(tmp_path):
+    """bash checks the script; stand-ins for srun and scontrol run it, an array task at a time."""
+    out, script, bin = tmp_path / "a sweep", tmp_path / "array.sh", tmp_path / "bin"
+    flags = [*EXACT, "--epochs", "1", "--max-time", "600", "--lr", "0.1", "0.2"]
+    options = ["--slurm", str(script), "--sbatch=--time=4:00:00", "--jobs", "3"]
+    process = call(out, *flags, *options)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"sbatch {script}" in shown
+    subprocess.run(["bash", "-n", script], check=True)
+    directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --array=0-1%3" in directives and "#SBATCH --signal=USR1@120" in directives
+    assert "#SBATCH --requeue" in directives and "#SBATCH --time=4:00:00" in directives
+    bin.mkdir()
+    for name, line in (("srun", '"$@"'), ("scontrol", f'echo "$@" >> {shlex.quote(str(tmp_path / "queued"))}')):
+        (bin / name).write_text(f"#!/bin/bash\n{line}\n")
+        (bin / name).chmod(0o755)
+
+    def task(number: int, before: str = "") -> int:
+        env = os.environ | {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": f"77{number}"}
+        env["PATH"] = f"{before}{bin}:{os.environ['PATH']}"
+        return subprocess.run(["bash", script], env=env, capture_output=True, timeout=120).returncode
+
+    assert task(1) == 0
+    assert read_status(out / "lr=0.2")["state"] == "done"
+    assert not (tmp_path / "queued").exists()
+    assert task(1) == 0  # nothing to do
+    signalled = tmp_path / "signalled"
+    signalled.mkdir()
+    (signalled / "srun").write_text(  # as Slurm does: a signal to the job's step, once it trains
+        '#!/bin/bash\n"$@" &\nuntil [ -s "'
+        + str(out / "lr=0.1" / "status.json")
+        + '" ]; do sleep 0.05; done\nkill -USR1 $!\nwait $!\n'
+    )
+    (signalled / "srun").chmod(0o755)
+    code = task(0, f"{signalled}:")
+    if code == 75:  # the signal may come after a run that is so short
+        assert (tmp_path / "queued").read_text() == "requeue 770\n"
+        assert read_status(out / "lr=0.1")["state"] == "preempted"
+    assert task(0) == 0
+    done = call(out)
+    shown, errors = done.communicate(timeout=60)
+    assert done.returncode == 0 and "2 of 2 runs are finished already" in shown, errors
+
+
+def test_ray_does_the_same_runs(tmp_path):
+    pytest.importorskip("ray")
+    process = call(tmp_path / "sweep", *SHORT, "--lr", "0.05", "0.1", "--ray")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for run in sweep.read_sweep(tmp_path / "sweep"):
+        assert train.main([*run.flags, "--out", str(tmp_path / run.name)]) == 0
+        assert outcome(tmp_path / "sweep" / run.name) == outcome(tmp_path / run.name)
+
+
+def test_ray_that_is_not_installed_is_said_with_the_line_that_installs_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'fastsmooth[ray]'" in refusal(capsys, "--out", str(tmp_path / "s"), "--lr", "0.1", "--ray")
