@@ -1,0 +1,77 @@
+"""The command line of the report: python -m fastsmooth.report RUNS... [--out DIR]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastsmooth.log import RunFolderError, refusing
+from fastsmooth.report import page, pdf, svg
+from fastsmooth.runs import RunError, find_runs, read_run
+
+DONE, BAD_INPUT, CANNOT_WRITE = 0, 2, 74
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting."""
+
+    def error(self, message: str) -> None:
+        raise RunError(f"{message}: --help says how")
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m fastsmooth.report",
+        description="Tables, figures and one HTML page out of runs of fastsmooth.train.",
+        allow_abbrev=False,
+    )
+    p.add_argument("runs", nargs="+", metavar="RUNS", type=Path, help="run folders, or folders that hold them")
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path(),
+        help="where report.html and figures/ (SVG, PDF) are written; by default here",
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; the exit code. Bad input is one line on stderr and 2, never a traceback."""
+    try:
+        asked = parser().parse_args(sys.argv[1:] if argv is None else argv)
+        runs = [read_run(path) for path in find_runs(asked.runs)]
+        parts = page.sections(runs)
+        with refusing(asked.out):
+            write(asked.out, page.html(runs, parts), [f for part in parts for f in part.figures], len(runs))
+        return DONE
+    except (RunError, RunFolderError) as error:
+        print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"fastsmooth: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return CANNOT_WRITE
+
+
+def write(out: Path, html: str, figures: list, runs: int) -> None:
+    """report.html last: where it is, the figures are whole."""
+    folder = out / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    with_pdf = pdf.available()
+    for figure in figures:
+        drawing = page.drawn(figure)
+        (folder / f"{figure.name}.svg").write_text(svg.svg_file(drawing), encoding="utf-8")
+        if with_pdf:
+            pdf.write(drawing, folder / f"{figure.name}.pdf")
+    (out / "report.html").write_text(html, encoding="utf-8")
+    if not with_pdf:
+        print("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'", file=sys.stderr)
+    kinds = "SVG and PDF" if with_pdf else "SVG"
+    print(
+        f"{out / 'report.html'}: {runs} runs, {len(figures)} figures ({kinds} in {folder}), {len(html.encode()) // 1024} kB"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

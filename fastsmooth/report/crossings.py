@@ -1,0 +1,139 @@
+"""Figures of --mode critical: updates and gradient evaluations against the batch size, and where theory puts b*."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from fastsmooth.critical import FLAT, Analysis, BatchResult, mean
+from fastsmooth.report import groups, noise
+from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors
+from fastsmooth.report.groups import Group, real
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A gradient variance that the theory's batch size follows from, and where it is from."""
+
+    value: float
+    source: str
+    shape: str
+
+
+def constants(analysis: Analysis, sampled: list[tuple[dict[str, Any], float]]) -> list[Constant]:
+    """C^2 of the runs' configuration and the one that was sampled in runs of the same settings."""
+    given = real(analysis.group.get("c2"))
+    measured = [value for config, value in sampled if same_training(config, analysis.group) and value > 0]
+    found = [Constant(given, "C² of the configuration", "square")] if given and given > 0 else []
+    return found + ([Constant(mean(measured), "c2_sampled", "open-square")] if measured else [])
+
+
+MEASURING = {
+    "mode", "eps", "criterion", "min_epochs", "full_grad_every", "steps", "draws", "bn", "measure_augment", "save_omega",
+    "batch_size", "seed", "c2", "k2", "epochs", "decay_epoch", "budget", "max_updates",
+}  # fmt: skip
+
+
+def same_training(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    names = (one.keys() | other.keys()) - MEASURING - groups.REPETITION - {"nshb_delta", "data"}
+    return all(one.get(name) == other.get(name) for name in names)
+
+
+def sampled_variances(found: list[Group]) -> list[tuple[dict[str, Any], float]]:
+    return [
+        (g.config, value)
+        for g in found
+        for run in g.done
+        for point in noise.points(run)
+        if (value := real(point.get("c2_sampled"))) is not None
+    ]
+
+
+def critical(analyses: list[Analysis], sampled, number: int, title: str) -> list[Figure]:
+    """Steps and gradient evaluations against the batch size, for every threshold of one group."""
+    sizes = sorted({float(b.batch_size) for a in analyses for b in a.batches})
+    colors = ordered_colors(len(analyses)) if len(analyses) > 1 else ["c0"]
+    where = f" ({title})" if title else ""
+    ticks = tuple(sizes)
+    steps = [steps_curve(a, color) for a, color in zip(analyses, colors, strict=True)]
+    evaluations = [sfo_curve(a, color, sampled) for a, color in zip(analyses, colors, strict=True)]
+    figures = []
+    for name, y, curves in (
+        ("steps", "Updates T(b) until ε", steps),
+        ("sfo", "Gradient evaluations N(b) = b T(b)", evaluations),
+    ):
+        curves = tuple(c for several in curves for c in several if c.marks or c.line)
+        if curves:
+            panel = Panel(y, curves, True, 250)
+            full = f"{y} against the batch size{where}"
+            figures.append(
+                Figure(f"critical-{number}-{name}", full, "Batch size b", (panel,), x_log=True, x_ticks=ticks)
+            )
+    return figures
+
+
+def reached(a: Analysis) -> list[BatchResult]:
+    """The batch sizes at which every seed reached the threshold."""
+    return [b for b in a.batches if b.not_reached == 0 and b.reached and min(b.reached) > 0]
+
+
+def steps_curve(a: Analysis, color: str) -> list[Curve]:
+    """The mean over seeds; where some did not reach eps, rings for those that did."""
+    full = reached(a)
+    line = tuple((float(b.batch_size), b.mean_steps) for b in full)
+    bars = tuple((float(b.batch_size), float(min(b.reached)), float(max(b.reached))) for b in full if b.n > 1)
+    marks = [Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} updates") for point in line]
+    alone = [
+        Mark(float(b.batch_size), float(t), "ring", "not all seeds got there") for b in partly(a) for t in b.reached
+    ]
+    return [Curve(color, line, bars=bars, marks=(*marks, *alone), label=f"ε {a.eps:g}", width=1.5)]
+
+
+def partly(a: Analysis) -> list[BatchResult]:
+    return [b for b in a.batches if b.not_reached and b.reached and min(b.reached) > 0]
+
+
+def sfo_curve(a: Analysis, color: str, sampled) -> list[Curve]:
+    """N(b) with b* in a circle, the floor of the minimum as a wide line, and squares where the theory puts b*."""
+    full = reached(a)
+    line = tuple((float(b.batch_size), b.sfo_mean) for b in full)
+    bars = tuple(
+        (float(b.batch_size), b.batch_size * float(min(b.reached)), b.batch_size * float(max(b.reached)))
+        for b in full
+        if b.n > 1
+    )
+    marks = [Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} gradient evaluations") for point in line]
+    best = [p for p in line if p[0] == a.best]
+    marks += [Mark(*p, "circle", f"b* = {a.best}") for p in best]
+    marks += [m for c in constants(a, sampled) if (m := theory_mark(a, c, line))]
+    label = f"ε {a.eps:g}, b* {a.best}" if best else f"ε {a.eps:g}"
+    curves = [Curve(color, line, bars=bars, marks=tuple(marks), label=label, key="", width=1.5)]
+    if best and a.bracket and a.bracket[0] < a.bracket[1]:
+        low, high = map(float, a.bracket)
+        curves.insert(0, Curve("faint", tuple(p for p in line if low <= p[0] <= high), width=7))
+    return curves
+
+
+def theory_mark(a: Analysis, c: Constant, line: tuple) -> Mark | None:
+    """On the curve at kappa lr C^2 / eps^2; None where that lies outside the batches that were tried."""
+    b = a.batch_of(c.value)
+    for (x, y), (x2, y2) in pairwise(line):
+        if x <= b <= x2:
+            share = math.log(b / x) / math.log(x2 / x)
+            return Mark(b, y * (y2 / y) ** share, c.shape, f"κ lr C² / ε² = {b:.4g}, {c.source} {c.value:.4g}")
+    return None
+
+
+def critical_words(a: Analysis, sampled) -> str:
+    """What the figure cannot say: how flat the minimum is, and where the theory's batch size lies."""
+    if a.best is None:
+        return f"ε {a.eps:g}: not reached by every seed at any batch size."
+    low, high = a.bracket
+    flat = f"from {low:,} to {high:,}" if low < high else f"at {low:,} alone"
+    text = f"ε {a.eps:g}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
+    text += ", and the floor ends where the batches that were tried end, so b* may lie outside" if a.at_edge else ""
+    for c in constants(a, sampled):
+        text += f"; theory's κ lr C² / ε² = {a.batch_of(c.value):,.4g} from {c.source}, {c.value:.4g}"
+    return text + "."

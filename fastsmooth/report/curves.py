@@ -1,0 +1,265 @@
+"""Figures against training time: accuracy, loss and schedule of every configuration, and the noise measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastsmooth.critical import mean
+from fastsmooth.report import groups
+from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
+from fastsmooth.report.groups import Group, Sample, real
+from fastsmooth.runs import SavedRun
+
+FEW = 8  # series that one plot shows in colours of their own
+MANY = 13  # that it shows in ordered colours
+FACETS = 6  # plots beside each other
+BACKGROUND = 60  # lines behind the highlighted ones
+ENDS = {"diverged": "cross", "failed": "cross"}  # how a line of a run in that state ends; else in a ring
+DELTA = "Degree of smoothing δ"
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A configuration as a series: its colour and its name among those beside it."""
+
+    group: Group
+    color: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Facet:
+    """Series that share a plot; `others` lie behind them in grey."""
+
+    title: str
+    lines: tuple[Line, ...]
+    others: tuple[Group, ...] = ()
+    left_out: int = 0
+
+
+# Which configurations share a plot ------------------------------------------------------------------------------------
+
+
+def arrange(found: list[Group]) -> list[Facet]:
+    """Few configurations share one plot; many are parted by all settings but one, or the best stand before the others."""
+    if len(found) <= FEW:
+        return [Facet("", tuple(Line(g, unordered_color(i), g.name) for i, g in enumerate(found)))] if found else []
+    fields = groups.differing([g.config for g in found])
+    scales = [f for f in fields if all(real(g.config.get(f)) is not None for g in found)]
+    for scale in sorted(scales, key=lambda f: -len({g.config[f] for g in found})):
+        facets = parted(found, scale, [f for f in fields if f != scale])
+        if facets:
+            return facets
+    best = set(map(id, sorted(found, key=accuracy_of, reverse=True)[:FEW]))
+    chosen = [g for g in found if id(g) in best]
+    lines = tuple(Line(g, unordered_color(i), g.name) for i, g in enumerate(chosen))
+    others = [g for g in found if id(g) not in best]
+    return [Facet("", lines, tuple(others[:BACKGROUND]), len(others[BACKGROUND:]))]
+
+
+def parted(found: list[Group], scale: str, rest: list[str]) -> list[Facet] | None:
+    """A plot for each combination of `rest`, in which colours follow the values of `scale`; None where that is no help."""
+    values = sorted({g.config[scale] for g in found})
+    parts: dict[str, list[Group]] = {}
+    for g in found:
+        parts.setdefault(repr([g.config.get(f) for f in rest]), []).append(g)
+    if not 2 < len(values) <= MANY or len(parts) > FACETS or any(len(p) > len(values) for p in parts.values()):
+        return None
+    color = dict(zip(values, ordered_colors(len(values)), strict=True))
+    visible = [f for f in rest if f in groups.SPOKEN] or rest
+    return [
+        Facet(
+            groups.spoken(part[0].config, visible),
+            tuple(Line(g, color[g.config[scale]], groups.setting(scale, g.config[scale])) for g in part),
+        )
+        for part in parts.values()
+    ]
+
+
+def accuracy_of(g: Group) -> float:
+    found = g.sample(groups.final_accuracy)
+    return found.mean if found else -1.0
+
+
+# Training: against epochs and against updates -------------------------------------------------------------------------
+
+Course = Callable[[SavedRun], dict[Any, tuple[float, float]]]  # when -> (x, y)
+
+
+def training(facet: Facet, index: int) -> list[Figure]:
+    """Accuracy, loss and the schedule, against epochs and against updates."""
+    where = f" ({facet.title})" if facet.title else ""
+    figures = []
+    for unit, x_title in (("epochs", "Epochs"), ("updates", "Updates")):
+        panels = [
+            means("Test accuracy, %", facet, by_epoch(unit, "test_acc", 100), height=215),
+            means("Training loss", facet, by_epoch(unit, "train_loss"), height=165, log=True),
+        ]
+        panels = [p for p in panels if p]
+        if panels:
+            title = f"Accuracy, loss and schedule against {unit}{where}"
+            figures.append(Figure(f"training-{index}-{unit}", title, x_title, (*panels, *strips(facet, unit))))
+    return figures
+
+
+def by_epoch(unit: str, name: str, factor: float = 1) -> Course:
+    """A number of the epoch rows, at the number of epochs or of updates that were done by then."""
+
+    def course(run: SavedRun) -> dict[int, tuple[float, float]]:
+        found = {}
+        for row in groups.epochs(run):
+            x = row["epoch"] + 1 if unit == "epochs" else real(row.get("step"))
+            y = real(row.get(name))
+            if x is not None and y is not None:
+                found[int(row["epoch"])] = (float(x), y * factor)
+        return found
+
+    return course
+
+
+def means(title: str, facet: Facet, course: Course, *, height: float, log: bool = False) -> Panel | None:
+    """A panel with the mean over the seeds of each series, a band from the lowest to the highest, and runs that broke off."""
+    curves = [Curve("faint", mean_of(g.done, course), width=0.9) for g in facet.others]
+    for line in facet.lines:
+        curves += [broken_off(line, run, course) for run in line.group.runs if run.state != "done"]
+        curves.append(mean_line(line, together(line.group.done, course), band=len(facet.lines) <= FEW))
+    curves = tuple(c for c in curves if c.line)
+    floor = None if log or not curves else legible_floor(curves)
+    return Panel(title, curves, log, height, floor=floor) if curves else None
+
+
+def together(runs: Iterable[SavedRun], course: Course) -> list[tuple[float, Sample]]:
+    """(x, the values of all runs) whenever all of them have one: where one lacks it the mean would jump."""
+    courses = [course(run) for run in runs]
+    every = [at for at in courses[0] if all(at in c for c in courses)] if courses else []
+    return [(mean([c[at][0] for c in courses]), Sample(tuple(c[at][1] for c in courses))) for at in every]
+
+
+def mean_of(runs: Iterable[SavedRun], course: Course) -> tuple[tuple[float, float], ...]:
+    return tuple((x, s.mean) for x, s in together(runs, course))
+
+
+def mean_line(line: Line, at: list[tuple[float, Sample]], *, band: bool) -> Curve:
+    points = tuple((x, s.mean) for x, s in at)
+    spans = tuple((x, s.low, s.high) for x, s in at if s.n > 1) if band else ()
+    marks = (Mark(*points[0]),) if len(points) == 1 else ()
+    return Curve(line.color, points, spans, marks=marks, label=line.label, key=line.group.key)
+
+
+def broken_off(line: Line, run: SavedRun, course: Course) -> Curve:
+    """A run that is not done, dashed, with a mark where it ends; it bears the name where no run of its kind is done."""
+    points = tuple(course(run).values())
+    end = (
+        Mark(*points[-1], ENDS.get(run.state, "ring"), f"{line.group.name}: {groups.shown(run.state)}")
+        if points
+        else None
+    )
+    label = "" if line.group.done else line.label
+    marks = (end,) if end else ()
+    return Curve(line.color, points, marks=marks, label=label, key=line.group.key, width=1.2, dash="4 3")
+
+
+def legible_floor(curves: tuple[Curve, ...]) -> float | None:
+    """Where an axis of accuracies begins so that all but the first tenth of every line is on it; None: at the lowest."""
+    every = [y for c in curves for _, y in c.line]
+    later = [y for c in curves for _, y in c.line[min(len(c.line) // 10 + 1, len(c.line) - 1) :]]
+    floor = min(later) - 0.08 * (max(every) - min(later))
+    return floor if floor - min(every) > 0.3 * (max(every) - floor) else None
+
+
+# The strip below: lr, batch, momentum, delta --------------------------------------------------------------------------
+
+
+def strips(facet: Facet, unit: str) -> list[Panel]:
+    """Low panels with the schedule of each series, of those settings that are not 0 everywhere."""
+    titles = {"lr": "Learning rate", "batch_size": "Batch size", "momentum": "Momentum β", "delta": delta_title(facet)}
+    found = []
+    for name, title in titles.items():
+        curves = [schedule_line(line, unit, name, i, len(facet.lines)) for i, line in enumerate(facet.lines)]
+        curves = tuple(c for c in curves if c.line)
+        values = [y for c in curves for _, y in c.line]
+        if values and any(values):
+            log = min(values) > 0 and max(values) / min(values) > 3
+            found.append(Panel(title, curves, log, height=40, strip=True))
+    return found
+
+
+def schedule_line(line: Line, unit: str, name: str, place: int, count: int) -> Curve:
+    """A staircase, as a setting holds for an epoch; lines below others are wider, so that equal ones show as a ribbon."""
+    longest = max(line.group.runs, key=lambda run: len(groups.epochs(run)))
+    points, before = [], 0.0
+    for x, y in by_epoch(unit, name)(longest).values():
+        points += [(before, y), (x, y)]
+        before = x
+    width = 1.6 + (1.5 * (count - 1 - place) if count <= 4 else 0)
+    return Curve(line.color, tuple(points), width=width)
+
+
+def delta_title(facet: Facet) -> str:
+    units = {line.group.unit() for line in facet.lines}
+    return DELTA + (" (in units of C)" if units == {"C"} else " (of some in units of C)" if "C" in units else "")
+
+
+# The noise while training -----------------------------------------------------------------------------------------------
+
+
+def online(facet: Facet, index: int) -> list[Figure]:
+    """C^2 and the degree of smoothing as --track-noise measured them, against updates."""
+    measured = [
+        measured_panel("Gradient variance C²", facet, "c2", 165),
+        measured_panel("δ with the measured constants", facet, "delta_measured", 165),
+    ]
+    panels = tuple(p for p in measured if p)
+    where = f" ({facet.title})" if facet.title else ""
+    title = f"Gradient variance and degree of smoothing while training{where}"
+    return [Figure(f"online-{index}", title, "Updates", panels)] if panels else []
+
+
+def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel | None:
+    course = by_measurement(name)
+    panel = means(title, facet, course, height=height, log=True)
+    if panel is None:
+        return None
+    if name != "c2":
+        expected = [expected_line(line, course) for line in facet.lines if len(facet.lines) <= FEW]
+        panel = Panel(title, (*(c for c in expected if len(c.line) > 1), *panel.curves), True, height)
+    return panel
+
+
+def by_measurement(name: str) -> Course:
+    """A number of the rows of --track-noise, at their updates."""
+
+    def course(run: SavedRun) -> dict[float, tuple[float, float]]:
+        rows = [row for row in run.of_kind("measure") if real(row.get("delta_measured")) is not None]
+        at = [(real(row.get("step")), real(row.get(name))) for row in rows]
+        return {x: (x, y) for x, y in at if x is not None and y is not None}
+
+    return course
+
+
+def expected_line(line: Line, course: Course) -> Curve:
+    """What the schedule alone makes of the first measured delta: how it would go on with constants that stay."""
+    measured = mean_of(line.group.done, course)
+    planned = dict(mean_of(line.group.done, by_measurement("delta")))
+    first = next(((x, y) for x, y in measured if planned.get(x, 0) > 0 and y > 0), None)
+    if first is None:
+        return Curve(line.color)
+    scale = first[1] / planned[first[0]]
+    return Curve(line.color, tuple((x, y * scale) for x, y in planned.items()), width=1, dash="2 3")
+
+
+def estimators(facets: Iterable[Facet]) -> list[str]:
+    """How the constants were measured: estimator and BatchNorm mode."""
+    rows = (
+        row
+        for facet in facets
+        for line in facet.lines
+        for run in line.group.runs
+        for row in run.of_kind("measure")
+        if real(row.get("delta_measured")) is not None
+    )
+    return sorted({f"{groups.shown(row.get('estimator'))}, BatchNorm {groups.shown(row.get('bn'))}" for row in rows})
