@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest --numprocesses auto
+	$(RUN) -m pytest --numprocesses auto --dist worksteal
 
 bench: $(VENV)/installed-bench  # it runs the tests of what it measures first
 	$(RUN) -m benchmarks.bench_train

@@ -21,10 +21,15 @@ setup(
         "timm": ["timm>=1.0"],
         "plot": PLOT,
         "test": TEST,
+        "ray": ["ray>=2.40"],
         "bench": ["opacus>=1.5", "backpack-for-pytorch>=1.7"],
         "all": [DALI, "timm>=1.0", *PLOT, *TEST],
     },
-    packages=["fastsmooth", "fastsmooth.data", "fastsmooth.kernels"],
+    packages=["fastsmooth", "fastsmooth.data", "fastsmooth.report", "fastsmooth.kernels"],
     package_dir={"fastsmooth.kernels": "kernels"},
-    package_data={"fastsmooth.data": ["digits.npz", "digits.LICENSE.txt"], "fastsmooth.kernels": ["cpu.cpp"]},
+    package_data={
+        "fastsmooth.report": ["style.css"],
+        "fastsmooth.data": ["digits.npz", "digits.LICENSE.txt"],
+        "fastsmooth.kernels": ["cpu.cpp"],
+    },
 )

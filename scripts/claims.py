@@ -191,7 +191,7 @@ CLAIMS = (
         "best batch is neither the smallest nor the largest, and if b* never grows with eps and is smaller for the largest "
         "than for the smallest.",
         critical_batch_exists,
-        f"{COMMON.replace(' --log-every 1000000', '')} --mode critical --augment none --lr 0.1 --batchsize 16..512x2 --eps 0.7 0.8 0.9 "
+        f"{COMMON.replace(' --log-every 1000000', '')} --mode critical --augment none --lr 0.1 --batchsize 32..512x2 --eps 0.7 0.9 "
         "--min-epochs 11 --epochs 500 --log-every 10 --checkpoint-every 2000",
     ),
 )

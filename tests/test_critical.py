@@ -1,4 +1,4 @@
-"""The critical batch size against the published table (SPEC D.1) and against curves whose answer is known."""
+"""The critical batch size against the published table and against curves whose answer is known."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 from fastsmooth.critical import analyse
 from fastsmooth.runs import SavedRun
 
-# Published T(b) of SHB, ResNet-18 on CIFAR-100, lr 0.1, beta 0.9, at eps 0.5, 0.7, 1.0 (None: not printed to the update)
+# T(b) decoded from the published figure (arXiv 2402.02325) of SHB, ResNet-18 on CIFAR-100, lr 0.1, beta 0.9, at eps 0.5, 0.7, 1.0 (None: not printed to the update)
 PUBLISHED = {
     32: (701_150, 420_529, 229_675),
     64: (286_117, 168_976, 89_483),

@@ -197,7 +197,7 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 @pytest.mark.parametrize("form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)])
 def test_noise_of_linear_regression_at_a_frozen_point_has_its_closed_form(form, nu, beta):
-    """E||m_t - grad f||^2 (SPEC A.3) over mini-batches drawn with replacement, one chain of draws a row of the parameter."""
+    """E||m_t - grad f||^2 over mini-batches drawn with replacement, one chain of draws a row of the parameter."""
     chains, n, features, b = 4000, 60, 6, 8
     generator = torch.Generator().manual_seed(11)
     inputs = torch.randn(n, features, generator=generator, dtype=torch.float64)

@@ -57,8 +57,8 @@ def images(batches: int, size: int = 16) -> list[tuple[torch.Tensor, torch.Tenso
     ]
 
 
-# The twin: the published algorithms as SPEC B.8 tells them, parameter by parameter in a copy of the model, with the steps
-# in Python floats. Its one change is that of SPEC C.34: where the best weights come back, so does their perturbation.
+# The twin: the published algorithms parameter by parameter in a copy of the model, with the steps
+# in Python floats. Its one change is that where the best weights come back, so does their perturbation.
 
 
 class Twin:
@@ -170,7 +170,7 @@ def test_sharpness_equals_a_plain_twin(algorithm, adaptive, rho):
 @ADAPTIVE
 @pytest.mark.parametrize("algorithm", ["m_apgd_l2", "m_apgd_linf"])
 @pytest.mark.parametrize(
-    "more", [{"restarts": 3, "random_start": True}, {"step_size_mult": 0.05}, {"normalize_logits": True}], ids=repr
+    "more", [{"restarts": 2, "random_start": True}, {"step_size_mult": 0.05}, {"normalize_logits": True}], ids=repr
 )
 def test_options_of_the_ascent_equal_the_twins(algorithm, adaptive, more):
     setting, batches = Setting(algorithm, adaptive, seed=3, **more), images(2)
@@ -261,13 +261,13 @@ def test_the_ascent_reaches_the_largest_loss_and_no_larger_one(algorithm, start,
 @pytest.mark.parametrize("algorithm", ["avg_l2", "avg_linf"])
 def test_the_average_agrees_with_the_integral_within_its_error(algorithm, adaptive):
     normal = algorithm == "avg_l2"
-    rho = 0.8 if normal else 1.5
-    points, weights = np.polynomial.hermite_e.hermegauss(60) if normal else np.polynomial.legendre.leggauss(60)
+    rho = 2.0 if normal else 4.0
+    points, weights = np.polynomial.hermite_e.hermegauss(100) if normal else np.polynomial.legendre.leggauss(100)
     u, v = np.meshgrid(points, points)
     scale = rho * (np.abs(POINT) if adaptive else np.ones(2))
     rise = pair_rise(scale[0] * u, scale[1] * v)
     integral = (np.outer(weights, weights) * rise).sum() / weights.sum() ** 2
-    (found,) = sharpness(Pair(), [pair_batch()], Setting(algorithm, adaptive, n_iters=3000), [rho])
+    (found,) = sharpness(Pair(), [pair_batch()], Setting(algorithm, adaptive, n_iters=600), [rho])
     assert abs(found.value - integral) < 4 * found.draw_error < 0.5 * integral
     assert found.error is None  # one batch
 
@@ -275,7 +275,7 @@ def test_the_average_agrees_with_the_integral_within_its_error(algorithm, adapti
 # Properties -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decades", [0, 3, 8, 20])
+@pytest.mark.parametrize("decades", [0, 3, 8])
 @pytest.mark.parametrize("far", [1.001, 3.0, 1e3])
 def test_the_projection_is_the_nearest_point_of_the_ellipsoid(decades, far):
     """p is nearest to d among the points z of a convex set where (d - p) (z - p) <= 0 for all of them.
@@ -320,7 +320,8 @@ def test_no_iterate_leaves_the_region(algorithm, adaptive, monkeypatch):
 
 @ALGORITHM
 def test_several_rho_at_once_equal_one_at_a_time(algorithm):
-    setting, batches, rhos = Setting(algorithm, random_start=algorithm.startswith("m")), images(2), [0.2, 0.01, 0.05]
+    setting = Setting(algorithm, random_start=algorithm.startswith("m"), n_iters=7)
+    batches, rhos = images(2), [0.2, 0.01, 0.05]
     together = sharpness(small_net(), batches, setting, rhos)
     assert together == [sharpness(small_net(), batches, setting, [rho])[0] for rho in rhos]
     assert together != sharpness(small_net(), batches, dataclasses.replace(setting, seed=1), rhos)
