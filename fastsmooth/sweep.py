@@ -34,6 +34,7 @@ from fastsmooth.runs import RunError, SavedRun, read_run
 DONE, SOME_FAILED, BAD_INPUT, CANNOT_WRITE, PREEMPTED = 0, 1, 2, 74, 75
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself
 MOST_RUNS = 100_000
+NO_START = "failed to start"
 PARENT = "FASTSMOOTH_SWEEP"  # the process that a run must not outlive
 
 
@@ -360,7 +361,8 @@ def carry_out(out: Path, runs: list[Planned], own: dict[str, Any]) -> int:
     stop = Stop()
     work = on_ray if "ray" in own else on_this_machine
     work(out, runs, range(len(runs)), own, stop)
-    states = [read_status(out / run.name).get("state", "not started") for run in runs]
+    without = "not started" if stop.received else NO_START
+    states = [read_status(out / run.name).get("state", without) for run in runs]
     write_json(out / "results.json", [result(out, run, state) for run, state in zip(runs, states, strict=True)])
     if stop.received:
         print(f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the same command goes on")
@@ -553,9 +555,9 @@ class Table:
 
 
 def described(folder: Path) -> str:
-    """A run's state, with its last epoch."""
+    """The state of a run that was begun, with its last epoch."""
     status = read_status(folder)
-    state = status.get("state", "not started")
+    state = status.get("state", NO_START)
     row = last_epoch(folder)
     if row:
         state += f", epoch {row.get('epoch', 0) + 1}, test acc {percent(row.get('test_acc'))}"

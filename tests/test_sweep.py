@@ -273,16 +273,18 @@ def test_a_sweep_killed_three_times_ends_with_the_results_of_one_that_was_not(tm
 
 
 def test_a_run_that_fails_is_reported_and_the_others_are_done(tmp_path):
-    process = call(tmp_path / "sweep", *SHORT, "--lr", "1e30", "0.1", "--jobs", "1")
+    grid = tmp_path / "grid.toml"
+    grid.write_text('[[grid]]\nlr = [1e30, 0.1]\n[[grid]]\ndataset = "folder"\nlr = 0.1\ndata-dir = "/nowhere"\n')
+    process = call(tmp_path / "sweep", *SHORT, "--grid", str(grid), "--jobs", "1")
     shown, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "diverged: lr=1e+30: the loss is not finite" in errors and len(errors.splitlines()) == 1
+    diverged, failed = errors.splitlines()
+    assert diverged.startswith("diverged: lr=1e+30: the loss is not finite")
+    assert failed.startswith("failed to start: dataset=folder") and "/nowhere: no such directory" in failed
     assert "lr=0.1  test acc" in shown
     states = [result["state"] for result in json.loads((tmp_path / "sweep" / "results.json").read_text())]
-    assert states == ["diverged", "done"]
-    again = call(tmp_path / "sweep")
-    shown, _ = again.communicate(timeout=60)
-    assert again.returncode == 1 and "2 of 2 runs are finished already" in shown  # it would diverge again
+    assert states == ["diverged", "done", "failed to start"]
+    assert not sweep.unfinished(tmp_path / "sweep", sweep.read_sweep(tmp_path / "sweep")[0])  # it would diverge again
 
 
 def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path):
