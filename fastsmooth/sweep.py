@@ -6,6 +6,7 @@ runs are skipped, interrupted ones go on from their checkpoints. Nothing here im
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -471,7 +472,8 @@ def on_ray(out: Path, runs: list[Planned], numbers: Iterable[int], own: dict[str
     def do(command: list[str], log: str, where: str) -> int:
         with open(log, "ab") as file:
             streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            return subprocess.run(command, cwd=where, check=False, **streams).returncode
+            env = os.environ | {PARENT: str(os.getpid())}
+            return subprocess.run(command, cwd=where, env=env, check=False, **streams).returncode
 
     table = Table(out.absolute(), runs, len(list(numbers)) - len(waiting))
     try:
@@ -481,10 +483,9 @@ def on_ray(out: Path, runs: list[Planned], numbers: Iterable[int], own: dict[str
             ready, _ = ray.wait(list(tasks), timeout=1.0)
             for task in ready:
                 number = tasks.pop(task)
-                try:
+                with contextlib.suppress(ray.exceptions.RayError):  # the run's folder says how far it came
                     ray.get(task)
-                finally:
-                    table.ended(runs[number])
+                table.ended(runs[number])
             table.show([])
     finally:
         table.close()
