@@ -17,6 +17,7 @@ import shlex
 import sys
 from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -500,13 +501,25 @@ def run(r: Request, command: str) -> None:
         result["smoothing"] = {"x": r.grid.tolist(), "curves": [entry_of(curve, r) for curve in curves]}
     if "graduated" in r.parts:
         print(TABLE_HEAD, flush=True)
-        descents = list(graduated(r))
+        with one_thread():
+            descents = list(graduated(r))
         draw_graduated(r, descents)
         deltas = {name: SCHEDULES[name](r.delta_first, r.delta_last, r.rounds) for name in r.schedules}
         result["graduated"] = {"deltas": deltas, "results": [d.summary() for d in descents]}
     text = json.dumps(without_nan(result), allow_nan=False)
     (r.out / "smooth.json").write_text(text + "\n", encoding="utf-8")
     print(f"{r.out}: {' '.join(sorted(path.name for path in r.out.iterdir()))}")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A step's tensors are so small that a second thread mostly waits, and busily: beside other work 20 times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def without_nan(value: Any) -> Any:
