@@ -31,7 +31,7 @@ $(VENV)/installed: $(VENV)/bin/python setup.py
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test,timm,plot]'
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-test

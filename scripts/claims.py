@@ -280,13 +280,19 @@ def do_runs(claim: Claim, args: argparse.Namespace) -> list[SavedRun]:
     out = args.work / source.name
     images = args.data_dir if source.name != "critical-batch" else first_classes(args.data_dir, args.work / "few")
     flags = [*source.flags.split(), "--data-dir", str(images), "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "fastsmooth.sweep", *flags], check=True, cwd=ROOT)
+    call("sweep", *flags)
     paths = [path for path in find_runs([out]) if "sampled" not in path.parts]
     if claim.judge is smoother_is_less_sharp:
         lacking = [str(path) for path in paths if not (path / "sharpness.json").exists()]
         if lacking:
-            subprocess.run([sys.executable, "-m", "fastsmooth.sharpness", *lacking], check=True, cwd=ROOT)
+            call("sharpness", *lacking)
     return [read_run(path) for path in paths]
+
+
+def call(command: str, *flags: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"fastsmooth.{command}", *flags], cwd=ROOT, check=False)
+    if done.returncode:
+        sys.exit(f"fastsmooth.{command} ended with exit code {done.returncode}: the same command goes on")
 
 
 def first_classes(data_dir: Path, few: Path) -> Path:
