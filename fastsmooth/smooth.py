@@ -345,10 +345,10 @@ class Request:
     parts: tuple[str, ...] = ("smoothing", "graduated")
     seed: int = 0
     noise: tuple[str, ...] = tuple(NOISES)
-    delta: tuple[float, ...] = (0.05, 0.1, 0.5)
+    delta: tuple[float, ...] = (0.05, 0.2, 0.5)
     centred: bool = False
     dim: int = 1
-    points: int = 501
+    points: int = 1001
     samples: int = 4096
     functions: tuple[str, ...] = tuple(LANDSCAPES)
     schedules: tuple[str, ...] = tuple(SCHEDULES)
@@ -400,10 +400,10 @@ def parser() -> configs.Parser:
     add("-h", "--help", action="store_true", help="this page")
     add = p.add_argument_group("smoothing").add_argument
     add("--noise", nargs="+", choices=NOISES, metavar="NAME", help=f"{' '.join(NOISES)} (all)")
-    add("--delta", nargs="+", type=configs.real(0, 100), metavar="X", help="degrees of smoothing; 0 is f itself (0.05 0.1 0.5)")
+    add("--delta", nargs="+", type=configs.real(0, 100), metavar="X", help="degrees of smoothing; 0 is f itself (0.05 0.2 0.5)")
     add("--centred", action="store_true", help="noise without its mean, so that minima do not shift; noise without a mean is skipped")
     add("--dim", type=whole(1, 2), metavar="N", help="1, or 2: Rastrigin summed over coordinates, the drop-wave of the radius (1)")
-    add("--points", type=whole(2, 10_000), metavar="N", help="values of x in [-5, 5], in every coordinate (501; 61 with --dim 2)")
+    add("--points", type=whole(2, 10_000), metavar="N", help="values of x in [-5, 5], in every coordinate (1001; 61 with --dim 2)")
     add("--samples", type=whole(2, 10**6), metavar="N", help="draws of u for the drop-wave with --dim 2 (4096)")
     add = p.add_argument_group("graduated").add_argument
     add("--functions", nargs="+", choices=LANDSCAPES, metavar="NAME", help=f"{' '.join(LANDSCAPES)} (all)")
@@ -627,6 +627,9 @@ def all_seeds(r: Request, function: str, schedule: str, method: str) -> Tensor:
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
+LINES = {"graduated": "-", "plain": "--"}
+
+
 def new_figure(rows: int, columns: int, **options: Any) -> tuple[Any, ndarray]:
     """A figure that belongs to no window, and its axes [rows, columns]."""
     from matplotlib.figure import Figure
@@ -692,9 +695,9 @@ def draw_images(r: Request, curves: list[Curve], names: list[str]) -> Any:
 
 def say_undefined(axis: Any, shown: list[Curve]) -> None:
     if any(c.smoothed.values is None for c in shown):
-        axis.text(
-            0.5, 0.5, "undefined for $\\delta > 0$:\n$E\\,u^2$ is infinite", transform=axis.transAxes, ha="center"
-        )
+        words = "undefined for $\\delta > 0$:\n$E\\,u^2$ is infinite"
+        look = {"transform": axis.transAxes, "ha": "center", "va": "center", "bbox": {"fc": "white", "ec": "none"}}
+        axis.text(0.5, 0.8, words, **look)
 
 
 def draw_graduated(r: Request, descents: list[Descent]) -> None:
@@ -703,7 +706,7 @@ def draw_graduated(r: Request, descents: list[Descent]) -> None:
     rounds = np.arange(1, r.rounds + 1)
     for axis, function in zip(axes[0], r.functions, strict=True):
         for d in (d for d in descents if d.function == function):
-            look = {"color": f"C{r.schedules.index(d.schedule)}", "ls": "-" if d.method == "graduated" else "--"}
+            look = {"color": f"C{r.schedules.index(d.schedule)}", "ls": LINES[d.method]}
             axis.plot(rounds, d.values.mean(dim=1), label=f"{d.schedule}, {d.method}", lw=1.3, **look)
             low, high = d.values.amin(dim=1), d.values.amax(dim=1)
             axis.fill_between(rounds, low, high, color=look["color"], alpha=0.12, lw=0)
