@@ -12,6 +12,17 @@ from fastsmooth.report import groups, noise
 from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors
 from fastsmooth.report.groups import Group, real
 
+GIVEN, SAMPLED = "C² of the configuration", "c2_sampled"
+
+
+@dataclass(frozen=True)
+class Variance:
+    """A gradient variance that is known of a configuration."""
+
+    config: dict[str, Any]
+    value: float
+    source: str
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -22,12 +33,13 @@ class Constant:
     shape: str
 
 
-def constants(analysis: Analysis, sampled: list[tuple[dict[str, Any], float]]) -> list[Constant]:
-    """C^2 of the runs' configuration and the one that was sampled in runs of the same settings."""
-    given = real(analysis.group.get("c2"))
-    measured = [value for config, value in sampled if same_training(config, analysis.group) and value > 0]
-    found = [Constant(given, "C² of the configuration", "square")] if given and given > 0 else []
-    return found + ([Constant(mean(measured), "c2_sampled", "open-square")] if measured else [])
+def constants(analysis: Analysis, known: list[Variance]) -> list[Constant]:
+    """C^2 that runs of the same settings were given, and the one that was sampled in such runs."""
+    fitting = [v for v in known if v.value > 0 and same_training(v.config, analysis.group)]
+    given = sorted({v.value for v in fitting if v.source == GIVEN})
+    measured = [v.value for v in fitting if v.source == SAMPLED]
+    found = [Constant(value, GIVEN, "square") for value in given]
+    return found + ([Constant(mean(measured), SAMPLED, "open-square")] if measured else [])
 
 
 MEASURING = {
@@ -41,24 +53,31 @@ def same_training(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one.get(name) == other.get(name) for name in names)
 
 
-def sampled_variances(found: list[Group]) -> list[tuple[dict[str, Any], float]]:
-    return [
-        (g.config, value)
+def variances(found: list[Group]) -> list[Variance]:
+    """What the configurations give as C^2 and what was sampled in their runs."""
+    given = [
+        Variance(g.config, value, GIVEN)
+        for g in found
+        if g.mode == "critical" and (value := real(g.config.get("c2"))) is not None
+    ]
+    sampled = [
+        Variance(g.config, value, SAMPLED)
         for g in found
         for run in g.done
         for point in noise.points(run)
         if (value := real(point.get("c2_sampled"))) is not None
     ]
+    return given + sampled
 
 
-def critical(analyses: list[Analysis], sampled, number: int, title: str) -> list[Figure]:
+def critical(analyses: list[Analysis], known, number: int, title: str) -> list[Figure]:
     """Steps and gradient evaluations against the batch size, for every threshold of one group."""
     sizes = sorted({float(b.batch_size) for a in analyses for b in a.batches})
     colors = ordered_colors(len(analyses)) if len(analyses) > 1 else ["c0"]
     where = f" ({title})" if title else ""
     ticks = tuple(sizes)
     steps = [steps_curve(a, color) for a, color in zip(analyses, colors, strict=True)]
-    evaluations = [sfo_curve(a, color, sampled) for a, color in zip(analyses, colors, strict=True)]
+    evaluations = [sfo_curve(a, color, known) for a, color in zip(analyses, colors, strict=True)]
     figures = []
     for name, y, curves in (
         ("steps", "Updates T(b) until ε", steps),
@@ -95,7 +114,7 @@ def partly(a: Analysis) -> list[BatchResult]:
     return [b for b in a.batches if b.not_reached and b.reached and min(b.reached) > 0]
 
 
-def sfo_curve(a: Analysis, color: str, sampled) -> list[Curve]:
+def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
     """N(b) with b* in a circle, the floor of the minimum as a wide line, and squares where the theory puts b*."""
     full = reached(a)
     line = tuple((float(b.batch_size), b.sfo_mean) for b in full)
@@ -107,7 +126,7 @@ def sfo_curve(a: Analysis, color: str, sampled) -> list[Curve]:
     marks = [Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} gradient evaluations") for point in line]
     best = [p for p in line if p[0] == a.best]
     marks += [Mark(*p, "circle", f"b* = {a.best}") for p in best]
-    marks += [m for c in constants(a, sampled) if (m := theory_mark(a, c, line))]
+    marks += [m for c in constants(a, known) if (m := theory_mark(a, c, line))]
     label = f"ε {a.eps:g}, b* {a.best}" if best else f"ε {a.eps:g}"
     curves = [Curve(color, line, bars=bars, marks=tuple(marks), label=label, key="", width=1.5)]
     if best and a.bracket and a.bracket[0] < a.bracket[1]:
@@ -126,7 +145,7 @@ def theory_mark(a: Analysis, c: Constant, line: tuple) -> Mark | None:
     return None
 
 
-def critical_words(a: Analysis, sampled) -> str:
+def critical_words(a: Analysis, known) -> str:
     """What the figure cannot say: how flat the minimum is, and where the theory's batch size lies."""
     if a.best is None:
         return f"ε {a.eps:g}: not reached by every seed at any batch size."
@@ -134,6 +153,8 @@ def critical_words(a: Analysis, sampled) -> str:
     flat = f"from {low:,} to {high:,}" if low < high else f"at {low:,} alone"
     text = f"ε {a.eps:g}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
     text += ", and the floor ends where the batches that were tried end, so b* may lie outside" if a.at_edge else ""
-    for c in constants(a, sampled):
-        text += f"; theory's κ lr C² / ε² = {a.batch_of(c.value):,.4g} from {c.source}, {c.value:.4g}"
+    for c in constants(a, known):
+        b, tried = a.batch_of(c.value), [float(b.batch_size) for b in reached(a)]
+        text += f"; theory's κ lr C² / ε² = {b:,.4g} from {c.source}, {c.value:.4g}"
+        text += "" if min(tried) <= b <= max(tried) else ", outside the batches that were tried (no square)"
     return text + "."

@@ -157,7 +157,8 @@ def histogram(line: Line) -> Curve:
 def density(found: dict[str, Any], sd: float) -> list[tuple[float, float]]:
     """(middle of a bin, density) in standard deviations, of bins that hold something."""
     h = found.get("histogram") if isinstance(found.get("histogram"), dict) else {}
-    edges, positive, negative = (list(map(real, h.get(n) or [])) for n in ("edges", "positive", "negative"))
+    lists = (h.get(name) if isinstance(h.get(name), list) else [] for name in ("edges", "positive", "negative"))
+    edges, positive, negative = (list(map(real, values)) for values in lists)
     if None in (*edges, *positive, *negative) or not len(edges) - 1 == len(positive) == len(negative):
         return []
     zeros = number(found, "zeros") or 0.0
@@ -182,7 +183,8 @@ def normal_curve(facet: Facet) -> Curve:
 def quantiles(line: Line) -> Curve:
     qq = statistics(line.group).get("qq")
     qq = qq if isinstance(qq, dict) else {}
-    pairs = zip(qq.get("normal") or [], qq.get("observed") or [], strict=False)
+    normal, observed = (qq.get(name) if isinstance(qq.get(name), list) else [] for name in ("normal", "observed"))
+    pairs = zip(normal, observed, strict=False)
     known = tuple((real(x), real(y)) for x, y in pairs if real(x) is not None and real(y) is not None)
     return Curve(line.color, known, label=line.label, key=line.group.key, width=1.6)
 

@@ -12,11 +12,12 @@ from fastsmooth.critical import Analysis, analyse
 from fastsmooth.report import crossings, curves, grid, groups, noise, svg
 from fastsmooth.report.chart import COLORS, Figure, draw
 from fastsmooth.report.curves import Facet
-from fastsmooth.report.groups import Group, Sample, real
+from fastsmooth.report.groups import Group, Sample
 from fastsmooth.runs import SavedRun
 
 WIDE, NARROW = 544, 326  # pixels: two figures side by side in 1120, one on a phone of 360
 WIDE_LABELS, NARROW_LABELS = 150, 66  # of names beside the lines
+EMPTY = ' class="none"'
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,20 @@ def critical(runs: list[SavedRun], found: list[Group]) -> Section | None:
         by_group.setdefault(repr(sorted(analysis.group.items())), []).append(analysis)
     if not by_group:
         return None
-    sampled = crossings.sampled_variances(found)
+    known = crossings.variances(found)
     parts = list(by_group.values())
     fields = groups.differing([part[0].group for part in parts])
     titles = [groups.spoken(part[0].group, fields) for part in parts]
     figures, notes = [], []
     for i, (part, title) in enumerate(zip(parts, titles, strict=True), 1):
-        figures += crossings.critical(part, sampled, i, title)
-        notes += [f"{title}: {w}" if title else w for w in (crossings.critical_words(a, sampled) for a in part)]
+        figures += crossings.critical(part, known, i, title)
+        notes += [f"{title}: {w}" if title else w for w in (crossings.critical_words(a, known) for a in part)]
     words = (
         "Updates until the running mean of the gradient norm is at most ε, and the gradient evaluations they cost: means over "
         "seeds, bars from the lowest to the highest. ○ around the batch size b* with the fewest evaluations; the grey line "
         "is the floor of the minimum; ■ □ where theory puts b*."
     )
-    table = critical_table(parts, titles, sampled)
+    table = critical_table(parts, titles, known)
     return Section("critical", "Critical batch size", words, (), tuple(figures), tuple(notes), table)
 
 
@@ -180,8 +181,7 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
     for first, *cells in rows:
         named = zip(heads[1:], cells, strict=True)
         body += f'<tr><th scope="row">{first}</th>' + "".join(
-            f'<td data-name="{text(h)}"{"" if c else " class=" + chr(34) + "none" + chr(34)}>{c or "–"}</td>'
-            for h, c in named
+            f'<td data-name="{text(h)}"{"" if c else EMPTY}>{c or "&#8211;"}</td>' for h, c in named
         )
         body += "</tr>"
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -210,7 +210,9 @@ def results_table(found: list[Group], colors: dict[str, str]) -> str:
         "updates": lambda g: whole_cell(g.sample(lambda run: groups.reached(run, "updates"))),
         "samples": lambda g: whole_cell(g.sample(lambda run: groups.reached(run, "samples"))),
         "time, s": lambda g: plus_minus(g.sample(groups.seconds), ".1f"),
-        "not done": lambda g: ", ".join(f"{count} {text(state)}" for state, count in g.unfinished().items()),
+        "not done": lambda g: ", ".join(
+            f"{count} {text(groups.shown(state))}" for state, count in g.unfinished().items()
+        ),
     }
     cells = {name: [of(g) for g in found] for name, of in columns.items()}
     kept = {name: values for name, values in cells.items() if any(values)}
@@ -244,12 +246,12 @@ def whole_cell(sample: Sample | None) -> str:
     return f"{sample.mean:,.0f}" + (f'<span class="sd"> ± {sample.sd:,.0f}</span>' if sample.sd else "")
 
 
-def critical_table(parts: list[list[Analysis]], titles: list[str], sampled) -> str:
+def critical_table(parts: list[list[Analysis]], titles: list[str], known) -> str:
     heads = ["runs, ε", "b*", "floor", "n", "c2_critical", "at the floor's ends", "c2_sampled", "max ‖∇‖²"]
     rows = []
     for part, title in zip(parts, titles, strict=True):
         for a in part:
-            measured = [c.value for c in crossings.constants(a, sampled) if c.source == "c2_sampled"]
+            measured = [c.value for c in crossings.constants(a, known) if c.source == crossings.SAMPLED]
             n = sorted({len(b.steps) for b in a.batches})
             rows.append(
                 [

@@ -1,0 +1,500 @@
+"""The report: its numbers against the rows of the runs, its markup against hostile input, and how it looks in a browser."""
+
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fastsmooth.report import page
+from fastsmooth.report.__main__ import main
+from fastsmooth.runs import find_runs, read_run
+
+HOSTILE = (
+    "<script>alert(1)</script>", "\" onload='alert(1)' x=\"", "]]></style></title>--><svg onload=alert(1)>", "a\n\r\tb\x00\x1b[31m\u202ec",
+    "x" * 10_000, "../../../etc/passwd", "&lt;b&gt; &amp; &", "url(http://example.org/x)", "$\\frac{", "\ud800",
+)  # fmt: skip
+CONFIG = {
+    "dataset": "digits", "model": "resnet8", "norm": "group", "method": "constant", "optimizer": "sgd", "mode": "normal",
+    "lr": 0.1, "batch_size": 32, "beta": 0.9, "nu": 1.0, "epochs": 6, "c2": None, "k2": None, "seed": 0, "device": "auto",
+    "out": "runs/x", "eps": [0.5],
+}  # fmt: skip
+
+
+# Run folders ------------------------------------------------------------------------------------------------------------
+
+
+def wave(seed: int, epoch: int, lr: float) -> float:
+    """A number in [0, 1) that no two rows share."""
+    return (math.sin(12.9898 * (seed + 1) + 78.233 * (epoch + 1) + 3.7 * lr) * 43758.5453) % 1
+
+
+def epoch_rows(config: dict, epochs: int, updates: int = 45) -> list[dict]:
+    lr, batch = config["lr"], config["batch_size"]
+    rows = []
+    for e in range(epochs):
+        grown = 1 - 0.8 ** (e + 1) + 0.02 * wave(config["seed"], e, lr if isinstance(lr, float) else 0.1)
+        row = {"kind": "epoch", "epoch": e, "step": updates * (e + 1), "samples": 1437 * (e + 1), "lr": lr}
+        row |= {"batch_size": batch, "momentum": 0.0, "delta": lr / batch**0.5 if isinstance(lr, float) else 0.01}
+        row |= {"train_loss": 2.3 * 0.8**e + 0.05 * grown, "train_acc": grown, "test_loss": 2.4 * 0.85**e}
+        rows.append(row | {"test_acc": 0.95 * grown, "train_seconds": 1.5, "eval_seconds": 0.25})
+    return rows
+
+
+def run_folder(path: Path, *, state="done", reason="", epochs=6, rows=None, tail="", files=None, **settings) -> Path:
+    """A run folder as fastsmooth.train writes it; the config's seed, lr, batch size say what its rows are."""
+    path.mkdir(parents=True)
+    config = CONFIG | {"out": str(path)} | settings
+    rows = epoch_rows(config, epochs) if rows is None else rows
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    (path / "status.json").write_text(json.dumps({"state": state, "reason": reason, "step": 1}))
+    for name, value in (files or {}).items():
+        (path / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def critical_folder(path: Path, batch: int, seed: int, **settings) -> Path:
+    """Of a curve N(b) = 4000 (b / 64 + 64 / b) / 2, with its smallest value at 64."""
+    updates = round(4000 * (batch / 64 + 64 / batch) / 2 / batch) + seed
+    crossings = {"0.5": {"step": updates, "epoch": 1, "samples": batch * updates}, "0.1": None}
+    found = {"batch_size": batch, "seed": seed, "momentum": 0.0, "crossings": crossings}
+    found |= {"grad_norm_max": 3.0, "grad_norm_rms": 1.0}
+    settings = {"mode": "critical", "batch_size": batch, "seed": seed} | settings
+    return run_folder(path, files={"critical.json": found}, **settings)
+
+
+def noise_folder(path: Path, batch: int, seed: int = 0, **settings) -> Path:
+    point = {"step": 50, "epoch": 2, "lr": 0.1, "batch_size": batch, "noise_norm": 8.0 / batch**0.5 * (1 + 0.01 * seed)}
+    point |= {"noise_norm_se": 0.01, "full_grad_norm": 0.4, "c2_sampled": 64.0, "c2_sampled_se": 2.0}
+    edges = [0.01 * 1.5**i for i in range(16)]
+    counts = [int(5000 * math.exp(-(e**2) / 2)) for e in edges[1:]]
+    hill = [{"share": s, "value": 3.0 + s, "error": 0.1} for s in (0.05, 0.01, 0.001)]
+    qq = {"normal": [-3, -1, 0, 1, 3], "observed": [-4, -1, 0, 1, 4]}
+    point["statistics"] = {"variance": {"value": 1.0, "error": 0.1}, "zeros": 10, "hill": hill, "qq": qq}
+    point["statistics"]["histogram"] = {"edges": edges, "positive": counts, "negative": counts}
+    settings = {"mode": "sampling", "batch_size": batch, "seed": seed} | settings
+    return run_folder(path, files={"noise.json": {"points": [point]}}, **settings)
+
+
+def sharpness_file(values: dict[float, float]) -> dict:
+    setting = {"algorithm": "m_apgd_linf", "adaptive": True, "split": "train", "step": 270}
+    return {"results": [setting | {"rho": rho, "value": value} for rho, value in values.items()]}
+
+
+def everything(root: Path) -> Path:
+    """Runs of every kind and in every state."""
+    for seed in range(3):
+        for method in ("constant", "lr", "hybrid"):
+            run_folder(root / f"{method}-{seed}", method=method, seed=seed, lr={"constant": 0.1, "lr": 0.2, "hybrid": 0.05}[method],
+                       files={"sharpness.json": sharpness_file({0.001: 0.1 + 0.01 * seed, 0.002: 0.3})})  # fmt: skip
+    run_folder(root / "diverged", method="batch", seed=0, state="diverged", reason="the loss is nan", epochs=2)
+    run_folder(root / "running", method="lr", lr=0.2, seed=4, state="running", epochs=3, tail='{"kind": "epo')
+    for batch in (16, 32, 64, 128, 256):
+        for seed in range(2):
+            critical_folder(root / f"critical-{batch}-{seed}", batch, seed, c2=20.0)
+        noise_folder(root / f"noise-{batch}", batch)
+    return root
+
+
+def report(tmp_path: Path, *runs: Path) -> tuple[str, list[Path]]:
+    out = tmp_path / "out"
+    assert main([*map(str, runs), "--out", str(out)]) == 0
+    return (out / "report.html").read_text(encoding="utf-8"), sorted((out / "figures").glob("*.svg"))
+
+
+def figures_of(*runs: Path) -> dict:
+    return {f.name: f for part in page.sections([read_run(p) for p in find_runs(runs)]) for f in part.figures}
+
+
+@pytest.fixture(autouse=True)
+def no_pdf(request, monkeypatch):
+    """Figures as PDF cost seconds: only the tests of them write them."""
+    if "pdf" not in request.node.name:
+        monkeypatch.setattr("fastsmooth.report.pdf.available", lambda: False)
+
+
+# Reading the page -------------------------------------------------------------------------------------------------------
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Strict: every tag is closed where it should be; remembers elements, text and tables."""
+
+    def __init__(self, markup: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.tables, self.words = [], [], [], ""
+        self.feed(markup)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice in {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes no <{tag}>"
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.words += data
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+
+    def table(self, head: str) -> list[dict[str, str]]:
+        """The rows of the table whose first column is called `head`, by column."""
+        heads, *rows = next(t for t in self.tables if t[0][0] == head)
+        assert all(len(row) == len(heads) for row in rows)
+        return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def checked(markup: str) -> Page:
+    """The page, after everything that no page may have was looked for."""
+    found = Page(markup)
+    ET.fromstring(markup.removeprefix("<!DOCTYPE html>"))  # well-formed XML too
+    for tag, attributes in found.elements:
+        assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form", "foreignobject", "image"), tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), name
+            assert name not in ("src", "srcset", "xlink:href", "action", "data"), name
+            assert name != "href" or value.startswith("#"), value
+            assert "url(" not in (value or "") or name in ("aria-label", "data-name"), value
+    assert all("url(" not in s and "@import" not in s for s in re.findall(r"<style>(.*?)</style>", markup, re.S))
+    return found
+
+
+def checked_svg(path: Path) -> ET.Element:
+    root = ET.fromstring(path.read_bytes())
+    for element in root.iter():
+        tag = element.tag.removeprefix("{http://www.w3.org/2000/svg}")
+        assert tag in ("svg", "style", "rect", "path", "circle", "text", "title"), tag
+        for name, value in element.attrib.items():
+            assert not name.startswith("on") and "href" not in name, name
+            assert "url(" not in value or name == "aria-label", value
+    return root
+
+
+# Numbers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_results_table_says_mean_deviation_and_count_of_the_rows(tmp_path):
+    configs = {("constant", 0.1): 3, ("lr", 0.2): 2, ("hybrid", 0.05): 1}
+    for (method, lr), seeds in configs.items():
+        for seed in range(seeds):
+            run_folder(tmp_path / "runs" / f"{method}-{seed}", method=method, lr=lr, seed=seed)
+    markup, _ = report(tmp_path, tmp_path / "runs")
+    rows = checked(markup).table("configuration")
+    assert len(rows) == len(configs)
+    for (method, _), seeds in configs.items():
+        row = next(r for r in rows if re.search(rf"\b{method},", r["configuration"]))
+        finals, bests, losses = [], [], []
+        for seed in range(seeds):
+            lines = (tmp_path / "runs" / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines()
+            of = [json.loads(line) for line in lines]
+            finals.append(100 * of[-1]["test_acc"])
+            bests.append(max(100 * r["test_acc"] for r in of))
+            losses.append(of[-1]["train_loss"])
+        for name, values, digits in (
+            ("final accuracy, %", finals, 2),
+            ("best accuracy, %", bests, 2),
+            ("training loss", losses, 4),
+        ):
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if seeds > 1 else ""
+            assert row[name] == f"{statistics.fmean(values):.{digits}f}{spread}"
+        assert row["n"] == str(seeds)
+        assert row["updates"] == "270" and row["samples"] == f"{6 * 1437:,}" and row["time, s"].startswith("10.5")
+
+
+def test_summary_json_has_the_last_word_on_the_accuracy(tmp_path):
+    run_folder(tmp_path / "r", files={"summary.json": {"final_test_acc": 0.4242, "best_test_acc": 0.5, "updates": 7}})
+    row = checked(report(tmp_path, tmp_path / "r")[0]).table("configuration")[0]
+    assert (row["final accuracy, %"], row["best accuracy, %"], row["updates"]) == ("42.42", "50.00", "7")
+
+
+def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest_seed(tmp_path):
+    for method in ("constant", "lr"):
+        for seed in range(4):
+            run_folder(tmp_path / f"{method}-{seed}", method=method, seed=seed, lr=0.1 if method == "lr" else 0.3)
+    found = figures_of(tmp_path)
+    for unit in ("epochs", "updates"):
+        accuracy, loss = found[f"training-1-{unit}"].panels[:2]
+        for panel, name, factor in ((accuracy, "test_acc", 100), (loss, "train_loss", 1)):
+            assert [c.label.split(",")[0] for c in panel.curves] == ["constant", "lr"]
+            for curve, method in zip(panel.curves, ("constant", "lr"), strict=True):
+                rows = [
+                    [json.loads(x) for x in (tmp_path / f"{method}-{s}" / "metrics.jsonl").read_text().splitlines()]
+                    for s in range(4)
+                ]
+                for e in range(6):
+                    values = [factor * r[e][name] for r in rows]
+                    x = e + 1 if unit == "epochs" else 45 * (e + 1)
+                    assert curve.line[e] == pytest.approx((x, statistics.fmean(values)))
+                    assert curve.band[e] == pytest.approx((x, min(values), max(values)))
+
+
+def test_runs_are_one_configuration_whatever_seed_path_and_device_they_have(tmp_path):
+    run_folder(tmp_path / "a", seed=0, device="cpu", data_dir="/one", workers=2)
+    run_folder(tmp_path / "b", seed=1, device="cuda", data_dir="/two", wandb_mode="offline", max_time=5)
+    run_folder(tmp_path / "c", seed=0, weight_decay=0.1)
+    rows = checked(report(tmp_path, tmp_path)[0]).table("configuration")
+    assert sorted(row["n"] for row in rows) == ["1", "2"]
+    assert "weight decay 0.1" in rows[1]["configuration"] and "weight decay none" in rows[0]["configuration"]
+
+
+def test_accuracy_against_delta_and_sharpness_has_one_point_a_configuration(tmp_path):
+    for lr in (0.05, 0.1):
+        for batch in (8, 64):
+            for seed in range(2):
+                value = lr / batch + 0.001 * seed
+                run_folder(tmp_path / f"{lr}-{batch}-{seed}", lr=lr, batch_size=batch, seed=seed,
+                           files={"sharpness.json": sharpness_file({0.01: value}), "summary.json": {"final_test_acc": lr + batch / 100 + seed / 50}})  # fmt: skip
+    found = figures_of(tmp_path)
+    expected = {}
+    for lr in (0.05, 0.1):
+        for batch in (8, 64):
+            a = lr + batch / 100
+            expected[lr / batch**0.5] = ((100 * a, 100 * (a + 0.02)), (lr / batch, lr / batch + 0.001))
+    for name, which in (("smoothing-1-accuracy-delta", 0), ("sharpness-1-c-sharpness-delta", 1)):
+        curves = found[name].panels[0].curves
+        marks = sorted((m.x, m.y) for c in curves for m in c.marks)
+        bars = sorted(bar for c in curves for bar in c.bars)
+        assert len(marks) == 4
+        for (x, y), (at, low, high), (delta, spans) in zip(marks, bars, sorted(expected.items()), strict=True):
+            assert x == at == pytest.approx(delta)
+            assert (y, low, high) == pytest.approx((statistics.fmean(spans[which]), *spans[which]))
+    page_ = checked(report(tmp_path, tmp_path)[0])
+    assert "Sharpness (adaptive m_apgd_linf, ρ 0.01, train images)" in page_.words
+
+
+def test_the_critical_batch_is_circled_and_theory_squared(tmp_path):
+    for batch in (16, 32, 64, 128, 256):
+        for seed in range(2):
+            critical_folder(
+                tmp_path / f"{batch}-{seed}", batch, seed, c2=150.0
+            )  # kappa lr C^2 / eps^2 = 120 at kappa 2
+    found = figures_of(tmp_path)
+    curves = found["critical-1-sfo"].panels[0].curves
+    marks = [m for c in curves for m in c.marks]
+    (circle,) = [m for m in marks if m.shape == "circle"]
+    assert circle.x == 64 and circle.y == pytest.approx(statistics.fmean((64 * 62, 64 * 63)))  # 62.5 rounds to even
+    (square,) = [m for m in marks if m.shape == "square"]
+    kappa = 150 * 0.1 / 0.25 / square.x
+    assert square.tip.startswith("κ lr C² / ε²") and kappa in (pytest.approx(0.5), pytest.approx(1), pytest.approx(2))
+    rows = checked(report(tmp_path, tmp_path)[0]).table("runs, ε")
+    assert {row["runs, ε"]: row["b*"] for row in rows} == {"ε 0.1": "\u2013", "ε 0.5": "64"}
+
+
+def test_no_square_where_no_gradient_variance_is_known_and_an_open_one_where_it_was_sampled(tmp_path):
+    for batch in (16, 32, 64, 128):
+        critical_folder(tmp_path / "runs" / f"{batch}", batch, 0)
+    shapes = {m.shape for c in figures_of(tmp_path / "runs")["critical-1-sfo"].panels[0].curves for m in c.marks}
+    assert shapes == {"dot", "circle"}
+    noise_folder(tmp_path / "noise", 32)
+    shapes = {m.shape for c in figures_of(tmp_path)["critical-1-sfo"].panels[0].curves for m in c.marks}
+    assert shapes == {"dot", "circle", "open-square"}
+
+
+def test_the_noise_norm_falls_along_the_dashed_half_slope(tmp_path):
+    for batch in (8, 32, 128):
+        for seed in range(2):
+            noise_folder(tmp_path / f"{batch}-{seed}", batch, seed)
+    guide, measured = figures_of(tmp_path)["noise-norm"].panels[0].curves
+    assert guide.dash and guide.label == "slope −½"
+    for (at, value), batch in zip(measured.line, (8, 32, 128), strict=True):
+        assert (at, value) == pytest.approx((batch, 8 / batch**0.5 * 1.005))
+    assert guide.line[0][1] / guide.line[1][1] == pytest.approx(4)
+    names = set(figures_of(tmp_path))
+    assert {"noise-1-histogram", "noise-1-qq", "noise-1-tail"} <= names
+
+
+# What is damaged or not done ------------------------------------------------------------------------------------------------
+
+
+def test_torn_lines_nan_rows_and_damaged_files_are_counted_and_shown(tmp_path):
+    broken = epoch_rows(CONFIG, 6)
+    broken[2] |= {"test_acc": float("nan"), "train_loss": float("inf")}
+    run_folder(tmp_path / "r" / "bad", rows=broken, tail='[1]\nnot json\n{"kind": "ep', files={"summary.json": "{", "noise.json": "[]"})  # fmt: skip
+    run_folder(tmp_path / "r" / "good", seed=1)
+    found = checked(report(tmp_path, tmp_path / "r")[0])
+    assert "3 torn lines, the NaN or infinite values of 1 rows, 2 files that cannot be read" in found.words
+    row = next(r for r in found.table("run") if r["run"] == "bad")
+    for words in ("3 torn lines", "1 row with NaN or infinity", "summary.json cannot be read", "noise.json cannot"):
+        assert words in row["remarks"]
+    line = figures_of(tmp_path / "r")["training-1-epochs"].panels[0].curves[0].line
+    assert [x for x, _ in line] == [1, 2, 4, 5, 6]  # a mean of one seed alone would jump
+
+
+def test_runs_that_are_not_done_are_shown_as_such_and_in_no_mean(tmp_path):
+    run_folder(tmp_path / "r" / "a", seed=0)
+    run_folder(tmp_path / "r" / "b", seed=1, state="running", epochs=3)
+    run_folder(tmp_path / "r" / "c", seed=2, state="diverged", reason="loss is nan", epochs=2)
+    run_folder(tmp_path / "r" / "d", seed=3, state="failed", epochs=4)
+    run_folder(tmp_path / "r" / "e", seed=4, files={"status.json": "{"})
+    found = checked(report(tmp_path, tmp_path / "r")[0])
+    row = found.table("configuration")[0]
+    assert row["n"] == "1" and row["not done"] == "1 diverged, 1 failed, 1 running, 1 unknown"
+    final = json.loads((tmp_path / "r" / "a" / "metrics.jsonl").read_text().splitlines()[-1])["test_acc"]
+    assert row["final accuracy, %"] == f"{100 * final:.2f}"
+    assert {r["run"]: r["state"] for r in found.table("run")} == dict(
+        a="done", b="running", c="diverged", d="failed", e="unknown"
+    )
+    assert (
+        "1 diverged, 1 failed, 1 running, 1 unknown: not in any mean." in found.words and "loss is nan" in found.words
+    )
+    curves = figures_of(tmp_path / "r")["training-1-epochs"].panels[0].curves
+    ends = {c.marks[0].tip.rsplit(" ", 1)[-1]: (c.marks[0].shape, c.marks[0].x) for c in curves if c.dash}
+    assert ends == {"running": ("ring", 3), "diverged": ("cross", 2), "failed": ("cross", 4), "unknown": ("ring", 6)}
+
+
+def test_files_of_any_shape_stop_nothing(tmp_path):
+    values = [None, "x", 1e400, -1, 0, True, [], {}, 10**400]
+    for i, value in enumerate(values):
+        rows = epoch_rows(CONFIG, 3)
+        rows[1] |= dict.fromkeys(("epoch", "test_acc", "lr", "delta", "step", "batch_size"), value)
+        files = {"summary.json": {"final_test_acc": value, "updates": value}, "critical.json": {"crossings": value, "batch_size": value},
+                 "noise.json": {"points": [value, {"batch_size": value, "statistics": value, "noise_norm": value}, {"batch_size": 8, "noise_norm": 1.0, "statistics": {"variance": {"value": 1.0}, "histogram": value, "qq": {"normal": value}, "hill": [value]}}]},
+                 "sharpness.json": {"results": [value, {"rho": value, "value": value}]}, "status.json": {"state": "done", "reason": value}}  # fmt: skip
+        for mode in ("normal", "sampling", "critical"):
+            run_folder(tmp_path / "r" / f"{i}-{mode}", rows=rows, files=files, lr=value, batch_size=value, mode=mode, c2=value, beta=value)  # fmt: skip
+            checked(report(tmp_path, tmp_path / "r" / f"{i}-{mode}")[0])
+    checked(report(tmp_path, tmp_path / "r")[0])
+
+
+# Markup -----------------------------------------------------------------------------------------------------------------
+
+
+def test_hostile_names_and_values_are_text_on_the_page_in_svg_and_in_file_names(tmp_path):
+    names = [
+        "<script>alert(1)<",
+        "\" onload='x' y=\"",
+        "]]> --> </style>",
+        "a\nb\x1b[31m",
+        "n" * 250,
+        "&amp;",
+        "url(x)",
+    ]
+    for i, value in enumerate(HOSTILE):
+        settings = {"model": value, "method": value, "dataset": value, "norm": value, "weight_decay": value}
+        folder = tmp_path / "r" / names[i % len(names)] / str(i)
+        run_folder(folder, state=value, reason=value, **settings)
+        run_folder(folder / "done", optimizer=value, batch_size=8 + i, files={"sharpness.json": {"results": [{"algorithm": value, "split": value, "rho": 0.1, "value": 1.0}]}}, **settings)  # fmt: skip
+        critical_folder(folder / "critical", 8 * 2**i, 0, **{value: value}, c2=1.0)
+        noise_folder(folder / "noise", 8 * 2**i, **settings)
+    markup, figures = report(tmp_path, tmp_path / "r")
+    found = checked(markup)
+    assert "<script>alert(1)</script>" in found.words and "<script" not in markup
+    assert "x" * 300 not in markup and "\ud800" not in markup
+    assert len(figures) > 10
+    for path in figures:
+        assert re.fullmatch(r"[a-z0-9-]+\.svg", path.name)
+        assert all(len(t.text or "") < 400 for t in checked_svg(path).iter() if not t.tag.endswith("style"))
+    written = {p.relative_to(tmp_path / "out").parts[0] for p in (tmp_path / "out").rglob("*")}
+    assert written == {"report.html", "figures"}
+    for i, value in enumerate(HOSTILE):  # alone, where it is the title of the page
+        run_folder(tmp_path / f"alone-{i}", model=value, dataset=value)
+        checked(report(tmp_path, tmp_path / f"alone-{i}")[0])
+
+
+def test_page_and_figures_of_every_kind_are_strict_and_the_same_bytes_again(tmp_path):
+    root = everything(tmp_path / "r")
+    markup, figures = report(tmp_path, root)
+    found = checked(markup)
+    names = {path.stem for path in figures}
+    assert {"training-1-epochs", "training-1-updates", "smoothing-1-accuracy-delta", "critical-1-steps"} <= names
+    assert {"critical-1-sfo", "noise-norm", "noise-c2", "noise-1-histogram", "noise-1-qq", "noise-1-tail"} <= names
+    for path in figures:
+        assert float(checked_svg(path).attrib["width"]) > 0
+    assert len({e["id"] for _, e in found.elements if "id" in e}) == sum("id" in e for _, e in found.elements)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    report(tmp_path, root)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_a_single_run_is_shown(tmp_path):
+    run_folder(tmp_path / "one", files={"sharpness.json": sharpness_file({0.01: 0.2})})
+    found = checked(report(tmp_path, tmp_path / "one")[0])
+    assert len(found.table("configuration")) == 1 and "±" not in found.table("configuration")[0]["final accuracy, %"]
+    assert "resnet8 on digits" in found.words and "Each line is one run" in found.words
+
+
+def test_150_runs_of_200_epochs_are_small_and_fast(tmp_path):
+    for lr in range(10):
+        for batch in (8, 16, 32, 64, 128):
+            for seed in range(3):
+                run_folder(tmp_path / "r" / f"{lr}-{batch}-{seed}", epochs=200, lr=0.01 * (lr + 1), batch_size=batch, seed=seed)  # fmt: skip
+    start = time.perf_counter()
+    markup, figures = report(tmp_path, tmp_path / "r")
+    assert time.perf_counter() - start < 15
+    assert len(markup.encode()) < 2_000_000 and sum(f.stat().st_size for f in figures) < 2_000_000
+    assert len(checked(markup).table("configuration")) == 50
+
+
+# Files ------------------------------------------------------------------------------------------------------------------
+
+
+def test_pdf_figures_are_written_and_the_same_bytes_again(tmp_path):
+    pytest.importorskip("matplotlib")
+    run_folder(tmp_path / "r", model="$\\frac{")
+    report(tmp_path, tmp_path / "r")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out" / "figures").glob("*.pdf")}
+    assert set(before) == {"training-1-epochs.pdf", "training-1-updates.pdf"}
+    assert all(b.startswith(b"%PDF-") and b.rstrip().endswith(b"%%EOF") and len(b) > 2000 for b in before.values())
+    report(tmp_path, tmp_path / "r")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out" / "figures").glob("*.pdf")} == before
+
+
+def test_without_matplotlib_one_line_says_so_and_svg_is_written(tmp_path):
+    run_folder(tmp_path / "r")
+    code = "import sys; sys.modules['matplotlib'] = None\nfrom fastsmooth.report.__main__ import main\nsys.exit(main())"
+    told = subprocess.run([sys.executable, "-c", code, tmp_path / "r", "--out", tmp_path / "out"], capture_output=True, text=True, check=True)  # fmt: skip
+    assert told.stderr == "fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n"
+    assert "(SVG in" in told.stdout
+    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".svg", ".html"}
+
+
+@pytest.mark.parametrize(
+    "case", ["missing", "a file", "empty", "damaged config", "config is a list", "no runs", "flag"]
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, case):
+    path = tmp_path / "in\nput"
+    if case == "a file":
+        path.write_text("x")
+    elif case not in ("missing", "no runs", "flag"):
+        path.mkdir()
+    if "config" in case:
+        (path / "config.json").write_text("[1]" if "list" in case else '{"lr":')
+    run_folder(tmp_path / "good")
+    asked = {"no runs": [], "flag": [str(tmp_path / "good"), "--nonsense"]}.get(
+        case, [str(tmp_path / "good"), str(path)]
+    )
+    assert main([*asked, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert not told.out and told.err.count("\n") == 1 and told.err.startswith("fastsmooth: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    run_folder(tmp_path / "r")
+    (tmp_path / "file").write_text("x")
+    assert main([str(tmp_path / "r"), "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and (tmp_path / "file").read_text() == "x"
