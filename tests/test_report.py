@@ -1,8 +1,13 @@
 """The report: its numbers against the rows of the runs, its markup against hostile input, and how it looks in a browser."""
 
+import base64
+import fcntl
+import io
 import json
 import math
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -239,7 +244,7 @@ def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest_seed(tmp
     for unit in ("epochs", "updates"):
         accuracy, loss = found[f"training-1-{unit}"].panels[:2]
         for panel, name, factor in ((accuracy, "test_acc", 100), (loss, "train_loss", 1)):
-            assert [c.label.split(",")[0] for c in panel.curves] == ["constant", "lr"]
+            assert [c.label.split(",")[0] for c in panel.curves] == ["method constant", "method lr"]
             for curve, method in zip(panel.curves, ("constant", "lr"), strict=True):
                 rows = [
                     [json.loads(x) for x in (tmp_path / f"{method}-{s}" / "metrics.jsonl").read_text().splitlines()]
@@ -283,7 +288,7 @@ def test_accuracy_against_delta_and_sharpness_has_one_point_a_configuration(tmp_
             assert x == at == pytest.approx(delta)
             assert (y, low, high) == pytest.approx((statistics.fmean(spans[which]), *spans[which]))
     page_ = checked(report(tmp_path, tmp_path)[0])
-    assert "Sharpness (adaptive m_apgd_linf, ρ 0.01, train images)" in page_.words
+    assert "Sharpness, ρ 0.01 (adaptive m_apgd_linf, train images)" in page_.words
 
 
 def test_the_critical_batch_is_circled_and_theory_squared(tmp_path):
@@ -442,9 +447,9 @@ def test_150_runs_of_200_epochs_are_small_and_fast(tmp_path):
         for batch in (8, 16, 32, 64, 128):
             for seed in range(3):
                 run_folder(tmp_path / "r" / f"{lr}-{batch}-{seed}", epochs=200, lr=0.01 * (lr + 1), batch_size=batch, seed=seed)  # fmt: skip
-    start = time.perf_counter()
+    start = time.process_time()
     markup, figures = report(tmp_path, tmp_path / "r")
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 10  # of this process: others may keep the cores busy
     assert len(markup.encode()) < 2_000_000 and sum(f.stat().st_size for f in figures) < 2_000_000
     assert len(checked(markup).table("configuration")) == 50
 
@@ -498,3 +503,137 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert main([str(tmp_path / "r"), "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and (tmp_path / "file").read_text() == "x"
+
+
+# In a browser -----------------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium", path="/usr/bin")
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+QUIET += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars"]
+LAID_OUT = """(() => {
+  const found = [];
+  for (const svg of document.querySelectorAll("figure svg")) {
+    const frame = svg.getBoundingClientRect();
+    if (!frame.width) continue;
+    const texts = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
+    texts.forEach(([a, r], i) => {
+      if (r.left < frame.left - 1 || r.right > frame.right + 1 || r.bottom > frame.bottom + 1)
+        found.push(svg.ariaLabel + ": outside: " + a);
+      for (const [b, s] of texts.slice(0, i))
+        if (Math.min(r.right, s.right) - Math.max(r.left, s.left) > 1 && Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top) > 1)
+          found.push(svg.ariaLabel + ": " + b + " over " + a);
+    });
+  }
+  const shown = [...document.querySelectorAll("figure svg")].filter(s => s.getBoundingClientRect().width).length;
+  const page = document.documentElement;
+  return JSON.stringify({found, shown, figures: document.querySelectorAll("figure").length, width: page.scrollWidth,
+    screen: innerWidth, height: page.scrollHeight, paper: getComputedStyle(page).backgroundColor});
+})()"""
+
+
+class Browser:
+    """Headless Chromium, spoken to through its debugging pipe; remembers every event."""
+
+    def __init__(self, profile: Path):
+        self.events, self.count, self.rest = [], 0, b""
+        theirs_in, self.to = os.pipe()
+        self.back, theirs_out = os.pipe()
+        a, b = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (theirs_in, theirs_out))
+        start = f'exec "$0" "$@" 3<&{a} 4>&{b}'
+        asked = ["bash", "-c", start, CHROMIUM, *QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        self.process = subprocess.Popen(asked, pass_fds=(a, b), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for fd in (a, b, theirs_in, theirs_out):
+            os.close(fd)
+        self.session = None
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.ask(f"{domain}.enable")
+
+    def read(self) -> dict:
+        while b"\0" not in self.rest:
+            chunk = os.read(self.back, 1 << 20)
+            assert chunk, "Chromium ended"
+            self.rest += chunk
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def ask(self, method: str, **params) -> dict:
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params}
+        os.write(self.to, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
+        while (answer := self.read()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, path: Path, width: int, scheme: str) -> tuple[dict, bytes]:
+        """(what LAID_OUT says, a screenshot of the whole page)."""
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        before = len(self.events)
+        self.ask("Page.navigate", url=path.as_uri())
+        while not any(e.get("method") == "Page.loadEventFired" for e in self.events[before:]):
+            self.events.append(self.read())
+        said = json.loads(self.ask("Runtime.evaluate", expression=LAID_OUT)["result"]["value"])
+        return said, base64.b64decode(self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.back)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no /usr/bin/chromium")
+    found = Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+def grid_of(root: Path) -> Path:
+    """Nine configurations and more: plots parted, in ordered colours, with many names."""
+    for lr in (0.01, 0.05, 0.1, 0.5):
+        for batch in (8, 16, 64, 256, 1024):
+            for optimizer in ("sgd", "shb"):
+                run_folder(root / f"{optimizer}-{lr}-{batch}", lr=lr, batch_size=batch, optimizer=optimizer)
+    return root
+
+
+def long_names(root: Path) -> Path:
+    for i in range(12):
+        run_folder(root / str(i), model=f"WWWW<{i}>" + "m" * 3 * i, method=f"q{i}" * 9, norm="x" * 10_000, lr=10.0**-i, batch_size=3**i)  # fmt: skip
+    return root
+
+
+@pytest.mark.parametrize("runs", [everything, grid_of, long_names])
+def test_a_browser_shows_the_page_whole_and_asks_for_nothing(tmp_path, browser, runs):
+    image = pytest.importorskip("PIL.Image")
+    report(tmp_path, runs(tmp_path / "r"))
+    first = len(browser.events)
+    for width in (1280, 360):
+        for scheme, paper in (("light", (255, 255, 255)), ("dark", (21, 24, 28))):
+            said, png = browser.open(tmp_path / "out" / "report.html", width, scheme)
+            assert said["found"] == []
+            assert said["shown"] == said["figures"] > 1
+            assert said["width"] <= said["screen"] == width
+            assert said["paper"] == f"rgb{paper}"
+            shot = image.open(io.BytesIO(png)).convert("RGB")
+            colors = {color: count for count, color in shot.getcolors(1 << 24)}
+            assert shot.width == width and shot.height == said["height"] > 900
+            assert len(colors) > 50 and 0.02 < 1 - colors.get(paper, 0) / (shot.width * shot.height) < 0.8
+    events = browser.events[first:]
+    asked = [e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"]
+    assert asked and set(asked) == {(tmp_path / "out" / "report.html").as_uri()}
+    complaints = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    assert [e for e in events if e.get("method") in complaints] == []

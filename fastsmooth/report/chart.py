@@ -31,6 +31,7 @@ ORDERED = (
 COLORS = PAPER | {f"c{i}": pair for i, pair in enumerate(UNORDERED)} | {f"o{i}": pair for i, pair in enumerate(ORDERED)}
 
 SIZE, SMALL = 12.5, 11  # of text
+BOLD = 1.1  # times as wide
 LINE = 13.5  # from one label to the next
 MOST_POINTS = 240  # of a line
 
@@ -101,6 +102,7 @@ class Figure:
     caption: str = ""
     x_log: bool = False
     x_ticks: tuple[float, ...] = ()  # else round numbers
+    heading: str = ""  # above the panels: what tells the figure from its like
 
 
 # Shapes -----------------------------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def draw(figure: Figure, width: float, label_room: float) -> Drawing:
     """Lay a figure out. Names longer than `label_room` pixels give way to their keys."""
     panels = [visible(panel) for panel in figure.panels]
     labels = [label_of(c, panels, label_room) for p in panels for c in p.curves if not p.strip]
-    right = max([text_width(text, SMALL) + 16 for text in labels if text] or [12])
+    right = max([text_width(text, SMALL) * BOLD + 14 for text in labels if text] or [12])
     y_axes = [y_axis(panel) for panel in panels]
     left = 8 + max((text_width(tick_text(v), SMALL) for _, values in y_axes for v in values), default=20)
     xs = [x for p in panels for c in p.curves for x, _ in c.values()]
@@ -264,9 +266,13 @@ def draw(figure: Figure, width: float, label_room: float) -> Drawing:
     x_ticks = fitting(low, high, figure.x_log, figure.x_ticks, x_scale)
     shapes: list[Path | Dot | Text] = []
     top = 4.0
+    if figure.heading:
+        top += 18
+        shapes.append(Text(0, top - 5, shortened(figure.heading, width, SIZE), "muted", size=SIZE))
     for panel, (scale, values) in zip(panels, y_axes, strict=True):
-        top += 17
-        shapes.append(Text(0, top - 5, shortened(panel.title, width, SIZE), "ink", size=SIZE, bold=not panel.strip))
+        top += 17 if panel.strip else 22
+        title = shortened(panel.title, width / BOLD, SIZE)
+        shapes.append(Text(0, top - (5 if panel.strip else 10), title, "ink", size=SIZE, bold=not panel.strip))
         scale = replace(scale, start=top + panel.height, end=top)
         shapes += draw_panel(panel, x_scale, scale, x_ticks, values, partial(label_of, panels=panels, room=label_room))
         top += panel.height + (8 if panel.strip else 14)

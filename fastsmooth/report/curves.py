@@ -102,7 +102,9 @@ def training(facet: Facet, index: int) -> list[Figure]:
         panels = [p for p in panels if p]
         if panels:
             title = f"Accuracy, loss and schedule against {unit}{where}"
-            figures.append(Figure(f"training-{index}-{unit}", title, x_title, (*panels, *strips(facet, unit))))
+            figures.append(
+                Figure(f"training-{index}-{unit}", title, x_title, (*panels, *strips(facet, unit)), heading=facet.title)
+            )
     return figures
 
 
@@ -128,7 +130,7 @@ def means(title: str, facet: Facet, course: Course, *, height: float, log: bool 
         curves += [broken_off(line, run, course) for run in line.group.runs if run.state != "done"]
         curves.append(mean_line(line, together(line.group.done, course), band=len(facet.lines) <= FEW))
     curves = tuple(c for c in curves if c.line)
-    floor = None if log or not curves else legible_floor(curves)
+    floor = None if log or not curves else legible_floor(tuple(c for c in curves if c.color != "faint") or curves)
     return Panel(title, curves, log, height, floor=floor) if curves else None
 
 
@@ -201,7 +203,7 @@ def schedule_line(line: Line, unit: str, name: str, place: int, count: int) -> C
 
 def delta_title(facet: Facet) -> str:
     units = {line.group.unit() for line in facet.lines}
-    return DELTA + (" (in units of C)" if units == {"C"} else " (of some in units of C)" if "C" in units else "")
+    return DELTA + (" (in units of √C²)" if units == {"C"} else " (of some in units of √C²)" if "C" in units else "")
 
 
 # The noise while training -----------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def online(facet: Facet, index: int) -> list[Figure]:
     panels = tuple(p for p in measured if p)
     where = f" ({facet.title})" if facet.title else ""
     title = f"Gradient variance and degree of smoothing while training{where}"
-    return [Figure(f"online-{index}", title, "Updates", panels)] if panels else []
+    return [Figure(f"online-{index}", title, "Updates", panels, heading=facet.title)] if panels else []
 
 
 def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel | None:

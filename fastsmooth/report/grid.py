@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastsmooth.report import groups
 from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
-from fastsmooth.report.curves import DELTA, FEW, MANY
+from fastsmooth.report.curves import FEW, MANY
 from fastsmooth.report.groups import Group, Sample, real
 from fastsmooth.runs import SavedRun
 
@@ -30,7 +30,7 @@ BATCH = Quantity("batch", "Batch size at the start", lambda run: groups.first(ru
 
 
 def delta(unit: str) -> Quantity:
-    title = f"{DELTA} at the start" + (" (in units of C)" if unit else "")
+    title = "Smoothing δ at the start" + (" / √C²" if unit else "")
     return Quantity("delta", title, lambda run: groups.first(run, "delta"), log=True)
 
 
@@ -51,7 +51,7 @@ def sharpness(found: list[Group]) -> list[Figure]:
     ways = sorted({way for g in found for run in g.runs for way in sharpness_of(run)}, key=repr)
     for i, way in enumerate(ways[:WAYS], 1):
         algorithm, adaptive, rho, split = way
-        title = f"Sharpness ({'adaptive ' if adaptive else ''}{groups.shown(algorithm)}, ρ {rho:g}, {groups.shown(split)} images)"
+        title = f"Sharpness, ρ {rho:g} ({'adaptive ' if adaptive else ''}{groups.shown(algorithm)}, {groups.shown(split)} images)"
         s = Quantity("sharpness", title, lambda run, way=way: sharpness_of(run).get(way), log=True)
         for unit in sorted({g.unit() for g in found}):
             some = [g for g in found if g.unit() == unit]
@@ -105,6 +105,16 @@ def family_curve(family: list, fields: list[str], index: int, count: int, x: Qua
     name = groups.spoken(family[0][0].config, [f for f in fields if f in groups.SPOKEN] or fields)
     label = name if 1 < count <= MANY else ""
     color = unordered_color(index) if count <= FEW else ordered_colors(count)[index]
-    return Curve(
-        color, line, bars=bars, marks=marks, label=label, key=family[0][0].key if len(family) == 1 else "", width=1.3
-    )
+    return Curve(color, line, bars=bars, marks=marks, label=label, key=keys([g.key for g, _, _ in family]), width=1.3)
+
+
+def keys(of: list[str]) -> str:
+    """The keys of a family's members, as they stand in the table: A, A B, A to D."""
+    of = sorted(of, key=lambda key: (len(key), key))
+    return " ".join(of) if len(of) < 3 else f"{of[0]}…{of[-1]}"
+
+
+def legend(figures: list[Figure]) -> tuple[tuple[str, str, str], ...]:
+    """Colour, keys and name of every series."""
+    every = [c for f in figures for p in f.panels for c in p.curves if c.label]
+    return tuple(dict.fromkeys((c.color, c.key, c.label) for c in every))

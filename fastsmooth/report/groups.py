@@ -7,7 +7,7 @@ import math
 import re
 import string
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ SPOKEN = (
     "dataset", "data", "model", "norm", "mode", "method", "optimizer", "lr", "batch_size", "beta", "nu", "power", "gamma",
     "epochs", "budget",
 )  # fmt: skip
-BARE = {"dataset", "data", "model", "mode", "method", "optimizer", "budget"}  # their values speak for themselves
+BARE = {"dataset", "data", "model", "mode", "optimizer", "budget"}  # their values speak for themselves
 WORDS = {"batch_size": "batch", "c2": "C²", "k2": "K²"}
 KNOWN = {name: i for i, name in enumerate((*METHODS, "sgd", "shb", "nshb", "qhm", "normal", "critical", "sampling"))}
 LONGEST = 48  # characters of a value that are shown
@@ -97,7 +97,7 @@ class Group:
         return {state: states.count(state) for state in sorted(set(states))}
 
     def unit(self) -> str:
-        """The unit of its delta: 1, or C where no gradient variance was given or published."""
+        """The unit of its delta: 1, or the root of C², "C", where no gradient variance was given or published."""
         return "" if real(self.config.get("c2")) is not None else "C"
 
 
@@ -113,7 +113,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def group(runs: Iterable[SavedRun]) -> list[Group]:
-    """The configurations, in the order of their settings, with names and keys."""
+    """The configurations, by mode and in the order of their settings, with keys, and with names that tell those of a mode apart."""
     found: dict[str, list[SavedRun]] = {}
     for run in runs:
         found.setdefault(json.dumps(identity(run.config), sort_keys=True), []).append(run)
@@ -122,9 +122,23 @@ def group(runs: Iterable[SavedRun]) -> list[Group]:
     ]
     configs = [identity(some[0].config) for some in members]
     fields = differing(configs)
-    ranked = sorted(zip(configs, members, strict=True), key=lambda pair: [order(pair[0].get(f)) for f in fields])
-    labels = names_of([config for config, _ in ranked], fields)
-    return [Group(*pair, label, letters(i)) for i, (pair, label) in enumerate(zip(ranked, labels, strict=True))]
+    pairs = zip(configs, members, strict=True)
+    ranked = [
+        Group(*pair) for pair in sorted(pairs, key=lambda pair: [order(pair[0].get(f)) for f in ("mode", *fields)])
+    ]
+    names: dict[int, str] = {}
+    for some in by_mode(ranked).values():
+        same = [g.config for g in some]
+        names |= zip(map(id, some), names_of(same, differing(same)), strict=True)
+    return [replace(g, name=names[id(g)], key=letters(i)) for i, g in enumerate(ranked)]
+
+
+def by_mode(found: Iterable[Group]) -> dict[str, list[Group]]:
+    """The configurations of each mode."""
+    parts: dict[str, list[Group]] = {}
+    for g in found:
+        parts.setdefault(g.mode, []).append(g)
+    return parts
 
 
 def differing(configs: list[dict[str, Any]]) -> list[str]:
@@ -145,7 +159,7 @@ def shared(configs: list[dict[str, Any]]) -> dict[str, Any]:
 def names_of(configs: list[dict[str, Any]], fields: list[str]) -> list[str]:
     """A name for each, made of the settings that differ: as few as tell all apart, beyond those that are always said."""
     if not fields:
-        return [" ".join(shown(config.get(f)) for f in ("method", "optimizer")) for config in configs]
+        return [spoken(config, ("method", "optimizer")) for config in configs]
     used = list(fields)
     for name in reversed(fields):
         fewer = [f for f in used if f != name]
@@ -159,7 +173,7 @@ def spoken(config: dict[str, Any], fields: Iterable[str]) -> str:
 
 
 def setting(name: str, value: Any) -> str:
-    """A setting in words: hybrid, lr 0.1, batch 32."""
+    """A setting in words: method hybrid, sgd, lr 0.1, batch 32."""
     if name in BARE and value is not None:
         return shown(value)
     return f"{WORDS.get(name, shown(name.replace('_', ' ')))} {shown(value)}"

@@ -105,7 +105,7 @@ def half_slope(f: Family, label: str) -> Curve:
     sizes, values = [b for b, _, _ in f.points], [v for _, v, _ in f.points]
     scale = math.exp(sum(math.log(v * math.sqrt(b)) for b, v in zip(sizes, values, strict=True)) / len(sizes))
     return Curve(
-        "axis", tuple((b, scale / math.sqrt(b)) for b in (min(sizes), max(sizes))), label=label, width=1.4, dash="5 4"
+        "muted", tuple((b, scale / math.sqrt(b)) for b in (min(sizes), max(sizes))), label=label, width=1.4, dash="5 4"
     )
 
 
@@ -133,8 +133,20 @@ def distribution(facet: Facet, index: int) -> list[Figure]:
     qq = Panel("Observed quantile", (diagonal(), *(quantiles(line) for line in facet.lines)), False, 215)
     tails = Panel("Tail index α (Hill)", tuple(map(tail, facet.lines)), False, 215)
     return [
-        Figure(f"noise-{index}-histogram", f"Histogram of the noise coordinates{where}", deviations, (density,)),
-        Figure(f"noise-{index}-qq", f"QQ plot of the noise coordinates{where}", "Quantile of a normal law", (qq,)),
+        Figure(
+            f"noise-{index}-histogram",
+            f"Histogram of the noise coordinates{where}",
+            deviations,
+            (density,),
+            heading=facet.title,
+        ),
+        Figure(
+            f"noise-{index}-qq",
+            f"QQ plot of the noise coordinates{where}",
+            "Quantile of a normal law",
+            (qq,),
+            heading=facet.title,
+        ),
         Figure(
             f"noise-{index}-tail",
             f"Tail index of the noise coordinates{where}",
@@ -142,6 +154,7 @@ def distribution(facet: Facet, index: int) -> list[Figure]:
             (tails,),
             x_log=True,
             x_ticks=(0.1, 1.0, 5.0),
+            heading=facet.title,
         ),
     ]
 

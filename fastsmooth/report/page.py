@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 
 from fastsmooth import __version__
 from fastsmooth.critical import Analysis, analyse
 from fastsmooth.report import crossings, curves, grid, groups, noise, svg
-from fastsmooth.report.chart import COLORS, Figure, draw
+from fastsmooth.report.chart import COLORS, Drawing, Figure, draw
 from fastsmooth.report.curves import Facet
 from fastsmooth.report.groups import Group, Sample
 from fastsmooth.runs import SavedRun
@@ -33,7 +34,8 @@ class Section:
     table: str = ""
 
 
-def drawn(figure: Figure, narrow: bool = False):
+@cache
+def drawn(figure: Figure, narrow: bool = False) -> Drawing:
     return draw(figure, NARROW if narrow else WIDE, NARROW_LABELS if narrow else WIDE_LABELS)
 
 
@@ -89,10 +91,13 @@ def color_rank(entry: tuple[str, str, str]) -> int:
 
 def results(found: list[Group], facets: list[Facet]) -> Section:
     words = (
-        "Mean ± standard deviation (n − 1) over the seeds of the runs that are done; accuracies are of the test set."
+        "Mean ± standard deviation (n − 1) over the seeds of the runs that are done; accuracies are of the test set. The bold "
+        "letters stand for the configurations in the figures."
     )
+    if any(g.unit() for g in found):
+        words += " δ is in units of √C² where no gradient variance C² was given."
     colors = {line.group.key: line.color for facet in facets for line in facet.lines}
-    return Section("results", "Results", words, table=results_table(found, colors))
+    return Section("results", "Results", words, table=results_tables(found, colors))
 
 
 def smoothing(found: list[Group]) -> Section | None:
@@ -101,7 +106,9 @@ def smoothing(found: list[Group]) -> Section | None:
         "One point a configuration: the mean over seeds, bars from the lowest to the highest; configurations that differ in "
         "their batch size alone are joined. δ is that of the first epoch, by the formula of the optimizer."
     )
-    return Section("smoothing", "Smoothing and accuracy", words, figures=figures) if figures else None
+    if not figures:
+        return None
+    return Section("smoothing", "Smoothing and accuracy", words, grid.legend(figures), figures)
 
 
 def sharpness(found: list[Group]) -> Section | None:
@@ -109,7 +116,7 @@ def sharpness(found: list[Group]) -> Section | None:
     words = (
         "Points, bars and joins as above. Sharpness is of the weights at the end, as fastsmooth.sharpness measured it."
     )
-    return Section("sharpness", "Sharpness", words, figures=figures) if figures else None
+    return Section("sharpness", "Sharpness", words, grid.legend(figures), figures) if figures else None
 
 
 def critical(runs: list[SavedRun], found: list[Group]) -> Section | None:
@@ -199,14 +206,30 @@ def plus_minus(sample: Sample | None, digits: str, factor: float = 1) -> str:
     return f"{sample.mean * factor:{digits}}{spread}"
 
 
+def results_tables(found: list[Group], colors: dict[str, str]) -> str:
+    """A table for each mode, and what its configurations have in common beyond what all runs have."""
+    parts = groups.by_mode(found)
+    if len(parts) == 1:
+        return results_table(found, colors)
+    everywhere = groups.shared([g.config for g in found])
+    blocks = []
+    for mode, some in parts.items():
+        same = [(name, v) for name, v in groups.shared([g.config for g in some]).items() if name in groups.SPOKEN]
+        same = [groups.setting(n, v) for n, v in same if n not in everywhere and n != "mode" and v is not None]
+        said = f'<p class="settings">All: {text(", ".join(same))}.</p>' if same and len(some) > 1 else ""
+        blocks.append(f"<h3>--mode {text(groups.shown(mode))}</h3>{said}{results_table(some, colors)}")
+    return "".join(blocks)
+
+
 def results_table(found: list[Group], colors: dict[str, str]) -> str:
+    mixed = not all(g.unit() for g in found)
     columns = {
         "n": lambda g: str(len(g.done)),
         "final accuracy, %": lambda g: plus_minus(g.sample(groups.final_accuracy), ".2f", 100),
         "best accuracy, %": lambda g: plus_minus(g.sample(groups.best_accuracy), ".2f", 100),
         "training loss": lambda g: plus_minus(g.sample(lambda run: groups.last(run, "train_loss")), ".4f"),
         "test loss": lambda g: plus_minus(g.sample(lambda run: groups.last(run, "test_loss")), ".4f"),
-        "δ, start → end": delta_cell,
+        ("δ, start → end" if mixed else "δ / √C², start → end"): lambda g: delta_cell(g, mixed),
         "updates": lambda g: whole_cell(g.sample(lambda run: groups.reached(run, "updates"))),
         "samples": lambda g: whole_cell(g.sample(lambda run: groups.reached(run, "samples"))),
         "time, s": lambda g: plus_minus(g.sample(groups.seconds), ".1f"),
@@ -230,12 +253,12 @@ def swatch(color: str) -> str:
     return f'<svg class="swatch" viewBox="0 0 20 8" width="20" height="8" aria-hidden="true"><path d="M1 4h18"{look} stroke-width="3"/></svg>'
 
 
-def delta_cell(g: Group) -> str:
+def delta_cell(g: Group, mixed: bool) -> str:
     start = g.sample(lambda run: groups.first(run, "delta"))
     end = g.sample(lambda run: groups.last(run, "delta"))
     if not start or not end:
         return ""
-    unit = f" {g.unit()}" if g.unit() else ""
+    unit = " √C²" if g.unit() and mixed else ""
     change = f" → {end.mean:.4g}" if end.mean != start.mean else ""
     return f"{start.mean:.4g}{change}{unit}"
 
@@ -363,7 +386,7 @@ def html(runs: list[SavedRun], parts: list[Section]) -> str:
 </main>
 <footer>
 <p>δ, the degree of smoothing: how far the noise of the updates smooths the loss; lr √(C²/b) for plain SGD, with C² the variance of
-the gradient of one sample and b the batch size (arXiv 2311.08745, arXiv 2402.02325). “In units of C”: no C² was given or published.</p>
+the gradient of one sample and b the batch size (arXiv 2311.08745, arXiv 2402.02325). “In units of √C²”: no C² was given or published.</p>
 <p>fastsmooth {__version__}. The figures lie beside this page in figures/, as SVG and PDF.</p>
 </footer>
 </body>
