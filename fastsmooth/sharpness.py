@@ -191,16 +191,16 @@ def worst(f: Landscape, region: Region, setting: Setting, generator: Generator, 
 def ascend(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
     """The values [2] at the largest loss that APGD meets (Croce and Hein 2020, as coded by Andriushchenko et al. 2023).
 
-    d_{k+1} = 0.75 P(d_k + step) + 0.25 d_{k-1}. Where the step is halved the iterate is the best one so far: the published
-    code resets the weights but not d, and goes on from where it was. Its random starts lie outside an
-    ellipsoid, and 0.25 of that in the first iterate: here they are projected. Nothing waits for the device.
+    d_{k+1} = 0.75 P(d_k + step) + 0.25 d_{k-1}. Two things differ from that code. Where the step is halved, d goes back to
+    the best one so far with the weights, which the code resets alone. Random starts, which lie outside an ellipsoid and
+    whose quarter would stay in the first iterate, are projected. Nothing waits for the device.
     """
     start = region.noise(f.weights, generator) if setting.random_start else torch.zeros_like(f.weights)
     d = before = best_d = region.project(start)
     values, gradient = f.climb(d)
     best, best_gradient = clean, gradient
     size = 2 * region.rho * setting.step_size_mult * torch.ones_like(clean[0])
-    improved, size_before, best_before, last = torch.zeros_like(size), size, best, 0
+    improved, last = torch.zeros_like(size), 0
     turns = checkpoints(setting.n_iters)
     for i in range(setting.n_iters):
         d, before = MIX * region.project(region.step(d, gradient, size)) + (1 - MIX) * before, d
@@ -211,11 +211,11 @@ def ascend(f: Landscape, region: Region, setting: Setting, generator: Generator,
         best_d, best_gradient = torch.where(better, d, best_d), torch.where(better, gradient, best_gradient)
         improved = improved + better
         if i in turns:
+            # the code's other reason, a best loss that did not change, is that of no improvement at all
             stalled = improved < MIN_IMPROVED * (i - last)
-            stalled |= (size == size_before) & (best[0] == best_before[0])
-            improved, size_before, best_before, last = torch.zeros_like(size), size, best, i
             size = torch.where(stalled, size / 2, size)
             d, gradient = torch.where(stalled, best_d, d), torch.where(stalled, best_gradient, gradient)
+            improved, last = torch.zeros_like(size), i
     return best
 
 

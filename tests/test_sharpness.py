@@ -179,11 +179,14 @@ def test_options_of_the_ascent_equal_the_twins(algorithm, adaptive, more):
 
 
 def test_a_network_in_float32_is_as_sharp_as_in_float64():
-    """The measured rise is a small difference of losses: of 0.01 to a thousandth, which float32 losses would just not give."""
+    """Its logits, of size one, are rounded by 6e-8, a quarter of that in the mean over 16 samples: 1.5e-3 of a rise of 1e-5.
+
+    A float32 loss would be rounded by 6e-8 itself.
+    """
     setting, batches = Setting(), images(2)
-    (found,) = sharpness(small_net().float(), [(x.float(), y) for x, y in batches], setting, [0.001])
-    expected = Twin(small_net(), setting, 0.001).sharpness(batches)[0]
-    assert found.per_batch == pytest.approx(expected, rel=1e-3)
+    (found,) = sharpness(small_net().float(), [(x.float(), y) for x, y in batches], setting, [1e-5])
+    expected = Twin(small_net(), setting, 1e-5).sharpness(batches)[0]
+    assert found.per_batch == pytest.approx(expected, rel=4e-3)
 
 
 def test_the_step_may_be_halved_where_the_published_code_halves_it():
@@ -229,8 +232,8 @@ def pair_rise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def region_grid(algorithm: str) -> tuple[np.ndarray, np.ndarray]:
     """The unit box, or the unit disc in polar coordinates."""
     if algorithm.endswith("linf"):
-        return np.meshgrid(np.linspace(-1, 1, 301), np.linspace(-1, 1, 301))
-    radius, angle = np.meshgrid(np.linspace(0, 1, 151), np.linspace(0, 2 * np.pi, 901))
+        return np.meshgrid(np.linspace(-1, 1, 151), np.linspace(-1, 1, 151))
+    radius, angle = np.meshgrid(np.linspace(0, 1, 51), np.linspace(0, 2 * np.pi, 601))
     return radius * np.cos(angle), radius * np.sin(angle)
 
 
@@ -244,16 +247,16 @@ def test_the_ascent_reaches_the_largest_loss_and_no_larger_one(algorithm, start,
     From above: no point is farther than half a cell from one of the grid in either direction. From below: an iterate is
     three quarters of a projected point and a quarter of the iterate before last, so that two iterations leave a quarter of
     the way to the largest loss, and 20 leave 4^-10; each of the seven times that the step may be halved, one iteration may
-    be lost: 4^-6.5. Over no way of the region, of the length 2 rho, does the loss rise by more than its `slope` allows.
+    be lost: 4^-6.5. No way within the box or disc, of unit size, is longer than 2 sqrt 2, and none is steeper than `slope`.
     """
     u, v = region_grid(algorithm)
     scale = rho * (np.abs(POINT) if adaptive else np.ones(2))
     rise = pair_rise(scale[0] * u, scale[1] * v)
     half_cells = sum(np.abs(np.diff(rise, axis=axis)).max() for axis in (0, 1)) / 2
     square = pair_rise(*(w * t for w, t in zip(scale, region_grid("linf"), strict=True)))
-    slope = np.hypot(*(np.abs(np.gradient(square, 1 / 150, axis=axis)).max() for axis in (0, 1)))
+    slope = np.hypot(*(np.abs(np.gradient(square, 1 / 75, axis=axis)).max() for axis in (0, 1)))
     (found,) = sharpness(Pair(), [pair_batch()], Setting(algorithm, adaptive, **start), [rho])
-    assert rise.max() - 4**-6.5 * 2 * slope <= found.value <= rise.max() + half_cells
+    assert rise.max() - 4**-6.5 * 8**0.5 * slope <= found.value <= rise.max() + half_cells
     assert half_cells < 0.02 * rise.max()
 
 
