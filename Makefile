@@ -20,6 +20,7 @@ bench: $(VENV)/installed-bench  # it runs the tests of what it measures first
 	$(RUN) -m benchmarks.bench_kernels
 	$(RUN) -m benchmarks.bench_noise
 	$(RUN) -m benchmarks.bench_loader
+	$(RUN) -m benchmarks.bench_smooth
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastsmooth needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
