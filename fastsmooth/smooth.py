@@ -30,11 +30,12 @@ from torch import Generator, Tensor
 from fastsmooth import config as configs
 from fastsmooth.config import ConfigError
 
-DONE, BAD_INPUT, CANNOT_WRITE = 0, 2, 74
+DONE, BAD_INPUT, CANNOT_WRITE, INTERRUPTED = 0, 2, 74, 130
+FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
 REACH = 5.0  # x is in [-REACH, REACH], in every coordinate
 TOLERANCE, MAX_NODES = 1e-10, 1 << 14  # of quadrature: what doubling the nodes may change, and when to give up
 BLOCK = 1 << 20  # values that are held at a time, so that memory is bounded
-STEP = 1e-5  # of central differences: rounding and curvature both err by some 1e-8 of Rastrigin's gradient
+STEP = 1e-5  # of central differences: rounding and curvature both err by some 1e-8 of Rastrigin's gradient; published: 1e-8
 
 
 # The noise u: its characteristic function E exp(i t u), mean, variance and a sampler ----------------------------------
@@ -42,9 +43,14 @@ STEP = 1e-5  # of central differences: rounding and curvature both err by some 1
 
 @dataclass(frozen=True)
 class Noise:
-    """`characteristic` takes t > 0 [k]; `mean` and `variance` are None where they do not exist or are infinite."""
+    """`characteristic` takes t > 0 [k]; `mean` and `variance` are None where they do not exist or are infinite.
+
+    The scales are those of the published demo (SPEC B.9). E||u|| exceeds 1 under several laws, so that equal deltas of two
+    laws are not equal degrees of smoothing in the papers' sense (SPEC A.3).
+    """
 
     tails: str  # light or heavy
+    law: str
     characteristic: Callable[[ndarray], ndarray]
     draw: Callable[[np.random.Generator, tuple[int, ...]], ndarray]
     mean: float | None = None
@@ -78,13 +84,24 @@ def pareto(t: ndarray) -> ndarray:
 
 
 NOISES: dict[str, Noise] = {
-    "normal": Noise("light", lambda t: np.exp(-(t**2) / 2), lambda g, n: g.normal(size=n), 0.0, 1.0),
-    "uniform": Noise("light", lambda t: np.sinc(2 * t / np.pi), lambda g, n: g.uniform(-2, 2, n), 0.0, 4 / 3),
-    "exponential": Noise("light", lambda t: 1 / (1 - 1.5j * t), lambda g, n: g.exponential(1.5, n), 1.5, 2.25),
-    "rayleigh": Noise("light", rayleigh, lambda g, n: g.rayleigh(1.0, n), math.sqrt(math.pi / 2), 2 - math.pi / 2),
-    "pareto": Noise("heavy", pareto, lambda g, n: g.pareto(1.0, n) + 1),
-    "cauchy": Noise("heavy", lambda t: np.exp(-t), lambda g, n: g.standard_cauchy(n)),
-    "levy": Noise("heavy", lambda t: np.exp(-np.sqrt(-2j * t)), lambda g, n: g.normal(size=n) ** -2.0),
+    "normal": Noise("light", "N(0, 1)", lambda t: np.exp(-(t**2) / 2), lambda g, n: g.normal(size=n), 0.0, 1.0),
+    "uniform": Noise(
+        "light", "U(-2, 2)", lambda t: np.sinc(2 * t / np.pi), lambda g, n: g.uniform(-2, 2, n), 0.0, 4 / 3
+    ),
+    "exponential": Noise(
+        "light", "exponential of mean 1.5", lambda t: 1 / (1 - 1.5j * t), lambda g, n: g.exponential(1.5, n), 1.5, 2.25
+    ),
+    "rayleigh": Noise(
+        "light",
+        "Rayleigh of scale 1",
+        rayleigh,
+        lambda g, n: g.rayleigh(1.0, n),
+        math.sqrt(math.pi / 2),
+        2 - math.pi / 2,
+    ),
+    "pareto": Noise("heavy", "Pareto of index 1 from 1 on", pareto, lambda g, n: g.pareto(1.0, n) + 1),
+    "cauchy": Noise("heavy", "standard Cauchy", lambda t: np.exp(-t), lambda g, n: g.standard_cauchy(n)),
+    "levy": Noise("heavy", "standard Levy", lambda t: np.exp(-np.sqrt(-2j * t)), lambda g, n: g.normal(size=n) ** -2.0),
 }
 
 
@@ -320,17 +337,19 @@ class Descent:
 
     def summary(self) -> dict[str, Any]:
         """For smooth.json. A value that is not finite is null."""
-        several = len(self.best) > 1
+        sd = self.values.std(dim=1).tolist() if len(self.best) > 1 else [None] * len(self.values)
         return {
             "function": self.function,
             "schedule": self.schedule,
             "method": self.method,
             "mean_best": self.best.mean().item(),
-            "sd_best": self.best.std().item() if several else None,
+            "sd_best": self.best.std().item() if len(self.best) > 1 else None,
             "mean_last": self.values[-1].mean().item(),
+            "sd_last": sd[-1],
             "n": len(self.best),
             "best": self.best.tolist(),
             "mean_by_round": self.values.mean(dim=1).tolist(),
+            "sd_by_round": sd,
         }
 
 
@@ -399,7 +418,7 @@ def parser() -> configs.Parser:
     add("--seed", type=whole(0, 2**31), metavar="N", help="of draws, starts and perturbations (0)")
     add("-h", "--help", action="store_true", help="this page")
     add = p.add_argument_group("smoothing").add_argument
-    add("--noise", nargs="+", choices=NOISES, metavar="NAME", help=f"{' '.join(NOISES)} (all)")
+    add("--noise", nargs="+", choices=NOISES, metavar="NAME", help=f"{'; '.join(f'{name}: {n.law}' for name, n in NOISES.items())} (all)")
     add("--delta", nargs="+", type=configs.real(0, 100), metavar="X", help="degrees of smoothing; 0 is f itself (0.05 0.2 0.5)")
     add("--centred", action="store_true", help="noise without its mean, so that minima do not shift; noise without a mean is skipped")
     add("--dim", type=whole(1, 2), metavar="N", help="1, or 2: Rastrigin summed over coordinates, the drop-wave of the radius (1)")
@@ -470,18 +489,29 @@ def main(argv: list[str] | None = None) -> int:
             return DONE
         require_matplotlib()
         request.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now
+        check_unused(request.out)
         run(request, shlex.join(["python", "-m", "fastsmooth.smooth", *argv]))
         return DONE
     except ConfigError as error:
         say(error)
         return BAD_INPUT
     except OSError as error:
-        say(f"cannot write {error.filename or request.out}: {error.strerror}")
+        say(f"cannot write {error.filename or 'standard output or the figures'}: {error.strerror}")
         return CANNOT_WRITE
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def say(words: Exception | str) -> None:
     print(f"fastsmooth: error: {' '.join(str(words).split())}", file=sys.stderr, flush=True)
+
+
+def check_unused(out: Path) -> None:
+    """Refuse a folder that has results: figures of one command beside the numbers of another would mislead."""
+    names = ["smooth.json", *(stem + kind for stem in FIGURES for kind in KINDS)]
+    there = [name for name in names if (out / name).exists()]
+    if there:
+        raise ConfigError(f"--out {out} has {' '.join(there)} already: choose another folder, or move them")
 
 
 def require_matplotlib() -> None:
@@ -588,6 +618,7 @@ def entry_of(curve: Curve, r: Request) -> dict[str, Any]:
         "function": curve.function,
         "noise": curve.noise,
         "tails": NOISES[curve.noise].tails,
+        "law": NOISES[curve.noise].law,
         "delta": curve.delta,
         "method": s.method,
         "error": s.error,
@@ -597,7 +628,7 @@ def entry_of(curve: Curve, r: Request) -> dict[str, Any]:
     }
 
 
-TABLE_HEAD = f"{'function':<10}  {'schedule':<8}  {'method':<9}  {'mean best':>12}  {'sd':>10}  {'n':>4}"
+TABLE_HEAD = f"{'function':<10}  {'schedule':<8}  {'method':<9}  {'mean last':>12}  {'sd':>10}  {'mean best':>12}  {'sd':>10}  {'n':>4}"
 
 
 def graduated(r: Request) -> Iterator[Descent]:
@@ -606,10 +637,14 @@ def graduated(r: Request) -> Iterator[Descent]:
         for schedule in r.schedules:
             for method in METHODS:
                 found = Descent(function, schedule, method, all_seeds(r, function, schedule, method))
-                sd = f"{found.best.std().item():.4g}" if r.seeds > 1 else "-"
-                row = f"{function:<10}  {schedule:<8}  {method:<9}  {found.best.mean().item():>12.6g}"
-                print(f"{row}  {sd:>10}  {r.seeds:>4}", flush=True)
+                columns = "  ".join(mean_and_sd(values) for values in (found.values[-1], found.best))
+                print(f"{function:<10}  {schedule:<8}  {method:<9}  {columns}  {r.seeds:>4}", flush=True)
                 yield found
+
+
+def mean_and_sd(values: Tensor) -> str:
+    """Two columns of the table over `values` [seeds]."""
+    return f"{values.mean().item():>12.6g}  {f'{values.std().item():.4g}' if len(values) > 1 else '-':>10}"
 
 
 def all_seeds(r: Request, function: str, schedule: str, method: str) -> Tensor:
@@ -628,6 +663,7 @@ def all_seeds(r: Request, function: str, schedule: str, method: str) -> Tensor:
 
 
 LINES = {"graduated": "-", "plain": "--"}
+COLOURS = {"nice": "#0072b2", "geo": "#c94a00"}  # apart for colour-blind eyes, and in grey
 
 
 def new_figure(rows: int, columns: int, **options: Any) -> tuple[Any, ndarray]:
@@ -643,8 +679,8 @@ def save(figure: Any, stem: Path) -> None:
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "fastsmooth", "pdf.fonttype": 42}):
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+        for kind, date in zip(KINDS, ("Date", "CreationDate"), strict=True):
+            figure.savefig(stem.with_suffix(kind), metadata={date: None})
 
 
 def draw_smoothing(r: Request, curves: list[Curve]) -> None:
@@ -657,20 +693,30 @@ def draw_smoothing(r: Request, curves: list[Curve]) -> None:
             save(figure, r.out / tails)
 
 
+def add_legend(figure: Any, axes: ndarray, width: float) -> None:
+    """Below all axes [rows, columns], in as many rows as labels of `width` inches need."""
+    handles, labels = axes[-1, 0].get_legend_handles_labels()
+    columns = min(len(labels), max(1, int(figure.get_figwidth() / width)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
 def draw_lines(r: Request, curves: list[Curve], names: list[str]) -> Any:
-    """A row a function, a column a noise, a line a delta; f itself in dashed grey."""
+    """A row a function, a column a noise, a line a delta, the darker the smaller; f itself in dashed grey."""
+    from matplotlib import colormaps
+
+    colours = dict(zip(sorted(r.delta), colormaps["viridis"](np.linspace(0, 0.85, len(r.delta))), strict=True))
     figure, axes = new_figure(2, len(names), sharex=True, sharey="row")
     for row, (function, f) in enumerate((("rastrigin", rastrigin), ("drop_wave", drop_wave))):
         for axis, name in zip(axes[row], names, strict=True):
             axis.plot(r.grid, f(r.grid), "--", color="0.65", lw=0.8, label="$f$")
             shown = [c for c in curves if (c.function, c.noise) == (function, name)]
-            for i, curve in enumerate(c for c in shown if c.smoothed.values is not None):
-                axis.plot(r.grid, curve.smoothed.values, color=f"C{i}", lw=1.3, label=f"$\\delta$ = {curve.delta:g}")
+            for curve in (c for c in shown if c.smoothed.values is not None):
+                look = {"color": colours[curve.delta], "label": f"$\\delta$ = {curve.delta:g}"}
+                axis.plot(r.grid, curve.smoothed.values, lw=1.3, **look)
             say_undefined(axis, shown)
             axis.set_title(f"{function.replace('_', '-')}, {name}", fontsize=10)
         axes[row, 0].set_ylim(*([-2, 52] if function == "rastrigin" else [-1.05, 0.05]))
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    add_legend(figure, axes, 1.2)
     return figure
 
 
@@ -706,15 +752,14 @@ def draw_graduated(r: Request, descents: list[Descent]) -> None:
     rounds = np.arange(1, r.rounds + 1)
     for axis, function in zip(axes[0], r.functions, strict=True):
         for d in (d for d in descents if d.function == function):
-            look = {"color": f"C{r.schedules.index(d.schedule)}", "ls": LINES[d.method]}
+            look = {"color": COLOURS[d.schedule], "ls": LINES[d.method]}
             axis.plot(rounds, d.values.mean(dim=1), label=f"{d.schedule}, {d.method}", lw=1.3, **look)
             low, high = d.values.amin(dim=1), d.values.amax(dim=1)
             axis.fill_between(rounds, low, high, color=look["color"], alpha=0.12, lw=0)
         axis.set_title(f"{function.replace('_', '-')}, {r.dim_ego} dimensions", fontsize=10)
         axis.set_xlabel("round")
     axes[0, 0].set_ylabel("f, mean and range over seeds")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    add_legend(figure, axes, 1.7)
     save(figure, r.out / "graduated")
 
 
