@@ -359,7 +359,11 @@ def end_with_parent() -> None:
 
 def carry_out(out: Path, runs: list[Planned], own: dict[str, Any]) -> int:
     """Do all runs, then say what came out."""
-    stop = Stop()
+    with Stop() as stop:
+        return do_all(out, runs, own, stop)
+
+
+def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> int:
     work = on_ray if "ray" in own else on_this_machine
     work(out, runs, range(len(runs)), own, stop)
     without = "not started" if stop.received else NO_START
@@ -380,12 +384,19 @@ def carry_out(out: Path, runs: list[Planned], own: dict[str, Any]) -> int:
 
 
 class Stop:
-    """Notes the first signal that asks to stop."""
+    """Notes the first signal that asks to stop, while it is entered."""
 
     def __init__(self):
         self.received: str | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> Stop:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = self.received or signal.Signals(number).name
