@@ -37,7 +37,7 @@ from fastsmooth.log import RunFolder, RunFolderError, finite, one_line
 from fastsmooth.measure import undisturbed
 from fastsmooth.runs import read_object
 
-DONE, BAD_INPUT, CANNOT_WRITE = 0, 2, 74
+DONE, BAD_INPUT, CANNOT_WRITE, INTERRUPTED = 0, 2, 74, 130
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
 SCANNED_RHO = {  # by the authors of the algorithms
     "avg_l2": "0.05 0.1 0.2 0.4",
@@ -411,7 +411,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     if not request.json:
         print(f"{request.described()}\n{heading(request)}", flush=True)
-    return max(attempt(path, request, device) for path in request.runs)
+    try:
+        return max(attempt(path, request, device) for path in request.runs)
+    except KeyboardInterrupt:  # what was measured is written
+        return INTERRUPTED
 
 
 def attempt(path: Path, request: Request, device: torch.device) -> int:

@@ -636,6 +636,14 @@ def test_a_full_disk_is_said(run, monkeypatch, capsys):
     refused(capsys, "cannot write sharpness.json: No space left on device")
 
 
+def test_an_interruption_is_no_traceback(run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastsmooth.sharpness.sharpness", interrupted)
+    assert main([str(run), *QUICK]) == 130
+
+
 def test_files_are_decoded_as_the_run_decoded_them(cifar_folder):
     """Only those that are measured, where the run had them all in memory."""
     config = resolve({"dataset": "folder", "data_dir": str(cifar_folder), "loader": "resident"})
