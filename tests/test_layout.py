@@ -18,7 +18,7 @@ ALLOWED = {
     "runs": set(),
     "critical": {"runs", "schedule"},
     "sweep": {"config", "log", "runs", "critical", "schedule"},
-    "report": {"log", "schedule", "runs", "critical", "report"},
+    "report": {"config", "log", "schedule", "runs", "critical", "report"},
     "smooth": {"schedule", "config"},
     "sharpness": {"config", "data", "models", "measure", "checkpoint", "log", "runs", "kernels", "estimators"},
     "progress": set(),

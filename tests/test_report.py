@@ -434,6 +434,36 @@ def test_page_and_figures_of_every_kind_are_strict_and_the_same_bytes_again(tmp_
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
+def test_figures_in_files_say_what_their_letters_stand_for(tmp_path):
+    """On the page the section's legend does; a file stands alone."""
+    for i in range(3):
+        run_folder(tmp_path / "r" / str(i), model=f"a model with a rather long name, number {i}")
+    markup, (epochs, _) = report(tmp_path, tmp_path / "r")
+    texts = [(t.text, float(t.attrib["y"])) for t in checked_svg(epochs).iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text, _ in texts].count("A") == 3  # beside two lines, and in the legend
+    for key, i in zip("ABC", range(3), strict=True):
+        name = f"a model with a rather long name, number {i}"
+        assert {y for text, y in texts if text == name} <= {y for text, y in texts if text == key}
+        assert (name in {text for text, _ in texts}) and f">{name}</text>" not in markup
+    bottom = max(y for _, y in texts)
+    assert bottom < float(checked_svg(epochs).attrib["height"])
+
+
+def test_settings_without_effect_are_not_said_of_all_runs(tmp_path):
+    for seed, lr in enumerate((0.1, 0.2)):
+        run_folder(tmp_path / "sgd" / str(seed), lr=lr, power=0.7, gamma=0.6)
+        run_folder(tmp_path / "qhm" / str(seed), lr=lr, optimizer="qhm", method="poly", power=0.7, gamma=0.6)
+    all_sgd, all_qhm = (
+        re.search(r"All runs: (.*?)\.<", report(tmp_path, tmp_path / name)[0])[1] for name in ("sgd", "qhm")
+    )
+    assert [name for name in ("beta", "nu", "power", "gamma") if name in all_sgd] == []
+    assert [name for name in ("beta 0.9", "nu 1", "power 0.7", "gamma") if name in all_qhm] == [
+        "beta 0.9",
+        "nu 1",
+        "power 0.7",
+    ]
+
+
 def test_a_single_run_is_shown(tmp_path):
     run_folder(tmp_path / "one", files={"sharpness.json": sharpness_file({0.01: 0.2})})
     found = checked(report(tmp_path, tmp_path / "one")[0])
@@ -527,6 +557,12 @@ LAID_OUT = """(() => {
         if (Math.min(r.right, s.right) - Math.max(r.left, s.left) > 1 && Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top) > 1)
           found.push(svg.ariaLabel + ": " + b + " over " + a);
     });
+  }
+  for (const sd of document.querySelectorAll("td .sd")) {
+    const value = document.createRange();
+    value.selectNode(sd.previousSibling);
+    const [v, r] = [value.getBoundingClientRect(), sd.getBoundingClientRect()];
+    if (r.width && (r.left - v.right > 8 || r.top > v.bottom)) found.push("apart: " + sd.parentNode.textContent);
   }
   const shown = [...document.querySelectorAll("figure svg")].filter(s => s.getBoundingClientRect().width).length;
   const page = document.documentElement;

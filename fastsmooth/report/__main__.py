@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastsmooth.log import RunFolderError, refusing
 from fastsmooth.report import page, pdf, svg
+from fastsmooth.report.chart import draw
 from fastsmooth.runs import RunError, find_runs, read_run
 
 DONE, BAD_INPUT, CANNOT_WRITE = 0, 2, 74
@@ -60,7 +61,7 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with_pdf = pdf.available()
     for figure in figures:
-        drawing = page.drawn(figure)
+        drawing = draw(figure, page.WIDE, page.WIDE_LABELS, legend=True)
         (folder / f"{figure.name}.svg").write_text(svg.svg_file(drawing), encoding="utf-8")
         if with_pdf:
             pdf.write(drawing, folder / f"{figure.name}.pdf")

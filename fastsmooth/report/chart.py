@@ -253,8 +253,8 @@ def fitting(low: float, high: float, log: bool, wanted: tuple[float, ...], place
 # Layout -----------------------------------------------------------------------------------------------------------------
 
 
-def draw(figure: Figure, width: float, label_room: float) -> Drawing:
-    """Lay a figure out. Names longer than `label_room` pixels give way to their keys."""
+def draw(figure: Figure, width: float, label_room: float, legend: bool = False) -> Drawing:
+    """Lay a figure out. Names longer than `label_room` pixels give way to their keys, which a `legend` below explains."""
     panels = [visible(panel) for panel in figure.panels]
     labels = [label_of(c, panels, label_room) for p in panels for c in p.curves if not p.strip]
     right = max([text_width(text, SMALL) * BOLD + 14 for text in labels if text] or [12])
@@ -277,7 +277,27 @@ def draw(figure: Figure, width: float, label_room: float) -> Drawing:
         shapes += draw_panel(panel, x_scale, scale, x_ticks, values, partial(label_of, panels=panels, room=label_room))
         top += panel.height + (8 if panel.strip else 14)
     shapes += x_axis(figure, x_scale, x_ticks, top, width)
-    return Drawing(width, math.ceil(top + 28), figure.title, shapes)
+    top += 28
+    if legend:
+        shapes += key_legend(panels, label_room, top, width)
+        top = max([top, *(s.y + 8 for s in shapes if isinstance(s, Text))])
+    return Drawing(width, math.ceil(top), figure.title, shapes)
+
+
+def key_legend(panels: list[Panel], label_room: float, top: float, width: float) -> list[Text]:
+    """Below `top` a line for each key that stands for a name."""
+    short = {
+        c.key: c
+        for p in panels
+        for c in p.curves
+        if not p.strip and c.label and label_of(c, panels, label_room) == c.key
+    }
+    indent = 8 + max((text_width(key, SMALL) * BOLD for key in short), default=0)
+    shapes = []
+    for i, (key, c) in enumerate(short.items(), 1):
+        shapes.append(Text(0, top + i * (LINE + 2), key, c.color, bold=True))
+        shapes.append(Text(indent, top + i * (LINE + 2), shortened(c.label, width - indent, SMALL), "ink"))
+    return shapes
 
 
 def visible(panel: Panel) -> Panel:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastsmooth.config import FIELDS
 from fastsmooth.critical import NO_RESULT, deviation, mean
 from fastsmooth.runs import SavedRun
 from fastsmooth.schedule import METHODS
@@ -154,6 +155,17 @@ def shared(configs: list[dict[str, Any]]) -> dict[str, Any]:
     other = set(differing(configs))
     first = {name: configs[0][name] for name in SPOKEN if name in configs[0] and name not in other}
     return first | {name: value for name, value in configs[0].items() if name not in other}
+
+
+def told(name: str, value: Any, found: Iterable[Group]) -> bool:
+    """Whether a setting that all have is worth telling: names speak of it, and in one of them at least it does something."""
+    return name in SPOKEN and value is not None and any(has_effect(name, g.config) for g in found)
+
+
+def has_effect(name: str, config: dict[str, Any]) -> bool:
+    """Whether a setting does anything beside the others, by the rule of the flags."""
+    only = FIELDS[name].metadata["only"] if name in FIELDS else None
+    return only is None or shown(config.get(only[0])) in only[1]
 
 
 def names_of(configs: list[dict[str, Any]], fields: list[str]) -> list[str]:

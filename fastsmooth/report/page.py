@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -34,7 +33,6 @@ class Section:
     table: str = ""
 
 
-@cache
 def drawn(figure: Figure, narrow: bool = False) -> Drawing:
     return draw(figure, NARROW if narrow else WIDE, NARROW_LABELS if narrow else WIDE_LABELS)
 
@@ -214,8 +212,10 @@ def results_tables(found: list[Group], colors: dict[str, str]) -> str:
     everywhere = groups.shared([g.config for g in found])
     blocks = []
     for mode, some in parts.items():
-        same = [(name, v) for name, v in groups.shared([g.config for g in some]).items() if name in groups.SPOKEN]
-        same = [groups.setting(n, v) for n, v in same if n not in everywhere and n != "mode" and v is not None]
+        same = groups.shared([g.config for g in some]).items()
+        same = [
+            groups.setting(n, v) for n, v in same if n not in everywhere and n != "mode" and groups.told(n, v, some)
+        ]
         said = f'<p class="settings">All: {text(", ".join(same))}.</p>' if same and len(some) > 1 else ""
         blocks.append(f"<h3>--mode {text(groups.shown(mode))}</h3>{said}{results_table(some, colors)}")
     return "".join(blocks)
@@ -455,7 +455,7 @@ def facts(runs: list[SavedRun], found: list[Group]) -> str:
 def settings(found: list[Group]) -> str:
     """What all runs have in common, of what names speak of."""
     same = groups.shared([g.config for g in found])
-    words = [groups.setting(name, value) for name, value in same.items() if name in groups.SPOKEN and value is not None]
+    words = [groups.setting(name, value) for name, value in same.items() if groups.told(name, value, found)]
     return f'<p class="settings">All runs: {text(", ".join(words))}.</p>' if words and len(found) > 1 else ""
 
 
