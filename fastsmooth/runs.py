@@ -20,7 +20,7 @@ class RunError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a run equals itself alone, and so can be a key
 class SavedRun:
     """What a run folder holds; empty where a file is missing or cannot be read (then `damaged` names it)."""
 

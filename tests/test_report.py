@@ -256,6 +256,21 @@ def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest_seed(tmp
                     assert curve.band[e] == pytest.approx((x, min(values), max(values)))
 
 
+def test_updates_stand_on_a_logarithmic_axis_where_some_runs_take_many_times_those_of_others(tmp_path):
+    for batch, updates in ((8, 180), (256, 6)):
+        run_folder(tmp_path / f"{batch}", batch_size=batch, rows=epoch_rows(CONFIG | {"batch_size": batch}, 6, updates))
+    found = figures_of(tmp_path)
+    assert not found["training-1-epochs"].x_log
+    assert found["training-1-updates"].x_log and found["training-1-updates"].x_title == "Updates, log scale"
+    ends = [c.line[-1][0] for c in found["training-1-updates"].panels[0].curves]
+    assert ends == [1080, 36]
+    shapes = page.drawn(found["training-1-updates"]).shapes  # the schedule begins at update 0, which no such axis has
+    assert all(0 <= x <= page.WIDE for s in shapes for x, _ in getattr(s, "points", ()))
+    run_folder(tmp_path / "64", batch_size=64, rows=epoch_rows(CONFIG | {"batch_size": 64}, 6, 22))
+    shutil.rmtree(tmp_path / "256")
+    assert not figures_of(tmp_path)["training-1-updates"].x_log
+
+
 def test_runs_are_one_configuration_whatever_seed_path_and_device_they_have(tmp_path):
     run_folder(tmp_path / "a", seed=0, device="cpu", data_dir="/one", workers=2)
     run_folder(tmp_path / "b", seed=1, device="cuda", data_dir="/two", wandb_mode="offline", max_time=5)
@@ -447,6 +462,23 @@ def test_figures_in_files_say_what_their_letters_stand_for(tmp_path):
         assert (name in {text for text, _ in texts}) and f">{name}</text>" not in markup
     bottom = max(y for _, y in texts)
     assert bottom < float(checked_svg(epochs).attrib["height"])
+
+
+def test_series_of_parted_plots_are_called_by_their_values_where_names_have_no_room(tmp_path):
+    """Their legend names colours, and knows no letters."""
+    for lr in (0.01, 0.1):
+        for batch in (1000, 2000, 4000, 8000, 16000):
+            run_folder(tmp_path / f"{lr}-{batch}", lr=lr, batch_size=batch)
+    for number in (1, 2):
+        figure = figures_of(tmp_path)[f"training-{number}-epochs"]
+        beside = {
+            narrow: {s.text for s in page.drawn(figure, narrow).shapes if getattr(s, "bold", False)}
+            for narrow in (False, True)
+        }
+        assert {"batch 1000", "batch 16000"} <= beside[False]
+        assert {"1000", "16000"} <= beside[True] and not {"A", "J"} & beside[True]
+    legend = re.findall(r'<b class="key">(.*?)</b> (batch \d+)</li>', report(tmp_path, tmp_path)[0])
+    assert legend == [("", f"batch {batch}") for batch in (1000, 2000, 4000, 8000, 16000)]
 
 
 def test_settings_without_effect_are_not_said_of_all_runs(tmp_path):

@@ -255,7 +255,7 @@ def fitting(low: float, high: float, log: bool, wanted: tuple[float, ...], place
 
 def draw(figure: Figure, width: float, label_room: float, legend: bool = False) -> Drawing:
     """Lay a figure out. Names longer than `label_room` pixels give way to their keys, which a `legend` below explains."""
-    panels = [visible(panel) for panel in figure.panels]
+    panels = [visible(panel, figure.x_log) for panel in figure.panels]
     labels = [label_of(c, panels, label_room) for p in panels for c in p.curves if not p.strip]
     right = max([text_width(text, SMALL) * BOLD + 14 for text in labels if text] or [12])
     y_axes = [y_axis(panel) for panel in panels]
@@ -300,15 +300,17 @@ def key_legend(panels: list[Panel], label_room: float, top: float, width: float)
     return shapes
 
 
-def visible(panel: Panel) -> Panel:
+def visible(panel: Panel, x_log: bool) -> Panel:
     """Without what a logarithmic axis cannot hold."""
-    if not panel.log:
-        return panel
+
+    def fits(x: float, y: float) -> bool:
+        return (x > 0 or not x_log) and (y > 0 or not panel.log)
+
     kept = []
     for c in panel.curves:
-        line = tuple(p for p in c.line if p[1] > 0)
-        band, bars = (tuple(s for s in spans if s[1] > 0) for spans in (c.band, c.bars))
-        kept.append(replace(c, line=line, band=band, bars=bars, marks=tuple(m for m in c.marks if m.y > 0)))
+        line = tuple(p for p in c.line if fits(*p))
+        band, bars = (tuple(s for s in spans if fits(*s[:2])) for spans in (c.band, c.bars))
+        kept.append(replace(c, line=line, band=band, bars=bars, marks=tuple(m for m in c.marks if fits(m.x, m.y))))
     return replace(panel, curves=tuple(kept))
 
 

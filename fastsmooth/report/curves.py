@@ -15,6 +15,7 @@ from fastsmooth.runs import SavedRun
 FEW = 8  # series that one plot shows in colours of their own
 MANY = 13  # that it shows in ordered colours
 FACETS = 6  # plots beside each other
+FAR = 20  # times the updates of another line: then updates stand on a logarithmic axis
 BACKGROUND = 60  # lines behind the highlighted ones
 ENDS = {"diverged": "cross", "failed": "cross"}  # how a line of a run in that state ends; else in a ring
 DELTA = "Degree of smoothing δ"
@@ -24,11 +25,12 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """A configuration as a series: its colour and its name among those beside it."""
+    """A configuration as a series: its colour, and its name among those beside it with what is short for it."""
 
     group: Group
     color: str
     label: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Facet:
 def arrange(found: list[Group]) -> list[Facet]:
     """Few configurations share one plot; many are parted by all settings but one, or the best stand before the others."""
     if len(found) <= FEW:
-        return [Facet("", tuple(Line(g, unordered_color(i), g.name) for i, g in enumerate(found)))] if found else []
+        return (
+            [Facet("", tuple(Line(g, unordered_color(i), g.name, g.key) for i, g in enumerate(found)))] if found else []
+        )
     fields = groups.differing([g.config for g in found])
     scales = [f for f in fields if all(real(g.config.get(f)) is not None for g in found)]
     for scale in sorted(scales, key=lambda f: -len({g.config[f] for g in found})):
@@ -56,7 +60,7 @@ def arrange(found: list[Group]) -> list[Facet]:
             return facets
     best = set(map(id, sorted(found, key=accuracy_of, reverse=True)[:FEW]))
     chosen = [g for g in found if id(g) in best]
-    lines = tuple(Line(g, unordered_color(i), g.name) for i, g in enumerate(chosen))
+    lines = tuple(Line(g, unordered_color(i), g.name, g.key) for i, g in enumerate(chosen))
     others = [g for g in found if id(g) not in best]
     return [Facet("", lines, tuple(others[:BACKGROUND]), len(others[BACKGROUND:]))]
 
@@ -74,7 +78,9 @@ def parted(found: list[Group], scale: str, rest: list[str]) -> list[Facet] | Non
     return [
         Facet(
             groups.spoken(part[0].config, visible),
-            tuple(Line(g, color[g.config[scale]], groups.setting(scale, g.config[scale])) for g in part),
+            tuple(
+                Line(g, color[v], groups.setting(scale, v), groups.shown(v)) for g in part for v in (g.config[scale],)
+            ),
         )
         for part in parts.values()
     ]
@@ -94,18 +100,26 @@ def training(facet: Facet, index: int) -> list[Figure]:
     """Accuracy, loss and the schedule, against epochs and against updates."""
     where = f" ({facet.title})" if facet.title else ""
     figures = []
-    for unit, x_title in (("epochs", "Epochs"), ("updates", "Updates")):
+    for unit in ("epochs", "updates"):
         panels = [
             means("Test accuracy, %", facet, by_epoch(unit, "test_acc", 100), height=215),
             means("Training loss", facet, by_epoch(unit, "train_loss"), height=165, log=True),
         ]
         panels = [p for p in panels if p]
         if panels:
+            log = unit == "updates" and far_apart(panels)
+            panels += strips(facet, unit)
             title = f"Accuracy, loss and schedule against {unit}{where}"
-            figures.append(
-                Figure(f"training-{index}-{unit}", title, x_title, (*panels, *strips(facet, unit)), heading=facet.title)
-            )
+            x_title = unit.capitalize() + (", log scale" if log else "")
+            name = f"training-{index}-{unit}"
+            figures.append(Figure(name, title, x_title, tuple(panels), heading=facet.title, x_log=log))
     return figures
+
+
+def far_apart(panels: list[Panel]) -> bool:
+    """Whether lines end so far from each other that the short ones would vanish on a linear axis."""
+    ends = [c.line[-1][0] for panel in panels for c in panel.curves]
+    return min(ends) > 0 and max(ends) > FAR * min(ends)
 
 
 def by_epoch(unit: str, name: str, factor: float = 1) -> Course:
@@ -149,7 +163,7 @@ def mean_line(line: Line, at: list[tuple[float, Sample]], *, band: bool) -> Curv
     points = tuple((x, s.mean) for x, s in at)
     spans = tuple((x, s.low, s.high) for x, s in at if s.n > 1) if band else ()
     marks = (Mark(*points[0]),) if len(points) == 1 else ()
-    return Curve(line.color, points, spans, marks=marks, label=line.label, key=line.group.key)
+    return Curve(line.color, points, spans, marks=marks, label=line.label, key=line.key)
 
 
 def broken_off(line: Line, run: SavedRun, course: Course) -> Curve:
@@ -162,7 +176,7 @@ def broken_off(line: Line, run: SavedRun, course: Course) -> Curve:
     )
     label = "" if line.group.done else line.label
     marks = (end,) if end else ()
-    return Curve(line.color, points, marks=marks, label=label, key=line.group.key, width=1.2, dash="4 3")
+    return Curve(line.color, points, marks=marks, label=label, key=line.key, width=1.2, dash="4 3")
 
 
 def legible_floor(curves: tuple[Curve, ...]) -> float | None:

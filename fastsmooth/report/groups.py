@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ SPOKEN = (
     "dataset", "data", "model", "norm", "mode", "method", "optimizer", "lr", "batch_size", "beta", "nu", "power", "gamma",
     "epochs", "budget",
 )  # fmt: skip
-BARE = {"dataset", "data", "model", "mode", "optimizer", "budget"}  # their values speak for themselves
+BARE = {"dataset", "data", "model", "optimizer", "budget"}  # their values speak for themselves
 WORDS = {"batch_size": "batch", "c2": "C²", "k2": "K²"}
 KNOWN = {name: i for i, name in enumerate((*METHODS, "sgd", "shb", "nshb", "qhm", "normal", "critical", "sampling"))}
 LONGEST = 48  # characters of a value that are shown
@@ -237,8 +238,9 @@ def letters(index: int) -> str:
 # Numbers of a run -------------------------------------------------------------------------------------------------------
 
 
+@cache
 def epochs(run: SavedRun) -> list[dict[str, Any]]:
-    """Its epoch rows, one an epoch, in order: of an epoch that was done twice the last."""
+    """Its epoch rows, one an epoch, in order: of an epoch that was done twice the last. Asked for with every number."""
     found: dict[int, dict[str, Any]] = {}
     for row in run.of_kind("epoch"):
         at = real(row.get("epoch"))

@@ -164,7 +164,7 @@ def histogram(line: Line) -> Curve:
     found = statistics(line.group)
     sd = math.sqrt(number(found, "variance", "value"))
     bars = sorted(density(found, sd))
-    return Curve(line.color, tuple(bars), label=line.label, key=line.group.key, width=1.4)
+    return Curve(line.color, tuple(bars), label=line.label, key=line.key, width=1.4)
 
 
 def density(found: dict[str, Any], sd: float) -> list[tuple[float, float]]:
@@ -199,7 +199,7 @@ def quantiles(line: Line) -> Curve:
     normal, observed = (qq.get(name) if isinstance(qq.get(name), list) else [] for name in ("normal", "observed"))
     pairs = zip(normal, observed, strict=False)
     known = tuple((real(x), real(y)) for x, y in pairs if real(x) is not None and real(y) is not None)
-    return Curve(line.color, known, label=line.label, key=line.group.key, width=1.6)
+    return Curve(line.color, known, label=line.label, key=line.key, width=1.6)
 
 
 def diagonal() -> Curve:
@@ -216,7 +216,7 @@ def tail(line: Line) -> Curve:
     ]
     marks = tuple(Mark(x, y, "dot", f"{line.group.name}: α {y:.3g} ± {error:.2g}") for x, y, error in at)
     bars = tuple((x, y - error, y + error) for x, y, error in at if error)
-    return Curve(line.color, tuple((x, y) for x, y, _ in at), (), bars, marks, line.label, line.group.key, 1.2)
+    return Curve(line.color, tuple((x, y) for x, y, _ in at), (), bars, marks, line.label, line.key, 1.2)
 
 
 def summary(g: Group) -> list[tuple[str, tuple[float, float | None] | None]]:

@@ -77,10 +77,10 @@ def training(facets: list[Facet]) -> Section | None:
 
 
 def legend(facets: list[Facet]) -> tuple[tuple[str, str, str], ...]:
-    """Colour, key and name of the series; where plots share their colours, of each colour once."""
-    if len(facets) == 1:
-        return tuple((line.color, line.group.key, line.label) for line in facets[0].lines if len(facets[0].lines) > 1)
-    return tuple(sorted({(line.color, "", line.label) for f in facets for line in f.lines}, key=color_rank))
+    """Colour, letter and name of the series: of parted plots, which share their colours, each once and without a letter."""
+    lines = [line for f in facets for line in f.lines]
+    entries = {(line.color, line.key if line.key == line.group.key else "", line.label) for line in lines}
+    return tuple(sorted(entries, key=color_rank)) if len(lines) > 1 else ()
 
 
 def color_rank(entry: tuple[str, str, str]) -> int:
@@ -387,7 +387,7 @@ def html(runs: list[SavedRun], parts: list[Section]) -> str:
 <footer>
 <p>δ, the degree of smoothing: how far the noise of the updates smooths the loss; lr √(C²/b) for plain SGD, with C² the variance of
 the gradient of one sample and b the batch size (arXiv 2311.08745, arXiv 2402.02325). “In units of √C²”: no C² was given or published.</p>
-<p>fastsmooth {__version__}. The figures lie beside this page in figures/, as SVG and PDF.</p>
+<p>fastsmooth {__version__}. The figures lie beside this page in figures/, as SVG and, where matplotlib was there, as PDF.</p>
 </footer>
 </body>
 </html>
