@@ -13,11 +13,12 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from fastsmooth.report import page
+from fastsmooth.report import chart, page
 from fastsmooth.report.__main__ import main
 from fastsmooth.runs import find_runs, read_run
 
@@ -280,6 +281,13 @@ def test_runs_are_one_configuration_whatever_seed_path_and_device_they_have(tmp_
     assert "weight decay 0.1" in rows[1]["configuration"] and "weight decay none" in rows[0]["configuration"]
 
 
+def test_a_folder_of_images_is_known_by_its_last_name(tmp_path):
+    for i, place in enumerate(("/home/a/flowers", "/data/flowers", "/data/birds")):
+        run_folder(tmp_path / str(i), seed=i, dataset="folder", data_dir=place)
+    rows = checked(report(tmp_path, tmp_path)[0]).table("configuration")
+    assert [(row["configuration"].split(" ", 1)[1], row["n"]) for row in rows] == [("birds", "1"), ("flowers", "2")]
+
+
 def test_accuracy_against_delta_and_sharpness_has_one_point_a_configuration(tmp_path):
     for lr in (0.05, 0.1):
         for batch in (8, 64):
@@ -308,17 +316,17 @@ def test_accuracy_against_delta_and_sharpness_has_one_point_a_configuration(tmp_
 def test_the_critical_batch_is_circled_and_theory_squared(tmp_path):
     for batch in (16, 32, 64, 128, 256):
         for seed in range(2):
-            critical_folder(
-                tmp_path / f"{batch}-{seed}", batch, seed, c2=150.0
-            )  # kappa lr C^2 / eps^2 = 120 at kappa 2
+            critical_folder(tmp_path / f"{batch}-{seed}", batch, seed, c2=150.0)
     found = figures_of(tmp_path)
     curves = found["critical-1-sfo"].panels[0].curves
     marks = [m for c in curves for m in c.marks]
     (circle,) = [m for m in marks if m.shape == "circle"]
     assert circle.x == 64 and circle.y == pytest.approx(statistics.fmean((64 * 62, 64 * 63)))  # 62.5 rounds to even
     (square,) = [m for m in marks if m.shape == "square"]
-    kappa = 150 * 0.1 / 0.25 / square.x
-    assert square.tip.startswith("κ lr C² / ε²") and kappa in (pytest.approx(0.5), pytest.approx(1), pytest.approx(2))
+    theory = 1 * 0.1 * 150 / 0.5**2  # kappa of SGD, lr, C^2, eps^2
+    assert square.x == pytest.approx(theory) == pytest.approx(60)
+    low, high = (batch * statistics.fmean(json.loads((tmp_path / f"{batch}-{seed}" / "critical.json").read_text())["crossings"]["0.5"]["step"] for seed in range(2)) for batch in (32, 64))  # fmt: skip
+    assert square.y == pytest.approx(low * (high / low) ** math.log2(theory / 32)) and "150" in square.tip
     rows = checked(report(tmp_path, tmp_path)[0]).table("runs, ε")
     assert {row["runs, ε"]: row["b*"] for row in rows} == {"ε 0.1": "\u2013", "ε 0.5": "64"}
 
@@ -342,8 +350,37 @@ def test_the_noise_norm_falls_along_the_dashed_half_slope(tmp_path):
     for (at, value), batch in zip(measured.line, (8, 32, 128), strict=True):
         assert (at, value) == pytest.approx((batch, 8 / batch**0.5 * 1.005))
     assert guide.line[0][1] / guide.line[1][1] == pytest.approx(4)
+    for (at, low, high), batch in zip(measured.bars, (8, 32, 128), strict=True):
+        seeds = [8 / batch**0.5 * (1 + 0.01 * seed) for seed in range(2)]
+        error = statistics.stdev(seeds) / math.sqrt(2)  # over seeds
+        assert (at, low, high) == pytest.approx(
+            (batch, statistics.fmean(seeds) - error, statistics.fmean(seeds) + error)
+        )
     names = set(figures_of(tmp_path))
     assert {"noise-1-histogram", "noise-1-qq", "noise-1-tail"} <= names
+
+
+def test_one_seeds_noise_has_the_error_of_its_draws(tmp_path):
+    for batch in (8, 32):
+        noise_folder(tmp_path / str(batch), batch)
+    for name, value, error in (("noise-norm", 8 / 8**0.5, 0.01), ("noise-c2", 64.0, 2.0)):
+        curve = figures_of(tmp_path)[name].panels[0].curves[-1]
+        assert curve.bars[0] == pytest.approx((8, value - error, value + error))
+
+
+def test_the_histogram_is_a_density_in_standard_deviations(tmp_path):
+    edges, sd = [0.5, 1.0, 2.0, 4.0], 2.0
+    found = {"variance": {"value": sd**2}, "zeros": 0, "histogram": {"edges": edges, "positive": [10, 20, 0], "negative": [30, 20, 20]}}  # fmt: skip
+    run_folder(tmp_path / "r", mode="sampling", files={"noise.json": {"points": [{"batch_size": 8, "step": 1, "noise_norm": 1.0, "statistics": found}]}})  # fmt: skip
+    curve = figures_of(tmp_path)["noise-1-histogram"].panels[0].curves[0]
+    expected = [
+        (-1.5, 20 / 100 / 1),
+        (-0.75, 20 / 100 / 0.5),
+        (-0.375, 30 / 100 / 0.25),
+        (0.375, 10 / 100 / 0.25),
+        (0.75, 20 / 100 / 0.5),
+    ]
+    assert list(curve.line) == [pytest.approx(point) for point in expected]  # an empty bin has no logarithm
 
 
 # What is damaged or not done ------------------------------------------------------------------------------------------------
@@ -361,6 +398,23 @@ def test_torn_lines_nan_rows_and_damaged_files_are_counted_and_shown(tmp_path):
         assert words in row["remarks"]
     line = figures_of(tmp_path / "r")["training-1-epochs"].panels[0].curves[0].line
     assert [x for x, _ in line] == [1, 2, 4, 5, 6]  # a mean of one seed alone would jump
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_an_epoch_that_one_seed_lacks_is_in_no_mean(tmp_path, lacking):
+    for seed in range(2):
+        rows = epoch_rows(CONFIG | {"seed": seed}, 6)
+        run_folder(tmp_path / str(seed), seed=seed, rows=rows[:3] + rows[4:] if seed == lacking else rows)
+    curve = figures_of(tmp_path)["training-1-epochs"].panels[0].curves[0]
+    assert [x for x, _ in curve.line] == [1, 2, 3, 5, 6]
+
+
+def test_a_configuration_without_finished_runs_is_named_once(tmp_path):
+    for seed in range(3):
+        run_folder(tmp_path / f"a-{seed}", seed=seed, state="running", epochs=2 + seed)
+        run_folder(tmp_path / f"b-{seed}", seed=seed, method="lr")
+    curves = figures_of(tmp_path)["training-1-epochs"].panels[0].curves
+    assert sorted((c.label, len(c.line)) for c in curves if c.label) == [("method constant", 4), ("method lr", 6)]
 
 
 def test_runs_that_are_not_done_are_shown_as_such_and_in_no_mean(tmp_path):
@@ -513,6 +567,15 @@ def test_150_runs_of_200_epochs_make_a_small_page(tmp_path):
     assert len(checked(markup).table("configuration")) == 50
 
 
+def test_names_without_room_are_left_out_and_none_is_written_over_another():
+    for count in (5, 12, 40):
+        curves = tuple(chart.Curve("c0", ((0.0, 1.0), (1.0, 1.0 + i % 3)), label=f"series {i}") for i in range(count))
+        drawing = chart.draw(chart.Figure("f", "t", "x", (chart.Panel("y", curves, height=160),)), page.WIDE, 150)
+        heights = sorted(s.y for s in drawing.shapes if isinstance(s, chart.Text) and s.text.startswith("series"))
+        assert len(heights) == (0 if count == 40 else count)
+        assert all(b - a >= chart.LINE - 1e-6 for a, b in pairwise(heights))
+
+
 # Files ------------------------------------------------------------------------------------------------------------------
 
 
@@ -596,6 +659,18 @@ LAID_OUT = """(() => {
     const [v, r] = [value.getBoundingClientRect(), sd.getBoundingClientRect()];
     if (r.width && (r.left - v.right > 8 || r.top > v.bottom)) found.push("apart: " + sd.parentNode.textContent);
   }
+  for (const table of document.querySelectorAll(".table"))
+    if (innerWidth < 640 && table.scrollWidth > table.clientWidth + 1) found.push("wide: " + table.textContent.slice(0, 40));
+  const light = color => {
+    const [r, g, b] = color.match(/[0-9.]+/g).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const ground = light(getComputedStyle(document.documentElement).backgroundColor);
+  const contrast = color => Math.max(light(color), ground) / Math.min(light(color), ground);
+  for (const text of document.querySelectorAll("figure svg text"))
+    if (contrast(getComputedStyle(text).fill) < 4.5) found.push("pale: " + text.textContent);
+  for (const line of document.querySelectorAll("figure svg path[class^='s-c'], figure svg path[class^='s-o']"))
+    if (contrast(getComputedStyle(line).stroke) < 4.5) found.push("pale: " + line.getAttribute("class"));
   const shown = [...document.querySelectorAll("figure svg")].filter(s => s.getBoundingClientRect().width).length;
   const page = document.documentElement;
   return JSON.stringify({found, shown, figures: document.querySelectorAll("figure").length, width: page.scrollWidth,

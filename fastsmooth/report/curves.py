@@ -141,7 +141,7 @@ def means(title: str, facet: Facet, course: Course, *, height: float, log: bool 
     """A panel with the mean over the seeds of each series, a band from the lowest to the highest, and runs that broke off."""
     curves = [Curve("faint", mean_of(g.done, course), width=0.9) for g in facet.others]
     for line in facet.lines:
-        curves += [broken_off(line, run, course) for run in line.group.runs if run.state != "done"]
+        curves += broken_off(line, course)
         curves.append(mean_line(line, together(line.group.done, course), band=len(facet.lines) <= FEW))
     curves = tuple(c for c in curves if c.line)
     floor = None if log or not curves else legible_floor(tuple(c for c in curves if c.color != "faint") or curves)
@@ -166,17 +166,17 @@ def mean_line(line: Line, at: list[tuple[float, Sample]], *, band: bool) -> Curv
     return Curve(line.color, points, spans, marks=marks, label=line.label, key=line.key)
 
 
-def broken_off(line: Line, run: SavedRun, course: Course) -> Curve:
-    """A run that is not done, dashed, with a mark where it ends; it bears the name where no run of its kind is done."""
-    points = tuple(course(run).values())
-    end = (
-        Mark(*points[-1], ENDS.get(run.state, "ring"), f"{line.group.name}: {groups.shown(run.state)}")
-        if points
-        else None
-    )
-    label = "" if line.group.done else line.label
-    marks = (end,) if end else ()
-    return Curve(line.color, points, marks=marks, label=label, key=line.key, width=1.2, dash="4 3")
+def broken_off(line: Line, course: Course) -> list[Curve]:
+    """Runs that are not done, dashed, with a mark where each ends; the longest bears the name where no run is done."""
+    runs = sorted((run for run in line.group.runs if run.state != "done"), key=lambda run: -len(course(run)))
+    curves = []
+    for run in runs:
+        points = tuple(course(run).values())
+        label = line.label if run is runs[0] and not line.group.done else ""
+        tip = f"{line.group.name}: {groups.shown(run.state)}"
+        end = tuple(Mark(*point, ENDS.get(run.state, "ring"), tip) for point in points[-1:])
+        curves.append(Curve(line.color, points, marks=end, label=label, key=line.key, width=1.2, dash="4 3"))
+    return curves
 
 
 def legible_floor(curves: tuple[Curve, ...]) -> float | None:
