@@ -392,7 +392,7 @@ def test_torn_lines_nan_rows_and_damaged_files_are_counted_and_shown(tmp_path):
     run_folder(tmp_path / "r" / "bad", rows=broken, tail='[1]\nnot json\n{"kind": "ep', files={"summary.json": "{", "noise.json": "[]"})  # fmt: skip
     run_folder(tmp_path / "r" / "good", seed=1)
     found = checked(report(tmp_path, tmp_path / "r")[0])
-    assert "3 torn lines, the NaN or infinite values of 1 rows, 2 files that cannot be read" in found.words
+    assert "3 torn lines, the NaN or infinite values of 1 row, 2 files that cannot be read" in found.words
     row = next(r for r in found.table("run") if r["run"] == "bad")
     for words in ("3 torn lines", "1 row with NaN or infinity", "summary.json cannot be read", "noise.json cannot"):
         assert words in row["remarks"]
@@ -554,7 +554,8 @@ def test_a_single_run_is_shown(tmp_path):
     run_folder(tmp_path / "one", files={"sharpness.json": sharpness_file({0.01: 0.2})})
     found = checked(report(tmp_path, tmp_path / "one")[0])
     assert len(found.table("configuration")) == 1 and "±" not in found.table("configuration")[0]["final accuracy, %"]
-    assert "resnet8 on digits" in found.words and "Each line is one run" in found.words
+    assert "resnet8 on digits" in found.words and "Each line is one run" in found.words and "1 runs" not in found.words
+    assert not any(c.label for f in figures_of(tmp_path / "one").values() for c in f.panels[0].curves)
 
 
 def test_150_runs_of_200_epochs_make_a_small_page(tmp_path):

@@ -70,7 +70,7 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
         print("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'", file=sys.stderr)
     kinds = "SVG and PDF" if with_pdf else "SVG"
     print(
-        f"{out / 'report.html'}: {runs} runs, {len(figures)} figures ({kinds} in {folder}), {len(html.encode()) // 1024} kB"
+        f"{out / 'report.html'}: {page.count(runs, 'run')}, {page.count(len(figures), 'figure')} ({kinds} in {folder}), {len(html.encode()) // 1024} kB"
     )
 
 

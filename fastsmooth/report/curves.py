@@ -49,9 +49,9 @@ class Facet:
 def arrange(found: list[Group]) -> list[Facet]:
     """Few configurations share one plot; many are parted by all settings but one, or the best stand before the others."""
     if len(found) <= FEW:
-        return (
-            [Facet("", tuple(Line(g, unordered_color(i), g.name, g.key) for i, g in enumerate(found)))] if found else []
-        )
+        named = len(found) > 1
+        lines = tuple(Line(g, unordered_color(i), g.name if named else "", g.key) for i, g in enumerate(found))
+        return [Facet("", lines)] if found else []
     fields = groups.differing([g.config for g in found])
     scales = [f for f in fields if all(real(g.config.get(f)) is not None for g in found)]
     for scale in sorted(scales, key=lambda f: -len({g.config[f] for g in found})):

@@ -172,7 +172,7 @@ def online(found: list[Group]) -> Section | None:
 def every_run(found: list[Group]) -> Section:
     rows = [(run, g) for g in found for run in g.runs]
     return Section(
-        "runs", "Runs", table=f"<details><summary>All {len(rows)} runs</summary>{runs_table(rows)}</details>"
+        "runs", "Runs", table=f"<details><summary>{count(len(rows), 'run')}</summary>{runs_table(rows)}</details>"
     )
 
 
@@ -194,6 +194,10 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 def text(words: object) -> str:
     return escape(groups.clean(str(words)))
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def plus_minus(sample: Sample | None, digits: str, factor: float = 1) -> str:
@@ -344,11 +348,9 @@ def remarks(run: SavedRun) -> list[str]:
     if run.state != "done" and isinstance(reason, str) and reason.strip():
         found.append(groups.clean(reason)[:200])
     if run.torn:
-        found.append(f"{run.torn} torn {'line' if run.torn == 1 else 'lines'} of metrics.jsonl left out")
+        found.append(f"{count(run.torn, 'torn line')} of metrics.jsonl left out")
     if run.not_finite:
-        found.append(
-            f"{run.not_finite} {'row' if run.not_finite == 1 else 'rows'} with NaN or infinity, which are left out"
-        )
+        found.append(f"{count(run.not_finite, 'row')} with NaN or infinity, which are left out")
     return found + [f"{name} cannot be read" for name in run.damaged]
 
 
@@ -472,7 +474,8 @@ def warnings(runs: list[SavedRun], found: list[Group]) -> str:
     damaged = sum(len(run.damaged) for run in runs)
     if torn or bad or damaged:
         notes.append(
-            f"Left out: {torn} torn lines, the NaN or infinite values of {bad} rows, {damaged} files that cannot be read (see Runs)."
+            f"Left out: {count(torn, 'torn line')}, the NaN or infinite values of {count(bad, 'row')}, "
+            f"{count(damaged, 'file')} that cannot be read (see Runs)."
         )
     twice = [g for g in found if len({groups.shown(run.config.get("seed")) for run in g.done}) < len(g.done)]
     if twice:
