@@ -221,6 +221,8 @@ class Config:
 
     model: str | None = option(None, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
+    sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
+    micro_batch: int | None = option(None, "model", "at most so many samples through the model together, to save memory", whole(1), metavar="N")
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
     epochs: int | None = option(None, "schedule", "passes over the data", whole(1), metavar="N")
@@ -332,6 +334,10 @@ def check(c: Config) -> None:
             raise ConfigError(f"--bn {c.bn} is a choice of per-sample gradients: it needs --track-noise every=N")
         if c.mode == "sampling" or c.criterion == "full-grad":
             raise ConfigError(f"--bn {c.bn} has no meaning for a full gradient: use --bn train or eval")
+    if c.sync_bn and c.micro_batch is not None:
+        raise ConfigError("--sync-bn wants the whole batch at once, --micro-batch cuts it: leave one of them out")
+    if c.sync_bn and c.track_noise is not None:
+        raise ConfigError("--track-noise measures parts of a batch, which --sync-bn mixes: leave --sync-bn out")
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
     if c.dataset == "digits" and c.augment == "resized-crop-flip":

@@ -13,7 +13,9 @@ n without replacement it is n / (n - 1) times too large, which is divided out. T
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,14 +65,39 @@ def jackknife_error(without: list[float]) -> float:
     return math.sqrt((k - 1) / k * math.fsum((w - center) ** 2 for w in without))
 
 
-def per_sample(noise: Tensor, n: int | None = None) -> Estimate:
-    """From ||g_i - g||^2 [B] of the samples of one batch (persample.sample_norms)."""
-    return between(noise.tolist(), [1] * len(noise), n, "independent samples")
+def per_sample(noise: list[list[float]], n: int | None = None) -> Estimate:
+    """From ||g_i - h||^2 of the samples of a batch (persample.sample_norms), in one list or in one a process.
+
+    Each list is about the mean gradient h of its own samples: C2 = sum_i ||g_i - h||^2 / (B - k) over all B samples in k lists.
+    """
+    degrees = sum(len(part) - 1 for part in noise)
+    if min(map(len, noise)) < 2:
+        raise ValueError("the variance within parts needs two or more samples of each")
+    total = math.fsum(d for part in noise for d in part)
+    finite = 1.0 if n is None else (n - 1) / n
+    error = None
+    if degrees > 1:
+        # without a sample its part's mean moves too
+        without = [(total - d * len(part) / (len(part) - 1)) / (degrees - 1) for part in noise for d in part]
+        error = finite * jackknife_error(without)
+    count = sum(map(len, noise))
+    return Estimate(finite * total / degrees, error, count, "independent samples")
 
 
-def micro_batch(grads: list[list[Tensor]], mean: list[Tensor], sizes: list[int], n: int | None = None) -> Estimate:
-    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter, and their `weighted_mean`."""
+def micro_batch(
+    grads: list[list[Tensor]],
+    mean: list[Tensor],
+    sizes: list[int],
+    n: int | None = None,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Estimate:
+    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter, and their `weighted_mean`.
+
+    With several processes each has parts of its own, `mean` is over all of them, and gather(value) gives everybody's.
+    """
     deviations = torch.stack([distance(h, mean) for h in grads]).tolist()
+    found = gather((deviations, sizes))
+    deviations, sizes = ([v for part in found for v in part[k]] for k in (0, 1))
     return between(deviations, sizes, n, "independent parts of a batch")
 
 

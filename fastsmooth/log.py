@@ -84,6 +84,31 @@ class RunFolder:
         os.close(self._lock)
 
 
+class Unwritten:
+    """The run folder of a process that leaves writing it to the first one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def row(self, kind: str, values: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> int:
+        return 0
+
+    def rewind(self, size: int) -> None:
+        pass
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        pass
+
+    def status(self, state: str, reason: str, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def check_unused(path: Path) -> None:
     """Refuse a folder that holds something already."""
     with refusing(path):

@@ -6,6 +6,7 @@ afterwards what they were before.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -52,28 +53,37 @@ def trainable(model: nn.Module) -> list[Tensor]:
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def batch_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None) -> list[Tensor]:
-    """grad f_S at the model's parameters for the batch S = (x, y), one tensor a parameter.
+def batch_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None, share: float = 1.0
+) -> list[Tensor]:
+    """`share` times grad f_S at the model's parameters for the batch S = (x, y), one tensor a parameter.
 
     `loss` is a compiled way to the model's mean cross-entropy, say; without it the model is called as it is.
     """
     value = F.cross_entropy(model(x), y) if loss is None else loss(x, y)
-    return list(torch.autograd.grad(value, trainable(model)))
+    return list(torch.autograd.grad(value * share, trainable(model)))
 
 
 def full_gradient(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n: int, loss: Loss | None = None
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    n: int,
+    loss: Loss | None = None,
+    sizes: Iterable[int] | None = None,
 ) -> list[Tensor]:
     """The mean over chunks of their gradients, each weighted by its true share of the n samples, in float64.
+
+    `sizes`: of the chunks, where `batches` are parts of them.
 
     With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in train mode it is the
     expectation of the mini-batch gradient at the chunks' size.
     """
     wide = wide_dtype(next(model.parameters()).device)
     total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
-    for x, y in batches:
+    for (x, y), size in zip(batches, sizes or itertools.repeat(None), strict=False):
+        size = size or len(y)
         # into float64 in place, so that only rounding within a chunk is that of float32
-        torch._foreach_add_(total, batch_gradient(model, x, y, loss), alpha=len(y) / n)
+        torch._foreach_add_(total, batch_gradient(model, x, y, loss, len(y) / size), alpha=size / n)
     return total
 
 
@@ -100,31 +110,28 @@ class DirectionNoise:
 
 
 def direction_noise(
-    model: nn.Module,
     optimizer: NoisySGD,
-    batch: Callable[[int], tuple[Tensor, Tensor]],
+    gradient: Callable[[int], list[Tensor]],
+    batch_size: int,
     full: list[Tensor],
     draws: int,
     n: int,
     keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
-    loss: Loss | None = None,
 ) -> DirectionNoise:
     """Draw `draws` mini-batches at the present parameters and compare each direction with the full gradient `full`.
 
-    batch(draw) gives the (x, y) of a draw. The momentum buffers are those of x_t, the same for all draws. Each noise
-    vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. The norms stay on the
-    device until all draws are done. `loss` is that of batch_gradient. Call it inside `undisturbed`.
+    gradient(draw) is that of a mini-batch of `batch_size` out of n. The momentum buffers are those of x_t, the same for
+    all draws. Each noise vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. The norms
+    stay on the device until all draws are done. Call it inside `undisturbed`.
     """
-    norms, size = [], 0
+    norms = []
     for draw in range(draws):
-        x, y = batch(draw)
-        size = len(y)
-        grads = batch_gradient(model, x, y, loss)
+        grads = gradient(draw)
         omega = torch._foreach_sub(optimizer.directions(grads), full)
         norms.append(torch.stack([norm(omega), norm(torch._foreach_sub(grads, full))]))
         keep(draw, omega)
     noise, grad_noise = torch.stack(norms, dim=1).tolist()
-    return DirectionNoise(norm(full).item(), noise, grad_noise, size, n)
+    return DirectionNoise(norm(full).item(), noise, grad_noise, batch_size, n)
 
 
 class NormRecord:

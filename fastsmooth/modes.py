@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +22,9 @@ from fastsmooth.config import Config
 from fastsmooth.data import Data, Stream
 from fastsmooth.data.order import in_order, subset
 from fastsmooth.kernels.backend import wide_dtype
-from fastsmooth.log import RunFolder, Tracker
+from fastsmooth.log import RunFolder, Tracker, Unwritten
 from fastsmooth.progress import Progress, warn
+from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.step import Step
 from fastsmooth.tails import NoiseStatistics
@@ -33,12 +36,15 @@ TEST_BATCH = 250
 EVAL_CHUNK = {"cpu": 250, "cuda": 1000, "mps": 250}
 
 
+OUT_OF_TIME = 255  # beside the numbers of signals
+
+
 class Preempted(Exception):
     """The run was asked to stop and has saved itself; the message is the reason."""
 
 
 class Diverged(Exception):
-    """The loss is not finite; the message names the update."""
+    """The loss or its gradient is not finite; the message names the update."""
 
 
 class Meter:
@@ -83,12 +89,13 @@ class Run:
     model: torch.nn.Module
     step: Step
     device: torch.device
-    folder: RunFolder
+    folder: RunFolder | Unwritten
     checkpoints: Checkpoints
     tracker: Tracker
     clock: Clock
+    ranks: Ranks = field(default_factory=Ranks)
     progress: Progress | None = None
-    stop_reason: Callable[[], str | None] = lambda: None
+    stop_asked: Callable[[], int] = lambda: 0  # a signal's number, OUT_OF_TIME, or 0
 
     epoch: int = 0
     update: int = 0
@@ -104,7 +111,9 @@ class Run:
         self.meter, self.window = Meter(self.device), Meter(self.device)
         self.bad_update = torch.zeros((), dtype=torch.int64, device=self.device)
         c = self.config
-        self.stream = Stream(self.data.train, c.seed, self.schedule.epochs, self.data.fingerprint, c.drop_last)
+        place = {"rank": self.ranks.rank, "world": self.ranks.world}
+        data = self.data
+        self.stream = Stream(data.train, c.seed, self.schedule.epochs, data.fingerprint, c.drop_last, **place)
         self.eval_chunk = EVAL_CHUNK[self.device.type]
         self.epoch_seconds_before = 0.0  # of this epoch, spent by an earlier process
         self.train_seconds = 0.0  # of this process, in epochs that are done
@@ -115,6 +124,7 @@ class Run:
     def updates(self) -> Iterator[tuple[Tensor, Tensor, Point]]:
         """(x, y, point) of every update still to be done; the caller computes the gradient and applies it.
 
+        With several processes x and y are this one's share of a batch of stream.size samples, and may be empty.
         When the caller comes back for more, the update counts as done: it is logged, saved when due, and stopped
         after when asked. A finished epoch is evaluated.
         """
@@ -124,15 +134,15 @@ class Run:
             self.stream.batch_size = point.batch_size
             with self.clock.measure("train"):
                 for x, y in () if self.spent() else self.stream.rest_of_epoch():
-                    if self.noise is not None and self.noise.due(self.update, self.epoch, len(y)):
+                    if self.noise is not None and self.noise.due(self.update, self.epoch, self.stream.size):
                         self.track(x, y, point)
                     if self.step.compile and not self.step.compiled_graphs:
                         with self.clock.measure("compile"):
                             yield x, y, point
-                        self.progress.restart_clock(self.samples + len(y))
+                        self.progress.restart_clock(self.samples + self.stream.size)
                     else:
                         yield x, y, point
-                    self.samples += len(y)
+                    self.samples += self.stream.size
                     self.update += 1
                     self.after_update(point)
                     if self.enough:
@@ -149,20 +159,22 @@ class Run:
 
     def gradient(self, x: Tensor, y: Tensor) -> None:
         """Forward and backward; what they say is kept on the device."""
-        loss, correct = self.step.gradient(x, y)
+        self.loss, correct = self.step.gradient(x, y, self.stream.size)
         for meter in (self.meter, self.window):
-            meter.add(loss, correct, len(y))
-        finite = torch.isfinite(loss) | (self.bad_update > 0)
-        self.bad_update = torch.where(finite, self.bad_update, self.update + 1)
+            meter.add(self.loss, correct, self.stream.size)
 
     def after_update(self, point: Point) -> None:
+        finite = torch.isfinite(self.loss + self.step.optimizer.sq_norms.sum()) | (self.bad_update > 0)
+        self.bad_update = torch.where(finite, self.bad_update, self.update)
+        if self.device.type == "cpu":  # elsewhere reading it would make every update wait for the device
+            self.check_finite()
         if self.update % self.config.log_every == 0:
             self.log_step(point)
         self.progress.update(self.samples, self.epoch, f"lr {point.lr:.4g}  batch {point.batch_size}{self.recent}")
-        reason = self.stop_reason()
-        if reason:
+        asked = self.ranks.vote(self.stop_asked())
+        if asked:
             self.save(final=True)
-            raise Preempted(reason)
+            raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
         if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
             self.save()
 
@@ -209,7 +221,8 @@ class Run:
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         # the published ImageNet code tests on the training view
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
-        return self.data.test.batches(in_order(len(self.data.test), TEST_BATCH), self.epoch if augmented else None)
+        batches = itertools.islice(in_order(len(self.data.test), TEST_BATCH), self.ranks.rank, None, self.ranks.world)
+        return self.data.test.batches(batches, self.epoch if augmented else None)
 
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
         row = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
@@ -222,19 +235,26 @@ class Run:
     def check_finite(self) -> None:
         bad = self.bad_update.item()
         if bad:
-            raise Diverged(f"the loss is not finite at update {bad} (epoch {self.epoch}): lower --lr")
+            raise Diverged(f"the loss or its gradient is not finite at update {bad} (epoch {self.epoch}): lower --lr")
 
     # Saving and going on ----------------------------------------------------------------------------------------
 
     def save(self, final: bool = False) -> None:
         """Checkpoint the present update. A disk that is full costs a warning, at the end of a run the run."""
         self.check_finite()
-        try:
-            self.checkpoints.save(self.update, self.state())
-        except OSError as error:
-            if final:
-                raise
-            warn(f"no checkpoint at update {self.update} ({error.strerror}): the one before stays, the run goes on")
+        state, failed = self.state(), None
+        if self.ranks.leader:
+            try:
+                self.checkpoints.save(self.update, state)
+            except OSError as error:
+                failed = error
+                if not final:
+                    warn(
+                        f"no checkpoint at update {self.update} ({error.strerror}): the one before stays, the run goes on"
+                    )
+        reason = self.ranks.from_leader(failed and failed.strerror)
+        if reason and final:
+            raise failed or OSError(0, reason)
 
     def state(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
@@ -252,8 +272,7 @@ class Run:
             "record": self.record.state_dict() if self.record else None,
             "noise_points": self.noise_points,
             "noise": self.noise.state_dict() if self.noise else None,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "rng": self.ranks.gather((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None)),
             "metrics_bytes": self.folder.sync(),
             "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
         }
@@ -271,9 +290,11 @@ class Run:
             self.record.load_state_dict(state["record"])
         if self.noise is not None:
             self.noise.load_state_dict(state["noise"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if self.ranks.rank < len(state["rng"]):  # a process that joins later begins with the numbers of its own seed
+            rng, cuda_rng = state["rng"][self.ranks.rank]
+            torch.set_rng_state(rng)
+            if cuda_rng is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda_rng, self.device)
         self.epoch_seconds_before = state["epoch_seconds"]
 
     # Measuring --------------------------------------------------------------------------------------------------
@@ -283,7 +304,7 @@ class Run:
         before = self.clock.read("track")
         with self.clock.measure("track"):
             try:
-                values = self.noise.measure(x, y, point, self.update, self.epoch)
+                values = self.noise.measure(x, y, point, self.update, self.epoch, self.stream.size)
             except FloatingPointError as error:
                 raise Diverged(f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr") from None
         self.row("measure", point, values | {"seconds": round(self.clock.read("track") - before, 3)})
@@ -296,25 +317,51 @@ class Run:
         """Samples a chunk of the full gradient: in train mode the batch size, which is part of what is measured."""
         return point.batch_size if self.config.bn == "train" else self.eval_chunk
 
+    def pieces(self, index: Tensor) -> list[Tensor]:
+        """This process's share of a batch or chunk, in what goes through the model together."""
+        own = self.ranks.share(index)
+        if len(own) == 0 and not self.step.joined:
+            return []
+        return list(own.split(self.config.micro_batch or max(len(own), 1)))
+
     def full_gradient(self, point: Point) -> list[Tensor]:
-        """grad f at the present parameters; call it inside measure.undisturbed.
+        """grad f at the present parameters, the same on every process; call it inside measure.undisturbed.
 
         In eval mode a chunk that does not fit in the GPU's memory is halved, once for the whole run.
         """
         n = len(self.data.train)
         order = subset(self.config.seed, self.update, measure.FULL_GRADIENT_DRAW, n, n, str(self.device))
         while True:
-            batches = self.data.train.batches(order.split(self.chunk(point)), self.measured_epoch())
+            if self.config.bn == "train":
+                chunks = [
+                    (piece, len(chunk)) for chunk in order.split(self.chunk(point)) for piece in self.pieces(chunk)
+                ]
+            else:
+                chunks = [(piece, len(piece)) for piece in self.ranks.share(order).split(self.chunk(point))]
+            batches = self.data.train.batches([piece for piece, _ in chunks], self.measured_epoch())
             try:
-                return measure.full_gradient(self.model, batches, n, self.step.measured_loss)
+                loss, sizes = self.step.measured_loss, [size for _, size in chunks]
+                total = measure.full_gradient(self.model, batches, n, loss, sizes)
+                break
             except torch.OutOfMemoryError:
                 if self.config.bn == "train" or self.eval_chunk == 1:
                     raise
                 self.eval_chunk //= 2
+        self.ranks.sum_(total)
+        return total
 
-    def drawn_batch(self, draw: int, point: Point) -> tuple[Tensor, Tensor]:
-        index = subset(self.config.seed, self.update, draw, len(self.data.train), point.batch_size, str(self.device))
-        return next(iter(self.data.train.batches([index], self.measured_epoch())))
+    def drawn_gradient(self, draw: int, point: Point) -> list[Tensor]:
+        """The gradient of a mini-batch drawn at the present parameters, the same on every process."""
+        size = point.batch_size
+        index = subset(self.config.seed, self.update, draw, len(self.data.train), size, str(self.device))
+        total: list[Tensor] = []
+        for x, y in self.data.train.batches(self.pieces(index), self.measured_epoch()):
+            grads = measure.batch_gradient(self.model, x, y, self.step.measured_loss, len(y) / size)
+            if total:
+                torch._foreach_add_(total, grads)
+            total = total or grads
+        self.ranks.sum_(total)
+        return total
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -325,7 +372,7 @@ class Run:
             "updates": self.update,
             "samples": self.samples,
             "compiled_graphs": self.step.compiled_graphs,
-            "bad_images": len(self.data.bad.reasons),
+            "bad_images": len(set().union(*self.ranks.gather(sorted(self.data.bad.reasons)))),
         }
 
 
@@ -399,7 +446,7 @@ def sampling(run: Run) -> None:
 def measure_noise(run: Run, point: Point) -> None:
     c = run.config
     run.check_finite()
-    omega = OmegaFile(run) if c.save_omega else None
+    omega = OmegaFile(run) if c.save_omega and run.ranks.leader else None
     statistics = NoiseStatistics(sum(p.numel() for p in measure.trainable(run.model)), run.device)
 
     def keep(draw: int, vectors: list[Tensor]) -> None:
@@ -410,14 +457,13 @@ def measure_noise(run: Run, point: Point) -> None:
     started = time.perf_counter()
     with run.clock.measure("measure"), measure.undisturbed(run.model, c.bn):
         noise = measure.direction_noise(
-            run.model,
             run.step.optimizer,
-            lambda draw: run.drawn_batch(draw, point),
+            lambda draw: run.drawn_gradient(draw, point),
+            point.batch_size,
             run.full_gradient(point),
             c.draws,
             len(run.data.train),
             keep,
-            run.step.measured_loss,
         )
     if omega:
         omega.close()

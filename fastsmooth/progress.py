@@ -20,15 +20,19 @@ def span(seconds: float) -> str:
 
 
 class Progress:
-    """Told of every update and epoch; prints to stdout. `total` is the samples that the whole run will process."""
+    """Told of every update and epoch; prints to stdout. `total` is the samples that the whole run will process.
 
-    def __init__(self, epochs: int, epoch_samples: int, total: int, done: int, device_name: str):
+    `quiet`: another process of the same run does the talking.
+    """
+
+    def __init__(self, epochs: int, epoch_samples: int, total: int, done: int, device_name: str, quiet: bool = False):
         self.epochs, self.epoch_samples, self.device_name = epochs, epoch_samples, device_name
         self.total, self.begun_at = total, done
         self.started = self.last_line = time.monotonic()
         self.announced = False
         self.bar = self.task = None
-        if sys.stdout.isatty():
+        self.quiet = quiet
+        if sys.stdout.isatty() and not quiet:
             self._open_bar(done)
 
     def _open_bar(self, done: int) -> None:
@@ -91,6 +95,8 @@ class Progress:
         return f"{span((self.total - samples) / rate)} left" if rate > 0 and samples < self.total else ""
 
     def say(self, line: str) -> None:
+        if self.quiet:
+            return
         line = line.rstrip()
         if self.bar is not None:
             self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastsmooth import estimators, measure
 from fastsmooth.estimators import Estimate
 from fastsmooth.persample import BN, NotCovered, SampleNorms, sample_norms
+from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point, Smoothing
 
 GROUPS = 4  # parts of a batch for the micro-batch estimator
@@ -44,9 +45,19 @@ class NoiseTracker:
     parts, each a forward pass of its own, BatchNorm in train or eval mode). n is the number of training images.
     """
 
-    def __init__(self, model: nn.Module, every: Every, estimator: str, why: str, bn: str, smoothing: Smoothing, n: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        every: Every,
+        estimator: str,
+        why: str,
+        bn: str,
+        smoothing: Smoothing,
+        n: int,
+        ranks: Ranks | None = None,
+    ):
         self.model, self.every, self.estimator, self.why, self.bn = model, every, estimator, why, bn
-        self.smoothing, self.n = smoothing, n
+        self.smoothing, self.n, self.ranks = smoothing, n, ranks or Ranks()
         self.last_period = -1
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
         self.norm_squares = self.full_squares = 0.0  # sums over measurements of ||g||^2 and of ||grad f||^2
@@ -61,30 +72,46 @@ class NoiseTracker:
 
     def due(self, update: int, epoch: int, batch_size: int) -> bool:
         """A batch too small to measure (the last of an epoch) leaves it to the next."""
-        return self.every.period(update, epoch) > self.last_period and batch_size >= smallest_batch(self.estimator)
+        smallest = smallest_batch(self.estimator) * self.ranks.world
+        return self.every.period(update, epoch) > self.last_period and batch_size >= smallest
 
-    def measure(self, x: Tensor, y: Tensor, point: Point, update: int, epoch: int) -> dict[str, Any]:
+    def measure(
+        self, x: Tensor, y: Tensor, point: Point, update: int, epoch: int, size: int | None = None
+    ) -> dict[str, Any]:
         """The values of a row for metrics.jsonl from the batch x [B, 3, H, W], y [B], before update number `update`.
 
-        Leaves no trace in the model. Raises FloatingPointError for a gradient that is not finite.
+        With several processes x and y are this one's share of a batch of `size` samples. Leaves no trace in the model.
+        Raises FloatingPointError for a gradient that is not finite.
         """
+        size = size or len(y)
         with measure.undisturbed(self.model, self.bn):
-            c2, grad_square = self.estimate(x, y)
+            c2, grad_square = self.estimate(x, y, size)
         if not (math.isfinite(c2.value) and math.isfinite(grad_square)):
             raise FloatingPointError("the gradient is not finite")
         self.last_period = self.every.period(update, epoch)
-        return self.take_in(c2, grad_square, len(y), point)
+        return self.take_in(c2, grad_square, size, point)
 
-    def estimate(self, x: Tensor, y: Tensor) -> tuple[Estimate, float]:
+    def estimate(self, x: Tensor, y: Tensor, size: int) -> tuple[Estimate, float]:
         """(C2, ||g||^2) of a batch; call it inside measure.undisturbed."""
         if self.estimator == "per-sample":
             found = norms(self.model, x, y, self.bn)
-            return estimators.per_sample(found.noise, self.n), found.grad_square.item()
+            c2 = estimators.per_sample(self.ranks.gather(found.noise.tolist()), self.n)
+            if self.ranks.world == 1:
+                return c2, found.grad_square.item()
+            return c2, measure.norm(self.over_all(found.grads, len(y) / size)).item() ** 2
         sizes = [len(part) for part in y.tensor_split(GROUPS)]
         parts = zip(x.split(sizes), y.split(sizes), strict=True)
         grads = [measure.batch_gradient(self.model, *part) for part in parts]
-        mean = estimators.weighted_mean(grads, sizes)
-        return estimators.micro_batch(grads, mean, sizes, self.n), measure.norm(mean).item() ** 2
+        mean = self.over_all(estimators.weighted_mean(grads, sizes), len(y) / size)
+        c2 = estimators.micro_batch(grads, mean, sizes, self.n, self.ranks.gather)
+        return c2, measure.norm(mean).item() ** 2
+
+    def over_all(self, grads: list[Tensor], share: float) -> list[Tensor]:
+        """The mean gradient of the whole batch from that of this process's share of it."""
+        if self.ranks.world > 1:
+            grads = torch._foreach_mul(grads, share)
+            self.ranks.sum_(grads)
+        return grads
 
     def take_in(self, c2: Estimate, grad_square: float, batch_size: int, point: Point) -> dict[str, Any]:
         """Update what runs over the measurements.

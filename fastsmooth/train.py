@@ -45,8 +45,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def refuse(error: Exception) -> int:
-    print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr)
+    complain(f"error: {' '.join(str(error).split())}")
     return BAD_INPUT
+
+
+def complain(line: str) -> None:
+    """One line on stderr; of several processes that say the same, the first of each machine says it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"fastsmooth: {line}", file=sys.stderr, flush=True)
 
 
 # --plan -------------------------------------------------------------------------------------------------------------
@@ -160,10 +166,9 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
 
 def run(c: Config) -> int:
     """Do the run that `c` describes; the exit code."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return refuse(ConfigError("this version trains in one process: start it without torchrun, or with one process"))
     if c.resume and finished(Path(c.out)):
-        print(f"{c.out} is a finished run: nothing to do")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{c.out} is a finished run: nothing to do")
         return DONE
     # OpenMP threads that spin while they wait stall each other for whole time slices when the cores are shared with
     # other work (LOG.md has figures); GNU OpenMP reads this when torch is imported.
@@ -177,87 +182,157 @@ def run(c: Config) -> int:
     from fastsmooth.log import RunFolderError
     from fastsmooth.models import ModelError
     from fastsmooth.modes import Diverged, Preempted
+    from fastsmooth.ranks import RankLost, Ranks
 
-    live = None
+    refusals = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
+    live = ranks = None
+    ended = Ending(PREEMPTED, "preempted", "another process of the run was lost")
     try:
-        live = prepare(c, torch)
-        return train(live)
-    except (ConfigError, ModelError, DataError, CheckpointError, RunFolderError) as error:
-        end(live, "failed", str(error))
-        return refuse(error)
+        device = pick_device(c, torch)
+        ranks = Ranks.join(device)
+        live = prepare(c, device, ranks, refusals, torch)
+        train(live)
+        ended = Ending(DONE, "done")
+    except refusals as error:
+        ended = Ending(BAD_INPUT, "failed", str(error), f"error: {' '.join(str(error).split())}")
     except Preempted as stop:
-        end(live, "preempted", str(stop))
-        print(f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}")
-        return PREEMPTED
+        ended = Ending(PREEMPTED, "preempted", str(stop))
+        live.progress.say(
+            f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}"
+        )
     except Diverged as error:
-        end(live, "diverged", str(error))
-        print(f"fastsmooth: diverged: {error}; the last checkpoint is finite", file=sys.stderr)
-        return DIVERGED
-    except torch.OutOfMemoryError:
-        end(live, "failed", "out of memory")
-        return refuse(ConfigError(f"out of memory at batch {live.schedule(live.epoch).batch_size}: lower --batchsize"))
+        ended = Ending(DIVERGED, "diverged", str(error), f"diverged: {error}; the last checkpoint is finite")
+    except RankLost as lost:
+        ended = Ending(**lost.words) if lost.words else dataclasses.replace(ended, line=GONE)
     except OSError as error:
-        end(live, "failed", f"cannot write: {error.strerror}")
-        print(f"fastsmooth: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        return CANNOT_WRITE
+        line = f"error: cannot write {error.filename or ''}: {error.strerror}"
+        ended = Ending(CANNOT_WRITE, "failed", f"cannot write: {error.strerror}", line)
     except KeyboardInterrupt:
-        end(live, "failed", "interrupted")
-        return 130
+        ended = Ending(130, "failed", "interrupted")
+    except (RuntimeError, MemoryError) as error:
+        line = out_of_memory(error, live, c, torch)
+        if line is None:
+            raise
+        ended = Ending(BAD_INPUT, "failed", "out of memory", f"error: {line}")
     finally:
         if live is not None:
             live.stream.close()
+    conclude(ended, live, ranks)
+    return ended.code
 
 
-def prepare(c: Config, torch):
-    """Everything that can be refused, in the order of the data's path; the run folder comes last."""
-    from fastsmooth import data, models
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a run ended, as its exit code, status.json and, where something was wrong, a line on stderr say."""
+
+    code: int
+    state: str
+    reason: str = ""
+    line: str = ""
+
+
+GONE = "error: another process of the run was lost: start again with --resume"
+
+
+def conclude(ended: Ending, live, ranks) -> None:
+    """Close what is open and say how the run ended; never raises."""
+    # what one process alone met, the others learn from its last words, and the first of them says it
+    alone = ended.state == "failed" or ended.line == GONE
+    heard = ranks.leave(dataclasses.asdict(ended) if alone else None) if ranks is not None else False
+    if ended.line and ranks is None:
+        complain(ended.line)
+    elif ended.line and (ranks.leader or (alone and not heard)):
+        print(f"fastsmooth: {ended.line}", file=sys.stderr, flush=True)
+    if live is None or ended.code == DONE:
+        return
+    try:
+        live.progress.close()
+        live.folder.status(ended.state, ended.reason, live.update)
+        live.tracker.finish({}, 1)
+        live.folder.close()
+    except OSError:
+        pass  # the disk that failed once may fail again; the exit code says it
+
+
+def out_of_memory(error: Exception, live, c: Config, torch) -> str | None:
+    """What to do about memory that ran out; None for another error."""
+    gpu = isinstance(error, torch.OutOfMemoryError)
+    if not (gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+        return None
+    batch = live.schedule(live.epoch).batch_size if live is not None else c.batch_size
+    where = "on the GPU" if gpu else "in main memory"
+    return (
+        f"out of memory {where} at batch {batch}: --micro-batch N computes the same batch N samples at a time "
+        "(try a half, then less), or lower --batchsize"
+    )
+
+
+def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], torch):
+    """Everything that can be refused, in the order of the data's path; the run folder comes last.
+
+    What one process refuses, all refuse, so that none waits for another.
+    """
+    from fastsmooth import data, models, syncnorm
     from fastsmooth.checkpoint import Checkpoints
     from fastsmooth.clock import Clock
-    from fastsmooth.log import RunFolder, Tracker, check_unused, environment
+    from fastsmooth.log import RunFolder, Tracker, Unwritten, check_unused, environment
     from fastsmooth.measure import NormRecord
     from fastsmooth.modes import Run
     from fastsmooth.optim import NoisySGD
     from fastsmooth.progress import Progress, warn
     from fastsmooth.step import Step, keep_freed_memory
 
-    device = pick_device(c, torch)
     keep_freed_memory()
-    out = Path(c.out or default_out(c))
-    if not c.resume:
-        check_unused(out)
-    kernels = choose_kernels(device, torch)  # before their first use, which would warn in other words
-    images = data.open_data(c, device, warn)
-    n = len(images.train)
-    check_batch(c, n)
-    if not c.resume:
-        c = within_budget(c, n)
-    schedule = make_schedule(c, n)
-    check_steps(c, schedule, n)
-    set_numerics(c, schedule, torch)
-    torch.manual_seed(c.seed)
-    model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
-    try_model(model, images, torch)
-    noise = noise_tracker(c, model, images, schedule, torch) if c.track_noise else None
+    out = Path(ranks.from_leader(c.out or default_out(c)))
+    with ranks.together(refusals, ConfigError):
+        if not c.resume and ranks.leader:
+            check_unused(out)
+        kernels = choose_kernels(device, torch)  # before their first use, which would warn in other words
+        images = data.open_data(c, device, warn if ranks.leader else lambda line: None, ranks.local_world)
+        images.bad.say = warn  # from now on each process meets bad images of its own
+        n = len(images.train)
+        check_batch(c, n, ranks.world)
+        if not c.resume:
+            c = within_budget(c, n)
+        schedule = make_schedule(c, n)
+        check_steps(c, schedule, n)
+        set_numerics(c, schedule, torch)
+        torch.manual_seed(c.seed)
+        model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
+        if ranks.rank > 0:  # the same weights, but other numbers for dropout
+            torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
+        try_model(model, images, torch)
+        noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
+        if c.sync_bn and ranks.world > 1:
+            syncnorm.convert(model).to(device)
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
-    step = Step(model, optimizer, device, c.precision, compiled)
+    step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
-    folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), environment() | {"kernels": kernels})
-    checkpoints = Checkpoints(out / "checkpoints", warn)
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    tracker = Tracker(c.to_json(), out, warn)
-    live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait))
-    if c.mode == "critical":
-        ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
-        live.record = NormRecord(c.eps, c.criterion, ignored, device)
-    live.noise = noise
+    with ranks.together(refusals, ConfigError):
+        folder = Unwritten(out)
+        if ranks.leader:
+            about = environment() | {"kernels": kernels, "processes": ranks.world}
+            folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), about)
+        checkpoints = Checkpoints(out / "checkpoints", warn)
+        tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
+        wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+        live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait), ranks)
+        if c.mode == "critical":
+            ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
+            live.record = NormRecord(c.eps, c.criterion, ignored, device)
+        live.noise = noise
+        state = saved_state(live) if c.resume and ranks.leader else None
     if c.resume:
-        go_on(live)
+        state = ranks.from_leader(state)
+        with ranks.together(refusals, ConfigError):
+            go_on(live, state)
     epoch_samples = n - n % c.batch_size if c.drop_last else n
-    introduce(c, live, models.count_parameters(model))
     total = within_limit(c, schedule, n)
-    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, device_name(device, torch))
-    live.stop_reason = watch(c)
+    name = device_name(device, torch) if ranks.world == 1 else f"{ranks.world} processes"
+    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader)
+    introduce(c, live, models.count_parameters(model))
+    live.stop_asked = watch(c)
     folder.status("running", "", live.update)
     return live
 
@@ -275,7 +350,8 @@ def choose_kernels(device, torch) -> str:
     return chosen
 
 
-def train(live) -> int:
+def train(live) -> None:
+    """The run from where it stands to its end."""
     from fastsmooth.modes import MODES
 
     started = time.perf_counter()
@@ -296,28 +372,14 @@ def train(live) -> int:
         live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
     if live.noise and live.noise.count:
         live.progress.say(noise_cost(live))
-    if live.data.bad.reasons:
-        live.progress.say(f"{len(live.data.bad.reasons)} images could not be read and were served black")
+    if summary["bad_images"]:
+        live.progress.say(f"{summary['bad_images']} images could not be read and were served black")
     live.progress.say(f"run folder {live.folder.path}")
     if live.config.dataset == "digits" and live.config.mode == "normal":
         live.progress.say(
             "next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help the rest"
         )
     live.folder.close()
-    return DONE
-
-
-def end(live, state: str, reason: str) -> None:
-    """Close what is open and say in status.json how the run ended; never raises."""
-    if live is None:
-        return
-    try:
-        live.progress.close()
-        live.folder.status(state, reason, live.update)
-        live.tracker.finish({}, 1)
-        live.folder.close()
-    except OSError:
-        pass  # the disk that failed once may fail again; the exit code says it
 
 
 def finished(out: Path) -> bool:
@@ -326,14 +388,18 @@ def finished(out: Path) -> bool:
     return read_status(out).get("state") == "done"
 
 
-def go_on(live) -> None:
-    """Load the newest valid checkpoint; without one the run starts from its beginning."""
+def saved_state(live) -> dict[str, Any] | None:
+    """The newest valid checkpoint; None where the run made none, and begins anew."""
+    live.checkpoints.clean()
+    return live.checkpoints.load()
+
+
+def go_on(live, state: dict[str, Any] | None) -> None:
+    """Stand where `state` was saved, or at the beginning."""
     from fastsmooth.checkpoint import CheckpointError
     from fastsmooth.data import DataError
     from fastsmooth.log import one_line
 
-    live.checkpoints.clean()
-    state = live.checkpoints.load()
     if state is None:
         live.folder.rewind(0)
         return
@@ -351,11 +417,18 @@ def go_on(live) -> None:
 
 def pick_device(c: Config, torch):
     name = c.device
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda"):
         count = torch.cuda.device_count()
-        index = int(name.partition(":")[2] or 0)
+        if processes > 1 and ":" in name:
+            raise ConfigError(f"--device {name} with {processes} processes: --device cuda gives each a GPU of its own")
+        if 0 < count < processes:
+            raise ConfigError(
+                f"{processes} processes on a machine with {count} GPUs: --nproc-per-node {count}, or --device cpu"
+            )
+        index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
         if not torch.cuda.is_available() or index >= count:
             raise ConfigError(
                 f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: --device cpu"
@@ -380,10 +453,15 @@ def set_numerics(c: Config, schedule: Schedule, torch) -> None:
     torch.backends.cudnn.benchmark = same_batch and not c.deterministic
 
 
-def check_batch(c: Config, n: int) -> None:
+def check_batch(c: Config, n: int, processes: int) -> None:
     if c.batch_size > n:
         raise ConfigError(
             f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower --batchsize"
+        )
+    if c.batch_size < processes:
+        raise ConfigError(
+            f"--batchsize {c.batch_size} is less than one sample for each of the {processes} processes: raise --batchsize "
+            "(it is that of all processes together)"
         )
 
 
@@ -416,7 +494,7 @@ def try_model(model, images, torch) -> None:
         raise ModelError(f"the model cannot take {images.size}x{images.size} images: {one_line(error)[:200]}") from None
 
 
-def noise_tracker(c: Config, model, images, schedule: Schedule, torch):
+def noise_tracker(c: Config, model, images, schedule: Schedule, ranks, torch):
     """What --track-noise asks for; a model or a batch that it cannot measure is refused before the run folder is made."""
     from fastsmooth.persample import NotCovered
     from fastsmooth.track import Every, NoiseTracker, choose_estimator, smallest_batch
@@ -426,13 +504,13 @@ def noise_tracker(c: Config, model, images, schedule: Schedule, torch):
         estimator, why = choose_estimator(model, x, c.estimator, c.bn)
     except NotCovered as error:
         raise ConfigError(f"--track-noise: {error}; --estimator micro-batch measures any model") from None
-    if c.batch_size < smallest_batch(estimator):
+    smallest = smallest_batch(estimator) * ranks.world
+    if c.batch_size < smallest:
         raise ConfigError(
-            f"--track-noise with the {estimator} estimator needs batches of {smallest_batch(estimator)} or more, "
-            f"not --batchsize {c.batch_size}"
+            f"--track-noise with the {estimator} estimator needs batches of {smallest} or more, not --batchsize {c.batch_size}"
         )
     every = Every.parse(c.track_noise)
-    return NoiseTracker(model, every, estimator, why, c.bn, schedule.smoothing, len(images.train))
+    return NoiseTracker(model, every, estimator, why, c.bn, schedule.smoothing, len(images.train), ranks)
 
 
 def noise_cost(live) -> str:
@@ -451,21 +529,28 @@ def default_out(c: Config) -> Path:
 
 
 def introduce(c: Config, live, parameters: int) -> None:
+    say, ranks = live.progress.say, live.ranks
     about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(c.dataset, "")
-    print(
+    say(
         f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test images, {live.data.choice}"
     )
-    print(
+    say(
         f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} epochs from lr {c.lr:g}, "
         f"batch {c.batch_size}" + (f", momentum {c.momentum:g}" if c.momentum else "") + f", seed {c.seed}"
     )
+    if ranks.world > 1:
+        normed = "over all of them" if c.sync_bn else "for each by itself"
+        say(f"{ranks.world} processes share every batch; BatchNorm's statistics are {normed}")
+    if c.micro_batch and live.step.normalises_batches:
+        say(
+            f"--micro-batch {c.micro_batch}: BatchNorm sees {c.micro_batch} samples at a time, so this is another gradient"
+        )
     for line in notes(c, live.schedule):
-        print(line)
+        say(line)
     if live.noise:
-        print(f"noise measured {live.noise.described()}")
+        say(f"noise measured {live.noise.described()}")
     if live.update:
-        print(f"going on from update {live.update:,}, epoch {live.epoch}")
-    sys.stdout.flush()
+        say(f"going on from update {live.update:,}, epoch {live.epoch}")
 
 
 def device_name(device, torch) -> str:
@@ -473,23 +558,25 @@ def device_name(device, torch) -> str:
 
 
 def watch(c: Config):
-    """A function that gives the reason to stop, once a signal has come or --max-time is over."""
-    received: list[str] = []
+    """A function that says whether to stop: the number of a signal that has come, OUT_OF_TIME after --max-time, or 0."""
+    from fastsmooth.modes import OUT_OF_TIME
+
+    received: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
+        received.append(number)
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second Ctrl-C leaves at once
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
     deadline = time.monotonic() + c.max_time if c.max_time else None
 
-    def reason() -> str | None:
+    def asked() -> int:
         if received:
             return received[0]
-        return "--max-time" if deadline and time.monotonic() > deadline else None
+        return OUT_OF_TIME if deadline and time.monotonic() > deadline else 0
 
-    return reason
+    return asked
 
 
 if __name__ == "__main__":

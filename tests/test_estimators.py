@@ -32,7 +32,7 @@ def one(name: str, rows, generator) -> Estimate:
     index = torch.randperm(N, generator=generator)
     if name == "per-sample":
         batch = rows[index[:10]]
-        return per_sample((batch - batch.mean(0)).square().sum(1), N)
+        return per_sample([(batch - batch.mean(0)).square().sum(1).tolist()], N)
     if name == "micro-batch":  # of unequal sizes
         sizes = [3, 4, 4, 5]
         return micro_batch([[part.mean(0)] for part in rows[index[:16]].split(sizes)], sizes, N)
@@ -104,7 +104,7 @@ def on_a_rank(rank: int, world: int, port: int, results) -> None:
 
 def test_all_agree_within_their_errors_on_one_network():
     model, x, y = network()
-    found = {"per-sample": per_sample(sample_norms(model, x, y).noise)}
+    found = {"per-sample": per_sample([sample_norms(model, x, y).noise.tolist()])}
     found["micro-batch"] = micro_batch([gradient(model, x[i::12], y[i::12]) for i in range(12)], [8] * 12)
     full = gradient(model, x, y)
     generator = torch.Generator().manual_seed(3)

@@ -110,7 +110,9 @@ def test_estimators_agree_with_a_cpu():
     for device in (DEVICE, torch.device("cpu")):
         grads = [[t.to(device) for t in part] for part in parts]
         mean = estimators.weighted_mean(grads, sizes)
-        found.append((estimators.per_sample(noise.to(device), 90), estimators.micro_batch(grads, mean, sizes, 90)))
+        found.append(
+            (estimators.per_sample([noise.to(device).tolist()], 90), estimators.micro_batch(grads, mean, sizes, 90))
+        )
     for ours, exact in zip(*found, strict=True):
         assert (ours.value, ours.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
 

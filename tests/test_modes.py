@@ -41,6 +41,11 @@ def linear_model(features: int = 5, classes: int = 3) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(features, classes)).double()
 
 
+def drawn(model, batch):
+    """draw -> the gradient of the mini-batch (x, y) = batch(draw)."""
+    return lambda draw: measure.batch_gradient(model, *batch(draw))
+
+
 def noisy_model() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(
@@ -62,7 +67,8 @@ def test_a_measurement_leaves_no_trace(bn):
     with measure.undisturbed(model, bn):
         assert model.training == model[1].training == (bn == "train")
         full = measure.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])], 20)
-        measure.direction_noise(model, optimizer, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]), full, 3, 20)
+        gradient = drawn(model, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]))
+        measure.direction_noise(optimizer, gradient, 4, full, 3, 20)
     after = (*model.parameters(), *model.buffers(), torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
@@ -146,7 +152,8 @@ def test_c2_sampled_is_unbiased_for_batches_without_replacement(batch):
     subsets = [list(s) for s in itertools.combinations(range(n), batch)]
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
     full = measure.full_gradient(model, [(x, y)], n)
-    noise = measure.direction_noise(model, optimizer, lambda i: (x[subsets[i]], y[subsets[i]]), full, len(subsets), n)
+    gradient = drawn(model, lambda i: (x[subsets[i]], y[subsets[i]]))
+    noise = measure.direction_noise(optimizer, gradient, batch, full, len(subsets), n)
     assert noise.grad_variance().value == pytest.approx(per_sample_variance(model, x, y), rel=1e-10)
     assert noise.noise_norms == pytest.approx(noise.grad_noise_norms)
 
@@ -160,11 +167,11 @@ def test_c2_sampled_agrees_with_the_per_sample_variance_within_its_error():
     full = measure.full_gradient(model, [(x, y)], 300)
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
 
-    def drawn(i):
+    def batch(i):
         index = subset(0, 5, i, 300, 20)
         return x[index], y[index]
 
-    c2 = measure.direction_noise(model, optimizer, drawn, full, 60, 300).grad_variance()
+    c2 = measure.direction_noise(optimizer, drawn(model, batch), 20, full, 60, 300).grad_variance()
     assert abs(c2.value - per_sample_variance(model, x, y)) < 4 * c2.error
     assert c2.error < 0.2 * c2.value
 
@@ -180,9 +187,8 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
         optimizer.step()
     full = measure.full_gradient(model, [(x, y)], n)
     kept = []
-    noise = measure.direction_noise(
-        model, optimizer, lambda i: (x[7:15], y[7:15]), full, 2, n, lambda i, w: kept.append(w)
-    )
+    gradient = drawn(model, lambda i: (x[7:15], y[7:15]))
+    noise = measure.direction_noise(optimizer, gradient, 8, full, 2, n, lambda i, w: kept.append(w))
     before = [p.detach().clone() for p in model.parameters()]
     model.zero_grad()
     F.cross_entropy(model(x[7:15]), y[7:15]).backward()
@@ -239,7 +245,8 @@ def test_no_draw_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(1) or tolist(t))
     for draws in (2, 9):
         reads.clear()
-        measure.direction_noise(model, optimizer, lambda i: (x[i : i + 4], y[i : i + 4]), full, draws, n)
+        gradient = drawn(model, lambda i: (x[i : i + 4], y[i : i + 4]))
+        measure.direction_noise(optimizer, gradient, 4, full, draws, n)
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0
 

@@ -40,10 +40,11 @@ class Data:
     bad: BadImages
 
 
-def open_data(config, device: torch.device, say: Callable[[str], None] = print) -> Data:
+def open_data(config, device: torch.device, say: Callable[[str], None] = print, sharing: int = 1) -> Data:
     """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError.
 
-    `say` gets a line where reading takes long, and one for each image that cannot be read but may be black.
+    `say` gets a line where reading takes long, and one for each image that cannot be read but may be black. `sharing`:
+    processes of this run on this machine, which share its processors and its memory.
     """
     if config.loader == "dali":
         dali.require()
@@ -53,8 +54,8 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(f"--data-dir {config.data_dir}: {error.strerror or error}{where}") from None
     bad = BadImages(config.on_bad_image, say)
-    name, why = choose(config, images, device)
-    threads = processors() if config.workers is None else config.workers
+    name, why = choose(config, images, device, sharing)
+    threads = max(processors() // sharing, 1) if config.workers is None else config.workers
     if name != "torch":  # where 0 processes are this one
         threads = max(threads, 1)
     loaders, chunk = [], 0
@@ -74,11 +75,11 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print) 
     return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), choice, bad)
 
 
-def choose(config, images: ImageSet, device: torch.device) -> tuple[str, str]:
+def choose(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[str, str]:
     """The loader's name, and why it was picked."""
     if config.loader != "auto":
         return config.loader, "as asked"
-    resident, why = fits(config, images, device)
+    resident, why = fits(config, images, device, sharing)
     if resident:
         return "resident", why
     if images.train.pixels is None and dali.available():
@@ -86,12 +87,12 @@ def choose(config, images: ImageSet, device: torch.device) -> tuple[str, str]:
     return "threads", f"{why}; pip install 'fastsmooth[dali]' decodes faster" if images.train.pixels is None else why
 
 
-def fits(config, images: ImageSet, device: torch.device) -> tuple[bool, str]:
+def fits(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[bool, str]:
     """Whether the images can be resident, and why."""
     if config.augment == "resized-crop-flip":
         return False, "random resized crops need the whole images"
     needed = 3 * config.image_size**2 * (len(images.train) + len(images.test))
-    free = free_memory(device)
+    free = free_memory(device) / (sharing if device.type == "cpu" else 1)
     return needed <= MEMORY_SHARE * free, f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
 
 

@@ -34,6 +34,7 @@ class Stream:
         self.drop_last, self.rank, self.world = drop_last, rank, world
         self.epoch = self.cursor = 0
         self.batch_size = 0  # global; assign it before the first batch, and again whenever it changes
+        self.size = 0  # of the batch given last, all ranks together
         self._reader = None
 
     def rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -48,7 +49,7 @@ class Stream:
                 self._reader = self.loader.reader(self._segments())
             end = min(self.cursor + self.batch_size, n)
             batch = self._reader.take(self._share(end) - self._share(self.cursor))
-            self.cursor = end
+            self.size, self.cursor = end - self.cursor, end
             yield batch
         self.epoch, self.cursor = self.epoch + 1, 0
         if self._reader is not None:

@@ -1,0 +1,202 @@
+"""The processes of one run: those that torchrun started, or this one alone; and what they tell each other.
+
+Every process holds the whole model and its share of each batch. All sums go through one flat tensor whose layout depends
+on the model alone: so they are added in the same order at every update, which a run that is taken up again in the same bits
+needs, and gradients, BatchNorm statistics and the loss travel together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LAST_WORDS = "fastsmooth/ended"  # the key under which a process that fails says why
+
+
+class RankLost(RuntimeError):
+    """Another process of the run has ended; `words` is what it said of it: {"code", "state", "reason", "line"} or empty."""
+
+    def __init__(self, words: dict[str, Any]):
+        super().__init__(words.get("reason", "another process of the run was lost"))
+        self.words = words
+
+
+def environment(name: str, otherwise: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else otherwise
+
+
+def is_leader() -> bool:
+    """Whether this process writes and speaks for the run; known before PyTorch is."""
+    return environment("RANK", 0) == 0
+
+
+class Ranks:
+    """This process's number among `world` processes. With one, every method is for nothing and costs nothing."""
+
+    def __init__(self, rank: int = 0, world: int = 1, local: int = 0, local_world: int = 1):
+        self.rank, self.world, self.local, self.local_world = rank, world, local, local_world
+        self.leader = rank == 0
+        self._vote: tuple[Tensor, dist.Work] | None = None
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """As torchrun's environment says; several processes meet here. CUDA tensors go over NCCL, others over gloo.
+
+        Raises RankLost where the others do not come.
+        """
+        found = cls.expected()
+        if found.world > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            with talking():
+                dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        return found
+
+    @classmethod
+    def expected(cls) -> Ranks:
+        """The place that torchrun's environment gives this process, before the others are met."""
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        return cls(*(environment(name, otherwise) for name, otherwise in names))
+
+    def share(self, index: Tensor) -> Tensor:
+        """This process's part of samples in order, [B]: every `world`-th."""
+        return index[self.rank :: self.world]
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Replace the tensors, of one dtype, by their sums over the processes: the same bits everywhere."""
+        if self.world > 1:
+            Bucket(tensors).sum_(tensors)
+
+    def largest_(self, tensor: Tensor) -> None:
+        """Replace the tensor by its largest values over the processes."""
+        if self.world > 1:
+            with talking():
+                dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain `value` of every process, by rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with talking():
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_leader(self, value: Any) -> Any:
+        """What the leader has, everywhere."""
+        if self.world == 1:
+            return value
+        held = [value]
+        with talking():
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    @contextmanager
+    def together(self, refusals: tuple[type[Exception], ...], raised: Callable[[str], Exception]) -> Iterator[None]:
+        """What one process refuses inside, all refuse, in the words of the first: raised(words) where it was another."""
+        own = None
+        try:
+            yield
+        except refusals as error:
+            own = error
+        said = [words for words in self.gather(str(own) if own else None) if words is not None]
+        if own is not None and (self.world == 1 or said[0] == str(own)):
+            raise own
+        if said:
+            raise raised(said[0])
+
+    def vote(self, own: int) -> int:
+        """The largest `own` that any process gave one call before, the same everywhere at the same call.
+
+        One call late, so that nobody waits: the numbers travel beside the computation, and never through the device.
+        """
+        if self.world == 1:
+            return own
+        decided = 0
+        with talking():
+            if self._vote is not None:
+                number, work = self._vote
+                work.wait()
+                decided = int(number)
+            number = torch.tensor(own)
+            self._vote = number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
+        return decided
+
+    def leave(self, words: dict[str, Any] | None = None) -> bool:
+        """End the conversation, with last words where the others still wait for this process; whether they were heard."""
+        if self.world == 1:
+            return False
+        heard = False
+        if words is not None:
+            try:
+                store().set(LAST_WORDS, json.dumps(words))
+                heard = True
+            except Exception:  # whoever kept the store is gone too
+                pass
+        elif dist.is_initialized():
+            try:
+                if self._vote is not None:
+                    self._vote[1].wait()
+                dist.barrier()
+                dist.destroy_process_group()
+            except RuntimeError:
+                pass  # all that was to be done together is done
+        return heard
+
+
+def store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def talking() -> Iterator[None]:
+    """A call that fails since a process is gone ends in RankLost."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise RankLost(last_words()) from error
+
+
+def last_words() -> dict[str, Any]:
+    """What the process that ended first said of it."""
+    for _ in range(20):  # it may fail a moment before it speaks
+        try:
+            if store().check([LAST_WORDS]):
+                return json.loads(store().get(LAST_WORDS))
+        except Exception:  # no store, no words
+            return {}
+        time.sleep(0.05)
+    return {}
+
+
+class Bucket:
+    """One flat tensor for tensors of given shapes and strides, with `extra` places at its end."""
+
+    def __init__(self, like: list[Tensor], extra: int = 0):
+        sizes = [t.numel() for t in like]
+        self.flat = torch.zeros(sum(sizes) + extra, dtype=like[0].dtype, device=like[0].device)
+        self.parts, at = [], 0
+        for t, size in zip(like, sizes, strict=True):
+            # in the tensor's own order in memory, so that a copy is a plain one
+            dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+            part = self.flat[at : at + size]
+            self.parts.append(part.as_strided(t.shape, t.stride(), at) if dense else part.view(t.shape))
+            at += size
+        self.extra = self.flat[at:]
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Replace the tensors, and the places at the end, by their sums over the processes."""
+        torch._foreach_copy_(self.parts, tensors)
+        with talking():
+            dist.all_reduce(self.flat)
+        torch._foreach_copy_(tensors, self.parts)
