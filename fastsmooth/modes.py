@@ -36,7 +36,7 @@ TEST_BATCH = 250
 EVAL_CHUNK = {"cpu": 250, "cuda": 1000, "mps": 250}
 
 
-OUT_OF_TIME = 255  # beside the numbers of signals
+OUT_OF_TIME, NOT_FINITE = 254, 255  # reasons to stop, beside the numbers of signals
 
 
 class Preempted(Exception):
@@ -110,6 +110,7 @@ class Run:
     def __post_init__(self) -> None:
         self.meter, self.window = Meter(self.device), Meter(self.device)
         self.bad_update = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.bad_seen = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         c = self.config
         place = {"rank": self.ranks.rank, "world": self.ranks.world}
         data = self.data
@@ -166,14 +167,14 @@ class Run:
     def after_update(self, point: Point) -> None:
         finite = torch.isfinite(self.loss + self.step.optimizer.sq_norms.sum()) | (self.bad_update > 0)
         self.bad_update = torch.where(finite, self.bad_update, self.update)
-        if self.device.type == "cpu":  # elsewhere reading it would make every update wait for the device
-            self.check_finite()
+        self.bad_seen.copy_(self.bad_update, non_blocking=True)
         if self.update % self.config.log_every == 0:
             self.log_step(point)
         self.progress.update(self.samples, self.epoch, f"lr {point.lr:.4g}  batch {point.batch_size}{self.recent}")
-        asked = self.ranks.vote(self.stop_asked())
+        # on a GPU what is seen is some updates old, since nobody waits for it
+        asked = self.ranks.vote(NOT_FINITE if int(self.bad_seen) else self.stop_asked())
         if asked:
-            self.save(final=True)
+            self.save(final=True)  # which refuses what is not finite
             raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
         if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
             self.save()
