@@ -1,11 +1,11 @@
-# make demo: a first training run. make test: every check. make bench: the throughput suite.
+# make demo: a first training run. make test: every check. make faults: the fault suite. make bench: the throughput suite.
 # Each makes .venv first. PYTHON chooses the interpreter (3.11 or newer), TORCH what pip installs as PyTorch.
 PYTHON ?= python3
 TORCH ?= torch torchvision
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test bench
+.PHONY: demo test faults bench
 
 demo: $(VENV)/installed
 	$(RUN) -m fastsmooth.train --method exp
@@ -38,3 +38,6 @@ $(VENV)/installed-test: $(VENV)/installed
 $(VENV)/installed-bench: $(VENV)/installed-test
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
+
+faults: $(VENV)/installed-test  # the fault suite with all of its cases: under 15 minutes on two cores
+	$(RUN) -m pytest tests/faults --full --numprocesses auto --dist worksteal

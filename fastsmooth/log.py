@@ -22,6 +22,14 @@ from typing import Any
 
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}
+# What may lie in a folder before config.json does, and the bytes it may hold.
+UNFINISHED = {
+    ".lock": 0,
+    "metrics.jsonl": 0,
+    "env.json": 1 << 16,
+    ".env.json.tmp": 1 << 16,
+    ".config.json.tmp": 1 << 16,
+}
 
 
 class RunFolderError(ValueError):
@@ -44,8 +52,8 @@ class RunFolder:
         with refusing(path):
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.write("config.json", config)
         folder.write("env.json", environment)
+        folder.write("config.json", config)  # last: with it the folder is a run
         return folder
 
     def row(self, kind: str, values: dict[str, Any]) -> None:
@@ -110,9 +118,16 @@ class Unwritten:
 
 
 def check_unused(path: Path) -> None:
-    """Refuse a folder that holds something already."""
+    """Refuse a folder that holds something already, but for what a run leaves that was killed while it made the folder."""
     with refusing(path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.is_dir():
+            used = any(
+                entry.name not in UNFINISHED or entry.stat().st_size > UNFINISHED[entry.name]
+                for entry in path.iterdir()
+            )
+        else:
+            used = path.exists()
+        if used:
             raise RunFolderError(f"--out {path} exists: go on with that run by --resume, or choose another folder")
 
 

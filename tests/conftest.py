@@ -12,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other workers have the other cores
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the fault suite with all of its cases, for minutes")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Triton kernels run in its interpreter where there is no GPU; Triton asks when it first sees a kernel."""
     import torch

@@ -1,24 +1,15 @@
 """Runs that are killed at random instants and go on with --resume end in the same bits as runs that were not."""
 
-import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
-import time
-from pathlib import Path
 
 import pytest
-import torch
 from exact import EXACT
+from forks import assert_same_run, final_state, finish, start, wait_for
 
-from fastsmooth.log import TIMES, read_rows, read_status
-
-# One warm process that has imported everything and computed nothing; its forks start in milliseconds.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastsmooth.train", "fastsmooth.modes", "fastsmooth.models", "torchvision"])
+from fastsmooth.log import read_status
 
 BASE = [*EXACT, "--epochs", "3", "--decay-epoch", "1", "--checkpoint-every", "7", "--log-every", "5"]
 PLAIN = [*EXACT, "--epochs", "3", "--checkpoint-every", "7", "--log-every", "5"]
@@ -40,78 +31,6 @@ RUNS = {
     "sampling": [*PLAIN, "--mode", "sampling", "--steps", "30", "100", "--draws", "3", "--optimizer", "nshb"],
 }
 KILLS = 3  # of each of the seven
-
-
-def run_main(argv: list[str], log: str) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    from fastsmooth.train import main
-
-    # threads that wait for each other crawl when the cores are shared with other work
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # so that DataLoader workers see their parent die
-    sys.exit(main(argv))
-
-
-def start(argv: list[str], out: Path):
-    process = SERVER.Process(target=run_main, args=([*argv, "--out", str(out)], str(out) + ".log"))
-    process.start()
-    return process
-
-
-def finish(argv: list[str], out: Path) -> float:
-    """Run to the end; the seconds it took after the run folder was there."""
-    process = start(argv, out)
-    wait_for(out / "config.json")
-    began = time.monotonic()
-    process.join(120)
-    assert process.exitcode == 0, Path(str(out) + ".log").read_text()
-    return time.monotonic() - began
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() or path.stat().st_size == 0:
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.005)
-
-
-def final_state(out: Path) -> dict:
-    steps = [int(p.stem.split("-")[1]) for p in (out / "checkpoints").glob("ckpt-*.json")]
-    return torch.load(out / "checkpoints" / f"ckpt-{max(steps)}.pt", weights_only=True)
-
-
-def assert_same_bits(a, b, where="state") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in TIMES | {"epoch_seconds", "metrics_bytes"}:
-                assert_same_bits(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_bits(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def assert_same_run(out: Path, undisturbed: Path) -> None:
-    assert without_times(read_rows(out)) == without_times(read_rows(undisturbed))
-    assert_same_bits(final_state(out), final_state(undisturbed))
-    for name in ("critical.json", "noise.json"):
-        assert (out / name).exists() == (undisturbed / name).exists()
-        if (out / name).exists():
-            a, b = (json.loads((folder / name).read_text()) for folder in (out, undisturbed))
-            assert_same_bits(a, b, name)
-    assert read_status(out)["state"] == "done"
-    assert not [p for p in out.rglob("*.tmp") if "wandb" not in str(p)]
 
 
 @pytest.mark.parametrize("name", RUNS)
