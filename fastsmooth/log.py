@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastsmooth.runs import read_object, size_of
+
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}
 # What may lie in a folder before config.json does, and the bytes it may hold.
@@ -43,6 +45,8 @@ class RunFolder:
         self.path = path
         with refusing(path):
             self._lock = lock(path)
+            if (path / "metrics.jsonl").exists():
+                size_of(path / "metrics.jsonl")  # a pipe would wait for its reader
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
 
     @classmethod
@@ -158,11 +162,7 @@ def lock(path: Path) -> int:
 
 def read_status(path: Path) -> dict[str, Any]:
     """status.json of a run folder; empty where there is none that can be read."""
-    try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-        return status if isinstance(status, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    return read_object(path / "status.json") or {}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -216,6 +216,11 @@ def processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def processors() -> int:
+    """How many of the processors are this process's to use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str | None:
@@ -286,3 +291,21 @@ class Tracker:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text on one line, in what stdout can show: of other characters the bytes are written, \\xHH each."""
+    encoding = sys.stdout.encoding or "ascii"
+    return "".join(c if c.isprintable() and c.encode(encoding, "ignore") else escaped(c) for c in text)
+
+
+def escaped(c: str) -> str:
+    # a byte of a file name that is not UTF-8 comes as one of these surrogates
+    as_bytes = c.encode("utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass")
+    return "".join(f"\\x{byte:02x}" for byte in as_bytes)
+
+
+def printable_path(path: str) -> str:
+    """The path on one line; one that cannot be shown as it is comes as bash reads it: $'caf\\xe9.jpg'."""
+    quoted = path.replace("\\", "\\\\").replace("'", "\\'")
+    return path if printable(path) == path else f"$'{printable(quoted)}'"

@@ -93,9 +93,9 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     clock: Clock
-    ranks: Ranks = field(default_factory=Ranks)
     progress: Progress | None = None
     stop_asked: Callable[[], int] = lambda: 0  # a signal's number, OUT_OF_TIME, or 0
+    ranks: Ranks = field(default_factory=Ranks)
 
     epoch: int = 0
     update: int = 0

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LAST_WORDS = "fastsmooth/ended"  # the key under which a process that fails says why
+FIRST_WORDS, LAST_WORDS = "fastsmooth/first", "fastsmooth/ended"  # keys under which a process that fails says why
 
 
 class RankLost(RuntimeError):
@@ -131,25 +131,26 @@ class Ranks:
         return decided
 
     def leave(self, words: dict[str, Any] | None = None) -> bool:
-        """End the conversation, with last words where the others still wait for this process; whether they were heard."""
+        """End the conversation; whether it is this process that tells the user how the run ended.
+
+        Without `words` all leave together. With them this process leaves by itself, and the others, who wait for it, find its
+        words (RankLost.words); of several that leave so, the first one's words stay, and it is the one to tell.
+        """
         if self.world == 1:
-            return False
-        heard = False
-        if words is not None:
-            try:
-                store().set(LAST_WORDS, json.dumps(words))
-                heard = True
-            except Exception:  # whoever kept the store is gone too
-                pass
-        elif dist.is_initialized():
-            try:
+            return True
+        try:
+            if words is None:
                 if self._vote is not None:
                     self._vote[1].wait()
                 dist.barrier()
                 dist.destroy_process_group()
-            except RuntimeError:
-                pass  # all that was to be done together is done
-        return heard
+                return self.leader
+            first = store().add(FIRST_WORDS, 1) == 1
+            if first:
+                store().set(LAST_WORDS, json.dumps(words))
+            return first
+        except Exception:  # whoever else was there is gone
+            return words is not None or self.leader
 
 
 def store() -> dist.Store:

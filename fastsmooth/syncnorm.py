@@ -47,6 +47,9 @@ def convert(model: nn.Module) -> nn.Module:
         if isinstance(child, _BatchNorm):
             rest = {"affine": child.affine, "track_running_stats": child.track_running_stats}
             new = SyncBatchNorm(child.num_features, child.eps, child.momentum, **rest)
+            for tensor in (*child.parameters(), *child.buffers()):
+                if tensor.is_floating_point():
+                    new.to(tensor)
             new.load_state_dict(child.state_dict())
             setattr(model, name, new.train(child.training))
         else:

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fastsmooth import __version__
+from fastsmooth import __version__, check_data, doctor
 from fastsmooth import config as configs
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
@@ -33,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"fastsmooth {__version__}")
         elif request.plan:
             print_plan(configs.resolve(request.given), request.json)
+        elif request.doctor:
+            doctor.examine(configs.resolve(request.given), check_launch, pick_device)
+        elif request.check_data:
+            check_data.check(configs.resolve(request.given))
         else:
             resume = request.given.get("resume", False)
             return run(configs.resumed(request.given) if resume else configs.resolve(request.given))
@@ -42,17 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of --plan | head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except KeyboardInterrupt:  # of --doctor or --check-data: a run ends by itself
+        return 130
 
 
 def refuse(error: Exception) -> int:
-    complain(f"error: {' '.join(str(error).split())}")
+    if (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+    ):  # of several processes that say the same, the first of each machine says it
+        print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return BAD_INPUT
-
-
-def complain(line: str) -> None:
-    """One line on stderr; of several processes that say the same, the first of each machine says it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"fastsmooth: {line}", file=sys.stderr, flush=True)
 
 
 # --plan -------------------------------------------------------------------------------------------------------------
@@ -75,11 +78,16 @@ def within_budget(c: Config, images: int) -> Config:
     def lasting(epochs: int) -> Config:
         return dataclasses.replace(c, epochs=epochs, decay_epoch=c.decay_epoch or max(1, epochs // 5))
 
+    # an epoch has an update and a sample for each image at most
+    if amount > configs.MOST_EPOCHS * (1 if unit == "epochs" else images):
+        raise ConfigError(f"--budget {c.budget} takes over {configs.MOST_EPOCHS:,} epochs: lower it")
     if unit == "epochs":
         return lasting(amount)
     few, enough = 0, 1
     while training(lasting(enough), images)[unit] < amount:
         few, enough = enough, 2 * enough
+        if few > configs.MOST_EPOCHS:
+            raise ConfigError(f"--budget {c.budget} takes over {configs.MOST_EPOCHS:,} epochs: lower it")
     while enough - few > 1:
         middle = (few + enough) // 2
         few, enough = (few, middle) if training(lasting(middle), images)[unit] >= amount else (middle, enough)
@@ -170,6 +178,7 @@ def run(c: Config) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"{c.out} is a finished run: nothing to do")
         return DONE
+    asked = watch(c)
     # OpenMP threads that spin while they wait stall each other for whole time slices when the cores are shared with
     # other work (LOG.md has figures); GNU OpenMP reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -188,9 +197,11 @@ def run(c: Config) -> int:
     live = ranks = None
     ended = Ending(PREEMPTED, "preempted", "another process of the run was lost")
     try:
+        check_launch()
         device = pick_device(c, torch)
         ranks = Ranks.join(device)
         live = prepare(c, device, ranks, refusals, torch)
+        live.stop_asked = asked
         train(live)
         ended = Ending(DONE, "done")
     except refusals as error:
@@ -221,6 +232,21 @@ def run(c: Config) -> int:
     return ended.code
 
 
+def check_launch() -> None:
+    """Refuse the environment of a launcher that does not say all that several processes need to meet."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    wrong = [
+        name for name in names if not os.environ.get(name) or not (name == "MASTER_ADDR" or os.environ[name].isdigit())
+    ]
+    if wrong:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} "
+            "not set to what several processes need: start them with torchrun, or unset WORLD_SIZE for one process"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Ending:
     """How a run ended, as its exit code, status.json and, where something was wrong, a line on stderr say."""
@@ -236,22 +262,22 @@ GONE = "error: another process of the run was lost: start again with --resume"
 
 def conclude(ended: Ending, live, ranks) -> None:
     """Close what is open and say how the run ended; never raises."""
-    # what one process alone met, the others learn from its last words, and the first of them says it
-    alone = ended.state == "failed" or ended.line == GONE
-    heard = ranks.leave(dataclasses.asdict(ended) if alone else None) if ranks is not None else False
-    if ended.line and ranks is None:
-        complain(ended.line)
-    elif ended.line and (ranks.leader or (alone and not heard)):
+    if live is not None and ended.code != DONE:
+        try:
+            live.progress.close()
+            live.folder.status(ended.state, ended.reason, live.update)
+            live.tracker.finish({}, 1)
+            live.folder.close()
+        except OSError:
+            pass  # the disk that failed once may fail again; the exit code says it
+    if ranks is None:
+        tells = os.environ.get("LOCAL_RANK", "0") == "0"
+    else:
+        # what one process alone met, the others learn from its last words
+        alone = ended.state == "failed" or ended.line == GONE
+        tells = ranks.leave(dataclasses.asdict(ended) if alone else None)
+    if ended.line and tells:
         print(f"fastsmooth: {ended.line}", file=sys.stderr, flush=True)
-    if live is None or ended.code == DONE:
-        return
-    try:
-        live.progress.close()
-        live.folder.status(ended.state, ended.reason, live.update)
-        live.tracker.finish({}, 1)
-        live.folder.close()
-    except OSError:
-        pass  # the disk that failed once may fail again; the exit code says it
 
 
 def out_of_memory(error: Exception, live, c: Config, torch) -> str | None:
@@ -317,7 +343,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         checkpoints = Checkpoints(out / "checkpoints", warn)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-        live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait), ranks)
+        live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait), ranks=ranks)
         if c.mode == "critical":
             ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
             live.record = NormRecord(c.eps, c.criterion, ignored, device)
@@ -332,7 +358,6 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     name = device_name(device, torch) if ranks.world == 1 else f"{ranks.world} processes"
     live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader)
     introduce(c, live, models.count_parameters(model))
-    live.stop_asked = watch(c)
     folder.status("running", "", live.update)
     return live
 
@@ -559,8 +584,6 @@ def device_name(device, torch) -> str:
 
 def watch(c: Config):
     """A function that says whether to stop: the number of a signal that has come, OUT_OF_TIME after --max-time, or 0."""
-    from fastsmooth.modes import OUT_OF_TIME
-
     received: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
@@ -572,6 +595,8 @@ def watch(c: Config):
     deadline = time.monotonic() + c.max_time if c.max_time else None
 
     def asked() -> int:
+        from fastsmooth.modes import OUT_OF_TIME
+
         if received:
             return received[0]
         return OUT_OF_TIME if deadline and time.monotonic() > deadline else 0

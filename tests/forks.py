@@ -15,6 +15,7 @@ from fastsmooth.log import TIMES, read_rows, read_status
 # One warm process that has imported everything and computed nothing; its forks start in milliseconds.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fastsmooth.train", "fastsmooth.modes", "fastsmooth.models", "torchvision", "forks"])
+STORES: list = []
 
 
 def run_main(argv: list[str], log: str, environment: dict[str, str], prepare) -> None:
@@ -43,10 +44,9 @@ def start(argv: list[str], out: Path, prepare=None, environment: dict[str, str] 
 
 def start_ranks(argv: list[str], out: Path, world: int, prepare=None) -> list:
     """The same in `world` processes that share the run, as torchrun would start them; each has a log of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # kept by the test, as torchrun's agent does, so that it outlives the processes that meet there
+    STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     processes = []
     for rank in range(world):
@@ -56,6 +56,12 @@ def start_ranks(argv: list[str], out: Path, world: int, prepare=None) -> list:
         processes.append(SERVER.Process(target=run_main, args=(line, log, common | place, prepare)))
         processes[-1].start()
     return processes
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def codes(processes: list, seconds: float = 120) -> list[int | None]:

@@ -205,6 +205,7 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--batchsize": (["0", "-1"], ["1"]),
     "--decay-epoch": (["0"], ["1"]),
     "--image-size": (["7", "1025"], ["8", "1024"]),
+    "--micro-batch": (["0", "-3"], ["1", "4096"]),
     "--workers": (["-1", "257"], ["0", "256"]),
     "--chunk": (["0", "65537"], ["1", "65536"]),
     "--hw-decoder-load": (["-0.1", "1.1"], ["0", "1"]),

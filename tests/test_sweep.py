@@ -279,7 +279,7 @@ def test_a_run_that_fails_is_reported_and_the_others_are_done(tmp_path):
     shown, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     diverged, failed = errors.splitlines()
-    assert diverged.startswith("diverged: lr=1e+30: the loss is not finite")
+    assert diverged.startswith("diverged: lr=1e+30: the loss or its gradient is not finite")
     assert failed.startswith("failed to start: dataset=folder") and "/nowhere: no such directory" in failed
     assert "lr=0.1  test acc" in shown
     states = [result["state"] for result in json.loads((tmp_path / "sweep" / "results.json").read_text())]
