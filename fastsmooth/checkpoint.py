@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fastsmooth.runs import read_file, size_of
+
 KEEP = 2  # the newest and, should that be damaged, the one before
 
 
@@ -51,7 +53,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 state = self._read(step)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 self.warn(f"{self.directory / f'ckpt-{step}.pt'} is damaged ({error}): going back to the one before")
                 continue
             self.saved_step = step
@@ -72,16 +74,19 @@ class Checkpoints:
         finished = {f"ckpt-{step}.{end}" for step in self.steps() for end in ("pt", "json")}
         if self.directory.is_dir():
             for entry in os.scandir(self.directory):
-                if entry.name.startswith((".ckpt-", "ckpt-")) and entry.name not in finished:
+                ours = entry.name.startswith((".ckpt-", "ckpt-")) and not entry.is_dir(follow_symlinks=False)
+                if ours and entry.name not in finished:
                     os.unlink(entry.path)
 
     def _read(self, step: int) -> dict[str, Any]:
-        manifest = json.loads((self.directory / f"ckpt-{step}.json").read_text())
-        data = (self.directory / f"ckpt-{step}.pt").read_bytes()
+        manifest = json.loads(read_file(self.directory / f"ckpt-{step}.json"))
+        path = self.directory / f"ckpt-{step}.pt"
+        size_of(path)  # refuses what is no file
+        data = path.read_bytes()
         if not isinstance(manifest, dict) or hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
             raise ValueError("its SHA-256 sum is wrong")
-        if manifest.get("step") != step:
-            raise ValueError("its manifest is of another step")
+        if (manifest.get("step"), manifest.get("bytes")) != (step, len(data)):
+            raise ValueError("its manifest is of another file")
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a file that is not a checkpoint

@@ -17,6 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastsmooth.runs import read_file
+
+MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
+LARGEST_TOML = 1 << 20  # bytes
+SMALLEST, LARGEST = 1e-100, 1e100  # numbers whose squares and quotients are numbers
+
 
 class ConfigError(ValueError):
     """A flag, a file or a combination that cannot be run; the message says what and what to do."""
@@ -111,6 +117,9 @@ def real(low: float = -math.inf, high: float = math.inf, *, open_low: bool = Fal
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
+            bound = f"at most {LARGEST:g}" if abs(value) > 1 else f"0 or at least {SMALLEST:g}"
+            raise argparse.ArgumentTypeError(f"{text} cannot be computed with: its size must be {bound}")
         if value < low or value > high or (open_low and value == low) or (open_high and value == high):
             bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
             bounds += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
@@ -147,11 +156,15 @@ def duration(text: str) -> float:
 def text(value: str) -> str:
     if value.splitlines() != [value] or "\0" in value:  # every message that quotes it is one line
         raise argparse.ArgumentTypeError("it holds a line break or a NUL character" if value else "it is empty")
+    try:
+        value.encode()  # nor could a page, a tracker or a terminal be told of it
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8: give another name") from None
     return value
 
 
 def device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", value):
         raise argparse.ArgumentTypeError(f"{value!r} is not auto, cpu, cuda, cuda:N or mps")
     return value
 
@@ -225,7 +238,7 @@ class Config:
     micro_batch: int | None = option(None, "model", "at most so many samples through the model together, to save memory", whole(1), metavar="N")
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
-    epochs: int | None = option(None, "schedule", "passes over the data", whole(1), metavar="N")
+    epochs: int | None = option(None, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
     budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or samples=N", budget, metavar="WHAT=N")
     lr: float | None = option(None, "schedule", "learning rate at the start", positive, metavar="X")
     batch_size: int | None = option(None, "schedule", "batch size at the start", whole(1), names=("-b", "--batchsize"), metavar="N")
@@ -423,6 +436,12 @@ def refuse_idle(given: dict[str, Any], c: Config) -> None:
 class Parser(argparse.ArgumentParser):
     """argparse that raises instead of exiting and guesses what was meant."""
 
+    def parse_args(self, args: list[str], namespace: Any = None) -> argparse.Namespace:
+        for word in args:
+            if re.fullmatch(r"(--[^=]+=|-[^-]=?)--", word):  # argparse would give the flag an empty list
+                self.error(f"{word}: -- is no value")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> None:
         match = re.search(r"unrecognized arguments: (\S+)", message)
         if match:
@@ -436,6 +455,7 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(match[2], choices, 1)
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
             message = f"{match[1]} {match[2]}: {hint}"
+        message = re.sub(r"\S{200,}", lambda word: word[0][:100] + "…", message)
         raise ConfigError(re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message).replace("\n", " "))
 
 
@@ -474,6 +494,10 @@ def parser() -> Parser:
     )
     other.add_argument("--plan", action="store_true", help="print the schedule and its cost, touch no data")
     other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
+    other.add_argument(
+        "--doctor", action="store_true", help="say what is installed and usable here, and what is missing"
+    )
+    other.add_argument("--check-data", action="store_true", help="decode every image once and list the bad ones")
     other.add_argument("-h", "--help", action="store_true", help="this page")
     other.add_argument("--version", action="store_true", help="print the version")
     return p
@@ -485,17 +509,25 @@ class Request:
 
     given: dict[str, Any]
     plan: bool = False
+    doctor: bool = False
+    check_data: bool = False
     json: bool = False
     help: bool = False
     version: bool = False
+
+
+REQUESTS = {f.name for f in dataclasses.fields(Request)} - {"given"}  # flags that are no field of a Config
 
 
 def parse(argv: list[str]) -> Request:
     """Flags (dashes and underscores alike) over the file that --config names. Raises ConfigError."""
     p = parser()
     values = vars(p.parse_args([plain(word) for word in argv]))
-    extra = {key: values.pop(key, False) for key in ("plan", "json", "help", "version")}
+    extra = {key: values.pop(key, False) for key in REQUESTS}
     path = values.pop("config", None)
+    asked = [flag(key) for key in ("plan", "doctor", "check_data") if extra[key]]
+    if len(asked) > 1:
+        raise ConfigError(f"{asked[0]} and {asked[1]} do not go together: give one of them")
     if extra["json"] and not extra["plan"]:
         raise ConfigError("--json goes with --plan")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
@@ -513,16 +545,30 @@ def plain(word: str) -> str:
 
 
 def read_toml(p: Parser, path: str) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--config {path}: not TOML: {error}") from None
+    source = f"--config {path}"
+    table = toml_table(path, source)
     for key in table:
-        if key in ("config", "plan", "json", "help", "version", "resume"):
-            raise ConfigError(f"--config {path}: {key} belongs on the command line")
-    return from_table(p, table, f"--config {path}")
+        if key.replace("-", "_") in {"config", "resume"} | REQUESTS:
+            raise ConfigError(f"{source}: {key} belongs on the command line")
+    return from_table(p, table, source)
+
+
+def toml_table(path: str, source: str) -> dict[str, Any]:
+    """What a TOML file of flags holds. Raises ConfigError, before it reads a file that is too large to be one."""
+    try:
+        table = tomllib.loads(read_file(Path(path), LARGEST_TOML).decode())
+        str(table)  # raises ValueError for more digits than Python writes: of a hexadecimal number it reads them
+        return table
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}: give a TOML file of flags") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: not a text file: give a TOML file of flags") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{source}: not TOML of flags: it is nested too deep: write plain lines such as lr = 0.1"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: not TOML: {error}") from None
 
 
 def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
@@ -531,8 +577,12 @@ def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
     absent: list[str] = []
     for key, value in table.items():
         name = "--" + key.replace("_", "-")
+        if not re.fullmatch(
+            r"[\w-]+", key, re.ASCII
+        ):  # argparse would split "lr=1", and take "" for the end of all flags
+            raise ConfigError(f"{source}: {key[:100]!r} is no flag: --help lists them")
         if isinstance(value, dict):
-            raise ConfigError(f"{source}: [{key}] is a table: write plain lines such as lr = 0.1")
+            raise ConfigError(f"{source}: [{key[:100]}] is a table: write plain lines such as lr = 0.1")
         if isinstance(value, bool):
             (words if value else absent).append(name)
         elif isinstance(value, list):
@@ -551,17 +601,21 @@ def read_saved(folder: Path) -> Config:
     """The Config that a run folder was started with."""
     path = folder / "config.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(read_file(path).decode())
         given = {key: value for key, value in saved.items() if value is not None}
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
     filled = {*SETS["digits"].defaults, "decay_epoch"}  # by resolve(), for every data set
     lacking = sorted(filled - given.keys())
     if lacking:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
-    return Config(**from_table(parser(), given, str(path)))
+    found = from_table(parser(), given, str(path))
+    stranger = next((name for name in found if name not in FIELDS), None)
+    if stranger:
+        raise ConfigError(f"{path} is damaged, so the run cannot be identified: {stranger} is no setting of a run")
+    return Config(**found)
 
 
 def resumed(given: dict[str, Any]) -> Config:

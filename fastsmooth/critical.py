@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fastsmooth.config import LARGEST, SMALLEST
 from fastsmooth.runs import SavedRun
 from fastsmooth.schedule import Smoothing
 
@@ -188,7 +189,7 @@ def sound(run: SavedRun) -> bool:
         run.state == "done"
         and isinstance(crossings, dict)
         and all(threshold(name) and crossing(value) for name, value in crossings.items())
-        and all(isinstance(c.get(name), int) and not isinstance(c[name], bool) for name in ("batch_size", "seed"))
+        and all(isinstance(c.get(name), int) and number(c[name]) for name in ("batch_size", "seed"))
         and c["batch_size"] > 0
         and number(c.get("momentum"))
         and 0 <= c["momentum"] < 1
@@ -200,7 +201,7 @@ def sound(run: SavedRun) -> bool:
 
 def threshold(name: str) -> bool:
     try:
-        return 0 < float(name) < math.inf
+        return SMALLEST <= float(name) <= LARGEST
     except ValueError:
         return False
 
@@ -210,7 +211,8 @@ def crossing(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one that can be squared and divided by."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def mean(values: list[float]) -> float | None:

@@ -231,11 +231,14 @@ def from_timm(name: str, classes: int) -> nn.Module:
     except ImportError:
         raise ModelError(f"--model timm/{name} needs timm: pip install 'fastsmooth[timm]'") from None
     if not timm.is_model(name):
-        raise ModelError(f"--model timm/{name}: timm {timm.__version__} has no such model")
+        raise ModelError(
+            f"--model timm/{name}: timm {timm.__version__} has no such model; "
+            'list them with python -c "import timm; print(*timm.list_models())"'
+        )
     try:
         return timm.create_model(name, pretrained=False, num_classes=classes)
     except RuntimeError as error:  # the tag after the dot is unknown
-        raise ModelError(f"--model timm/{name}: {error}") from None
+        raise ModelError(f"--model timm/{name}: {error} Leave out what follows the dot") from None
 
 
 def replace_batchnorm(model: nn.Module) -> int:

@@ -402,7 +402,7 @@ def critical(run: Run) -> None:
         if not full:
             run.record.observe(run.step.grad_norm(), update)
         if update % c.log_every == 0:
-            run.enough = all(run.record.crossings())
+            run.enough = run.ranks.from_leader(all(run.record.crossings()))
     report_crossings(run, per_epoch, every)
 
 

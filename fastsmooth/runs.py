@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 LARGEST = 1 << 30  # bytes of a file that is read
+LONGEST = 1 << 24  # bytes of a row that is read
 
 
 class RunError(ValueError):
@@ -59,7 +62,13 @@ def read_run(path: Path) -> SavedRun:
         if value is None and (path / f"{name}.json").exists():
             damaged.append(f"{name}.json")
         found[name] = value or {}
-    rows, torn, not_finite = read_rows(path / "metrics.jsonl")
+    try:
+        rows, torn, not_finite = read_rows(path / "metrics.jsonl")
+    except FileNotFoundError:
+        rows, torn, not_finite = [], 0, 0
+    except OSError:
+        rows, torn, not_finite = [], 0, 0
+        damaged.append("metrics.jsonl")
     return SavedRun(path, config, **found, rows=rows, torn=torn, not_finite=not_finite, damaged=tuple(damaged))
 
 
@@ -67,7 +76,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run folders among and below `paths`, each once, sorted within each path. Raises RunError where one has none."""
     found: dict[Path, None] = {}
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # that of Path raises what a name that is too long meets
             raise RunError(f"{path}: no such folder: name run folders, or folders that hold them")
         inside = sorted(Path(base) for base, _, files in os.walk(path) if "config.json" in files)
         if not inside:
@@ -81,34 +90,52 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, its NaNs and infinities as None; None where there is none that can be read."""
     try:
-        if path.stat().st_size > LARGEST:
-            return None
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_file(path).decode())
+        return finite(value)[0] if isinstance(value, dict) else None
     except (OSError, ValueError, RecursionError):
         return None
-    return finite(value)[0] if isinstance(value, dict) else None
+
+
+def read_file(path: Path, most: float = LARGEST) -> bytes:
+    """The bytes of a file. Raises OSError for what is none, as a pipe may keep its reader waiting for ever, and for over `most`."""
+    if size_of(path) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most / (1 << 20):.0f} MB", str(path))
+    return path.read_bytes()
+
+
+def size_of(path: Path | str) -> int:
+    """The bytes of a file. Raises OSError where the path leads to a pipe, a socket or a device."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # opening a folder says so itself
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
+    return found.st_size
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int, int]:
-    """(rows, lines that are no JSON object, rows with values that are not finite) of a metrics.jsonl."""
+    """(rows, lines that are no JSON object, rows with values that are not finite) of a metrics.jsonl. Raises OSError."""
     rows, torn, not_finite = [], 0, 0
-    try:
-        file = path.open("rb")
-    except OSError:
-        return [], 0, 0
-    with file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                torn += bool(line.strip())
-                continue
-            row, whole = finite(row)
-            not_finite += not whole
-            rows.append(row)
+    for line in lines_of(path):
+        try:
+            row = json.loads(line)
+            row, whole = finite(row) if isinstance(row, dict) else (None, True)
+        except (ValueError, RecursionError):
+            row, whole = None, True
+        if row is None:
+            torn += bool(line.strip())
+            continue
+        not_finite += not whole
+        rows.append(row)
     return rows, torn, not_finite
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than LONGEST the beginning alone."""
+    size_of(path)
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST):
+            yield line
+            while line and len(line) == LONGEST and not line.endswith(b"\n"):
+                line = file.readline(LONGEST)
 
 
 def finite(value: Any) -> tuple[Any, bool]:

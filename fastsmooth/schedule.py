@@ -16,6 +16,7 @@ INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and
 HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same factor of delta
 
 # Published growth of the batch by its size at the start: b (201/2)^(0.9 balance) is near 8192 for all.
+MOST = 2**62  # a batch that no data set can fill
 BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 512: 2 / 3, 1024: 0.5}
 
 
@@ -122,8 +123,9 @@ class Schedule:
         worst, ratio = None, 1.02
         for epoch, point in enumerate(self.points()):
             goal = self.target(epoch) if self.method in SOLVED else self.stepped_target(epoch)
-            if self.delta(point) > ratio * goal:
-                worst, ratio = (epoch, goal, self.delta(point)), self.delta(point) / goal
+            reached = self.delta(point)
+            if reached > ratio * goal:
+                worst, ratio = (epoch, goal, reached), reached / goal if goal else math.inf
         return worst
 
     def stepped_target(self, epoch: int) -> float:
@@ -154,12 +156,19 @@ def step_lr(s: Schedule, epoch: int) -> Point:
 
 
 def step_batch(s: Schedule, epoch: int) -> Point:
-    return Point(s.start.lr, s.start.batch_size * 2 ** s.batch_steps_taken(epoch), s.start.momentum)
+    return Point(s.start.lr, grown(s.start.batch_size, 2, s.batch_steps_taken(epoch)), s.start.momentum)
 
 
 def hybrid(s: Schedule, epoch: int) -> Point:
-    batch = int(s.start.batch_size * 1.5 ** s.batch_steps_taken(epoch))
+    batch = grown(s.start.batch_size, 1.5, s.batch_steps_taken(epoch))
     return Point(s.start.lr * HYBRID_LR ** s.steps_taken(epoch), batch, s.start.momentum)
+
+
+def grown(batch_size: int, factor: float, power: float) -> int:
+    """batch_size factor^power, rounded down, where that is no more than MOST."""
+    if power * math.log(factor) > math.log(MOST / batch_size):
+        return MOST
+    return int(batch_size * factor**power)
 
 
 def poly(s: Schedule, epoch: int) -> Point:
@@ -192,8 +201,8 @@ def lr_batch(s: Schedule, epoch: int) -> Point:
 
 def grown_batch(s: Schedule, epoch: int) -> int:
     """b (M / (M - e))^(power balance), as the whole number that the loader serves."""
-    grown = int(s.start.batch_size * s.remaining(epoch) ** (-s.power * balance(s.start.batch_size)))
-    return grown if s.largest_batch is None else min(grown, s.largest_batch)
+    batch = grown(s.start.batch_size, s.remaining(epoch), -s.power * balance(s.start.batch_size))
+    return batch if s.largest_batch is None else min(batch, s.largest_batch)
 
 
 def balance(batch_size: int) -> float:

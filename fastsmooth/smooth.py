@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 
 from fastsmooth import config as configs
 from fastsmooth.config import ConfigError
+from fastsmooth.log import RunFolderError, refusing
 
 DONE, BAD_INPUT, CANNOT_WRITE, INTERRUPTED = 0, 2, 74, 130
 FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
@@ -488,11 +489,12 @@ def main(argv: list[str] | None = None) -> int:
             print(parser().format_help(), end="")
             return DONE
         require_matplotlib()
-        request.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now
+        with refusing(request.out):  # a folder that cannot be written fails now
+            request.out.mkdir(parents=True, exist_ok=True)
         check_unused(request.out)
         run(request, shlex.join(["python", "-m", "fastsmooth.smooth", *argv]))
         return DONE
-    except ConfigError as error:
+    except (ConfigError, RunFolderError) as error:
         say(error)
         return BAD_INPUT
     except OSError as error:

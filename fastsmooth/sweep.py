@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ from typing import Any
 from fastsmooth import config as configs
 from fastsmooth import critical
 from fastsmooth.config import FIELDS, ConfigError, flag
-from fastsmooth.log import RunFolderError, lock, read_status, refusing
-from fastsmooth.runs import RunError, SavedRun, read_run
+from fastsmooth.log import RunFolderError, lock, processors, read_status, refusing
+from fastsmooth.runs import RunError, SavedRun, read_file, read_run, size_of
 
 DONE, SOME_FAILED, BAD_INPUT, CANNOT_WRITE, PREEMPTED = 0, 1, 2, 74, 75
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself
@@ -105,7 +104,7 @@ def parser() -> configs.Parser:
     )
     for action in list(p._actions):
         name = action.dest
-        if name in OWN or name in ("plan", "json", "version", "help"):
+        if name in OWN or name in configs.REQUESTS:
             p._remove_action(action)
             for option in action.option_strings:
                 p._option_string_actions.pop(option)
@@ -154,16 +153,16 @@ def expanded(words: Iterable[str]) -> list[str]:
 
 
 def values_of(word: str) -> list[str]:
-    found = re.fullmatch(r"(?:(--?[\w-]+)=)?([\d.e-]+?)\.\.([\d.e-]+)([x+])([\d.e-]+)", word)
-    if not found:
+    found = re.fullmatch(r"(?:(--?[\w-]+)=)?([\d.e-]+?)\.\.([\d.e-]+)([x+])([\d.e-]+)", word[:200])
+    if not found or len(word) > 200:  # of which the expression would try every beginning
         return [word]
     name, *numbers = found.groups()
     try:
         first, last, by = float(numbers[0]), float(numbers[1]), float(numbers[3])
     except ValueError:
         return [word]
-    grows = by > 1 if numbers[2] == "x" else by > 0
-    if not (0 <= first <= last < math.inf and grows and (numbers[2] == "+" or first > 0)):
+    grows = 1 < by <= configs.LARGEST if numbers[2] == "x" else by > 0
+    if not (0 <= first <= last <= configs.LARGEST and grows and (numbers[2] == "+" or first > 0)):
         raise ConfigError(f"{word} is not a range: write FIRST..LASTxFACTOR or FIRST..LAST+STEP, as in 8..1024x2")
     values = []
     for k in range(MOST_RUNS):
@@ -243,12 +242,7 @@ def words(given: dict[str, Any]) -> Iterator[str]:
 def read_grid(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(what all runs share, the tables that are added up) of a TOML file, as the parser has them."""
     source = f"--grid {path}"
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source}: not TOML: {error}") from None
+    table = configs.toml_table(path, source)
     tables = table.pop("grid", [{}])
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise ConfigError(f"{source}: write [[grid]] above each set of flags")
@@ -257,13 +251,16 @@ def read_grid(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
-    long = {
-        key: expanded(map(str, v if isinstance(v, list) else [v]))
-        for key, v in table.items()
-        if not isinstance(v, bool | dict)
-    }
+    try:
+        long = {
+            key: expanded(map(str, v if isinstance(v, list) else [v]))
+            for key, v in table.items()
+            if not isinstance(v, bool | dict)
+        }
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     found = configs.from_table(parser(), table | long, source)
-    stranger = next((name for name in found if name not in FIELDS), None)
+    stranger = next((name for name in found if name not in FIELDS or name == "out"), None)
     if stranger:
         raise ConfigError(f"{source}: {stranger} belongs on the command line")
     return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
@@ -281,12 +278,26 @@ def print_plan(runs: list[Planned]) -> None:
 def read_sweep(out: Path) -> list[Planned]:
     path = out / "sweep.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return [Planned(run["name"], tuple(run["flags"]), run["differs"]) for run in saved["runs"]]
+        saved = json.loads(read_file(path).decode())
+        return [planned(run["name"], run["flags"], run["differs"]) for run in saved["runs"]]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give the flags of the runs") from None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ConfigError(f"{path} is damaged: give the flags of the sweep again, or another --out") from None
+
+
+def planned(name: Any, flags: Any, differs: Any) -> Planned:
+    """A run as sweep.json has it. Raises ValueError for what no sweep has written: the name becomes a folder that may be removed."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.=+-]{1,150}", name) or name in (".", ".."):
+        raise ValueError(f"{name!r} is not the name of a run")
+    if not isinstance(flags, list) or not all(isinstance(word, str) and "\0" not in word for word in flags):
+        raise ValueError(f"the flags of {name} are not words")
+    "".join(
+        (*flags, json.dumps(differs, ensure_ascii=False))
+    ).encode()  # or it raises, as a command line and print would
+    if not isinstance(differs, dict) or not differs.keys() <= FIELDS.keys():
+        raise ValueError(f"{name} differs from the others in what is no flag")
+    return Planned(name, tuple(flags), differs)
 
 
 def write_sweep(out: Path, runs: list[Planned]) -> None:
@@ -454,10 +465,6 @@ def unfinished(out: Path, run: Planned) -> bool:
     return read_status(out / run.name).get("state") not in ("done", "diverged")
 
 
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may be set to for one GPU each; the driver knows, without torch."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -569,16 +576,17 @@ class Table:
 def described(folder: Path) -> str:
     """The state of a run that was begun, with its last epoch."""
     status = read_status(folder)
-    state = status.get("state", NO_START)
+    state = str(status.get("state", NO_START))
     row = last_epoch(folder)
-    if row:
-        state += f", epoch {row.get('epoch', 0) + 1}, test acc {percent(row.get('test_acc'))}"
+    if isinstance(row.get("epoch"), int):
+        state += f", epoch {row['epoch'] + 1}, test acc {percent(row.get('test_acc'))}"
     return state + (f" ({status['reason']})" if status.get("reason") else "")
 
 
 def last_epoch(folder: Path) -> dict[str, Any]:
     """The last epoch's row, looked for in the end of metrics.jsonl."""
     try:
+        size_of(folder / "metrics.jsonl")
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
             lines = file.read().splitlines()
@@ -588,7 +596,7 @@ def last_epoch(folder: Path) -> dict[str, Any]:
         if line.startswith(b'{"kind": "epoch"'):
             try:
                 return json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return {}
 
@@ -648,12 +656,25 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
     for curve in curves:
         entry = curve.to_json() | {"c2_sampled": None, "c2_sampled_se": None}
         if id(curve) in names and read_status(folder / names[id(curve)]).get("state") == "done":
-            point = read_run(folder / names[id(curve)]).noise["points"][-1]
-            entry |= {"c2_sampled": point["c2_sampled"], "c2_sampled_se": point["c2_sampled_se"]}
-            entry |= {"sampled_step": point["step"], "sampled_batch_size": point["batch_size"]}
+            entry |= sampled_point(read_run(folder / names[id(curve)]))
         entries.append(entry)
         print_curve(curve, entry)
     write_json(out / "critical.json", {"curves": entries})
+
+
+def sampled_point(run: SavedRun) -> dict[str, Any]:
+    """What a sampling run adds to the entry of a curve; nothing, with a warning, where its noise.json does not say it."""
+    try:
+        point = run.noise["points"][-1]
+        found = {"c2_sampled": point["c2_sampled"], "c2_sampled_se": point["c2_sampled_se"]}
+        found |= {"sampled_step": point["step"], "sampled_batch_size": point["batch_size"]}
+    except (KeyError, IndexError, TypeError):
+        found = {"c2_sampled": None}
+    if all(critical.number(value) for value in found.values()):
+        return found
+    file = run.path / "noise.json"
+    print(f"fastsmooth: warning: {file} is damaged: remove its folder, and the noise is sampled again", file=sys.stderr)
+    return {}
 
 
 def sampling_runs(curves: list[critical.Analysis], found: list[SavedRun]) -> list[tuple[critical.Analysis, Planned]]:
@@ -694,7 +715,8 @@ def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
     sampled = entry["c2_sampled"]
     print(
         f"{about}: b* {curve.best} (N within {critical.FLAT:.0%} from {low} to {high}{edge}), "
-        f"c2_critical {curve.c2_critical:.4g} ({curve.c2_range[0]:.4g} to {curve.c2_range[1]:.4g}), k2 {curve.k2:.4g}"
+        f"c2_critical {curve.c2_critical:.4g} ({curve.c2_range[0]:.4g} to {curve.c2_range[1]:.4g})"
+        + (f", k2 {curve.k2:.4g}" if curve.k2 is not None else "")
         + (f", c2_sampled {sampled:.4g} +- {entry['c2_sampled_se']:.2g}" if sampled is not None else "")
     )
 

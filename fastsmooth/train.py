@@ -184,7 +184,7 @@ def run(c: Config) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         import torch  # after the flags are known to be right: it takes seconds
-    except ImportError as error:
+    except Exception as error:  # a library of another version raises OSError
         return refuse(ConfigError(f"PyTorch cannot be imported ({error}): pip install torch torchvision"))
     from fastsmooth.checkpoint import CheckpointError
     from fastsmooth.data import DataError
@@ -280,10 +280,14 @@ def conclude(ended: Ending, live, ranks) -> None:
         print(f"fastsmooth: {ended.line}", file=sys.stderr, flush=True)
 
 
+# PyTorch's words where memory ran out but the error is of no kind of its own; the second are oneDNN's, for a convolution
+NO_MEMORY = ("can't allocate memory", "could not create a primitive", "bad alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(error: Exception, live, c: Config, torch) -> str | None:
     """What to do about memory that ran out; None for another error."""
     gpu = isinstance(error, torch.OutOfMemoryError)
-    if not (gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+    if not (gpu or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)):
         return None
     batch = live.schedule(live.epoch).batch_size if live is not None else c.batch_size
     where = "on the GPU" if gpu else "in main memory"
@@ -331,6 +335,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model).to(device)
+    check_alike(images, model, ranks)
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
@@ -498,6 +503,18 @@ def check_steps(c: Config, schedule: Schedule, n: int) -> None:
         )
     if c.mode == "sampling" and c.batch_size == n:
         raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
+
+
+def check_alike(images, model, ranks) -> None:
+    """Refuse processes that see other images or begin with another model, as two machines may."""
+    weights = sum(p.detach().cpu().double().sum().item() for p in model.parameters())
+    for what, values in (("images", ranks.gather(images.fingerprint)), ("model", ranks.gather(weights))):
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ConfigError(
+                f"process {other} has other {what} than process 0: give all machines the same data and the same versions of "
+                "PyTorch and fastsmooth"
+            )
 
 
 def try_model(model, images, torch) -> None:

@@ -64,7 +64,10 @@ def build() -> Path:
     cxx = compiler()
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has no OpenMP: one thread there
     key = "\n".join([SOURCE.read_text(), *FLAGS, *threads, run([cxx, "--version"]), processor()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
+    except RuntimeError:
+        raise BuildError("no home directory to keep it in: name a folder in XDG_CACHE_HOME") from None
     target = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if target.is_file():
         return target

@@ -31,6 +31,8 @@ ALLOWED = {
     "track": {"measure", "persample", "estimators", "schedule", "ranks"},
     "tails": {"kernels", "estimators"},
     "ranks": set(),
+    "doctor": {"config", "kernels", "log"},
+    "check_data": {"config", "data", "log"},
     "syncnorm": {"ranks", "kernels"},
     "step": {"optim", "measure", "kernels", "ranks", "syncnorm"},
     "modes": {

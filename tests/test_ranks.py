@@ -334,6 +334,30 @@ def test_a_folder_that_only_the_first_process_finds_used_is_refused_by_all(tmp_p
     assert "exists" in line
 
 
+def see_other_images() -> None:
+    """The second process has the digits in another order."""
+    import dataclasses
+    import os
+
+    from fastsmooth import data
+
+    read = data.READERS["digits"]
+
+    def reversed_digits(config):
+        images = read(config)
+        train = dataclasses.replace(images.train, labels=images.train.labels[::-1].copy())
+        return dataclasses.replace(images, train=train)
+
+    if os.environ["RANK"] == "1":
+        data.READERS["digits"] = reversed_digits
+
+
+def test_processes_that_see_other_images_are_refused(tmp_path):
+    assert codes(start_ranks(["--epochs", "1"], tmp_path / "run", 2, see_other_images), 60) == [2, 2]
+    (line,) = logs(tmp_path / "run").splitlines()
+    assert "process 1 has other images" in line and not (tmp_path / "run").exists()
+
+
 def test_torchrun_does_it(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fastsmooth.train"]
     done = subprocess.run([*command, "--epochs", "1", "--out", str(tmp_path / "run")], capture_output=True, text=True)

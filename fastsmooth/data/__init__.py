@@ -24,7 +24,7 @@ MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident 
 CHUNK_OF_PIXELS = {"cuda": 2048}  # elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory
 CHUNK_OF_FILES = {"cuda": 128}  # the fastest on an H100 (benchmarks/gpu_decode.py); elsewhere 64, which is soon there
 
-__all__ = ["Data", "DataError", "Stream", "open_data"]
+__all__ = ["Data", "DataError", "Stream", "open_data", "read_set"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,7 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print, 
     """
     if config.loader == "dali":
         dali.require()
-    try:
-        images = READERS[config.dataset](config)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise DataError(f"--data-dir {config.data_dir}: {error.strerror or error}{where}") from None
+    images = read_set(config)
     bad = BadImages(config.on_bad_image, say)
     name, why = choose(config, images, device, sharing)
     threads = max(processors() // sharing, 1) if config.workers is None else config.workers
@@ -73,6 +69,17 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = print, 
     if name != "resident":
         choice += f", {threads} {'process' if name == 'torch' else 'thread'}{'s' * (threads != 1)}, chunks of {chunk}"
     return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), choice, bad)
+
+
+def read_set(config) -> ImageSet:
+    """The data set of `config` (a resolved fastsmooth.config.Config). Raises DataError."""
+    try:
+        return READERS[config.dataset](config)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise DataError(
+            f"--data-dir {config.data_dir}: {error.strerror or error}{where}: repair that, or give another --data-dir"
+        ) from None
 
 
 def choose(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[str, str]:

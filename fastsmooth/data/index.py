@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastsmooth.data.sets import DataError, open_image
+from fastsmooth.data.sets import DataError, open_image, opened
 
 VERSION = 1  # of the cache: another one whenever its fields change, or the meaning of plain
 # plain is a byte, since a bool that another program stored as 2 is not safe to compute with
@@ -48,7 +48,7 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
     """
     names = relative(paths, root)
     table = np.zeros(len(paths), RECORD)
-    for part, stats in in_threads(stat, paths, "looking for changed image files", say):
+    for part, stats in in_threads(stat, paths, "looking for changed image files", say, THREADS, CHUNK):
         table["size"][part], table["mtime"][part] = zip(*stats, strict=True)
 
     kept_names, kept = load(root)
@@ -60,9 +60,10 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
 
     unknown, bad = np.flatnonzero(~known), {}
     if len(unknown):
-        Image.preinit()  # so that JPEG and PNG are tried first
-        Image.init()  # all formats, now: threads that load them at the same time may miss one
-    for part, headers in in_threads(header, [paths[i] for i in unknown.tolist()], "reading image headers", say):
+        load_formats()
+    for part, headers in in_threads(
+        header, [paths[i] for i in unknown.tolist()], "reading image headers", say, THREADS, CHUNK
+    ):
         rows = unknown[part]
         table["width"][rows], table["height"][rows], table["plain"][rows], wrong = zip(*headers, strict=True)
         bad.update((i, line) for i, line in zip(rows.tolist(), wrong, strict=True) if line)
@@ -71,17 +72,28 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
     return Index(*(table[field].copy() for field in ("width", "height", "size")), table["plain"] != 0, bad)
 
 
-def in_threads(work: Callable, paths: Sequence[str], what: str, say) -> Iterator[tuple[slice, list]]:
+def load_formats() -> None:
+    """Make PIL ready for threads that open images."""
+    Image.preinit()  # so that JPEG and PNG are tried first
+    Image.init()  # all formats, now: threads that load them at the same time may miss one
+
+
+def in_threads(
+    work: Callable, paths: Sequence[str], what: str, say, threads: int, chunk: int
+) -> Iterator[tuple[slice, list]]:
     """Slices of `paths`, in order, each with what `work` says of its paths."""
     due = time.monotonic() + 2
-    starts = range(0, len(paths), CHUNK)
-    with ThreadPoolExecutor(THREADS) as pool:
-        chunks = pool.map(lambda start: list(map(work, paths[start : start + CHUNK])), starts)
-        for start, results in zip(starts, chunks, strict=True):
-            yield slice(start, start + CHUNK), results
-            if say and time.monotonic() > due:
-                say(f"{what}: {100 * (start + len(results)) // len(paths)} %")
-                due = time.monotonic() + 10
+    starts = range(0, len(paths), chunk)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            chunks = pool.map(lambda start: list(map(work, paths[start : start + chunk])), starts)
+            for start, results in zip(starts, chunks, strict=True):
+                yield slice(start, start + chunk), results
+                if say and time.monotonic() > due:
+                    say(f"{what}: {100 * (start + len(results)) // len(paths)} %")
+                    due = time.monotonic() + 10
+        finally:  # whoever looks no further waits for no more than what is being done
+            pool.shutdown(cancel_futures=True)
 
 
 def stat(path: str) -> tuple[int, int]:
@@ -95,9 +107,8 @@ def stat(path: str) -> tuple[int, int]:
 
 def header(path: str) -> tuple[int, int, bool, str]:
     """Width and height in pixels, whether the file is plain, and what is wrong with it: nothing, or one line."""
-    with suppress(Exception), Image.open(path) as image:  # open_image finds the words for whatever is raised
-        if image.width * image.height <= Image.MAX_IMAGE_PIXELS:
-            return *image.size, is_plain(image), ""
+    with suppress(Exception), opened(path) as image:  # open_image finds the words for whatever is raised
+        return *image.size, is_plain(image), ""
     try:
         open_image(path)
         raise DataError(f"{path}: it changed while it was read: start again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
@@ -13,16 +14,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastsmooth.runs import size_of
+
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-# open_image refuses such images itself; catch_warnings would not do, as threads share the list of filters
+LONGEST = 4000  # times its width: what a height may be, since a row of pixels grows thick when it is resized
+# opened refuses such images itself; catch_warnings would not do, as threads share the list of filters
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class DataError(ValueError):
     """Images that are missing or cannot be read; the message, one line, names the file and says what to do."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, reason: str = ""):
         super().__init__(" ".join(message.splitlines()))  # file names and servers may hold line breaks
+        self.reason = reason  # of an image file: what is wrong with it, without its name
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def scan(directory: Path, classes: tuple[str, ...]) -> Split:
     for label, name in enumerate(classes):
         inside = [
             os.path.join(base, file)
-            for base, _, files in os.walk(directory / name)
+            for base, _, files in os.walk(directory / name, onerror=refuse)
             for file in files
             if os.path.splitext(file)[1].lower() in EXTENSIONS
         ]
@@ -137,20 +142,39 @@ def scan(directory: Path, classes: tuple[str, ...]) -> Split:
     return Split(np.array(labels, dtype=np.int64), paths=tuple(paths))
 
 
+def refuse(error: OSError) -> None:
+    """A folder that cannot be read is no empty one."""
+    raise error
+
+
 def open_image(path: str) -> Image.Image:
     """The image as RGB. Raises DataError that names the file, also for decompression bombs."""
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
+        with opened(path) as file:
             return file.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"{path}: the image is too large to decode safely: remove it or make it smaller") from None
+        reason = "the image is too large to decode safely"
+        raise DataError(f"{path}: {reason}: remove it or make it smaller", reason) from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not an image that can be read: remove it") from None
+        reason = "not an image that can be read"
+        raise DataError(f"{path}: {reason}: remove it", reason) from None
     except Exception as error:  # a damaged file may raise anything: Pillow's decoders do not agree on a type
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"{path}: {reason}: remove or replace it") from None
+        raise DataError(f"{path}: {reason}: remove or replace it", reason) from None
+
+
+def opened(path: str) -> Image.Image:
+    """The image with its header read. Raises whatever open_image has words for."""
+    size_of(path)
+    file = Image.open(path)
+    with contextlib.ExitStack() as wrong:
+        wrong.callback(file.close)
+        if file.width * file.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        if max(file.size) > LONGEST * min(file.size):
+            raise ValueError(f"it is {file.width} x {file.height} pixels, one side over {LONGEST} times the other")
+        wrong.pop_all()
+    return file
 
 
 def decode_all(

@@ -1,4 +1,4 @@
-"""JPEG and PNG files by torchvision's decoders in a pool of threads: ImageNet without DALI."""
+"""JPEG files by torchvision's decoder, others by PIL, in a pool of threads: ImageNet without DALI."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastsmooth.data.augment import View
 from fastsmooth.data.chunks import Chunk, Job
 from fastsmooth.data.source import Source
 
+JPEG = b"\xff\xd8\xff"  # how they begin
 AT_ONCE = 2  # chunks in the pool's hands: one being made, one for the threads that are done with it
 
 
@@ -76,10 +77,13 @@ class ThreadsEngine:
         to[...] = self.source.by_pil(i, view) if pixels is None else pixels
 
     def _fast(self, path: str, view: View) -> np.ndarray | None:
-        """The view by torchvision's decoder; None for a file that it refuses: PIL reads that, or finds the words."""
+        """The view by torchvision's decoder; None for a file that it is not to read: PIL does, or finds the words."""
         (top, left, height, width), scaled, (down, right) = view
         try:
-            image = decode_image(torch.from_numpy(np.fromfile(path, dtype=np.uint8)), ImageReadMode.RGB)
+            encoded = np.fromfile(path, dtype=np.uint8)
+            if encoded[: len(JPEG)].tobytes() != JPEG:  # a damaged PNG would end the process (torchvision 0.29.1)
+                return None
+            image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
         except (RuntimeError, OSError):
             return None
         image = image[None, :, top : top + height, left : left + width]

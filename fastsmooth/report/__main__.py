@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from fastsmooth import config as configs
 from fastsmooth.log import RunFolderError, refusing
 from fastsmooth.report import page, pdf, svg
 from fastsmooth.report.chart import draw
@@ -14,8 +14,8 @@ from fastsmooth.runs import RunError, find_runs, read_run
 DONE, BAD_INPUT, CANNOT_WRITE = 0, 2, 74
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting."""
+class Parser(configs.Parser):
+    """That of train, with errors of its own."""
 
     def error(self, message: str) -> None:
         raise RunError(f"{message}: --help says how")
@@ -31,8 +31,8 @@ def parser() -> Parser:
     p.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
-        default=Path(),
+        type=configs.text,
+        default=".",
         help="where report.html and figures/ (SVG, PDF) are written; by default here",
     )
     return p
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         asked = parser().parse_args(sys.argv[1:] if argv is None else argv)
         runs = [read_run(path) for path in find_runs(asked.runs)]
-        parts = page.sections(runs)
-        with refusing(asked.out):
-            write(asked.out, page.html(runs, parts), [f for part in parts for f in part.figures], len(runs))
+        parts, out = page.sections(runs), Path(asked.out)
+        with refusing(out):
+            write(out, page.html(runs, parts), [f for part in parts for f in part.figures], len(runs))
         return DONE
     except (RunError, RunFolderError) as error:
         print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr)

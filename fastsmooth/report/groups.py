@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.config import FIELDS
-from fastsmooth.critical import NO_RESULT, deviation, mean
+from fastsmooth.config import FIELDS, SMALLEST
+from fastsmooth.critical import NO_RESULT, deviation, mean, number
 from fastsmooth.runs import SavedRun
 from fastsmooth.schedule import METHODS
 
@@ -33,13 +33,10 @@ LONGEST = 48  # characters of a value that are shown
 
 
 def real(value: Any) -> float | None:
-    """A finite float, or None for anything else that a file may hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A float that axes can be made of, or None for anything else that a file may hold."""
+    if not number(value):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) >= SMALLEST else 0.0
 
 
 @dataclass(frozen=True)
