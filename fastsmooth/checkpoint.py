@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastsmooth.runs import read_file, size_of
+from fastsmooth.files import read_file, size_of
 
 KEEP = 2  # the newest and, should that be damaged, the one before
 

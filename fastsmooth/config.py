@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.runs import read_file
+from fastsmooth.files import read_file
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
-LARGEST_TOML = 1 << 20  # bytes
+LARGEST_TOML = 1 << 16  # bytes
+MOST_DOTS = 3000  # in a line of it: the time that a key takes grows with the square of its dots
 SMALLEST, LARGEST = 1e-100, 1e100  # numbers whose squares and quotients are numbers
 
 
@@ -556,7 +557,10 @@ def read_toml(p: Parser, path: str) -> dict[str, Any]:
 def toml_table(path: str, source: str) -> dict[str, Any]:
     """What a TOML file of flags holds. Raises ConfigError, before it reads a file that is too large to be one."""
     try:
-        table = tomllib.loads(read_file(Path(path), LARGEST_TOML).decode())
+        content = read_file(Path(path), LARGEST_TOML).decode()
+        if any(line.count(".") > MOST_DOTS for line in content.splitlines()):
+            raise RecursionError
+        table = tomllib.loads(content)
         str(table)  # raises ValueError for more digits than Python writes: of a hexadecimal number it reads them
         return table
     except OSError as error:

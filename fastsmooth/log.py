@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.runs import read_object, size_of
+from fastsmooth.files import read_object, size_of
 
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}

@@ -79,6 +79,18 @@ class Meter:
         self.count = state["count"]
 
 
+def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
+    """Raises ValueError where what a checkpoint says of its place in the run is nothing that a run has saved."""
+    most = {"epoch": epochs, "update": math.inf, "samples": math.inf}
+    places = [(name, state[name], limit) for name, limit in most.items()]
+    places += [(name, state["data"][name], limit) for name, limit in (("epoch", epochs), ("cursor", images))]
+    for name, value, limit in places:
+        if type(value) is not int or not 0 <= value <= limit:
+            raise ValueError(f"its {name} is {value!r}")
+    if not isinstance(state["best_test_acc"], float | None) or not isinstance(state["last_epoch"], dict):
+        raise ValueError("its last epoch is none")
+
+
 @dataclass
 class Run:
     """The parts of a run, and where it stands: everything below `epoch` is in its checkpoints."""
@@ -280,6 +292,7 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved. Raises DataError where that was with other images."""
+        check_standing(state, len(self.data.train), self.schedule.epochs)
         self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import math
 import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LARGEST = 1 << 30  # bytes of a file that is read
-LONGEST = 1 << 24  # bytes of a row that is read
+from fastsmooth.files import finite, lines_of, read_object
 
 
 class RunError(ValueError):
@@ -87,30 +83,6 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, its NaNs and infinities as None; None where there is none that can be read."""
-    try:
-        value = json.loads(read_file(path).decode())
-        return finite(value)[0] if isinstance(value, dict) else None
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def read_file(path: Path, most: float = LARGEST) -> bytes:
-    """The bytes of a file. Raises OSError for what is none, as a pipe may keep its reader waiting for ever, and for over `most`."""
-    if size_of(path) > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most / (1 << 20):.0f} MB", str(path))
-    return path.read_bytes()
-
-
-def size_of(path: Path | str) -> int:
-    """The bytes of a file. Raises OSError where the path leads to a pipe, a socket or a device."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # opening a folder says so itself
-        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
-    return found.st_size
-
-
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int, int]:
     """(rows, lines that are no JSON object, rows with values that are not finite) of a metrics.jsonl. Raises OSError."""
     rows, torn, not_finite = [], 0, 0
@@ -126,26 +98,3 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int, int]:
         not_finite += not whole
         rows.append(row)
     return rows, torn, not_finite
-
-
-def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a file; of one that is longer than LONGEST the beginning alone."""
-    size_of(path)
-    with path.open("rb") as file:
-        while line := file.readline(LONGEST):
-            yield line
-            while line and len(line) == LONGEST and not line.endswith(b"\n"):
-                line = file.readline(LONGEST)
-
-
-def finite(value: Any) -> tuple[Any, bool]:
-    """The value with None for what is not finite, and whether nothing was replaced."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None, False
-    if isinstance(value, dict):
-        pairs = {key: finite(v) for key, v in value.items()}
-        return {key: v for key, (v, _) in pairs.items()}, all(whole for _, whole in pairs.values())
-    if isinstance(value, list):
-        items = [finite(v) for v in value]
-        return [v for v, _ in items], all(whole for _, whole in items)
-    return value, True

@@ -32,10 +32,10 @@ from fastsmooth.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.data.order import in_order
 from fastsmooth.estimators import Estimate
+from fastsmooth.files import read_object
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, RunFolderError, finite, one_line
 from fastsmooth.measure import undisturbed
-from fastsmooth.runs import read_object
 
 DONE, BAD_INPUT, CANNOT_WRITE, INTERRUPTED = 0, 2, 74, 130
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
@@ -535,7 +535,8 @@ def load(path: Path, c: Config, images: data.Data, device: torch.device) -> tupl
         standing(state)
     except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
-            f"{path}: its checkpoint is not of {c.model} with {images.classes} classes: {one_line(error)[:200]}"
+            f"{path}: its checkpoint is not of {c.model} with {images.classes} classes: {one_line(error)[:200]}: "
+            "start a new run"
         ) from None
     if not same_images:
         raise data.DataError(f"{path}: the images in {c.data_dir} are not those it was trained on: give --data-dir")

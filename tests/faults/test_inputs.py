@@ -317,7 +317,7 @@ TOML = {
     "a word that is cut": ('model = "resnet', ["not TOML"]),
     "a bad escape": ('model = "\\ud800"', ["not TOML"]),
     "nested 5,000 deep": ("lr = " + "[" * 5000, ["nested too deep", "lr = 0.1"]),
-    "over a megabyte": ("#" * (1 << 20) + "\nlr = 1", ["larger than 1 MB", "give a TOML file"]),
+    "over 64 kilobytes": ("#" * (1 << 16) + "\nlr = 1", ["larger than 64 kB", "give a TOML file"]),
     "control characters": ("lr = 1\x00", ["not TOML"]),
 }
 OF_TRAIN = {
