@@ -35,6 +35,7 @@ from benchmarks.originals import CIFAR100_MEAN, CIFAR100_STD, Originals
 from benchmarks.timing import Measured, Variant
 from fastsmooth import config as configs
 from fastsmooth import data, models
+from fastsmooth.checkpoint import Checkpoints
 from fastsmooth.clock import Clock
 from fastsmooth.data.sets import DataError, ImageSet, Split, decode_all
 from fastsmooth.data.source import BadImages
@@ -188,7 +189,8 @@ class Ours:
         folder = RunFolder.create(out, c.to_json(), environment())
         tracker = Tracker(c.to_json(), out, warn)
         progress = Progress(c.epochs, len(images.train), c.epochs * len(images.train), 0, "this CPU")
-        return Run(c, schedule, images, model, step, device, folder, None, tracker, Clock(), progress)
+        checkpoints = Checkpoints(out / "checkpoints", warn)
+        return Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(), progress)
 
     def __call__(self) -> None:
         began = time.perf_counter()

@@ -1,11 +1,11 @@
 """How the tests run, what they share, and their real images: archives that lie beside the checkout, extracted once a session."""
 
 import os
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from archives import extracted
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as fastsmooth.train does before it imports torch
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -34,19 +34,6 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
-
-
-ARCHIVES = Path(__file__).parents[2] / "shared" / "data"
-
-
-def extracted(name: str, factory: pytest.TempPathFactory, wanted: Callable[[tarfile.TarInfo], bool]) -> Path:
-    archive = ARCHIVES / f"{name}.tar"
-    if not archive.is_file():
-        pytest.skip(f"{archive} is not there")
-    target = factory.mktemp("images")
-    with tarfile.open(archive) as tar:
-        tar.extractall(target, members=filter(wanted, tar), filter="data")
-    return target / name
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import extracted
+from archives import extracted
 from images import CPU, HAS_DALI, LOADERS, encoded, every_batch, one_line, opened, tree
 from PIL import Image
 
