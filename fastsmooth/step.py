@@ -104,7 +104,7 @@ class Step:
             torch._foreach_mul_(buffers, share)
         self._bucket.extra.copy_(torch.stack([loss, correct.to(loss.dtype)]))
         self._bucket.sum_([p.grad for p in params] + buffers)
-        if size < 2 * self.ranks.world:  # a share may have been empty, and BatchNorm not have counted the batch there
+        if size < self.ranks.world:  # some share was empty, and BatchNorm not have counted the batch there
             for module in norms:
                 self.ranks.largest_(module.num_batches_tracked)
         loss, correct = self._bucket.extra.clone()

@@ -13,7 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="the fault suite with all of its cases, for minutes")
+    parser.addoption(
+        "--full", action="store_true", help="what takes minutes too: all cases of the fault suite, whole benchmarks"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="with --full"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -214,6 +214,7 @@ def test_the_report_says_what_each_variant_holds_and_why_one_is_missing(monkeypa
     assert "% more for the norms" in printed
 
 
+@pytest.mark.full
 def test_the_quick_run_writes_well_formed_json(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(bench_noise, "QUICK", bench_noise.QUICK[:1])  # the originals' workers take seconds
     out = tmp_path / "quick.jsonl"

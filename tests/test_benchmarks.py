@@ -292,6 +292,7 @@ def test_the_images_of_a_folder_are_repeated_in_turn(tmp_path):
     assert report.header["about"]["images"] == "500 training images: the 200 of --data-dir in turn"
 
 
+@pytest.mark.full
 def test_the_quick_run_reports_every_variant_in_well_formed_json(tmp_path):
     out = tmp_path / "quick.jsonl"
     command = ["-m", "benchmarks.bench_train", "--quick", "--variants", "ours", "--json", "--out", str(out)]
@@ -417,6 +418,7 @@ def test_a_variant_with_a_wrong_norm_is_no_result(case, number):
         step.check()
 
 
+@pytest.mark.full
 def test_the_quick_run_of_the_kernels_reports_bytes_and_bandwidth_in_well_formed_json(tmp_path, capfd):
     out = tmp_path / "quick.jsonl"
     flags = ["--quick", "--device", "cpu", "--variants", "ours", "--json", "--out", str(out)]

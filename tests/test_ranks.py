@@ -274,7 +274,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_the_others_in_one_line(victim, tmp_path):
-    argv = ["--epochs", "30", "--checkpoint-every", "7"]
+    argv = ["--epochs", "8", "--checkpoint-every", "7"]
     processes = start_ranks(argv, tmp_path / "run", 2)
     wait_for(tmp_path / "run" / "checkpoints" / "ckpt-7.json")
     processes[victim].kill()

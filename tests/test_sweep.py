@@ -16,7 +16,6 @@ from exact import EXACT
 from fastsmooth import sweep, train
 from fastsmooth.config import ConfigError
 from fastsmooth.log import TIMES, read_rows, read_status
-from fastsmooth.runs import read_run
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*EXACT, "--epochs", "1"]
@@ -232,44 +231,6 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
 
 def outcome(folder: Path) -> list[dict]:
     return [{key: v for key, v in row.items() if key not in TIMES} for row in read_rows(folder)]
-
-
-def test_a_sweep_killed_three_times_ends_with_the_results_of_one_that_was_not(tmp_path):
-    """Twelve runs: kill -9 of the sweep, whose runs stop with it, at three instants; each run's rows are those of the run alone."""
-    flags = [
-        *SHORT,
-        "--lr",
-        "0.02",
-        "0.05",
-        "0.1",
-        "--batchsize",
-        "32",
-        "64",
-        "--seeds",
-        "2",
-        "--checkpoint-every",
-        "5",
-    ]
-    out = tmp_path / "sweep"
-    for done in (2, 5, 8):
-        process = call(out, *flags)
-        while len(list(out.glob("*/summary.json"))) < done:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = call(out, *flags)
-    shown, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    runs = sweep.read_sweep(out)
-    results = json.loads((out / "results.json").read_text())
-    assert len(runs) == len(results) == 12
-    assert shown.count("n 2") == 6 and "runs are finished already" in shown
-    for run, result in zip(runs, results, strict=True):
-        assert train.main([*run.flags, "--out", str(tmp_path / run.name)]) == 0
-        assert outcome(out / run.name) == outcome(tmp_path / run.name)
-        assert result["state"] == "done"
-        assert result["summary"]["final_test_acc"] == read_run(tmp_path / run.name).summary["final_test_acc"]
 
 
 def test_a_run_that_fails_is_reported_and_the_others_are_done(tmp_path):
