@@ -31,20 +31,30 @@ class Checkpoints:
 
     def __init__(self, directory: Path, warn: Callable[[str], None]):
         self.directory, self.warn = directory, warn
-        self.saved_step: int | None = None
+        self.saved: tuple[int, int | None] | None = None  # update and epoch, which its evaluation ends: not its last update
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state of update `step`. Raises OSError and leaves the earlier ones as they were."""
-        if step == self.saved_step:
+        if (step, state.get("epoch")) == self.saved:
             return
         self.directory.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getbuffer()
         manifest = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        replace(self.directory / f"ckpt-{step}.pt", data)
-        replace(self.directory / f"ckpt-{step}.json", json.dumps(manifest).encode())
-        self.saved_step = step
+        whole, sums = self.directory / f"ckpt-{step}.pt", self.directory / f"ckpt-{step}.json"
+        written = write_aside(whole, data)
+        try:
+            summed = write_aside(sums, json.dumps(manifest).encode())
+        except OSError:
+            written.unlink(missing_ok=True)
+            raise
+        if sums.exists():  # of the same update, before its epoch was evaluated: not the sums of what comes now
+            sums.unlink()
+        for aside, path in ((written, whole), (summed, sums)):
+            os.replace(aside, path)
+            sync(self.directory)
+        self.saved = step, state.get("epoch")
         self._prune()
 
     def load(self) -> dict[str, Any] | None:
@@ -56,7 +66,7 @@ class Checkpoints:
             except (OSError, ValueError, RecursionError) as error:
                 self.warn(f"{self.directory / f'ckpt-{step}.pt'} is damaged ({error}): going back to the one before")
                 continue
-            self.saved_step = step
+            self.saved = step, state.get("epoch")
             return state
         if steps:
             raise CheckpointError(f"{self.directory}: none of its {len(steps)} checkpoints is valid: start a new run")
@@ -99,20 +109,24 @@ class Checkpoints:
             (self.directory / f"ckpt-{step}.pt").unlink(missing_ok=True)
 
 
-def replace(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` so that a crash leaves either the old file or the new one."""
+def write_aside(path: Path, data: bytes | memoryview) -> Path:
+    """The data on the disk, in a file beside `path` that is to be renamed; none where that fails."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    return aside
+
+
+def sync(directory: Path) -> None:
+    """Put the names in a directory on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)

@@ -21,7 +21,7 @@ def kill_in_save(point: str, number: int) -> None:
 
     def counted(self, step, state):
         nonlocal begun
-        begun += step != self.saved_step
+        begun += (step, state.get("epoch")) != self.saved
         return save(self, step, state)
 
     def here(path, end: str) -> bool:

@@ -213,9 +213,9 @@ def test_the_order_of_samples_survives_a_change_of_the_number_of_processes(tmp_p
     assert {update: sorted(index) for update, index in served.items()} == expected
 
 
-@pytest.mark.parametrize("off", [-1, 0, 1])
+@pytest.mark.parametrize("off", [-1, 0, 1, 18])  # the last is the last update of the run, before it is evaluated
 def test_resumed_around_a_change_of_the_batch(off, tmp_path, cases):
-    cases("resume one update before, at and after a batch change", 1, 1)
+    cases("resume one update before, at and after a batch change, at the last update", 1, 1)
     argv = [*BASE, "--method", "batch", *STEPS, *SHB, "--augment", "crop-flip-rotate"]
     change = 36  # the first epoch's updates
     finish(argv, tmp_path / "undisturbed")
