@@ -1,4 +1,4 @@
-# make demo: a first training run. make test: every check. make faults: the fault suite. make bench: the throughput suite.
+# make demo: a first training run. make test: the tests. make faults: the fault suite, whole. make bench: the throughput suite.
 # Each makes .venv first. PYTHON chooses the interpreter (3.11 or newer), TORCH what pip installs as PyTorch.
 PYTHON ?= python3
 TORCH ?= torch torchvision
