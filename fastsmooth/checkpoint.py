@@ -31,7 +31,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, warn: Callable[[str], None]):
         self.directory, self.warn = directory, warn
-        self.saved: tuple[int, int | None] | None = None  # update and epoch, which its evaluation ends: not its last update
+        # update and epoch: the last update of an epoch is saved again once it is evaluated
+        self.saved: tuple[int, int | None] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state of update `step`. Raises OSError and leaves the earlier ones as they were."""
