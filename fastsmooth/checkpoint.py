@@ -99,9 +99,12 @@ class Checkpoints:
         if (manifest.get("step"), manifest.get("bytes")) != (step, len(data)):
             raise ValueError("its manifest is of another file")
         try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
             raise ValueError(f"torch cannot read it: {type(error).__name__}") from None
+        if not isinstance(state, dict):
+            raise ValueError("it holds no state of a run")
+        return state
 
     def _prune(self) -> None:
         for step in self.steps()[:-KEEP]:

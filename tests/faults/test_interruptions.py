@@ -43,6 +43,7 @@ RUNS = {
     "group norm, drop last": ["--norm", "group", "--drop-last"],
     "DataLoader": ["--loader", "torch", "--workers", "1"],
     "threads": ["--loader", "threads", "--augment", "crop-flip"],
+    "DALI": ["--loader", "dali", "--augment", "crop-flip-rotate"],
     "critical, mean-norm": ["--mode", "critical", "--eps", "3", "2", *SHB],
     "critical, full-grad": ["--mode", "critical", "--eps", "1.5", "--criterion", "full-grad", "--bn", "eval"],
     "sampling": ["--mode", "sampling", "--steps", "12", "40", "--draws", "3", *NSHB],
@@ -74,8 +75,10 @@ def go_on(argv: list[str], out: Path, world: int = 1) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_at_random_instants(name, tmp_path, cases):
+    if name == "DALI":
+        pytest.importorskip("nvidia.dali")
     few = 2 if name in FEW else 0
-    number = cases("kill -9 at random instants, 21 kinds of run", 10, few)
+    number = cases("kill -9 at random instants, 22 kinds of run", 10, few)
     if number == 0:
         pytest.skip("with --full")
     argv = [*BASE, *RUNS[name]]
