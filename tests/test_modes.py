@@ -465,7 +465,7 @@ def test_training_after_a_measurement_is_that_of_a_run_without(bn, tmp_path):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
 
 
-@pytest.mark.parametrize("stop", [12, 16, 26, 30])
+@pytest.mark.parametrize("stop", [16, *(pytest.param(stop, marks=pytest.mark.full) for stop in (12, 26, 30))])
 def test_a_run_interrupted_between_its_measurements_neither_loses_nor_repeats_one(stop, tmp_path, monkeypatch):
     """Checkpoints at every 7th update: some points are in one and kept, others are measured again."""
     flags = [*SEVERAL, "--steps", "10", "25", "40", "--checkpoint-every", "7"]

@@ -196,7 +196,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path):
     "flags", [["--bn", "eval"], ["--bn", "train", "--sync-bn"], ["--norm", "group", "--micro-batch", "9"]]
 )
 def test_sampling_measures_the_noise_of_the_whole_batch(flags, tmp_path):
-    argv = ["--mode", "sampling", "--steps", "0", "3", "--draws", "3", "--batchsize", "64", "--lr", "1e-30", *flags]
+    argv = ["--mode", "sampling", "--steps", "0", "3", "--draws", "3", "--batchsize", "200", "--lr", "1e-30", *flags]
     finish([*argv, "--save-omega"], tmp_path / "many", 3)
     finish([flag for flag in argv if flag != "--sync-bn"], tmp_path / "one")
     many, one = (json.loads((tmp_path / name / "noise.json").read_text())["points"] for name in ("many", "one"))

@@ -261,6 +261,7 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path):
     assert [read_status(folder)["state"] for folder in folders] == ["preempted"] * 2
 
 
+@pytest.mark.full
 def test_the_critical_batch_size_comes_with_a_sampled_variance(tmp_path):
     flags = [*EXACT, "--critical", "--batchsize", "32", "64", "--eps", "1.5", "--epochs", "12"]
     process = call(tmp_path / "sweep", *flags)
@@ -278,6 +279,7 @@ def test_the_critical_batch_size_comes_with_a_sampled_variance(tmp_path):
 # Slurm and Ray --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_job_array_does_the_runs_and_queues_a_preempted_one_again(tmp_path):
     """bash checks the script; stand-ins for srun and scontrol run it, an array task at a time."""
     out, script, bin = tmp_path / "a sweep", tmp_path / "array.sh", tmp_path / "bin"

@@ -132,7 +132,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, cases):
 
 @pytest.mark.parametrize("what", ["metrics.jsonl", "stdout"])
 def test_dev_full(what, tmp_path, cases):
-    cases("/dev/full as metrics.jsonl and as stdout", 1, 1)
+    if cases("/dev/full as metrics.jsonl and as stdout", 1, 0) == 0:
+        pytest.skip("with --full")
     stopped_run(tmp_path / "run")
     rows = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     command = [sys.executable, "-m", "fastsmooth.train", "--resume", "--out", str(tmp_path / "run")]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from forks import without_times
 
 from fastsmooth import sweep, train
@@ -26,7 +27,9 @@ def call(out: Path, *flags: str) -> subprocess.Popen:
 
 def test_a_sweep_killed_three_times_ends_with_the_results_of_one_that_was_not(tmp_path, cases):
     """kill -9 of the sweep, whose runs stop with it, at three instants; each run's rows are those of the run alone."""
-    number = cases("a sweep killed three times: its runs", 12, 4)
+    number = cases("a sweep killed three times: its runs", 12, 0)
+    if number == 0:
+        pytest.skip("with --full")
     rates = ["0.02", "0.05", "0.1", "0.2", "0.3", "0.4"][: number // 2]
     flags, out = [*SHORT, "--lr", *rates, "--seeds", "2"], tmp_path / "sweep"
     for done in (number // 4, number // 3, number // 2):  # runs that are done when the sweep is killed
