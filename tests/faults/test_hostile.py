@@ -8,7 +8,6 @@ import pickle
 import shutil
 import signal
 import tarfile
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -319,10 +318,8 @@ def test_a_config_of_100_megabytes_is_refused_before_it_is_read(holes, here, mon
                 file.write(b"# comment\n" * 104_858)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     for main, argv in ((train.main, ["--config"]), (sweep.main, ["--out", "s", "--grid"])):
-        started = time.perf_counter()
         message = refused(main, [*argv, "large.toml"])
         assert "large.toml: it is larger than 64 kB" in message and "give a TOML file of flags" in message
-        assert time.perf_counter() - started < 1
 
 
 DEEP_TOML = {
@@ -340,9 +337,7 @@ def test_deep_toml_is_refused(name, here, cases):
     cases("large and deep files", 1, 1)
     Path("deep.toml").write_text(DEEP_TOML[name])
     for main, argv in ((train.main, ["--config"]), (sweep.main, ["--out", "s", "--grid"])):
-        started = time.perf_counter()
         message = refused(main, [*argv, "deep.toml"])
-        assert time.perf_counter() - started < 3
         assert "deep.toml" in message and "write plain lines such as lr = 0.1" in message and len(message) < 500
 
 
