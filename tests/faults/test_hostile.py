@@ -38,6 +38,9 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(pdf, "available", lambda: False)
 
     def late(*_) -> None:
+        for path in tmp_path.rglob("*"):
+            if path.is_fifo():  # threads that wait for it would be waited for
+                os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
         pytest.fail(f"over {SECONDS} seconds")  # which no handler of errors takes for one
 
     before = signal.signal(signal.SIGALRM, late)
@@ -129,7 +132,8 @@ def official(monkeypatch, files: dict[str, bytes], archive: bytes = b"") -> str:
 @pytest.mark.parametrize("name", attacks(Path("canary")))
 def test_a_hostile_pickle_as_a_cifar_file_does_nothing(name, file, here, monkeypatch, cases):
     """Even under the official sum."""
-    cases("hostile pickles as CIFAR files", 1, 1)
+    if cases("hostile pickles as CIFAR files", 1, int(file == "data_batch_1")) == 0:
+        pytest.skip("with --full")
     good = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
     files = {"data_batch_1": good, "test_batch": good, "batches.meta": {"label_names": ["a", "b"]}}
     files = {key: pickle.dumps(value, 2) for key, value in files.items()}
@@ -170,7 +174,8 @@ def saved(value) -> bytes:
 @pytest.mark.parametrize("form", ["bare", "in torch's file"])
 @pytest.mark.parametrize("name", attacks(Path("canary")))
 def test_a_hostile_pickle_as_a_checkpoint_does_nothing(name, form, here, stopped, cases):
-    cases("hostile pickles as checkpoints", 1, 1)
+    if cases("hostile pickles as checkpoints", 1, int(form == "in torch's file")) == 0:
+        pytest.skip("with --full")
     canary = here / "canary"
     content = attacks(canary)[name]
     if form == "in torch's file":  # the pickle inside the archive that torch.save makes
