@@ -59,14 +59,17 @@ class Step:
         """
         size = size or len(y)
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), device=self.device)
-        correct_sum = torch.zeros((), dtype=torch.int64, device=self.device)
+        loss_sum = correct_sum = None
         for part in self.parts(x, y):
             loss, correct = self._mean_loss(*part, self.autocast)
-            loss = loss * (len(part[1]) / size)  # before the backward pass, in which SyncBatchNorm mixes the processes
+            if len(part[1]) < size:  # before the backward pass, in which SyncBatchNorm mixes the processes
+                loss = loss * (len(part[1]) / size)
             loss.backward()
-            loss_sum, correct_sum = loss_sum + loss.detach(), correct_sum + correct
+            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+            correct_sum = correct if correct_sum is None else correct_sum + correct
         if self.ranks.world > 1:
+            if loss_sum is None:  # an empty share
+                loss_sum = correct_sum = torch.zeros((), device=self.device)
             loss_sum, correct_sum = self._add_up(len(y) / size, loss_sum, correct_sum, size)
         return loss_sum, correct_sum
 
