@@ -350,6 +350,10 @@ def check(c: Config) -> None:
             raise ConfigError(f"--bn {c.bn} has no meaning for a full gradient: use --bn train or eval")
     if c.sync_bn and c.micro_batch is not None:
         raise ConfigError("--sync-bn wants the whole batch at once, --micro-batch cuts it: leave one of them out")
+    if c.sync_bn and c.compile == "on":
+        raise ConfigError(
+            "--sync-bn exchanges numbers within the forward pass, which --compile on cannot: leave one out"
+        )
     if c.sync_bn and c.track_noise is not None:
         raise ConfigError("--track-noise measures parts of a batch, which --sync-bn mixes: leave --sync-bn out")
     if c.loader == "resident" and c.augment == "resized-crop-flip":

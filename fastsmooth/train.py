@@ -336,7 +336,8 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model).to(device)
     check_alike(images, model, ranks)
-    compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
+    # SyncBatchNorm's exchange would cut the graph at every layer
+    compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda" and not c.sync_bn)
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 

@@ -314,6 +314,7 @@ def test_an_image_that_one_process_cannot_read_ends_all_in_its_words(seed, tmp_p
     [
         (["--batchsize", "2"], "--batchsize 2 is less than one sample for each of the 3 processes"),
         (["--sync-bn", "--micro-batch", "4"], "--micro-batch"),
+        (["--sync-bn", "--compile", "on"], "--compile on"),
         (["--lr", "nan"], "--lr"),
         (["--dataset", "folder", "--data-dir", "/nowhere"], "/nowhere"),
         (["--track-noise", "every=2", "--batchsize", "20"], "24 or more"),
