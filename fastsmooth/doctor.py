@@ -23,6 +23,7 @@ from typing import Any
 
 from fastsmooth import __version__
 from fastsmooth.config import Config, ConfigError
+from fastsmooth.files import cache_folder
 from fastsmooth.log import one_line, printable, processors
 
 OK, NOTE, BAD = "ok", "note", "BAD"  # a note is what a run does without, BAD what it cannot
@@ -395,7 +396,7 @@ def cache() -> Row:
     """Where the C++ kernels and the sizes of image files are kept."""
     remedy = "name another folder in XDG_CACHE_HOME"
     try:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
+        path = cache_folder()
     except RuntimeError as error:
         return Row("cache", f"none: {one_line(error)} {remedy}", NOTE)
     above = nearest(path)

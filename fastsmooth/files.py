@@ -56,7 +56,12 @@ def finite(value: Any) -> tuple[Any, bool]:
     if isinstance(value, dict):
         pairs = {key: finite(v) for key, v in value.items()}
         return {key: v for key, (v, _) in pairs.items()}, all(whole for _, whole in pairs.values())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         items = [finite(v) for v in value]
         return [v for v, _ in items], all(whole for _, whole in items)
     return value, True
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept. Raises RuntimeError where there is no home directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
 import subprocess
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.files import read_object, size_of
+from fastsmooth.files import finite, read_object, size_of
 
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}
@@ -62,7 +61,7 @@ class RunFolder:
 
     def row(self, kind: str, values: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
-        self._metrics.write(json.dumps({"kind": kind} | finite(values), allow_nan=False) + "\n")
+        self._metrics.write(json.dumps({"kind": kind} | finite(values)[0], allow_nan=False) + "\n")
         self._metrics.flush()
 
     def sync(self) -> int:
@@ -81,7 +80,7 @@ class RunFolder:
         """Replace a JSON file of the folder."""
         aside = self.path / f".{name}.tmp"
         try:
-            aside.write_text(json.dumps(finite(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps(finite(values)[0], indent=1, allow_nan=False) + "\n", encoding="utf-8")
             aside.replace(self.path / name)
         except OSError:
             aside.unlink(missing_ok=True)
@@ -169,17 +168,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     with (path / "metrics.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-def finite(value: Any) -> Any:
-    """JSON has no nan: null stands for what is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value
 
 
 def now() -> str:

@@ -29,16 +29,6 @@ class RankLost(RuntimeError):
         self.words = words
 
 
-def environment(name: str, otherwise: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdigit() else otherwise
-
-
-def is_leader() -> bool:
-    """Whether this process writes and speaks for the run; known before PyTorch is."""
-    return environment("RANK", 0) == 0
-
-
 class Ranks:
     """This process's number among `world` processes. With one, every method is for nothing and costs nothing."""
 
@@ -53,18 +43,13 @@ class Ranks:
 
         Raises RankLost where the others do not come.
         """
-        found = cls.expected()
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        found = cls(*(int(os.environ.get(name, otherwise)) for name, otherwise in names))
         if found.world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             with talking():
                 dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
         return found
-
-    @classmethod
-    def expected(cls) -> Ranks:
-        """The place that torchrun's environment gives this process, before the others are met."""
-        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        return cls(*(environment(name, otherwise) for name, otherwise in names))
 
     def share(self, index: Tensor) -> Tensor:
         """This process's part of samples in order, [B]: every `world`-th."""

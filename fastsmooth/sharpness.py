@@ -32,9 +32,9 @@ from fastsmooth.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.data.order import in_order
 from fastsmooth.estimators import Estimate
-from fastsmooth.files import read_object
+from fastsmooth.files import finite, read_object
 from fastsmooth.kernels.backend import wide_dtype
-from fastsmooth.log import RunFolder, RunFolderError, finite, one_line
+from fastsmooth.log import RunFolder, RunFolderError, one_line
 from fastsmooth.measure import undisturbed
 
 DONE, BAD_INPUT, CANNOT_WRITE, INTERRUPTED = 0, 2, 74, 130
@@ -421,7 +421,7 @@ def attempt(path: Path, request: Request, device: torch.device) -> int:
     """Measure one run and print what was found; an exit code."""
     try:
         for entry in measure_run(path, request, device):
-            shown = {"run": str(path)} | finite(entry)
+            shown = {"run": str(path)} | finite(entry)[0]
             print(json.dumps(shown) if request.json else line(path, request, entry), flush=True)
         return DONE
     except (ConfigError, models.ModelError, data.DataError, CheckpointError, RunFolderError) as error:

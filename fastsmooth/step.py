@@ -42,8 +42,14 @@ class Step:
         self.model, self.optimizer, self.device = model, optimizer, device
         self.autocast, self.compile = precision == "bf16", compile
         self.micro_batch, self.ranks = micro_batch, ranks or Ranks()
-        self.joined = any(isinstance(module, SyncBatchNorm) for module in model.modules())
-        self.normalises_batches = any(isinstance(module, _BatchNorm) for module in model.modules())
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self.joined = any(isinstance(m, SyncBatchNorm) for m in norms)
+        self.normalises_batches = bool(norms)
+        # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere already
+        self._params = [p for p in model.parameters() if p.requires_grad]
+        self._norms = [m for m in norms if m.running_mean is not None]
+        own = [m for m in self._norms if not isinstance(m, SyncBatchNorm)]
+        self._statistics = [b for m in own for b in (m.running_mean, m.running_var)]
         self.compiled_graphs = 0
         self._bucket: Bucket | None = None
         self._forward = self._plain_forward
@@ -94,21 +100,17 @@ class Step:
     @torch.no_grad()
     def _add_up(self, share: float, loss: Tensor, correct: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Gradients, running statistics, loss and hits over all processes in one exchange."""
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        # those of SyncBatchNorm are the same everywhere already
-        buffers = [b for m in norms if not isinstance(m, SyncBatchNorm) for b in (m.running_mean, m.running_var)]
         if self._bucket is None:
-            self._bucket = Bucket(params + buffers, extra=2)
-        for p in params:
+            self._bucket = Bucket(self._params + self._statistics, extra=2)
+        for p in self._params:
             if p.grad is None:  # an empty share
                 p.grad = torch.zeros_like(p)
-        if buffers:
-            torch._foreach_mul_(buffers, share)
+        if self._statistics:
+            torch._foreach_mul_(self._statistics, share)
         self._bucket.extra.copy_(torch.stack([loss, correct.to(loss.dtype)]))
-        self._bucket.sum_([p.grad for p in params] + buffers)
+        self._bucket.sum_([p.grad for p in self._params] + self._statistics)
         if size < self.ranks.world:  # some share was empty, and BatchNorm not have counted the batch there
-            for module in norms:
+            for module in self._norms:
                 self.ranks.largest_(module.num_batches_tracked)
         loss, correct = self._bucket.extra.clone()
         return loss, correct.round().to(torch.int64)

@@ -47,9 +47,9 @@ def convert(model: nn.Module) -> nn.Module:
         if isinstance(child, _BatchNorm):
             rest = {"affine": child.affine, "track_running_stats": child.track_running_stats}
             new = SyncBatchNorm(child.num_features, child.eps, child.momentum, **rest)
-            for tensor in (*child.parameters(), *child.buffers()):
-                if tensor.is_floating_point():
-                    new.to(tensor)
+            like = next((t for t in (*child.parameters(), *child.buffers()) if t.is_floating_point()), None)
+            if like is not None:  # its device and dtype
+                new.to(like)
             new.load_state_dict(child.state_dict())
             setattr(model, name, new.train(child.training))
         else:

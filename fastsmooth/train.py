@@ -18,6 +18,7 @@ from typing import Any
 from fastsmooth import __version__, check_data, doctor
 from fastsmooth import config as configs
 from fastsmooth.config import Config, ConfigError
+from fastsmooth.log import one_line, read_status
 from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
 
 DONE, BAD_INPUT, DIVERGED, CANNOT_WRITE, PREEMPTED = 0, 2, 3, 74, 75
@@ -54,7 +55,7 @@ def refuse(error: Exception) -> int:
     if (
         os.environ.get("LOCAL_RANK", "0") == "0"
     ):  # of several processes that say the same, the first of each machine says it
-        print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"fastsmooth: error: {one_line(error)}", file=sys.stderr, flush=True)
     return BAD_INPUT
 
 
@@ -195,7 +196,6 @@ def run(c: Config) -> int:
 
     refusals = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
     live = ranks = None
-    ended = Ending(PREEMPTED, "preempted", "another process of the run was lost")
     try:
         check_launch()
         device = pick_device(c, torch)
@@ -205,7 +205,7 @@ def run(c: Config) -> int:
         train(live)
         ended = Ending(DONE, "done")
     except refusals as error:
-        ended = Ending(BAD_INPUT, "failed", str(error), f"error: {' '.join(str(error).split())}")
+        ended = Ending(BAD_INPUT, "failed", str(error), f"error: {one_line(error)}")
     except Preempted as stop:
         ended = Ending(PREEMPTED, "preempted", str(stop))
         live.progress.say(
@@ -214,7 +214,7 @@ def run(c: Config) -> int:
     except Diverged as error:
         ended = Ending(DIVERGED, "diverged", str(error), f"diverged: {error}; the last checkpoint is finite")
     except RankLost as lost:
-        ended = Ending(**lost.words) if lost.words else dataclasses.replace(ended, line=GONE)
+        ended = Ending(**lost.words) if lost.words else LOST
     except OSError as error:
         line = f"error: cannot write {error.filename or ''}: {error.strerror}"
         ended = Ending(CANNOT_WRITE, "failed", f"cannot write: {error.strerror}", line)
@@ -234,11 +234,12 @@ def run(c: Config) -> int:
 
 def check_launch() -> None:
     """Refuse the environment of a launcher that does not say all that several processes need to meet."""
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     wrong = [
-        name for name in names if not os.environ.get(name) or not (name == "MASTER_ADDR" or os.environ[name].isdigit())
+        name
+        for name in doctor.LAUNCH
+        if not os.environ.get(name) or not (name == "MASTER_ADDR" or os.environ[name].isdigit())
     ]
     if wrong:
         raise ConfigError(
@@ -257,7 +258,8 @@ class Ending:
     line: str = ""
 
 
-GONE = "error: another process of the run was lost: start again with --resume"
+GONE = "another process of the run was lost"
+LOST = Ending(PREEMPTED, "preempted", GONE, f"error: {GONE}: start again with --resume")
 
 
 def conclude(ended: Ending, live, ranks) -> None:
@@ -274,7 +276,7 @@ def conclude(ended: Ending, live, ranks) -> None:
         tells = os.environ.get("LOCAL_RANK", "0") == "0"
     else:
         # what one process alone met, the others learn from its last words
-        alone = ended.state == "failed" or ended.line == GONE
+        alone = ended.state == "failed" or ended == LOST
         tells = ranks.leave(dataclasses.asdict(ended) if alone else None)
     if ended.line and tells:
         print(f"fastsmooth: {ended.line}", file=sys.stderr, flush=True)
@@ -334,7 +336,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         try_model(model, images, torch)
         noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
         if c.sync_bn and ranks.world > 1:
-            syncnorm.convert(model).to(device)
+            syncnorm.convert(model)
     check_alike(images, model, ranks)
     # SyncBatchNorm's exchange would cut the graph at every layer
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda" and not c.sync_bn)
@@ -414,8 +416,6 @@ def train(live) -> None:
 
 
 def finished(out: Path) -> bool:
-    from fastsmooth.log import read_status
-
     return read_status(out).get("state") == "done"
 
 
@@ -429,7 +429,6 @@ def go_on(live, state: dict[str, Any] | None) -> None:
     """Stand where `state` was saved, or at the beginning."""
     from fastsmooth.checkpoint import CheckpointError
     from fastsmooth.data import DataError
-    from fastsmooth.log import one_line
 
     if state is None:
         live.folder.rewind(0)
@@ -510,6 +509,8 @@ def check_steps(c: Config, schedule: Schedule, n: int) -> None:
 
 def check_alike(images, model, ranks) -> None:
     """Refuse processes that see other images or begin with another model, as two machines may."""
+    if ranks.world == 1:
+        return
     weights = sum(p.detach().cpu().double().sum().item() for p in model.parameters())
     for what, values in (("images", ranks.gather(images.fingerprint)), ("model", ranks.gather(weights))):
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
@@ -523,7 +524,6 @@ def check_alike(images, model, ranks) -> None:
 def try_model(model, images, torch) -> None:
     """One small forward pass, so that a model that cannot take the images is refused before the run folder is made."""
     from fastsmooth.data import DataError
-    from fastsmooth.log import one_line
     from fastsmooth.models import ModelError
 
     try:

@@ -1,5 +1,6 @@
-"""The archives of real images that lie beside the checkout."""
+"""Archives: those of real images that lie beside the checkout, and made ones."""
 
+import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,3 +18,16 @@ def extracted(name: str, factory: pytest.TempPathFactory, wanted: Callable[[tarf
     with tarfile.open(archive) as tar:
         tar.extractall(target, members=filter(wanted, tar), filter="data")
     return target / name
+
+
+def tar_of(files: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
+    """A gzipped archive of the files, by name, and of members without content."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for info in more:
+            tar.addfile(info)
+    return buffer.getvalue()

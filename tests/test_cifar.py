@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import io
 import os
 import pickle
 import struct
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from archives import tar_of
 from images import one_line, opened, rng, tree
 from torchvision import datasets
 from torchvision import transforms as T
@@ -41,18 +41,6 @@ def python2_pickle(table: dict) -> bytes:
 
 def md5(data: bytes) -> str:
     return hashlib.md5(data).hexdigest()
-
-
-def tar_of(files: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for info in more:
-            tar.addfile(info)
-    return buffer.getvalue()
 
 
 class Miniature:

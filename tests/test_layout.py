@@ -32,7 +32,7 @@ ALLOWED = {
     "track": {"measure", "persample", "estimators", "schedule", "ranks"},
     "tails": {"kernels", "estimators"},
     "ranks": set(),
-    "doctor": {"config", "kernels", "log"},
+    "doctor": {"config", "kernels", "log", "files"},
     "check_data": {"config", "data", "log"},
     "syncnorm": {"ranks", "kernels"},
     "step": {"optim", "measure", "kernels", "ranks", "syncnorm"},

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from fastsmooth.data.sets import DataError, open_image, opened
+from fastsmooth.files import cache_folder
 
 VERSION = 1  # of the cache: another one whenever its fields change, or the meaning of plain
 # plain is a byte, since a bool that another program stored as 2 is not safe to compute with
@@ -139,8 +140,7 @@ def positions(names: bytes, kept_names: bytes) -> np.ndarray:
 
 def cache_file(root: str) -> Path:
     """Raises RuntimeError where there is no home directory."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
-    return folder / f"index-{hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]}.npz"
+    return cache_folder() / f"index-{hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]}.npz"
 
 
 def load(root: str) -> tuple[bytes, np.ndarray]:

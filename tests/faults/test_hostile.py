@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from archives import tar_of
 from images import HAS_DALI, noise, tree
 from said import refused, said
 from torchvision import datasets
@@ -243,18 +244,6 @@ def member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
-
-
-def tar_of(files: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for info in more:
-            tar.addfile(info)
-    return buffer.getvalue()
 
 
 def archives(target: Path) -> dict[str, bytes]:
