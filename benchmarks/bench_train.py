@@ -40,9 +40,10 @@ from fastsmooth.clock import Clock
 from fastsmooth.data.sets import DataError, ImageSet, Split, decode_all
 from fastsmooth.data.source import BadImages
 from fastsmooth.log import RunFolder, Tracker, environment
+from fastsmooth.messages import warn
 from fastsmooth.modes import Run
 from fastsmooth.optim import NoisySGD
-from fastsmooth.progress import Progress, warn
+from fastsmooth.progress import Progress
 from fastsmooth.schedule import Point, Schedule, Smoothing
 from fastsmooth.step import Step, keep_freed_memory
 

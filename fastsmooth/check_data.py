@@ -8,7 +8,8 @@ import warnings
 from collections import Counter
 
 from fastsmooth.config import Config, ConfigError
-from fastsmooth.log import one_line, printable, printable_path, processors
+from fastsmooth.log import processors
+from fastsmooth.messages import one_line, printable, printable_path, put, say
 
 CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
 
@@ -33,12 +34,12 @@ def check(c: Config) -> None:
         for path, width, height, wrong in looked_at(name, split.paths, c.workers or processors()):
             if wrong:
                 bad += 1
-                print(f"{printable_path(path)}: {printable(wrong)}", flush=True)
+                say(f"{printable_path(path)}: {wrong}")
             else:
                 sizes.add((width, height))
     counted = [f"{len(split):,} {name}" for name, split in splits.items()]
     by_class = [f"{name} {spread(split.labels, len(images.classes))}" for name, split in splits.items()]
-    print(
+    say(
         f"{c.dataset}: {' and '.join(counted)} images, {len(images.classes)} classes, {bad:,} bad; {extent(sizes)}; "
         f"images a class: {', '.join(by_class)}; {time.perf_counter() - started:.1f} s"
     )
@@ -54,7 +55,7 @@ def looked_at(name: str, paths: tuple[str, ...], threads: int):
     from fastsmooth.data.index import in_threads, load_formats
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        put(printable(line, sys.stderr) + "\n", sys.stderr)
 
     load_formats()
     with warnings.catch_warnings():

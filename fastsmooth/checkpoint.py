@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastsmooth.files import read_file, size_of
+from fastsmooth.files import read_file, size_of, sync, write_aside
 
 KEEP = 2  # the newest and, should that be damaged, the one before
 
@@ -111,26 +111,3 @@ class Checkpoints:
             # the manifest first: without it the rest counts for nothing
             (self.directory / f"ckpt-{step}.json").unlink(missing_ok=True)
             (self.directory / f"ckpt-{step}.pt").unlink(missing_ok=True)
-
-
-def write_aside(path: Path, data: bytes | memoryview) -> Path:
-    """The data on the disk, in a file beside `path` that is to be renamed; none where that fails."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    return aside
-
-
-def sync(directory: Path) -> None:
-    """Put the names in a directory on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

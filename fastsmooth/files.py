@@ -1,4 +1,8 @@
-"""Files that somebody else may have written: never a pipe that keeps its reader waiting, never more than fits in memory."""
+"""Files read and files replaced.
+
+What is read, somebody else may have written: never a pipe that keeps its reader waiting, never more than fits in memory.
+What is replaced is whole or as it was before, whatever happens meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -65,3 +69,32 @@ def finite(value: Any) -> tuple[Any, bool]:
 def cache_folder() -> Path:
     """Where what can be made again is kept. Raises RuntimeError where there is no home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
+
+
+def replace(path: Path, data: bytes | memoryview) -> None:
+    """Put the data in the place of the file, on the disk when this returns. Where that fails, what was there stays."""
+    os.replace(write_aside(path, data), path)
+    sync(path.parent)
+
+
+def write_aside(path: Path, data: bytes | memoryview) -> Path:
+    """The data on the disk, in a file beside `path` that is to be renamed; none where that fails."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
+
+
+def sync(directory: Path) -> None:
+    """Put the names in a directory on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.files import finite, read_object, size_of
+from fastsmooth.files import finite, read_object, replace, size_of
+from fastsmooth.messages import one_line
 
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}
@@ -78,13 +79,7 @@ class RunFolder:
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Replace a JSON file of the folder."""
-        aside = self.path / f".{name}.tmp"
-        try:
-            aside.write_text(json.dumps(finite(values)[0], indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            aside.replace(self.path / name)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        replace(self.path / name, json.dumps(finite(values)[0], indent=1, allow_nan=False).encode() + b"\n")
 
     def status(self, state: str, reason: str, step: int) -> None:
         """running, done, preempted, diverged or failed."""
@@ -275,25 +270,3 @@ class Tracker:
             self._run.finish(exit_code=exit_code)
         except Exception as error:  # as above
             self._warn(f"wandb: {one_line(error)}")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def printable(text: str) -> str:
-    """The text on one line, in what stdout can show: of other characters the bytes are written, \\xHH each."""
-    encoding = sys.stdout.encoding or "ascii"
-    return "".join(c if c.isprintable() and c.encode(encoding, "ignore") else escaped(c) for c in text)
-
-
-def escaped(c: str) -> str:
-    # a byte of a file name that is not UTF-8 comes as one of these surrogates
-    as_bytes = c.encode("utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass")
-    return "".join(f"\\x{byte:02x}" for byte in as_bytes)
-
-
-def printable_path(path: str) -> str:
-    """The path on one line; one that cannot be shown as it is comes as bash reads it: $'caf\\xe9.jpg'."""
-    quoted = path.replace("\\", "\\\\").replace("'", "\\'")
-    return path if printable(path) == path else f"$'{printable(quoted)}'"

@@ -23,7 +23,8 @@ from fastsmooth.data import Data, Stream
 from fastsmooth.data.order import in_order, subset
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, Tracker, Unwritten
-from fastsmooth.progress import Progress, warn
+from fastsmooth.messages import warn
+from fastsmooth.progress import Progress
 from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.step import Step

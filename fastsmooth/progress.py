@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from fastsmooth.messages import printable, say
+
 ANNOUNCE_AFTER = 3.0  # seconds of training before its cost is projected
 LINE_EVERY = 30.0  # seconds between lines within an epoch, where there is no bar
 
@@ -99,15 +101,10 @@ class Progress:
             return
         line = line.rstrip()
         if self.bar is not None:
-            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.bar.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
         else:
-            print(line, flush=True)
+            say(line)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-def warn(line: str) -> None:
-    """One line on stderr about something that does not stop the run."""
-    print(f"fastsmooth: warning: {line}", file=sys.stderr, flush=True)

@@ -34,10 +34,10 @@ from fastsmooth.data.order import in_order
 from fastsmooth.estimators import Estimate
 from fastsmooth.files import finite, read_object
 from fastsmooth.kernels.backend import wide_dtype
-from fastsmooth.log import RunFolder, RunFolderError, one_line
+from fastsmooth.log import RunFolder, RunFolderError
 from fastsmooth.measure import undisturbed
+from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, one_line, put, say, tell, warn
 
-DONE, BAD_INPUT, CANNOT_WRITE, INTERRUPTED = 0, 2, 74, 130
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
 SCANNED_RHO = {  # by the authors of the algorithms
     "avg_l2": "0.05 0.1 0.2 0.4",
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = parse(sys.argv[1:] if argv is None else argv)
         if request is None:
-            print(parser().format_help(), end="")
+            put(parser().format_help(), sys.stdout)
             return DONE
         device = pick_device(request.device)
     except ConfigError as error:
@@ -410,7 +410,8 @@ def main(argv: list[str] | None = None) -> int:
     # TF32 would round the loss more coarsely than it rises
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     if not request.json:
-        print(f"{request.described()}\n{heading(request)}", flush=True)
+        say(request.described())
+        say(heading(request))
     try:
         return max(attempt(path, request, device) for path in request.runs)
     except KeyboardInterrupt:  # what was measured is written
@@ -422,7 +423,7 @@ def attempt(path: Path, request: Request, device: torch.device) -> int:
     try:
         for entry in measure_run(path, request, device):
             shown = {"run": str(path)} | finite(entry)[0]
-            print(json.dumps(shown) if request.json else line(path, request, entry), flush=True)
+            say(json.dumps(shown) if request.json else line(path, request, entry))
         return DONE
     except (ConfigError, models.ModelError, data.DataError, CheckpointError, RunFolderError) as error:
         return refuse(error)
@@ -434,16 +435,8 @@ def attempt(path: Path, request: Request, device: torch.device) -> int:
 
 
 def refuse(error: Exception | str) -> int:
-    say("error", error)
+    tell("error", error)
     return BAD_INPUT
-
-
-def warn(words: str) -> None:
-    say("warning", words)
-
-
-def say(kind: str, words: Exception | str) -> None:
-    print(f"fastsmooth: {kind}: {' '.join(str(words).split())}", file=sys.stderr, flush=True)
 
 
 def heading(request: Request) -> str:

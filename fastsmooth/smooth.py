@@ -29,9 +29,10 @@ from torch import Generator, Tensor
 
 from fastsmooth import config as configs
 from fastsmooth.config import ConfigError
+from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
+from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, put, say, tell
 
-DONE, BAD_INPUT, CANNOT_WRITE, INTERRUPTED = 0, 2, 74, 130
 FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
 REACH = 5.0  # x is in [-REACH, REACH], in every coordinate
 TOLERANCE, MAX_NODES = 1e-10, 1 << 14  # of quadrature: what doubling the nodes may change, and when to give up
@@ -486,7 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = parse(argv)
         if request is None:
-            print(parser().format_help(), end="")
+            put(parser().format_help(), sys.stdout)
             return DONE
         require_matplotlib()
         with refusing(request.out):  # a folder that cannot be written fails now
@@ -495,17 +496,13 @@ def main(argv: list[str] | None = None) -> int:
         run(request, shlex.join(["python", "-m", "fastsmooth.smooth", *argv]))
         return DONE
     except (ConfigError, RunFolderError) as error:
-        say(error)
+        tell("error", error)
         return BAD_INPUT
     except OSError as error:
-        say(f"cannot write {error.filename or 'standard output or the figures'}: {error.strerror}")
+        tell("error", f"cannot write {error.filename or 'standard output or the figures'}: {error.strerror}")
         return CANNOT_WRITE
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def say(words: Exception | str) -> None:
-    print(f"fastsmooth: error: {' '.join(str(words).split())}", file=sys.stderr, flush=True)
 
 
 def check_unused(out: Path) -> None:
@@ -532,15 +529,15 @@ def run(r: Request, command: str) -> None:
         draw_smoothing(r, curves)
         result["smoothing"] = {"x": r.grid.tolist(), "curves": [entry_of(curve, r) for curve in curves]}
     if "graduated" in r.parts:
-        print(TABLE_HEAD, flush=True)
+        say(TABLE_HEAD)
         with one_thread():
             descents = list(graduated(r))
         draw_graduated(r, descents)
         deltas = {name: SCHEDULES[name](r.delta_first, r.delta_last, r.rounds) for name in r.schedules}
         result["graduated"] = {"deltas": deltas, "results": [d.summary() for d in descents]}
     text = json.dumps(without_nan(result), allow_nan=False)
-    (r.out / "smooth.json").write_text(text + "\n", encoding="utf-8")
-    print(f"{r.out}: {' '.join(sorted(path.name for path in r.out.iterdir()))}")
+    replace(r.out / "smooth.json", text.encode() + b"\n")
+    say(f"{r.out}: {' '.join(sorted(path.name for path in r.out.iterdir()))}")
 
 
 @contextmanager
@@ -578,12 +575,12 @@ def smoothing(r: Request) -> Iterator[Curve]:
     for name in r.noise:
         noise = NOISES[name]
         if r.centred and noise.mean is None:
-            print(f"{name}: skipped, since it has no mean that --centred could remove")
+            say(f"{name}: skipped, since it has no mean that --centred could remove")
             continue
         shift = noise.mean if r.centred else 0.0
         for function, delta in ((f, d) for f in ("rastrigin", "drop_wave") for d in r.delta):
             curve = Curve(function, name, delta, smooth(r, function, delta, noise, shift))
-            print(line_of(curve, r), flush=True)
+            say(line_of(curve, r))
             yield curve
 
 
@@ -640,7 +637,7 @@ def graduated(r: Request) -> Iterator[Descent]:
             for method in METHODS:
                 found = Descent(function, schedule, method, all_seeds(r, function, schedule, method))
                 columns = "  ".join(mean_and_sd(values) for values in (found.values[-1], found.best))
-                print(f"{function:<10}  {schedule:<8}  {method:<9}  {columns}  {r.seeds:>4}", flush=True)
+                say(f"{function:<10}  {schedule:<8}  {method:<9}  {columns}  {r.seeds:>4}")
                 yield found
 
 

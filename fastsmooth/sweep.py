@@ -28,11 +28,23 @@ from typing import Any
 from fastsmooth import config as configs
 from fastsmooth import critical
 from fastsmooth.config import FIELDS, ConfigError, flag
-from fastsmooth.files import read_file, size_of
+from fastsmooth.files import read_file, replace, size_of
 from fastsmooth.log import RunFolderError, lock, processors, read_status, refusing
+from fastsmooth.messages import (
+    BAD_INPUT,
+    CANNOT_WRITE,
+    DONE,
+    INTERRUPTED,
+    PREEMPTED,
+    SOME_FAILED,
+    printable,
+    put,
+    say,
+    tell,
+    warn,
+)
 from fastsmooth.runs import RunError, SavedRun, read_run
 
-DONE, SOME_FAILED, BAD_INPUT, CANNOT_WRITE, PREEMPTED = 0, 1, 2, 74, 75
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself
 MOST_RUNS = 100_000
 NO_START = "failed to start"
@@ -45,10 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return sweep(argv)
     except (ConfigError, RunFolderError, RunError) as error:
-        print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell("error", error)
         return BAD_INPUT
     except OSError as error:
-        print(f"fastsmooth: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        tell("error", f"cannot write {error.filename or ''}: {error.strerror}")
         return CANNOT_WRITE
 
 
@@ -57,7 +69,7 @@ def sweep(argv: list[str]) -> int:
     asked = vars(p.parse_args([configs.plain(word) for word in expanded(argv)]))
     own = {name: asked.pop(name) for name in list(asked) if name not in FIELDS or name == "out"}
     if own.get("help"):
-        print(p.format_help(), end="")
+        put(p.format_help(), sys.stdout)
         return DONE
     if "out" not in own:
         raise ConfigError("--out DIR is missing: the folder that holds the runs")
@@ -269,8 +281,8 @@ def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
 
 def print_plan(runs: list[Planned]) -> None:
     for number, run in enumerate(runs):
-        print(f"{number:>5}  {run.name}  {shlex.join(run.flags)}")
-    print(f"{len(runs)} runs")
+        say(f"{number:>5}  {run.name}  {shlex.join(run.flags)}")
+    say(f"{len(runs)} runs")
 
 
 # The folder of a sweep ------------------------------------------------------------------------------------------------
@@ -316,9 +328,7 @@ def write_sweep(out: Path, runs: list[Planned]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    replace(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 # One run --------------------------------------------------------------------------------------------------------------
@@ -334,7 +344,7 @@ def do_run(out: Path, number: int) -> int:
     if folder.exists():
         wait_for(folder)
         if read_status(folder).get("state") == "done":
-            print(f"{folder} is finished")
+            say(f"{folder} is finished")
             return DONE
         if not (folder / "config.json").exists():  # ended before it had begun
             shutil.rmtree(folder)
@@ -382,8 +392,8 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     states = [read_status(out / run.name).get("state", without) for run in runs]
     write_json(out / "results.json", [result(out, run, state) for run, state in zip(runs, states, strict=True)])
     if stop.received:
-        print(f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the same command goes on")
-        return 130 if stop.received == "SIGINT" else PREEMPTED
+        say(f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the same command goes on")
+        return INTERRUPTED if stop.received == "SIGINT" else PREEMPTED
     summarise(out, runs)
     found = [read_run(out / run.name) for run, state in zip(runs, states, strict=True) if state == "done"]
     if any(run.critical for run in found):
@@ -391,7 +401,7 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
     for run, state in failed:
         reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
-        print(f"{state}: {run.name}: {reason}", file=sys.stderr)
+        put(printable(f"{state}: {run.name}: {reason}", sys.stderr) + "\n", sys.stderr)
     return SOME_FAILED if failed else DONE
 
 
@@ -526,8 +536,8 @@ def write_slurm(script: Path, out: Path, count: int, own: dict[str, Any]) -> int
     lines += [f'srun {shlex.join(command)} "$SLURM_ARRAY_TASK_ID" || code=$?']
     lines += [f'if [ "$code" -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
     script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{script}: {count} runs; start them with: sbatch {shlex.quote(str(script))}")
-    print(f"when they are done: {shlex.join([*command[:-1]])}")
+    say(f"{script}: {count} runs; start them with: sbatch {shlex.quote(str(script))}")
+    say(f"when they are done: {shlex.join([*command[:-1]])}")
     return DONE
 
 
@@ -542,7 +552,7 @@ class Table:
         self.live = None
         self.drawn = 0.0
         if done:
-            print(f"{done} of {len(runs)} runs are finished already")
+            say(f"{done} of {len(runs)} runs are finished already")
         if sys.stdout.isatty():
             try:
                 from rich.live import Live
@@ -553,9 +563,11 @@ class Table:
 
     def ended(self, run: Planned) -> None:
         self.done += 1
-        say = self.live.console.print if self.live else print
-        options = {"markup": False, "highlight": False, "soft_wrap": True} if self.live else {"flush": True}
-        say(f"[{self.done}/{len(self.runs)}] {run.name}  {described(self.out / run.name)}", **options)
+        line = f"[{self.done}/{len(self.runs)}] {run.name}  {described(self.out / run.name)}"
+        if self.live:
+            self.live.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        else:
+            say(line)
 
     def show(self, active: list[Planned]) -> None:
         if self.live is None or time.monotonic() - self.drawn < 1.0:
@@ -631,7 +643,7 @@ def summarise(out: Path, runs: list[Planned]) -> None:
     width = max(map(len, groups), default=0)
     for name, values in groups.items():
         deviation = critical.deviation(values)
-        print(
+        say(
             f"{name:<{width}}  test acc {critical.mean(values):.2%}"
             + (f" +- {deviation:.2%}" if deviation is not None else "")
             + f"  n {len(values)}"
@@ -651,7 +663,7 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
     folder.mkdir(exist_ok=True)
     write_json(folder / "sweep.json", {"runs": [run.to_json() for run in runs]})
     if runs:
-        print(f"sampling C2 at b* in {len(runs)} more runs")
+        say(f"sampling C2 at b* in {len(runs)} more runs")
         on_this_machine(folder, runs, range(len(runs)), own, stop)
     entries = []
     for curve in curves:
@@ -674,7 +686,7 @@ def sampled_point(run: SavedRun) -> dict[str, Any]:
     if all(critical.number(value) for value in found.values()):
         return found
     file = run.path / "noise.json"
-    print(f"fastsmooth: warning: {file} is damaged: remove its folder, and the noise is sampled again", file=sys.stderr)
+    warn(f"{file} is damaged: remove its folder, and the noise is sampled again")
     return {}
 
 
@@ -709,12 +721,12 @@ def sampling_run(run: SavedRun, step: int) -> Planned:
 def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
     about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {curve.eps:g}"
     if curve.best is None:
-        print(f"{about}: no batch size reached it with every seed")
+        say(f"{about}: no batch size reached it with every seed")
         return
     low, high = curve.bracket
     edge = "; the floor reaches the edge of what was tried, so b* may lie outside" if curve.at_edge else ""
     sampled = entry["c2_sampled"]
-    print(
+    say(
         f"{about}: b* {curve.best} (N within {critical.FLAT:.0%} from {low} to {high}{edge}), "
         f"c2_critical {curve.c2_critical:.4g} ({curve.c2_range[0]:.4g} to {curve.c2_range[1]:.4g})"
         + (f", k2 {curve.k2:.4g}" if curve.k2 is not None else "")

@@ -18,10 +18,21 @@ from typing import Any
 from fastsmooth import __version__, check_data, doctor
 from fastsmooth import config as configs
 from fastsmooth.config import Config, ConfigError
-from fastsmooth.log import one_line, read_status
+from fastsmooth.log import read_status
+from fastsmooth.messages import (
+    BAD_INPUT,
+    CANNOT_WRITE,
+    DIVERGED,
+    DONE,
+    INTERRUPTED,
+    PREEMPTED,
+    one_line,
+    put,
+    say,
+    tell,
+    warn,
+)
 from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
-
-DONE, BAD_INPUT, DIVERGED, CANNOT_WRITE, PREEMPTED = 0, 2, 3, 74, 75
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = configs.parse(sys.argv[1:] if argv is None else argv)
         if request.help:
-            print(configs.parser().format_help(), end="")
+            put(configs.parser().format_help(), sys.stdout)
         elif request.version:
-            print(f"fastsmooth {__version__}")
+            say(f"fastsmooth {__version__}")
         elif request.plan:
             print_plan(configs.resolve(request.given), request.json)
         elif request.doctor:
@@ -44,18 +55,14 @@ def main(argv: list[str] | None = None) -> int:
         return DONE
     except ConfigError as error:
         return refuse(error)
-    except BrokenPipeError:  # the reader of --plan | head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except KeyboardInterrupt:  # of --doctor or --check-data: a run ends by itself
-        return 130
+        return INTERRUPTED
 
 
 def refuse(error: Exception) -> int:
-    if (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-    ):  # of several processes that say the same, the first of each machine says it
-        print(f"fastsmooth: error: {one_line(error)}", file=sys.stderr, flush=True)
+    # of several processes that say the same, the first of each machine says it
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        tell("error", error)
     return BAD_INPUT
 
 
@@ -125,10 +132,10 @@ def print_plan(c: Config, as_json: bool) -> None:
     points = list(schedule.points())
     if as_json:
         for epoch, p in enumerate(points):
-            print(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
+            say(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
         return
     updates = schedule.updates(c.images, c.drop_last) if c.images else None
-    print(
+    say(
         f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}"
         + (f"  {'updates':>9}" if updates else "")
     )
@@ -138,10 +145,10 @@ def print_plan(c: Config, as_json: bool) -> None:
             continue
         name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
         line = f"{name:>9}  {p.lr:>11.6g}  {p.batch_size:>6}  {p.momentum:>8.4g}  {schedule.delta(p):>10.4g}"
-        print(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
+        say(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
         first = epoch + 1
     for line in [*notes(c, schedule), cost(c, updates)]:
-        print(line)
+        say(line)
 
 
 def cost(c: Config, updates: list[int] | None) -> str:
@@ -177,7 +184,7 @@ def run(c: Config) -> int:
     """Do the run that `c` describes; the exit code."""
     if c.resume and finished(Path(c.out)):
         if os.environ.get("RANK", "0") == "0":
-            print(f"{c.out} is a finished run: nothing to do")
+            say(f"{c.out} is a finished run: nothing to do")
         return DONE
     asked = watch(c)
     # OpenMP threads that spin while they wait stall each other for whole time slices when the cores are shared with
@@ -205,26 +212,26 @@ def run(c: Config) -> int:
         train(live)
         ended = Ending(DONE, "done")
     except refusals as error:
-        ended = Ending(BAD_INPUT, "failed", str(error), f"error: {one_line(error)}")
+        ended = Ending(BAD_INPUT, "failed", str(error), "error", one_line(error))
     except Preempted as stop:
         ended = Ending(PREEMPTED, "preempted", str(stop))
         live.progress.say(
             f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}"
         )
     except Diverged as error:
-        ended = Ending(DIVERGED, "diverged", str(error), f"diverged: {error}; the last checkpoint is finite")
+        ended = Ending(DIVERGED, "diverged", str(error), "diverged", f"{error}; the last checkpoint is finite")
     except RankLost as lost:
         ended = Ending(**lost.words) if lost.words else LOST
     except OSError as error:
-        line = f"error: cannot write {error.filename or ''}: {error.strerror}"
-        ended = Ending(CANNOT_WRITE, "failed", f"cannot write: {error.strerror}", line)
+        line = f"cannot write {error.filename or ''}: {error.strerror}"
+        ended = Ending(CANNOT_WRITE, "failed", f"cannot write: {error.strerror}", "error", line)
     except KeyboardInterrupt:
-        ended = Ending(130, "failed", "interrupted")
+        ended = Ending(INTERRUPTED, "failed", "interrupted")
     except (RuntimeError, MemoryError) as error:
         line = out_of_memory(error, live, c, torch)
         if line is None:
             raise
-        ended = Ending(BAD_INPUT, "failed", "out of memory", f"error: {line}")
+        ended = Ending(BAD_INPUT, "failed", "out of memory", "error", line)
     finally:
         if live is not None:
             live.stream.close()
@@ -255,11 +262,12 @@ class Ending:
     code: int
     state: str
     reason: str = ""
+    kind: str = ""  # of the line: error or diverged
     line: str = ""
 
 
 GONE = "another process of the run was lost"
-LOST = Ending(PREEMPTED, "preempted", GONE, f"error: {GONE}: start again with --resume")
+LOST = Ending(PREEMPTED, "preempted", GONE, "error", f"{GONE}: start again with --resume")
 
 
 def conclude(ended: Ending, live, ranks) -> None:
@@ -279,7 +287,7 @@ def conclude(ended: Ending, live, ranks) -> None:
         alone = ended.state == "failed" or ended == LOST
         tells = ranks.leave(dataclasses.asdict(ended) if alone else None)
     if ended.line and tells:
-        print(f"fastsmooth: {ended.line}", file=sys.stderr, flush=True)
+        tell(ended.kind, ended.line)
 
 
 # PyTorch's words where memory ran out but the error is of no kind of its own; the second are oneDNN's, for a convolution
@@ -311,7 +319,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     from fastsmooth.measure import NormRecord
     from fastsmooth.modes import Run
     from fastsmooth.optim import NoisySGD
-    from fastsmooth.progress import Progress, warn
+    from fastsmooth.progress import Progress
     from fastsmooth.step import Step, keep_freed_memory
 
     keep_freed_memory()
@@ -373,7 +381,6 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
 def choose_kernels(device, torch) -> str:
     """The implementation of the kernels here, built now if need be; a fall-back is said in one line."""
     from fastsmooth.kernels import backend
-    from fastsmooth.progress import warn
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

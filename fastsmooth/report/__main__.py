@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 from fastsmooth import config as configs
+from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
+from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, put, say, tell
 from fastsmooth.report import page, pdf, svg
 from fastsmooth.report.chart import draw
 from fastsmooth.runs import RunError, find_runs, read_run
-
-DONE, BAD_INPUT, CANNOT_WRITE = 0, 2, 74
 
 
 class Parser(configs.Parser):
@@ -48,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
             write(out, page.html(runs, parts), [f for part in parts for f in part.figures], len(runs))
         return DONE
     except (RunError, RunFolderError) as error:
-        print(f"fastsmooth: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell("error", error)
         return BAD_INPUT
     except OSError as error:
-        print(f"fastsmooth: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        tell("error", f"cannot write {error.filename or ''}: {error.strerror}")
         return CANNOT_WRITE
 
 
@@ -62,14 +62,14 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
     with_pdf = pdf.available()
     for figure in figures:
         drawing = draw(figure, page.WIDE, page.WIDE_LABELS, legend=True)
-        (folder / f"{figure.name}.svg").write_text(svg.svg_file(drawing), encoding="utf-8")
+        replace(folder / f"{figure.name}.svg", svg.svg_file(drawing).encode())
         if with_pdf:
             pdf.write(drawing, folder / f"{figure.name}.pdf")
-    (out / "report.html").write_text(html, encoding="utf-8")
+    replace(out / "report.html", html.encode())
     if not with_pdf:
-        print("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'", file=sys.stderr)
+        put("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n", sys.stderr)
     kinds = "SVG and PDF" if with_pdf else "SVG"
-    print(
+    say(
         f"{out / 'report.html'}: {page.count(runs, 'run')}, {page.count(len(figures), 'figure')} ({kinds} in {folder}), {len(html.encode()) // 1024} kB"
     )
 
