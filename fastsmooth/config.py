@@ -262,7 +262,7 @@ class Config:
     min_epochs: int | None = option(None, "measure", "critical: no crossing counts before", whole(0), metavar="N", only=("mode", {"critical"}))
     full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
     steps: tuple[int, ...] | None = option(None, "measure", "sampling: updates before each measurement", whole(0), metavar="N", many=True, only=("mode", {"sampling"}))
-    draws: int = option(16, "measure", "sampling: directions drawn at each point", whole(2), metavar="N", only=("mode", {"sampling"}))
+    draws: int | None = option(None, "measure", "sampling: directions drawn at each point (16; with momentum 8, each after a history of its own)", whole(2, 65535), metavar="N", only=("mode", {"sampling"}))
     track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training batches: every=50 updates, every=2ep", every, metavar="WHEN")
     estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
     bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen or eval", choices=("train", "eval", "batch", "frozen"))
@@ -348,6 +348,11 @@ def check(c: Config) -> None:
             raise ConfigError(f"--bn {c.bn} is a choice of per-sample gradients: it needs --track-noise every=N")
         if c.mode == "sampling" or c.criterion == "full-grad":
             raise ConfigError(f"--bn {c.bn} has no meaning for a full gradient: use --bn train or eval")
+    if c.mode == "sampling" and c.bn == "eval" and c.momentum:
+        raise ConfigError(
+            f"--bn eval with {c.optimizer}: its direction is made of gradients in training mode, which the gradient in "
+            "evaluation mode is not the mean of: use --bn train, or --optimizer sgd"
+        )
     if c.sync_bn and c.micro_batch is not None:
         raise ConfigError("--sync-bn wants the whole batch at once, --micro-batch cuts it: leave one of them out")
     if c.sync_bn and c.compile == "on":
@@ -388,6 +393,11 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         values["augment"] = "crop-flip" if values["image_size"] <= 64 else "resized-crop-flip"
     if given.get("dataset") == "folder" and "model" not in given and values["image_size"] > 64:
         values["model"] = "torchvision/resnet34"
+    # of sgd the directions of one point, with momentum those of histories, each with a full gradient of its own
+    moving = values.get("optimizer", "sgd") != "sgd" and values.get("beta", 0.9) > 0
+    values.setdefault("draws", 8 if moving else 16)
+    if values.get("mode") == "sampling" and moving and values["augment"] != "none":
+        values["measure_augment"] = True  # the buffer is made of gradients of augmented images
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     if values.get("decay_epoch") is None and "budget" not in given:  # else once the epochs are known
@@ -615,7 +625,7 @@ def read_saved(folder: Path) -> Config:
         raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
-    filled = {*SETS["digits"].defaults, "decay_epoch"}  # by resolve(), for every data set
+    filled = {*SETS["digits"].defaults, "decay_epoch", "draws"}  # by resolve(), for every data set
     lacking = sorted(filled - given.keys())
     if lacking:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")

@@ -1,7 +1,8 @@
 """The critical batch size: the batch that reaches a threshold with the fewest gradient evaluations, and what it says of C^2.
 
 T(b) is the number of updates until the running mean of the gradient norm is at most eps (--mode critical), N(b) = b T(b) the
-gradient evaluations (SFO), b* the batch with the smallest N (arXiv 2402.02325). C^2 = b* eps^2 / (kappa lr) is an upper
+gradient evaluations (SFO), b* the batch with the smallest N (arXiv 2402.02325). A run that is below eps at the first update
+that counts (--min-epochs) tells an upper bound of T(b) alone: it is censored, and its batch has no N. C^2 = b* eps^2 / (kappa lr) is an upper
 bound through a convergence theorem that is used as a point estimate: nothing forces it to agree with a measured C^2.
 """
 
@@ -29,15 +30,25 @@ FLAT = (
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Runs of one batch size, one a seed."""
+    """Runs of one batch size, one a seed.
+
+    A seed whose mean norm was at most eps at the first update that counts is censored: it has no T(b), only a bound above.
+    """
 
     batch_size: int
     steps: tuple[int | None, ...]  # T(b) of every seed; None: not reached
     samples: tuple[int | None, ...]  # gradient evaluations: b T(b), less what the last batches of epochs lack
+    censored: tuple[bool, ...]  # of every seed
 
     @property
     def reached(self) -> list[int]:
-        return [t for t in self.steps if t is not None]
+        """T(b) of the seeds that crossed eps after counting had begun."""
+        return [t for t, early in zip(self.steps, self.censored, strict=True) if t is not None and not early]
+
+    @property
+    def bounds(self) -> list[int]:
+        """The first updates that count, of the censored seeds."""
+        return [t for t, early in zip(self.steps, self.censored, strict=True) if t is not None and early]
 
     @property
     def n(self) -> int:
@@ -45,7 +56,12 @@ class BatchResult:
 
     @property
     def not_reached(self) -> int:
-        return len(self.steps) - self.n
+        return sum(t is None for t in self.steps)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every seed has a T(b), without which a mean would be of the seeds that are fast or slow."""
+        return self.n == len(self.steps)
 
     @property
     def mean_steps(self) -> float | None:
@@ -57,12 +73,12 @@ class BatchResult:
 
     @property
     def sfo_mean(self) -> float | None:
-        """N(b) = b T(b), the mean over the seeds that reached eps; None where one did not: the mean would be too small."""
-        return None if self.not_reached else mean([self.batch_size * t for t in self.reached])
+        """N(b) = b T(b), the mean over the seeds; None where one did not reach eps or is censored."""
+        return mean([self.batch_size * t for t in self.reached]) if self.complete else None
 
     @property
     def sfo_sd(self) -> float | None:
-        return None if self.not_reached else deviation([self.batch_size * t for t in self.reached])
+        return deviation([self.batch_size * t for t in self.reached]) if self.complete else None
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,11 @@ class Analysis:
         return self.bracket is not None and (self.bracket[0] == reached[0] or self.bracket[1] == reached[-1])
 
     @property
+    def censored(self) -> list[int]:
+        """The batch sizes of which a seed is censored: they have no N, and b* may lie among them."""
+        return [b.batch_size for b in self.batches if b.bounds]
+
+    @property
     def c2_critical(self) -> float | None:
         return None if self.best is None else self.grad_variance(self.best)
 
@@ -127,11 +148,11 @@ class Analysis:
         rows = [
             {"batch_size": b.batch_size, "steps": list(b.steps), "samples": list(b.samples)}
             | {"mean_steps": b.mean_steps, "sd_steps": b.sd_steps, "sfo_mean": b.sfo_mean, "sfo_sd": b.sfo_sd}
-            | {"n": b.n, "not_reached": b.not_reached}
+            | {"n": b.n, "not_reached": b.not_reached, "censored": len(b.bounds)}
             for b in self.batches
         ]
         found = {"group": self.group, "eps": self.eps, "kappa": self.kappa, "batches": rows, "best": self.best}
-        found |= {"bracket": self.bracket, "flat_within": FLAT, "at_edge": self.at_edge}
+        found |= {"bracket": self.bracket, "flat_within": FLAT, "at_edge": self.at_edge, "censored": self.censored}
         return found | {
             "c2_critical": self.c2_critical,
             "c2_range": self.c2_range,
@@ -159,7 +180,11 @@ def analyse_group(runs: list[SavedRun], threshold: str) -> Analysis:
         if threshold in run.critical["crossings"]:
             batches.setdefault(run.critical["batch_size"], []).append(run.critical["crossings"][threshold])
     results = tuple(
-        BatchResult(size, *(tuple(c[key] if c else None for c in crossings) for key in ("step", "samples")))
+        BatchResult(
+            size,
+            *(tuple(c[key] if c else None for c in crossings) for key in ("step", "samples")),
+            tuple(bool(c and c.get("censored")) for c in crossings),
+        )
         for size, crossings in sorted(batches.items())
     )
     config = runs[0].config

@@ -1,4 +1,4 @@
-"""Estimators of the gradient variance C2 = E ||grad f_i - grad f||^2, each a value with its error and what it assumed.
+"""Estimators of the gradient variance C2 = E ||grad f_i - grad f||^2, each a value with its error and what that covers.
 
 All but `sampled` compare gradients of disjoint parts of one batch with their mean. With parts of m_j samples, h_j their
 mean gradients and h the mean over all samples,
@@ -7,7 +7,8 @@ mean gradients and h the mean over all samples,
 
 is unbiased for every k >= 2 (the mean square between groups of an analysis of variance); for samples that were drawn from
 n without replacement it is n / (n - 1) times too large, which is divided out. The error is the jackknife's over the parts
-(Efron and Stein 1981), for which three are needed.
+(Efron and Stein 1981), for which three are needed. It covers what another batch would give at the same parameters, and
+never the course of training: for that there are replayed histories (modes.sampling) and seeds.
 """
 
 from __future__ import annotations
@@ -30,20 +31,24 @@ class Estimate:
     value: float
     error: float | None  # None where the parts are too few to tell
     count: int  # of draws or parts that it rests on
-    assumed: str
+    over: str  # what varies in the error
 
     @classmethod
-    def mean(cls, draws: list[float], assumed: str = "independent draws") -> Estimate:
+    def mean(cls, draws: list[float], over: str = "independent draws") -> Estimate:
         """The mean of independent draws."""
         mean = math.fsum(draws) / len(draws)
         if len(draws) < 2:
-            return cls(mean, None, len(draws), assumed)
+            return cls(mean, None, len(draws), over)
         variance = math.fsum((d - mean) ** 2 for d in draws) / (len(draws) - 1)
-        return cls(mean, math.sqrt(variance / len(draws)), len(draws), assumed)
+        return cls(mean, math.sqrt(variance / len(draws)), len(draws), over)
 
 
-def between(deviations: list[float], sizes: list[int], n: int | None, assumed: str) -> Estimate:
-    """C2 from ||h_j - h||^2 of parts of `sizes` samples; n: of how many the samples were drawn, None for no end of them."""
+def between(deviations: list[float], sizes: list[int], n: int | None, over: str) -> Estimate:
+    """C2 from ||h_j - h||^2 of parts of `sizes` samples; n: of how many the samples were drawn, None for no end of them.
+
+    Unlike that of per_sample the error does not vanish where the batch is the whole population: which samples are in a
+    part together is chance still.
+    """
     k, total = len(sizes), sum(sizes)
     if k < 2:
         raise ValueError("the variance between parts needs two or more of them")
@@ -55,7 +60,7 @@ def between(deviations: list[float], sizes: list[int], n: int | None, assumed: s
         # Without part j the mean moves too, and the sum of squares falls by m_j d_j M / (M - m_j).
         without = [(between_parts - t * total / (total - m)) / (k - 2) for t, m in zip(terms, sizes, strict=True)]
         error = finite * jackknife_error(without)
-    return Estimate(value, error, k, assumed)
+    return Estimate(value, error, k, over)
 
 
 def jackknife_error(without: list[float]) -> float:
@@ -69,19 +74,20 @@ def per_sample(noise: list[list[float]], n: int | None = None) -> Estimate:
     """From ||g_i - h||^2 of the samples of a batch (persample.sample_norms), in one list or in one a process.
 
     Each list is about the mean gradient h of its own samples: C2 = sum_i ||g_i - h||^2 / (B - k) over all B samples in k lists.
+    Of n samples drawn from without replacement, sqrt(1 - B / n) of the jackknife's error is left (Cochran 1977, 2.9).
     """
     degrees = sum(len(part) - 1 for part in noise)
     if min(map(len, noise)) < 2:
         raise ValueError("the variance within parts needs two or more samples of each")
-    total = math.fsum(d for part in noise for d in part)
+    total, count = math.fsum(d for part in noise for d in part), sum(map(len, noise))
     finite = 1.0 if n is None else (n - 1) / n
+    left = 1.0 if n is None else math.sqrt(max(1 - count / n, 0.0))
     error = None
     if degrees > 1:
         # without a sample its part's mean moves too
         without = [(total - d * len(part) / (len(part) - 1)) / (degrees - 1) for part in noise for d in part]
-        error = finite * jackknife_error(without)
-    count = sum(map(len, noise))
-    return Estimate(finite * total / degrees, error, count, "independent samples")
+        error = finite * left * jackknife_error(without)
+    return Estimate(finite * total / degrees, error, count, "the samples of one batch")
 
 
 def micro_batch(
@@ -98,7 +104,7 @@ def micro_batch(
     deviations = torch.stack([distance(h, mean) for h in grads]).tolist()
     found = gather((deviations, sizes))
     deviations, sizes = ([v for part in found for v in part[k]] for k in (0, 1))
-    return between(deviations, sizes, n, "independent parts of a batch")
+    return between(deviations, sizes, n, "the parts of one batch")
 
 
 def weighted_mean(grads: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
@@ -120,16 +126,18 @@ def across_ranks(local: list[Tensor], mean: list[Tensor], samples: int, n: int |
     found = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(found, own)
     deviations, sizes = torch.stack(found).T.tolist()
-    return between(deviations, [int(m) for m in sizes], n, "independent samples on every process")
+    return between(deviations, [int(m) for m in sizes], n, "the processes' samples of one batch")
 
 
-def sampled(deviations: list[float], batch_size: int, n: int) -> Estimate:
+def sampled(
+    deviations: list[float], batch_size: int, n: int, over: str = "mini-batches drawn at one point"
+) -> Estimate:
     """From ||g - grad f||^2 of mini-batches of `batch_size` out of n, each drawn without replacement.
 
     Var(g) = C2 / b (n - b) / (n - 1), so C2 = b mean ||g - grad f||^2 (n - 1) / (n - b).
     """
     factor = batch_size * (n - 1) / (n - batch_size)
-    return Estimate.mean([factor * d for d in deviations], "independent mini-batches, the full gradient exact")
+    return Estimate.mean([factor * d for d in deviations], over)
 
 
 def distance(tensors: list[Tensor], mean: list[Tensor]) -> Tensor:

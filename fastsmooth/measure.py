@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,21 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
                 b.copy_(buffers[name])
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
+    """Train inside, and have the parameters, their gradients and the optimizer back as they were, in the same memory."""
+    params = list(model.parameters())
+    values, grads = [p.detach().clone() for p in params], [p.grad for p in params]
+    try:
+        with optimizer.kept():
+            yield
+    finally:
+        with torch.no_grad():
+            for p, value, grad in zip(params, values, grads, strict=True):
+                p.copy_(value)
+                p.grad = grad
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
@@ -94,44 +109,50 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class DirectionNoise:
-    """||m_t - grad f(x_t)|| over draws of the mini-batch at one x_t, and what follows from it."""
+    """||m_t - grad f(x_t)|| over independent draws, and what follows from it; each list has a number a draw."""
 
-    full_grad_norm: float
-    noise_norms: list[float]  # ||m - G||, one a draw
-    grad_noise_norms: list[float]  # ||g - G||, one a draw; the same numbers for sgd without weight decay
+    noise_norms: list[float]  # ||m - G||
+    grad_noise_norms: list[float]  # ||g - G||; the same numbers for sgd without weight decay
+    full_grad_norms: list[float]  # ||G||
     batch_size: int
     n: int
+    over: str  # what varies from draw to draw
 
     def noise_norm(self) -> Estimate:
-        return Estimate.mean(self.noise_norms)
+        return Estimate.mean(self.noise_norms, self.over)
+
+    def full_grad_norm(self) -> Estimate:
+        return Estimate.mean(self.full_grad_norms, self.over)
 
     def grad_variance(self) -> Estimate:
-        return sampled([w**2 for w in self.grad_noise_norms], self.batch_size, self.n)
+        return sampled([w**2 for w in self.grad_noise_norms], self.batch_size, self.n, self.over)
 
 
 def direction_noise(
     optimizer: NoisySGD,
     gradient: Callable[[int], list[Tensor]],
     batch_size: int,
-    full: list[Tensor],
+    at: Callable[[int], AbstractContextManager[list[Tensor]]],
     draws: int,
     n: int,
     keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
+    over: str = "mini-batches drawn at one point",
 ) -> DirectionNoise:
-    """Draw `draws` mini-batches at the present parameters and compare each direction with the full gradient `full`.
+    """Compare the direction m_t with the full gradient at the same parameters, `draws` times.
 
-    gradient(draw) is that of a mini-batch of `batch_size` out of n. The momentum buffers are those of x_t, the same for
-    all draws. Each noise vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. The norms
-    stay on the device until all draws are done. Call it inside `undisturbed`.
+    at(draw) goes to the point of a draw, with its momentum buffers, and gives the full gradient there: the same point for
+    all draws, or each time the end of another history. gradient(draw) is that of a mini-batch of `batch_size` out of n,
+    drawn there. Each noise vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. The
+    norms stay on the device until all draws are done. Call it inside `undisturbed`.
     """
     norms = []
     for draw in range(draws):
-        grads = gradient(draw)
-        omega = torch._foreach_sub(optimizer.directions(grads), full)
-        norms.append(torch.stack([norm(omega), norm(torch._foreach_sub(grads, full))]))
-        keep(draw, omega)
-    noise, grad_noise = torch.stack(norms, dim=1).tolist()
-    return DirectionNoise(norm(full).item(), noise, grad_noise, batch_size, n)
+        with at(draw) as full:
+            grads = gradient(draw)
+            omega = torch._foreach_sub(optimizer.directions(grads), full)
+            norms.append(torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)]))
+            keep(draw, omega)
+    return DirectionNoise(*torch.stack(norms, dim=1).tolist(), batch_size, n, over)
 
 
 class NormRecord:

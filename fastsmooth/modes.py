@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,14 @@ OUT_OF_TIME, NOT_FINITE = 254, 255  # reasons to stop, beside the numbers of sig
 
 class Preempted(Exception):
     """The run was asked to stop and has saved itself; the message is the reason."""
+
+
+class Asked(Exception):
+    """A measurement was asked to stop, by a signal's number or OUT_OF_TIME."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 class Diverged(Exception):
@@ -115,7 +124,7 @@ class Run:
     samples: int = 0
     best_test_acc: float | None = None
     last_epoch: dict[str, Any] = field(default_factory=dict)
-    enough: bool = False  # a mode has what it wanted
+    enough: bool = False  # a mode has what it wanted: no update comes after this one
     record: measure.NormRecord | None = None
     noise: NoiseTracker | None = None
     noise_points: list[dict[str, Any]] = field(default_factory=list)  # the points of noise.json
@@ -142,7 +151,7 @@ class Run:
         When the caller comes back for more, the update counts as done: it is logged, saved when due, and stopped
         after when asked. A finished epoch is evaluated.
         """
-        while self.epoch < self.schedule.epochs:
+        while self.epoch < self.schedule.epochs and not self.enough:
             point = self.schedule(self.epoch)
             self.step.optimizer.set_point(point.lr, point.momentum)
             self.stream.batch_size = point.batch_size
@@ -187,10 +196,13 @@ class Run:
         # on a GPU what is seen is some updates old, since nobody waits for it
         asked = self.ranks.vote(NOT_FINITE if int(self.bad_seen) else self.stop_asked())
         if asked:
-            self.save(final=True)  # which refuses what is not finite
-            raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
+            self.stop(asked)
         if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
             self.save()
+
+    def stop(self, asked: int) -> None:
+        self.save(final=True)  # which refuses what is not finite
+        raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
 
     def log_step(self, point: Point) -> None:
         self.check_finite()
@@ -217,7 +229,7 @@ class Run:
             "train_acc": train_acc,
             "test_loss": test_loss,
             "test_acc": test_acc,
-            "c2": self.noise.end_epoch() if self.noise else None,
+            "c2_sampled": self.noise.end_epoch() if self.noise else None,
             "train_seconds": round(train_seconds, 3),
             "eval_seconds": round(self.clock.read("eval") - evaluated, 3),
             "images_per_second": round(self.meter.count / max(train_seconds, 1e-9), 1),
@@ -283,6 +295,7 @@ class Run:
             "last_epoch": self.last_epoch,
             "meter": self.meter.state_dict(),
             "window": self.window.state_dict(),
+            "enough": self.enough,
             "record": self.record.state_dict() if self.record else None,
             "noise_points": self.noise_points,
             "noise": self.noise.state_dict() if self.noise else None,
@@ -297,7 +310,7 @@ class Run:
         self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
-        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch", "noise_points"):
+        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch", "enough", "noise_points"):
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
@@ -323,6 +336,66 @@ class Run:
             except FloatingPointError as error:
                 raise Diverged(f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr") from None
         self.row("measure", point, values | {"seconds": round(self.clock.read("track") - before, 3)})
+
+    def point_after(self, updates: int) -> Point:
+        """The Point in force at the update that comes so many updates later."""
+        return self.schedule(self.schedule.epoch_of(self.update + updates, len(self.data.train), self.config.drop_last))
+
+    @contextmanager
+    def ahead(self, updates: int, history: int) -> Iterator[None]:
+        """Inside, the run stands so many updates later, at the end of a history of its own; afterwards where it stood.
+
+        History 0 sees the batches that the run itself will see, the others draw theirs from what the epoch has left.
+        Call it before an update. Dropout draws numbers of the history's own.
+        """
+        stood = self.epoch, self.update
+        stream = self.stream.branch(self.update, history)
+        try:
+            with measure.unmoved(self.model, self.step.optimizer), measure.undisturbed(self.model, "train"):
+                if history:
+                    torch.manual_seed((self.config.seed + history * 0x9E3779B97F4A7C15 + self.update) % 2**63)
+                self._follow(stream, updates)
+                self.update += updates
+                self.epoch = self.schedule.epoch_of(self.update, len(self.data.train), self.config.drop_last)
+                point = self.schedule(self.epoch)
+                self.step.optimizer.set_point(point.lr, point.momentum)
+                yield
+        finally:
+            stream.close()
+            self.epoch, self.update = stood
+
+    def _follow(self, stream: Stream, updates: int) -> None:
+        """Do so many updates on the batches of a stream, and nothing else that a run does."""
+        done = 0
+        while done < updates:
+            point = self.schedule(stream.epoch)
+            self.step.optimizer.set_point(point.lr, point.momentum)
+            stream.batch_size = point.batch_size
+            for x, y in stream.rest_of_epoch():
+                self.heed()
+                self.step.gradient(x, y, stream.size)
+                self.step.update()
+                done += 1
+                if done == updates:
+                    break
+
+    def heed(self) -> None:
+        """Raises Asked where the run is asked to stop: a measurement may take as long as many updates."""
+        asked = self.ranks.vote(self.stop_asked())
+        if asked:
+            raise Asked(asked)
+
+    def heeding(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, between which a single process may be asked to stop; several may have unequal numbers of them."""
+        for batch in batches:
+            if self.ranks.world == 1:
+                self.heed()
+            yield batch
+
+    def stop_before_update(self, asked: int) -> None:
+        """Save the run as it stands before the update whose batch is drawn, and raise Preempted."""
+        self.stream.cursor -= self.stream.size
+        self.stop(asked)
 
     def measured_epoch(self) -> int | None:
         """The augmentation under which is measured: none, or this epoch's own numbers, a fixed function of x either way."""
@@ -356,7 +429,7 @@ class Run:
             batches = self.data.train.batches([piece for piece, _ in chunks], self.measured_epoch())
             try:
                 loss, sizes = self.step.measured_loss, [size for _, size in chunks]
-                total = measure.full_gradient(self.model, batches, n, loss, sizes)
+                total = measure.full_gradient(self.model, self.heeding(batches), n, loss, sizes)
                 break
             except torch.OutOfMemoryError:
                 if self.config.bn == "train" or self.eval_chunk == 1:
@@ -408,10 +481,10 @@ def critical(run: Run) -> None:
     full = c.criterion == "full-grad"
     every = (c.full_grad_every or per_epoch) if full else 1
     for x, y, point in run.updates():
-        run.gradient(x, y)
         update = run.update + 1
         if full and update % every == 0:
             run.record.observe(full_gradient_norm(run, point), update)
+        run.gradient(x, y)
         run.step.update()
         if not full:
             run.record.observe(run.step.grad_norm(), update)
@@ -422,19 +495,27 @@ def critical(run: Run) -> None:
 
 def full_gradient_norm(run: Run, point: Point) -> Tensor:
     """||grad f|| at the present parameters, 0-d."""
-    with measure.undisturbed(run.model, run.config.bn):
-        return measure.norm(run.full_gradient(point))
+    try:
+        with measure.undisturbed(run.model, run.config.bn):
+            return measure.norm(run.full_gradient(point))
+    except Asked as stop:
+        run.stop_before_update(stop.number)
 
 
 def report_crossings(run: Run, per_epoch: int, every: int) -> None:
     c, n, batch = run.config, len(run.data.train), run.schedule.start.batch_size
+    # the first update that may count; a mean that is at most eps there may have been so at any update before
+    earliest = -(-(run.record.ignore + 1) // every) * every
     crossings: dict[str, Any] = {}
     for eps, step in zip(c.eps, run.record.crossings(), strict=True):
         epochs, rest = divmod(step, per_epoch)
         served = n - n % batch if c.drop_last else n
         samples = epochs * served + rest * batch
-        crossings[f"{eps:g}"] = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples} if step else None
+        entry = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples, "censored": step == earliest}
+        crossings[f"{eps:g}"] = entry if step else None
         found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
+        if step == earliest:
+            found += ", the first that counts, so no crossing: it may have been there before (--min-epochs, --eps)"
         run.progress.say(f"eps {eps:g}: {found}")
     about = {
         "criterion": c.criterion,
@@ -443,72 +524,149 @@ def report_crossings(run: Run, per_epoch: int, every: int) -> None:
         "batch_size": batch,
         "momentum": c.momentum,
     }
-    about |= {"seed": c.seed, "min_epochs": c.min_epochs, "resolution": every, "updates": run.update}
+    about |= {"seed": c.seed, "min_epochs": c.min_epochs, "first_that_counts": earliest}
+    about |= {"resolution": every, "updates": run.update}
+    if c.criterion == "full-grad":
+        about |= {"function": measured_function(run, run.chunk(run.schedule.start))}
     run.folder.write("critical.json", about | {"crossings": crossings} | run.record.summary())
 
 
+def measured_function(run: Run, chunk: int) -> str:
+    """In words: the function of the parameters whose full gradient is taken."""
+    c = run.config
+    images = f"augmented as in the epoch ({c.augment})" if c.measure_augment else "not augmented"
+    how = (
+        f"training mode: BatchNorm with the statistics of {chunk} samples at a time"
+        if c.bn == "train"
+        else "evaluation mode: BatchNorm with running statistics"
+    )
+    return f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the model in {how}"
+
+
+FORGOTTEN = 1e-3  # the share of a buffer's content that is left where its history is said to begin
+
+
+def memory(momentum: float) -> int:
+    """The updates after which a momentum buffer has forgotten all but FORGOTTEN of what was in it."""
+    return math.ceil(math.log(FORGOTTEN) / math.log(momentum)) if momentum else 0
+
+
 def sampling(run: Run) -> None:
-    """Train for the largest of --steps updates, measuring the search-direction noise at each; noise.json has the points."""
+    """Train for the largest of --steps updates, measuring the search-direction noise at each; noise.json has the points.
+
+    A direction with momentum is the work of the updates before it. So its noise is measured over histories: the run
+    goes back, and every draw comes to its point by batches of its own. That is done where the histories begin, and told
+    where they end.
+    """
+    c = run.config
+    reach, last = memory(c.momentum), max(c.steps)
+    if reach:
+        run.progress.say(
+            f"each of {c.draws} directions is that of a history of its own: {reach} updates replayed, then a pass over the "
+            "training images, at each of --steps"
+        )
     for x, y, point in run.updates():
-        if run.update in run.config.steps:
-            measure_noise(run, point)
-            if run.update == max(run.config.steps):
-                return
+        for step in sorted(c.steps):
+            measured = any(p["step"] == step for p in run.noise_points)  # before a stop at this update
+            if run.update == max(step - reach, 0) and not measured:
+                measure_noise(run, step, step - run.update)
+        if run.update in c.steps:
+            report_noise(run, point)
+        if run.update == last:
+            return
         run.gradient(x, y)
         run.step.update()
 
 
-def measure_noise(run: Run, point: Point) -> None:
+def measure_noise(run: Run, step: int, replayed: int) -> None:
+    """Add the point of update `step`, `replayed` updates from here, to noise_points."""
     c = run.config
     run.check_finite()
-    omega = OmegaFile(run) if c.save_omega and run.ranks.leader else None
+    omega = OmegaFile(run, step) if c.save_omega and run.ranks.leader else None
     statistics = NoiseStatistics(sum(p.numel() for p in measure.trainable(run.model)), run.device)
+    here: list[list[Tensor]] = []  # the full gradient, where all draws are at one point
 
     def keep(draw: int, vectors: list[Tensor]) -> None:
         statistics.observe(vectors)
         if omega:
             omega.keep(draw, vectors)
 
+    @contextmanager
+    def at(draw: int) -> Iterator[list[Tensor]]:
+        if replayed:
+            with run.ahead(replayed, draw), measure.undisturbed(run.model, c.bn):
+                yield run.full_gradient(point)
+        else:
+            here[:] = here or [run.full_gradient(point)]
+            yield here[0]
+
+    point = run.point_after(replayed)
+    over = f"histories, the last {replayed} updates replayed" if replayed else "mini-batches drawn at one point"
     started = time.perf_counter()
     with run.clock.measure("measure"), measure.undisturbed(run.model, c.bn):
-        noise = measure.direction_noise(
-            run.step.optimizer,
-            lambda draw: run.drawn_gradient(draw, point),
-            point.batch_size,
-            run.full_gradient(point),
-            c.draws,
-            len(run.data.train),
-            keep,
-        )
+        try:
+            noise = measure.direction_noise(
+                run.step.optimizer,
+                lambda draw: run.drawn_gradient(draw, point),
+                point.batch_size,
+                at,
+                c.draws,
+                len(run.data.train),
+                keep,
+                over,
+            )
+        except FloatingPointError as error:
+            raise Diverged(f"{error}, measured of update {step}: lower --lr") from None
+        except Asked as stop:
+            run.stop_before_update(stop.number)
     if omega:
         omega.close()
-    norm, c2 = noise.noise_norm(), noise.grad_variance()
+    norm, full, c2 = noise.noise_norm(), noise.full_grad_norm(), noise.grad_variance()
     values = {
         "noise_norm": norm.value,
         "noise_norm_se": norm.error,
-        "full_grad_norm": noise.full_grad_norm,
+        "full_grad_norm": full.value,
+        "full_grad_norm_se": full.error,
         "c2_sampled": c2.value,
         "c2_sampled_se": c2.error,
         "draws": c.draws,
+        "se_over": f"{c.draws} {over}",
+        "replayed": replayed,
         "bn": c.bn,
         "augmented": c.measure_augment,
         "chunk": run.chunk(point),
+        "function": measured_function(run, run.chunk(point)),
     }
-    run.row("measure", point, values | {"seconds": round(time.perf_counter() - started, 3)})
-    at = {"step": run.update, "epoch": run.epoch, "lr": point.lr, "batch_size": point.batch_size}
+    at_step = {"step": step, "lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
     norms = {"noise_norms": noise.noise_norms, "grad_noise_norms": noise.grad_noise_norms}
+    norms |= {"full_grad_norms": noise.full_grad_norms}
     tails = statistics.summary()
-    run.noise_points.append(at | {"momentum": point.momentum} | values | norms | {"statistics": tails})
-    about = {"optimizer": c.optimizer, "seed": c.seed, "images": noise.n}
-    run.folder.write("noise.json", about | {"points": run.noise_points})
-    run.progress.say(
-        f"update {run.update:,}: ||m - grad f|| {norm.value:.4g} +- {norm.error:.2g}, ||grad f|| {noise.full_grad_norm:.4g}, "
-        f"c2_sampled {c2.value:.4g} +- {c2.error:.2g} ({c.draws} draws, BatchNorm in {c.bn} mode)"
-    )
+    seconds = round(time.perf_counter() - started, 3)
+    run.noise_points.append(at_step | values | norms | {"statistics": tails, "seconds": seconds})
+
+
+def report_noise(run: Run, point: Point) -> None:
+    """Say and write what was measured of the present update."""
+    c = run.config
+    found = next(p for p in run.noise_points if p["step"] == run.update)
+    found["epoch"] = run.epoch
+    values = {key: v for key, v in found.items() if not isinstance(v, list | dict)}
+    run.row("measure", point, values)
+    about = {"optimizer": c.optimizer, "seed": c.seed, "images": len(run.data.train)}
+    points = [{k: v for k, v in p.items() if k != "seconds"} for p in run.noise_points if p["step"] <= run.update]
+    run.folder.write("noise.json", about | {"points": points})
+    pairs = [(name, found[key], found[f"{key}_se"]) for name, key in SHOWN]
+    line = ", ".join(f"{name} {value:.4g} +- {error:.2g}" for name, value, error in pairs)
+    run.progress.say(f"update {run.update:,}: {line} (standard errors over {found['se_over']})")
+    run.progress.say(f"update {run.update:,}: of {found['function']}")
+    tails = found["statistics"]
     run.progress.say(
         f"update {run.update:,}: its coordinates have {shown(tails['excess_kurtosis'], 'excess kurtosis')}, "
         f"{shown(tails['ks_distance'], 'KS distance')} to a normal, {shown(tails['hill'][1], 'Hill tail index')} over the largest 1 %"
     )
+
+
+SHOWN = (("||m - grad f||", "noise_norm"), ("||grad f||", "full_grad_norm"), ("c2_sampled", "c2_sampled"))
 
 
 def shown(estimate: dict[str, Any], name: str) -> str:
@@ -521,8 +679,8 @@ def shown(estimate: dict[str, Any], name: str) -> str:
 class OmegaFile:
     """omega-<step>.npy, float32 [draws, parameters], written a row at a time and named when it is whole."""
 
-    def __init__(self, run: Run):
-        self.target = run.folder.path / f"omega-{run.update}.npy"
+    def __init__(self, run: Run, step: int):
+        self.target = run.folder.path / f"omega-{step}.npy"
         self.aside = run.folder.path / f".{self.target.name}.tmp"
         size = sum(p.numel() for p in measure.trainable(run.model))
         self.rows = np.lib.format.open_memmap(self.aside, "w+", np.float32, (run.config.draws, size))

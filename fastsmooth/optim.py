@@ -10,7 +10,8 @@ and then p -= lr m, from zero buffers, with g the gradient plus weight_decay p. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,6 +55,24 @@ class NoisySGD(torch.optim.Optimizer):
         """Change the hyperparameters of every group in place."""
         for group in self.param_groups:
             group["lr"], group["momentum"] = lr, momentum
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Steps and changes of hyperparameters inside leave no trace; a buffer keeps its place in memory."""
+        groups = [dict(group) for group in self.param_groups]
+        buffers = {p: {name: t.clone() for name, t in state.items()} for p, state in self.state.items()}
+        sq_norms = self.sq_norms
+        try:
+            yield
+        finally:
+            for group, before in zip(self.param_groups, groups, strict=True):
+                group.update(before)
+            for p in [p for p in self.state if p not in buffers]:
+                del self.state[p]
+            for p, before in buffers.items():
+                for name, t in before.items():
+                    self.state[p][name].copy_(t)
+            self.sq_norms = sq_norms
 
     def _gather(self, group: dict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(params, gradients, buffers) of a group, the missing buffers made as zeros."""

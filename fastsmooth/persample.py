@@ -10,6 +10,9 @@ mean would come out of float32 without a correct digit.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,8 @@ from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.conv_noise import conv_noise
 
 BN = ("batch", "frozen")
+# Models that were seen to keep the samples in the first dimension, with the input shapes and the modes they were seen in.
+SEEN: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
 
 
 class NotCovered(ValueError):
@@ -53,26 +58,63 @@ def sample_norms(model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn:
         batch    the share of the batch's gradient that flows through sample i, times B: the mean is that gradient
         frozen   the gradient of sample i with the batch's mean and variance as constants, and the mean of those
 
-    Raises NotCovered for a batch of one, BatchNorm in training mode without `bn`, and parameters outside of Conv2d,
-    Linear, BatchNorm, GroupNorm and LayerNorm or used twice. Leaves .grad and the buffers alone.
+    Raises NotCovered for a batch of one, BatchNorm in training mode without `bn`, parameters outside of Conv2d, Linear,
+    BatchNorm, GroupNorm and LayerNorm or used twice, a layer in which the samples are not the first dimension, and a model
+    of one output, whose cross-entropy is 0. Leaves .grad and the buffers alone.
     """
     if len(y) < 2:
         raise NotCovered("a batch of one sample has no noise: use two or more")
     if bn not in (None, *BN):
         raise ValueError(f"bn {bn!r} is not one of {', '.join(BN)}")
+    if len(x) != len(y):
+        raise NotCovered(f"the input {list(x.shape)} does not begin with the {len(y)} samples of the batch")
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    counters = [(b, b.clone()) for b in model.buffers() if not b.is_floating_point()]  # BatchNorm counts its calls
+    with unchanged(list(model.buffers())):
+        check_layout(model, names, x, bn)
+        with torch.enable_grad(), PerSample(names, len(y), x.device, noise, bn) as layers:
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+        if logits.shape[1] < 2:
+            raise NotCovered(
+                f"the model's output {list(logits.shape)} is of one class, whose cross-entropy is always 0"
+            )
+        missed = [name for p, name in names.items() if p not in layers.used]
+        if missed:
+            raise NotCovered(f"{missed[0]} takes no part in the forward pass: freeze it with requires_grad_(False)")
+        *grads, total = torch.autograd.grad(loss, [*names, layers.probe])
     wide = wide_dtype(x.device)
-    with torch.enable_grad(), PerSample(names, len(y), x.device, noise, bn) as layers:
-        loss = F.cross_entropy(model(x), y)
-    for counter, before in counters:
-        counter.copy_(before)
-    missed = [name for p, name in names.items() if p not in layers.used]
-    if missed:
-        raise NotCovered(f"{missed[0]} takes no part in the forward pass: freeze it with requires_grad_(False)")
-    *grads, total = torch.autograd.grad(loss, [*names, layers.probe])
     square = sum(g.to(wide).square().sum() for g in grads)
     return SampleNorms(loss.detach(), grads, total[0], total[1] if noise else None, square)
+
+
+@contextmanager
+def unchanged(buffers: list[Tensor]) -> Iterator[None]:
+    """BatchNorm counts its calls, and averages where no trainable weight makes it one of the layers below."""
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for b, value in zip(buffers, before, strict=True):
+            b.copy_(value)
+
+
+def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str | None) -> None:
+    """Raises NotCovered where a layer, or the output, does not have the samples in its first dimension.
+
+    Another dimension may be of the batch's size by chance. So a few samples, of another number, go through the model once
+    for each shape of the input: where the first dimension is the batch, it is as small everywhere.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: the shapes are the same
+    few = 2 if len(x) > 2 else 3
+    kind = (x.shape[1:], few, bn, model.training)
+    if kind in SEEN.setdefault(model, set()):
+        return
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), PerSample(names, few, x.device, False, bn):
+        logits = model(x[torch.arange(few, device=x.device) % len(x)])
+    if logits.ndim < 2 or len(logits) != few:
+        raise NotCovered(f"the output for {few} samples is {list(logits.shape)}, not [{few}, classes]")
+    SEEN[model].add(kind)
 
 
 class PerSample(TorchFunctionMode):
@@ -107,7 +149,10 @@ class PerSample(TorchFunctionMode):
 
     def check(self, x: Tensor) -> None:
         if x.shape[0] != self.batch:
-            raise NotCovered(f"its input {list(x.shape)} does not begin with the {self.batch} samples of the batch")
+            raise NotCovered(
+                f"its input {list(x.shape)} for {self.batch} samples does not have them in its first dimension: only layers "
+                "with the batch first (batch_first=True) give per-sample norms"
+            )
 
 
 def shares(g: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,7 @@ class Progress:
         now = time.monotonic()
         self.last_line = now
         delta = f"  delta {row['delta']:.4g}" if row["delta"] is not None else ""
-        delta += f"  c2 {row['c2']:.4g}" if row["c2"] is not None else ""
+        delta += f"  c2_sampled {row['c2_sampled']:.4g}" if row["c2_sampled"] is not None else ""
         self.say(
             f"epoch {row['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}  lr {row['lr']:.4g}  batch {row['batch_size']}"
             + (f"  momentum {row['momentum']:.4g}" if row["momentum"] else "")

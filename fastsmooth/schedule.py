@@ -142,6 +142,15 @@ class Schedule:
     def points(self) -> Iterator[Point]:
         return map(self, range(self.epochs))
 
+    def epoch_of(self, update: int, images: int, drop_last: bool = False) -> int:
+        """The epoch of an update, both counted from 0, over `images` training images; the last one for what comes after."""
+        done = 0
+        for epoch, count in enumerate(self.updates(images, drop_last)):
+            done += count
+            if update < done:
+                return epoch
+        return self.epochs - 1
+
     def updates(self, images: int, drop_last: bool = False) -> list[int]:
         """Parameter updates in each epoch over `images` training images."""
         return [images // p.batch_size if drop_last else -(-images // p.batch_size) for p in self.points()]

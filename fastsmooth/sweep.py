@@ -720,14 +720,16 @@ def sampling_run(run: SavedRun, step: int) -> Planned:
 
 def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
     about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {curve.eps:g}"
+    without = f"; left out, since censored at the first update that counts: b {', '.join(map(str, curve.censored))}"
+    without *= bool(curve.censored)
     if curve.best is None:
-        say(f"{about}: no batch size reached it with every seed")
+        say(f"{about}: no batch size reached it with every seed{without}")
         return
     low, high = curve.bracket
     edge = "; the floor reaches the edge of what was tried, so b* may lie outside" if curve.at_edge else ""
     sampled = entry["c2_sampled"]
     say(
-        f"{about}: b* {curve.best} (N within {critical.FLAT:.0%} from {low} to {high}{edge}), "
+        f"{about}: b* {curve.best} (N within {critical.FLAT:.0%} from {low} to {high}{edge}{without}), "
         f"c2_critical {curve.c2_critical:.4g} ({curve.c2_range[0]:.4g} to {curve.c2_range[1]:.4g})"
         + (f", k2 {curve.k2:.4g}" if curve.k2 is not None else "")
         + (f", c2_sampled {sampled:.4g} +- {entry['c2_sampled_se']:.2g}" if sampled is not None else "")

@@ -63,8 +63,8 @@ class NoiseStatistics:
     def observe(self, omega: list[Tensor]) -> None:
         """Take in one draw, given as tensors of any shapes with `coordinates` elements in all.
 
-        Raises ValueError, and forgets the draw, for another number of elements and for a value that float32 cannot hold
-        (NaN, Inf, above 3.4e38), with the number of the draw, counted from 0.
+        Raises ValueError for another number of elements and FloatingPointError for a value that float32 cannot hold (NaN,
+        Inf, above 3.4e38), with the number of the draw, counted from 0, and forgets the draw.
         """
         draw, elements = len(self.estimates), sum(w.numel() for w in omega)
         if elements != self.coordinates:
@@ -76,7 +76,7 @@ class NoiseStatistics:
             moments.append(central_moments(block))
         counts = counts.view(2, CODES).cpu()
         if counts[:, BINS:].any():
-            raise ValueError(f"draw {draw} has coordinates that are not finite in float32: the run has diverged")
+            raise FloatingPointError(f"draw {draw} has coordinates that are not finite in float32")
         sample = Sample(counts[:, :BINS], merged(torch.stack(moments).cpu().double()))
         if draw < GROUPS:
             self.groups.append(sample)

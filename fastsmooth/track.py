@@ -60,7 +60,9 @@ class NoiseTracker:
         self.smoothing, self.n, self.ranks = smoothing, n, ranks or Ranks()
         self.last_period = -1
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
-        self.norm_squares = self.full_squares = 0.0  # sums over measurements of ||g||^2 and of ||grad f||^2
+        self.norm_squares = self.full_squares = (
+            0.0  # sums over measurements of ||g||^2 and of estimates of ||grad f||^2
+        )
         self.recent_c2 = self.recent_full = 0.0  # decaying averages
         self.epoch_c2: list[float] = []
 
@@ -117,7 +119,8 @@ class NoiseTracker:
         """Update what runs over the measurements.
 
         E ||g||^2 = ||grad f||^2 + Var(g), and Var(g) = C2 / b (n - b) / (n - 1): the difference estimates ||grad f||^2
-        without bias, and may be negative.
+        without bias, and may be negative. k2, the papers' K^2, is the square of the largest ||g|| so far, and
+        delta_measured their bound with it and with the C2 of this batch.
         """
         full_square = grad_square - c2.value / batch_size * (self.n - batch_size) / max(self.n - 1, 1)
         self.count += 1
@@ -127,17 +130,19 @@ class NoiseTracker:
         self.full_squares += full_square
         self.recent_c2 = DECAY * self.recent_c2 + (1 - DECAY) * c2.value
         self.recent_full = DECAY * self.recent_full + (1 - DECAY) * full_square
-        k2 = max(self.full_squares / self.count, 0.0)
+        k2 = self.largest**2
         smoothing = dataclasses.replace(self.smoothing, grad_variance=max(c2.value, 0.0), grad_norm_bound_sq=k2)
         return {
-            "c2": c2.value,
-            "c2_se": c2.error,
+            "c2_sampled": c2.value,
+            "c2_sampled_se": c2.error,
+            "se_over": c2.over,
             "estimator": self.estimator,
             "bn": self.bn,
             "grad_norm": math.sqrt(grad_square),
             "grad_norm_max": self.largest,
             "grad_norm_rms": math.sqrt(self.norm_squares / self.count),
             "k2": k2,
+            "full_grad_square": self.full_squares / self.count,
             "noise_scale": self.recent_c2 / self.recent_full if self.recent_full > 0 else None,
             "delta_measured": smoothing.degree(point.lr, point.batch_size, point.momentum),
         }

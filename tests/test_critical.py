@@ -117,3 +117,18 @@ def test_files_that_are_no_result_are_left_out(critical):
 
 def test_an_unfinished_run_is_left_out():
     assert analyse([dataclasses.replace(run(8, {"1": 10}), status={"state": "running"})]) == []
+
+
+def test_a_censored_seed_is_in_no_mean_and_its_batch_never_the_best():
+    """Below eps at the first update that counts: T is at most that, so that N would be too small by who knows how much."""
+    runs = [run(8, {"1": 100}), run(8, {"1": 120}, seed=1), run(16, {"1": 40}), run(16, {"1": 45}, seed=1)]
+    before = analyse(runs)[0]
+    assert before.best == 16
+    runs[2].critical["crossings"]["1"]["censored"] = True
+    (curve,) = analyse(runs)
+    small, large = curve.batches
+    assert (large.sfo_mean, large.sfo_sd, large.reached, large.bounds, large.not_reached) == (None, None, [45], [40], 0)
+    assert (curve.best, curve.censored, curve.bracket) == (8, [16], (8, 8)) and curve.at_edge
+    assert small.sfo_mean == 880
+    written = curve.to_json()
+    assert written["censored"] == [16] and [b["censored"] for b in written["batches"]] == [0, 1]

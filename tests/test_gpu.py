@@ -193,7 +193,11 @@ def test_the_first_measurement_is_that_of_a_cpu(name, tmp_path):
     """Before training, which amplifies rounding."""
     outs = [run(tmp_path / out, *EAGER, *RUNS[name], device=d) for out, d in (("gpu", DEVICE.type), ("cpu", "cpu"))]
     found, exact = (next(row for row in read_rows(out) if row["kind"] == "measure") for out in outs)
-    keys = ["c2_sampled", "noise_norm", "full_grad_norm"] if name == "sampling" else ["c2", "c2_se", "grad_norm"]
+    keys = (
+        ["c2_sampled", "noise_norm", "full_grad_norm"]
+        if name == "sampling"
+        else ["c2_sampled", "c2_sampled_se", "grad_norm"]
+    )
     assert found["step"] == 0
     assert [found[key] for key in keys] == pytest.approx([exact[key] for key in keys], rel=1e-3)
 

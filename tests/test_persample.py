@@ -151,7 +151,7 @@ class Refused(nn.Module):
         ("scale", "scale is used by mul"),
         ("unused", "scale takes no part"),
         ("twice", "layer.weight is used more than once"),
-        ("folded", "layer.weight: its input .* does not begin with the 3 samples"),
+        ("folded", "layer.weight: its input .* does not have them in its first dimension"),
     ],
 )
 def test_what_is_not_covered_is_refused_by_name(how, words):
@@ -236,3 +236,71 @@ def test_a_compiled_model_gives_the_same_in_one_graph():
         for a, b in ((found.squares, exact.squares), (found.noise, exact.noise)):
             assert torch.allclose(a, b, rtol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# Where the samples are -----------------------------------------------------------------------------------------------
+
+
+class TimeFirst(nn.Module):
+    """Takes [B, T, 4] and works on [T, B, 4], as recurrent and attention layers do without batch_first."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.head(F.gelu(self.mix(x.transpose(0, 1))).mean(dim=0))
+
+
+class Transposed(nn.Module):
+    """Takes [T, B, 4]: the batch is not the first dimension of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.head(F.gelu(self.mix(x)).mean(dim=0))
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+@pytest.mark.parametrize("model", [TimeFirst, Transposed])
+def test_a_batch_that_is_not_the_first_dimension_is_refused_where_the_sizes_agree(model, size):
+    torch.manual_seed(0)
+    x, y = torch.randn(size, size, 4), torch.randint(CLASSES, (size,))
+    with pytest.raises(NotCovered, match="samples"):
+        sample_norms(model(), x, y)
+
+
+def test_a_batch_first_model_is_accepted_whatever_its_other_sizes():
+    for size, tokens in ((2, 2), (3, 2), (2, 3), (6, 6)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Flatten(), nn.Linear(5 * tokens, CLASSES)).double()
+        x, y = torch.randn(size, tokens, 4, dtype=torch.float64), torch.randint(CLASSES, (size,))
+        expected = rows_of(model, x, y)
+        found = sample_norms(model, x, y)
+        torch.testing.assert_close(found.squares, expected.square().sum(1), rtol=1e-9, atol=0)
+
+
+def test_the_look_at_the_layout_leaves_no_trace():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(CLASSES)
+    )
+    x, y = torch.randn(6, 3, 8, 8), torch.randint(CLASSES, (6,))
+    model(x)
+    before, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
+    sample_norms(model.eval(), x, y)
+    model.train()
+    sample_norms(model, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    torch.set_rng_state(state)
+    first = sample_norms(model, x, y).loss
+    torch.set_rng_state(state)
+    assert sample_norms(model, x, y).loss == first
+
+
+def test_a_model_of_one_output_is_refused():
+    x, y = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(NotCovered, match="one class"):
+        sample_norms(nn.Linear(4, 1), x, y)

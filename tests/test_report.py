@@ -331,6 +331,21 @@ def test_the_critical_batch_is_circled_and_theory_squared(tmp_path):
     assert {row["runs, ε"]: row["b*"] for row in rows} == {"ε 0.1": "\u2013", "ε 0.5": "64"}
 
 
+def test_a_censored_crossing_is_a_ring_and_in_no_mean(tmp_path):
+    for batch in (16, 32, 64, 128):
+        critical_folder(tmp_path / f"{batch}", batch, 0)
+    path = tmp_path / "128" / "critical.json"
+    found = json.loads(path.read_text())
+    found["crossings"]["0.5"]["censored"] = True
+    path.write_text(json.dumps(found))
+    for name in ("critical-1-steps", "critical-1-sfo"):
+        curves = figures_of(tmp_path)[name].panels[0].curves
+        assert all(x != 128 for c in curves for x, _ in c.line)
+        (ring,) = [m for c in curves for m in c.marks if m.x == 128]
+        assert ring.shape == "ring" and "at most" in ring.tip
+    assert "censored, and in no mean, at batch 128" in checked(report(tmp_path, tmp_path)[0]).words
+
+
 def test_no_square_where_no_gradient_variance_is_known_and_an_open_one_where_it_was_sampled(tmp_path):
     for batch in (16, 32, 64, 128):
         critical_folder(tmp_path / "runs" / f"{batch}", batch, 0)

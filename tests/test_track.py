@@ -84,17 +84,18 @@ def test_the_first_row_is_that_of_one_backward_pass_a_sample(tmp_path):
     square = mean.square().sum().item()
     full = square - c2 / 64 * (n - 64) / (n - 1)
     expected = {
-        "c2": c2,
+        "c2_sampled": c2,
         "grad_norm": math.sqrt(square),
         "grad_norm_max": math.sqrt(square),
-        "k2": full,
+        "k2": square,
+        "full_grad_square": full,
         "noise_scale": c2 / full,
         "delta_measured": 0.1 * math.sqrt(c2 / 64),
     }
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     assert row["estimator"] == "per-sample" and row["step"] == 0
     epoch = [r for r in read_rows(out) if r["kind"] == "epoch"]
-    assert epoch[0]["c2"] == row["c2"]
+    assert epoch[0]["c2_sampled"] == row["c2_sampled"]
 
 
 def test_parts_of_a_batch_have_batch_statistics_of_their_own(tmp_path):
@@ -110,7 +111,7 @@ def test_parts_of_a_batch_have_batch_statistics_of_their_own(tmp_path):
     weights = torch.tensor(sizes, dtype=torch.float64)
     mean = (torch.stack(H) * weights[:, None]).sum(0) / 18
     c2 = sum(m * (h - mean).square().sum() for m, h in zip(sizes, H, strict=True)) / 3 * (n - 1) / n
-    assert row["c2"] == pytest.approx(c2.item(), rel=1e-3)
+    assert row["c2_sampled"] == pytest.approx(c2.item(), rel=1e-3)
     assert row["grad_norm"] == pytest.approx(mean.norm().item(), rel=1e-3)
     assert row["estimator"] == "micro-batch" and row["bn"] == "train"
 
@@ -136,18 +137,19 @@ def test_maximum_mean_square_and_delta_run_over_the_measurements():
         x, y = torch.randn(8, 3, 2, 2) * (3 - t), torch.randint(3, (8,))
         rows.append(tracked.measure(x, y, point, t, 0))
     norms = [row["grad_norm"] for row in rows]
-    fulls = [row["grad_norm"] ** 2 - row["c2"] / 8 * 992 / 999 for row in rows]
+    fulls = [row["grad_norm"] ** 2 - row["c2_sampled"] / 8 * 992 / 999 for row in rows]
     last = rows[-1]
     assert last["grad_norm_max"] == max(norms) > norms[-1]
     assert last["grad_norm_rms"] == pytest.approx(math.sqrt(sum(v**2 for v in norms) / 3))
-    assert last["k2"] == pytest.approx(max(sum(fulls) / 3, 0))
+    assert last["k2"] == last["grad_norm_max"] ** 2
+    assert last["full_grad_square"] == pytest.approx(sum(fulls) / 3)
     growth = 0.9 * (0.81 - 0.9 + 1) / 0.01
-    delta = 0.1 * math.sqrt((1 + growth) * last["c2"] / 8 + growth * last["k2"])
+    delta = 0.1 * math.sqrt((1 + growth) * last["c2_sampled"] / 8 + growth * last["k2"])
     assert last["delta_measured"] == pytest.approx(delta)
-    ratio = sum(r["c2"] * 0.9 ** (2 - t) for t, r in enumerate(rows))
+    ratio = sum(r["c2_sampled"] * 0.9 ** (2 - t) for t, r in enumerate(rows))
     ratio /= sum(f * 0.9 ** (2 - t) for t, f in enumerate(fulls))
     assert last["noise_scale"] == (pytest.approx(ratio) if ratio > 0 else None)
-    assert tracked.end_epoch() == pytest.approx(sum(r["c2"] for r in rows) / 3)
+    assert tracked.end_epoch() == pytest.approx(sum(r["c2_sampled"] for r in rows) / 3)
     assert tracked.end_epoch() is None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 MASK = 0xFFFFFFFF
 # Streams keep numbers that serve different ends apart; RandomResizedCrop takes one more stream an attempt.
-ORDER, AUGMENT, DRAW, CROP_ATTEMPT = 0, 1, 2, 16
+ORDER, AUGMENT, DRAW, HISTORY, CROP_ATTEMPT = 0, 1, 2, 3, 16
 
 
 def philox(seed: int, epoch: int, index: Tensor, stream: int | Tensor = ORDER) -> Tensor:
@@ -57,3 +57,15 @@ def subset(seed: int, step: int, draw: int, n: int, batch_size: int, device: str
     """A batch drawn uniformly without replacement, a function of (seed, step, draw): int64 [batch_size]."""
     words = philox(seed, step, torch.arange(n, device=device) + (draw << 32), DRAW)
     return sorted_by(words)[:batch_size]
+
+
+def reordered(order: Tensor, start: int, seed: int, step: int, history: int, later: int) -> Tensor:
+    """The order of an epoch from place `start` on as another history of training has it; history 0 is the order itself.
+
+    The history leaves the run at update `step`, `later` epochs before this one. int64 [n], uniform over what may come.
+    """
+    if history == 0:
+        return order
+    rest = order[start:]
+    words = philox(seed, step, torch.arange(len(rest)) + (((history << 16) + later) << 32), HISTORY)
+    return torch.cat([order[:start], rest[sorted_by(words)]])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from fastsmooth.data.chunks import Loader, Segment
-from fastsmooth.data.order import permutation
+from fastsmooth.data.order import permutation, reordered
 from fastsmooth.data.sets import DataError
 
 
@@ -35,6 +36,7 @@ class Stream:
         self.epoch = self.cursor = 0
         self.batch_size = 0  # global; assign it before the first batch, and again whenever it changes
         self.size = 0  # of the batch given last, all ranks together
+        self.order: Callable[[int], Tensor] = lambda epoch: permutation(seed, epoch, len(loader))
         self._reader = None
 
     def rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,6 +75,17 @@ class Stream:
         self.close()
         self.epoch, self.cursor = state["epoch"], state["cursor"]
 
+    def branch(self, step: int, history: int) -> Stream:
+        """Another stream from the batch given last on, that batch included: update `step` is the one it is for.
+
+        What comes is in an order of the history's own; history 0 gives the batches that this stream gives.
+        """
+        order, epoch, start = self.order, self.epoch, self.cursor - self.size
+        branch = copy.copy(self)
+        branch.cursor, branch._reader = start, None
+        branch.order = lambda e: reordered(order(e), start * (e == epoch), self.seed, step, history, e - epoch)
+        return branch
+
     def _share(self, places: int) -> int:
         """How many of the first `places` of a permutation are this rank's."""
         return max(0, -((self.rank - places) // self.world))
@@ -81,6 +94,5 @@ class Stream:
         """This rank's share of every epoch still to come."""
         start = self._share(self.cursor)
         for epoch in range(self.epoch, self.epochs):
-            order = permutation(self.seed, epoch, len(self.loader))
-            yield Segment(order[self.rank :: self.world], epoch, start)
+            yield Segment(self.order(epoch)[self.rank :: self.world], epoch, start)
             start = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -94,12 +95,12 @@ def critical(analyses: list[Analysis], known, number: int, title: str) -> list[F
 
 
 def reached(a: Analysis) -> list[BatchResult]:
-    """The batch sizes at which every seed reached the threshold."""
-    return [b for b in a.batches if b.not_reached == 0 and b.reached and min(b.reached) > 0]
+    """The batch sizes at which every seed crossed the threshold after counting had begun."""
+    return [b for b in a.batches if b.complete and min(b.reached) > 0]
 
 
 def steps_curve(a: Analysis, color: str) -> list[Curve]:
-    """The mean over seeds; where some did not reach eps, rings for those that did."""
+    """The mean over seeds; rings for single seeds of the others, those that are censored among them."""
     full = reached(a)
     line = tuple((float(b.batch_size), b.mean_steps) for b in full)
     bars = tuple((float(b.batch_size), float(min(b.reached)), float(max(b.reached))) for b in full if b.n > 1)
@@ -107,11 +108,23 @@ def steps_curve(a: Analysis, color: str) -> list[Curve]:
     alone = [
         Mark(float(b.batch_size), float(t), "ring", "not all seeds got there") for b in partly(a) for t in b.reached
     ]
-    return [Curve(color, line, bars=bars, marks=(*marks, *alone), label=f"ε {a.eps:g}", width=1.5)]
+    marks += [*alone, *bounds(a, lambda b, t: float(t))]
+    return [Curve(color, line, bars=bars, marks=tuple(marks), label=f"ε {a.eps:g}", width=1.5)]
 
 
 def partly(a: Analysis) -> list[BatchResult]:
-    return [b for b in a.batches if b.not_reached and b.reached and min(b.reached) > 0]
+    return [b for b in a.batches if not b.complete and b.reached and min(b.reached) > 0]
+
+
+def bounds(a: Analysis, height: Callable[[int, int], float]) -> list[Mark]:
+    """Open marks at height(b, t) for the seeds that are censored at update t: the true value is at most there."""
+    words = "at most: below ε at the first update that counts"
+    return [
+        Mark(float(b.batch_size), height(b.batch_size, t), "ring", f"b {b.batch_size:,}: {words}")
+        for b in a.batches
+        for t in sorted(set(b.bounds))
+        if t > 0
+    ]
 
 
 def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
@@ -127,6 +140,7 @@ def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
     best = [p for p in line if p[0] == a.best]
     marks += [Mark(*p, "circle", f"b* = {a.best}") for p in best]
     marks += [m for c in constants(a, known) if (m := theory_mark(a, c, line))]
+    marks += bounds(a, lambda b, t: float(b * t))
     label = f"ε {a.eps:g}, b* {a.best}" if best else f"ε {a.eps:g}"
     curves = [Curve(color, line, bars=bars, marks=tuple(marks), label=label, key="", width=1.5)]
     if best and a.bracket and a.bracket[0] < a.bracket[1]:
@@ -148,13 +162,22 @@ def theory_mark(a: Analysis, c: Constant, line: tuple) -> Mark | None:
 def critical_words(a: Analysis, known) -> str:
     """What the figure cannot say: how flat the minimum is, and where the theory's batch size lies."""
     if a.best is None:
-        return f"ε {a.eps:g}: not reached by every seed at any batch size."
+        return f"ε {a.eps:g}: not reached by every seed at any batch size{censored_words(a)}."
     low, high = a.bracket
     flat = f"from {low:,} to {high:,}" if low < high else f"at {low:,} alone"
     text = f"ε {a.eps:g}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
     text += ", and the floor ends where the batches that were tried end, so b* may lie outside" if a.at_edge else ""
+    text += censored_words(a)
     for c in constants(a, known):
         b, tried = a.batch_of(c.value), [float(b.batch_size) for b in reached(a)]
         text += f"; theory's κ lr C² / ε² = {b:,.4g} from {c.source}, {c.value:.4g}"
         text += "" if min(tried) <= b <= max(tried) else ", outside the batches that were tried (no square)"
     return text + "."
+
+
+def censored_words(a: Analysis) -> str:
+    """Which batch sizes have no N since a seed was below eps from the first update that counts."""
+    if not a.censored:
+        return ""
+    sizes = ", ".join(f"{b:,}" for b in a.censored)
+    return f"; censored, and in no mean, at batch {sizes} (rings: below ε at the first update that counts, so T is at most that)"

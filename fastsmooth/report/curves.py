@@ -226,7 +226,7 @@ def delta_title(facet: Facet) -> str:
 def online(facet: Facet, index: int) -> list[Figure]:
     """C^2 and the degree of smoothing as --track-noise measured them, against updates."""
     measured = [
-        measured_panel("Gradient variance C²", facet, "c2", 165),
+        measured_panel("Gradient variance C² (c2_sampled)", facet, "c2_sampled", 165),
         measured_panel("δ with the measured constants", facet, "delta_measured", 165),
     ]
     panels = tuple(p for p in measured if p)
@@ -240,7 +240,7 @@ def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel 
     panel = means(title, facet, course, height=height, log=True)
     if panel is None:
         return None
-    if name != "c2":
+    if name != "c2_sampled":
         expected = [expected_line(line, course) for line in facet.lines if len(facet.lines) <= FEW]
         panel = Panel(title, (*(c for c in expected if len(c.line) > 1), *panel.curves), True, height)
     return panel

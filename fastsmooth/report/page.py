@@ -52,7 +52,7 @@ def sections(runs: list[SavedRun]) -> list[Section]:
         sharpness([g for g in found if g.mode == "normal"]),
         critical(runs, found),
         noise_section([g for g in found if g.mode == "sampling"]),
-        online([g for g in found if any(curves.by_measurement("c2")(run) for run in g.runs)]),
+        online([g for g in found if any(curves.by_measurement("c2_sampled")(run) for run in g.runs)]),
         every_run(found),
     ]
     return [part for part in parts if part]
@@ -149,7 +149,8 @@ def noise_section(found: list[Group]) -> Section | None:
         return None
     words = (
         "The direction m that the optimizer takes minus the full gradient at the same point, over several drawn mini-batches. "
-        "Bars are one standard error: over seeds, of one seed over its draws. Dashed in the lower figures: a normal law."
+        "Bars are one standard error: over seeds; of one seed over its draws, which are mini-batches at one point for sgd and "
+        "replayed histories with momentum. Dashed in the lower figures: a normal law."
     )
     return Section(
         "noise", "Noise of the search direction", words, legend(facets), tuple(figures), (), noise_table(found)
@@ -274,7 +275,7 @@ def whole_cell(sample: Sample | None) -> str:
 
 
 def critical_table(parts: list[list[Analysis]], titles: list[str], known) -> str:
-    heads = ["runs, ε", "b*", "floor", "n", "c2_critical", "at the floor's ends", "c2_sampled", "max ‖∇‖²"]
+    heads = ["runs, ε", "b*", "floor", "n", "c2_critical", "at the floor's ends", "c2_sampled", "k2 (max ‖g‖²)"]
     rows = []
     for part, title in zip(parts, titles, strict=True):
         for a in part:

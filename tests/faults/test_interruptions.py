@@ -269,3 +269,37 @@ def test_what_is_not_finite_stops_the_run_at_that_update(where, world, tmp_path,
         for part in (state["model"], state["optimizer"]["state"], state["record"]):
             flat = torch.utils._pytree.tree_leaves(part)
             assert all(torch.isfinite(t).all() for t in flat if isinstance(t, torch.Tensor))
+
+
+# The end of a measurement ------------------------------------------------------------------------------------------------
+
+
+MEASURED = {
+    "critical": ["--mode", "critical", "--eps", "2.0", *SHB],
+    "critical, full-grad": [
+        "--mode",
+        "critical",
+        "--eps",
+        "1e9",
+        "--criterion",
+        "full-grad",
+        "--full-grad-every",
+        "20",
+    ],
+    "sampling": ["--mode", "sampling", "--steps", "12", "40", "--draws", "2", *NSHB],
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_stopped_at_the_update_that_ends_it(name, tmp_path, cases):
+    """It has what it wanted: nothing is trained after --resume."""
+    if not cases("stopped at the update that ends a measurement", 1, name == "critical"):
+        pytest.skip("with --full")
+    argv = [*BASE, *MEASURED[name], "--epochs", "6", "--checkpoint-every", "1", "--log-every", "10"]
+    finish(argv, tmp_path / "undisturbed")
+    last = saved_steps(tmp_path / "undisturbed")[-1]
+    assert last % 10 == 0 and last < 200
+    out = tmp_path / "stopped"
+    assert codes([start(argv, out, functools.partial(saboteurs.stop_after, last))]) == [75], logs(out)
+    go_on(argv, out)
+    assert_same_run(out, tmp_path / "undisturbed")
