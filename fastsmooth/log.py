@@ -19,19 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.files import finite, read_object, replace, size_of
+from fastsmooth.files import aside_of, clean, finite, read_object, replace, size_of
 from fastsmooth.messages import one_line
 
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}
-# What may lie in a folder before config.json does, and the bytes it may hold.
-UNFINISHED = {
-    ".lock": 0,
-    "metrics.jsonl": 0,
-    "env.json": 1 << 16,
-    ".env.json.tmp": 1 << 16,
-    ".config.json.tmp": 1 << 16,
-}
+# What may lie in a folder before config.json does, and the bytes it may hold; files that are being written go by ".name".
+UNFINISHED = {".lock": 0, "metrics.jsonl": 0, "env.json": 1 << 16, ".env.json": 1 << 16, ".config.json": 1 << 16}
 
 
 class RunFolderError(ValueError):
@@ -45,6 +39,7 @@ class RunFolder:
         self.path = path
         with refusing(path):
             self._lock = lock(path)
+            clean(path)
             if (path / "metrics.jsonl").exists():
                 size_of(path / "metrics.jsonl")  # a pipe would wait for its reader
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -119,14 +114,18 @@ def check_unused(path: Path) -> None:
     """Refuse a folder that holds something already, but for what a run leaves that was killed while it made the folder."""
     with refusing(path):
         if path.is_dir():
-            used = any(
-                entry.name not in UNFINISHED or entry.stat().st_size > UNFINISHED[entry.name]
-                for entry in path.iterdir()
-            )
+            used = any(not unfinished(entry) for entry in path.iterdir())
         else:
             used = path.exists()
         if used:
             raise RunFolderError(f"--out {path} exists: go on with that run by --resume, or choose another folder")
+
+
+def unfinished(entry: Path) -> bool:
+    """Whether a run that was killed may have left this while it made its folder."""
+    aside = aside_of(entry.name)
+    name = f".{aside}" if aside else entry.name
+    return name in UNFINISHED and entry.stat().st_size <= UNFINISHED[name]
 
 
 @contextmanager

@@ -535,7 +535,7 @@ def write_slurm(script: Path, out: Path, count: int, own: dict[str, Any]) -> int
     lines += ["# srun gets the signal 120 s before the time limit; the run saves and exits 75", "code=0"]
     lines += [f'srun {shlex.join(command)} "$SLURM_ARRAY_TASK_ID" || code=$?']
     lines += [f'if [ "$code" -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
-    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace(script, ("\n".join(lines) + "\n").encode())
     say(f"{script}: {count} runs; start them with: sbatch {shlex.quote(str(script))}")
     say(f"when they are done: {shlex.join([*command[:-1]])}")
     return DONE

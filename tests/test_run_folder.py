@@ -88,7 +88,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 def test_what_an_interrupted_save_left_is_removed(tmp_path):
     checkpoints, _ = saved(tmp_path, 1)
-    for name in (".ckpt-2.pt.tmp", "ckpt-2.pt"):
+    for name in (".ckpt-2.pt.0123abcd.tmp", "ckpt-2.pt"):
         (tmp_path / "checkpoints" / name).write_bytes(b"half")
     checkpoints.clean()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["ckpt-1.json", "ckpt-1.pt"]
