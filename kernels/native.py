@@ -107,10 +107,13 @@ def kept_or_made(folder: Path, key: str, command: list[str]) -> Path:
         raise PermissionError(errno.EPERM, f"it {doubt}", str(folder))
     bad = []
     for path in sorted(folder.glob(f"cpu-{key}-*.so")):
-        found = os.lstat(path)
-        doubt = doubted(found) if stat.S_ISREG(found.st_mode) else "is no file"
-        if not doubt and path.name == name_of(key, path.read_bytes()):
-            return path
+        try:
+            found = os.lstat(path)
+            doubt = doubted(found) if stat.S_ISREG(found.st_mode) else "is no file"
+            if not doubt and path.name == name_of(key, path.read_bytes()):
+                return path
+        except FileNotFoundError:  # another process has built it again
+            continue
         warn(f"{path} {doubt or 'is damaged'}: it is not loaded but built again")
         bad.append(path)
     made = make(folder, key, command)

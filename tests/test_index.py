@@ -438,7 +438,9 @@ def test_a_damaged_cache_is_built_again(tmp_path, cache, read, what):
     assert sizes(indexed(root)) == THREE and len(read) == 3
 
 
-@pytest.mark.parametrize("who", ["is another user's", "may be written by the group", "may be written by all", "is a pipe"])
+@pytest.mark.parametrize(
+    "who", ["is another user's", "may be written by the group", "may be written by all", "is a pipe"]
+)
 def test_a_cache_that_others_may_have_written_is_not_believed(tmp_path, cache, read, monkeypatch, who):
     """Sizes that are wrong would be other pixels, without a word; it is replaced by one that is believed."""
     before = os.umask(0o002)  # as on systems with a group for every user
