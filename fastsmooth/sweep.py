@@ -249,7 +249,8 @@ def apart(wanted: list[Planned], out: Path) -> list[Planned]:
 
     Two names that are one where case does not count, or where accents are stored otherwise, are told apart too.
     """
-    had = {run.flags: run.name for run in read_sweep(out)} if (out / "sweep.json").exists() else {}
+    # that of Path raises what a name that is too long meets
+    had = {run.flags: run.name for run in read_sweep(out)} if os.path.exists(out / "sweep.json") else {}
     with refusing(out):
         taken = {same(name) for name in (*had.values(), *(os.listdir(out) if os.path.isdir(out) else ()))}
     found, tried = [], collections.Counter()
