@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastsmooth.files import read_file, size_of, sync, write_aside
+from fastsmooth.files import read_file, rename, size_of, write_aside
 
 KEEP = 2  # the newest and, should that be damaged, the one before
 
@@ -53,8 +53,7 @@ class Checkpoints:
         if sums.exists():  # of the same update, before its epoch was evaluated: not the sums of what comes now
             sums.unlink()
         for aside, path in ((written, whole), (summed, sums)):
-            os.replace(aside, path)
-            sync(self.directory)
+            rename(aside, path)
         self.saved = step, state.get("epoch")
         self._prune()
 

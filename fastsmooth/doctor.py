@@ -23,7 +23,7 @@ from typing import Any
 
 from fastsmooth import __version__
 from fastsmooth.config import Config, ConfigError
-from fastsmooth.files import cache_folder
+from fastsmooth.files import cache_folder, only_mine
 from fastsmooth.log import processors
 from fastsmooth.messages import one_line, say
 
@@ -360,11 +360,12 @@ def kernels(device, torch) -> Row:
             chosen = backend.choose(device, torch.float32)
         except Exception as error:
             return Row(name, f"cannot be chosen: {described(error)}", BAD)
+    messages = [warning.message for warning in said]
     if chosen == "native":
-        return Row(name, f"native: C++, built by {native.compiler()}")
+        return Row(name, "; ".join([f"native: C++, built by {native.compiler()}", *map(one_line, messages)]))
     if chosen == "triton":
         return Row(name, "triton")
-    why = "; ".join(one_line(warning.message) for warning in said) or "plain PyTorch, slower"
+    why = "; ".join(map(one_line, messages)) or "plain PyTorch, slower"
     try:
         native.compiler()
         remedy = ""
@@ -404,6 +405,10 @@ def cache() -> Row:
     text = f"{path}, {gigabytes(shutil.disk_usage(above).free)} free"
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         return Row("cache", f"{text}, cannot be written: {remedy}", NOTE)
+    if path.is_dir() and not only_mine(path):
+        return Row(
+            "cache", f"{text}, other users may write there, so the C++ kernels are kept elsewhere: {remedy}", NOTE
+        )
     return Row("cache", text)
 
 

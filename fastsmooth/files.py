@@ -10,8 +10,11 @@ import errno
 import json
 import math
 import os
+import re
+import secrets
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +74,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
 
 
-def replace(path: Path, data: bytes | memoryview) -> None:
-    """Put the data in the place of the file, on the disk when this returns. Where that fails, what was there stays."""
-    os.replace(write_aside(path, data), path)
+def only_mine(path: Path) -> bool:
+    """Whether no other user but root may write the file. Raises OSError."""
+    found = os.stat(path)
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def replace(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
+    """Put the data in the place of the file, on the disk when this returns. Where that fails, what was there stays.
+
+    Others may do the same at the same time: the last one's is there. `mode` is that of the file, less the umask.
+    """
+    with suppress(FileNotFoundError):
+        size_of(path)  # refuses what is no file: /dev/stdout would be gone
+    aside = write_aside(path, data, mode)
+    try:
+        rename(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def rename(aside: Path, path: Path) -> None:
+    """Put a file whose data is on the disk already in the place of another in the same folder."""
+    os.replace(aside, path)
     sync(path.parent)
 
 
-def write_aside(path: Path, data: bytes | memoryview) -> Path:
-    """The data on the disk, in a file beside `path` that is to be renamed; none where that fails."""
-    aside = path.with_name(f".{path.name}.tmp")
+def write_aside(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Path:
+    """The data on the disk, in a new file beside `path` that is to be renamed; none where that fails."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        with aside.open("wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -91,9 +116,22 @@ def write_aside(path: Path, data: bytes | memoryview) -> Path:
     return aside
 
 
-def sync(directory: Path) -> None:
-    """Put the names in a directory on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def aside_of(name: str) -> str | None:
+    """The name of the file that a file of this name was to become; None for what write_aside has not named."""
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)
+    return found and found[1]
+
+
+def clean(directory: Path) -> None:
+    """Remove what writers that were killed left in a directory that nobody else writes now."""
+    for entry in os.scandir(directory):
+        if aside_of(entry.name) and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
+
+
+def sync(path: Path) -> None:
+    """Put what was written to a file, or the names in a directory, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

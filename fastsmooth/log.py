@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
+import re
+import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -19,19 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.files import finite, read_object, replace, size_of
+from fastsmooth.files import aside_of, clean, finite, read_object, replace, size_of
 from fastsmooth.messages import one_line
 
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}
-# What may lie in a folder before config.json does, and the bytes it may hold.
-UNFINISHED = {
-    ".lock": 0,
-    "metrics.jsonl": 0,
-    "env.json": 1 << 16,
-    ".env.json.tmp": 1 << 16,
-    ".config.json.tmp": 1 << 16,
-}
+LATER = "sharpness"  # the field of rows that are added to a run once it has stopped
+# What may lie in a folder before config.json does, and the bytes it may hold; files that are being written go by ".name".
+UNFINISHED = {".lock": 0, "metrics.jsonl": 0, "env.json": 1 << 16, ".env.json": 1 << 16, ".config.json": 1 << 16}
 
 
 class RunFolderError(ValueError):
@@ -45,6 +44,7 @@ class RunFolder:
         self.path = path
         with refusing(path):
             self._lock = lock(path)
+            clean(path)
             if (path / "metrics.jsonl").exists():
                 size_of(path / "metrics.jsonl")  # a pipe would wait for its reader
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -72,10 +72,23 @@ class RunFolder:
         return os.fstat(self._metrics.fileno()).st_size
 
     def rewind(self, size: int) -> None:
-        """Drop the rows written after `size`: those of updates that no checkpoint holds and that will be done again."""
+        """Drop the rows written after `size`: those of updates that no checkpoint holds and that will be done again.
+
+        What was measured of a checkpoint meanwhile is not done again, and stays.
+        """
+        path = self.path / "metrics.jsonl"
         if os.fstat(self._metrics.fileno()).st_size < size:
-            raise RunFolderError(f"{self.path / 'metrics.jsonl'} is shorter than at the checkpoint: it was changed")
-        os.ftruncate(self._metrics.fileno(), size)
+            raise RunFolderError(f"{path} is shorter than at the checkpoint: it was changed")
+        with path.open("rb") as file:
+            file.seek(size)
+            kept = [line for line in file if measured_later(line)]
+            if kept:
+                file.seek(0)
+                replace(path, file.read(size) + b"".join(kept))
+                self._metrics.close()
+                self._metrics = path.open("a", encoding="utf-8")
+            else:
+                os.ftruncate(self._metrics.fileno(), size)
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Replace a JSON file of the folder."""
@@ -88,6 +101,17 @@ class RunFolder:
     def close(self) -> None:
         self._metrics.close()
         os.close(self._lock)
+
+
+def measured_later(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is a whole row of fastsmooth.sharpness."""
+    if LATER.encode() not in line or not line.endswith(b"\n"):
+        return False
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and LATER in row
 
 
 class Unwritten:
@@ -119,14 +143,31 @@ def check_unused(path: Path) -> None:
     """Refuse a folder that holds something already, but for what a run leaves that was killed while it made the folder."""
     with refusing(path):
         if path.is_dir():
-            used = any(
-                entry.name not in UNFINISHED or entry.stat().st_size > UNFINISHED[entry.name]
-                for entry in path.iterdir()
-            )
+            used = any(not unfinished(entry) for entry in path.iterdir())
         else:
             used = path.exists()
         if used:
             raise RunFolderError(f"--out {path} exists: go on with that run by --resume, or choose another folder")
+
+
+def claim(path: Path) -> Path:
+    """A new folder of this name or, where there is one already, of path-2, path-3 and so on: nobody else can claim it."""
+    with refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+
+
+def unfinished(entry: Path) -> bool:
+    """Whether a run that was killed may have left this while it made its folder."""
+    aside = aside_of(entry.name)
+    name = f".{aside}" if aside else entry.name
+    return name in UNFINISHED and entry.stat().st_size <= UNFINISHED[name]
 
 
 @contextmanager
@@ -222,16 +263,20 @@ def commit() -> str | None:
 
 
 class Tracker:
-    """Rows go to Weights & Biases too, where asked. Whatever it raises becomes one warning: it never stops a run."""
+    """Rows go to Weights & Biases too, where asked. Whatever it raises becomes one warning: it never stops a run.
+
+    `where` says where they are; it is empty where they go nowhere.
+    """
 
     def __init__(self, config: dict[str, Any], folder: Path, warn: Callable[[str], None]):
-        self._warn, self._run = warn, None
+        self._warn, self._run, self.where = warn, None, ""
         mode = config["wandb_mode"]
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         if mode in ("off", "disabled"):
             return
-        if mode == "offline":
+        offline = mode in ("offline", "dryrun")
+        if offline:
             os.environ["WANDB_ERROR_REPORTING"] = "false"
         try:
             import wandb
@@ -243,14 +288,18 @@ class Tracker:
                 config=config,
                 dir=str(folder),
                 name=folder.name,
-                id=f"{folder.name}-{config['seed']}",
-                resume="allow" if mode == "online" else None,
+                id=tracked_as(folder),
+                resume="allow",  # offline too: a later `wandb sync` appends what is of the same id
                 settings=wandb.Settings(silent=True, console="off"),
             )
+            self._run.define_metric("update")
+            self._run.define_metric("*", step_metric="update")
+            self.where = where_offline(Path(self._run.dir)) if offline else f"wandb: {self._run.url}"
         except ImportError:
             warn("--wandb-mode: wandb is not installed, so nothing is sent: pip install 'fastsmooth[wandb]'")
         except Exception as error:  # the tracker must never stop a run
             warn(f"wandb: {one_line(error)}: going on without it")
+            self._run = None
 
     def row(self, kind: str, values: dict[str, Any]) -> None:
         if self._run is None:
@@ -270,3 +319,19 @@ class Tracker:
             self._run.finish(exit_code=exit_code)
         except Exception as error:  # as above
             self._warn(f"wandb: {one_line(error)}")
+
+
+def tracked_as(folder: Path) -> str:
+    """The id of the run at Weights & Biases: random, and kept in the folder, so that a resumed run goes on as the same one."""
+    known = (read_object(folder / "wandb.json") or {}).get("id")
+    if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{16}", known):
+        return known
+    made = secrets.token_hex(8)
+    replace(folder / "wandb.json", json.dumps({"id": made}).encode() + b"\n")
+    return made
+
+
+def where_offline(files: Path) -> str:
+    """Where the rows of all parts of an offline run are, and the command that sends them; `files` lies in the newest part."""
+    folder = files.parent.parent
+    return f"wandb: offline, in {folder}; to send it: wandb sync {shlex.quote(str(folder))}/offline-run-*"

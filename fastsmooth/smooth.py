@@ -11,6 +11,7 @@ Graduated: gradient descent on f_delta while delta falls, in many dimensions, be
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import shlex
@@ -679,7 +680,9 @@ def save(figure: Any, stem: Path) -> None:
 
     with rc_context({"svg.hashsalt": "fastsmooth", "pdf.fonttype": 42}):
         for kind, date in zip(KINDS, ("Date", "CreationDate"), strict=True):
-            figure.savefig(stem.with_suffix(kind), metadata={date: None})
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=kind[1:], metadata={date: None})
+            replace(stem.with_suffix(kind), drawn.getbuffer())
 
 
 def draw_smoothing(r: Request, curves: list[Curve]) -> None:

@@ -6,6 +6,7 @@ runs are skipped, interrupted ones go on from their checkpoints. Nothing here im
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from typing import Any
 from fastsmooth import config as configs
 from fastsmooth import critical
 from fastsmooth.config import FIELDS, ConfigError, flag
-from fastsmooth.files import read_file, replace, size_of
+from fastsmooth.files import clean, read_file, read_object, replace, size_of
 from fastsmooth.log import RunFolderError, lock, processors, read_status, refusing
 from fastsmooth.messages import (
     BAD_INPUT,
@@ -47,7 +49,9 @@ from fastsmooth.runs import RunError, SavedRun, read_run
 
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself
 MOST_RUNS = 100_000
-NO_START = "failed to start"
+LONGEST_NAME = 120  # bytes
+FINAL = ("done", "diverged")  # states that no run leaves: one that has diverged would do so again
+NO_START, NOT_STARTED = "failed to start", "not started"
 PARENT = "FASTSMOOTH_SWEEP"  # the process that a run must not outlive
 
 
@@ -76,13 +80,14 @@ def sweep(argv: list[str]) -> int:
     out = Path(own["out"])
     if "run" in own:
         return do_run(out, own["run"])
-    runs = grid_runs(asked, own) if asked or own.keys() & {"grid", "seeds"} else read_sweep(out)
+    runs = grid_runs(asked, own, out) if asked or own.keys() & {"grid", "seeds"} else read_sweep(out)
     if own.get("plan"):
         print_plan(runs)
         return DONE
     with refusing(out):
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out)
+        clean(out)
     try:
         write_sweep(out, runs)
         if "slurm" in own:
@@ -188,8 +193,8 @@ def values_of(word: str) -> list[str]:
     return ([name] if name else []) + values
 
 
-def grid_runs(given: dict[str, Any], own: dict[str, Any]) -> list[Planned]:
-    """The runs that flags and --grid describe. Raises ConfigError for a combination that cannot be run."""
+def grid_runs(given: dict[str, Any], own: dict[str, Any], out: Path) -> list[Planned]:
+    """The runs in `out` that flags and --grid describe. Raises ConfigError for a combination that cannot be run."""
     shared, tables = read_grid(own["grid"]) if "grid" in own else ({}, [{}])
     found: dict[str, tuple[dict[str, Any], configs.Config]] = {}
     asked: set[str] = set()
@@ -211,7 +216,7 @@ def grid_runs(given: dict[str, Any], own: dict[str, Any]) -> list[Planned]:
     kept = [one for one, _ in found.values()]
     for name in sorted(asked - {name for one in kept for name in one} - {"method"}):
         raise ConfigError(f"{flag(name)} has no effect in any of the {len(kept)} runs: leave it out")
-    return named(kept)
+    return named(kept, out)
 
 
 def listed(axes: dict[str, Any], name: str) -> list[Any]:
@@ -227,18 +232,43 @@ def combinations(axes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {n: tuple(v) if isinstance(v, list) else v for n, v in zip(names, values, strict=True)}
 
 
-def named(given: list[dict[str, Any]]) -> list[Planned]:
+def named(given: list[dict[str, Any]], out: Path) -> list[Planned]:
     """Runs with names made of the flags in which they differ."""
     names = [name for name in FIELDS if len({repr(one.get(name)) for one in given}) > 1]
-    planned: dict[str, Planned] = {}
+    wanted = []
     for one in given:
         differs = {name: one[name] for name in names if name in one}
         parts = [f"{flag(name).strip('-')}={configs.shown(value)}" for name, value in differs.items()]
-        name = re.sub(r"[^\w.=+-]", "-", "_".join(parts))[:120] or "run"
-        if name in planned:
-            name = f"{name}_{len(planned)}"
-        planned[name] = Planned(name, tuple(words(one)), differs)
-    return list(planned.values())
+        name = re.sub(r"[^\w.=+-]", "-", "_".join(parts)).encode()[:LONGEST_NAME].decode(errors="ignore") or "run"
+        wanted.append(Planned(name, tuple(words(one)), differs))
+    return apart(wanted, out)
+
+
+def apart(wanted: list[Planned], out: Path) -> list[Planned]:
+    """The runs with a folder each in `out`: that which they have there already, else one of this name that none has.
+
+    Two names that are one where case does not count, or where accents are stored otherwise, are told apart too.
+    """
+    # that of Path raises what a name that is too long meets
+    had = {run.flags: run.name for run in read_sweep(out)} if os.path.exists(out / "sweep.json") else {}
+    with refusing(out):
+        taken = {same(name) for name in (*had.values(), *(os.listdir(out) if os.path.isdir(out) else ()))}
+    found, tried = [], collections.Counter()
+    for run in wanted:
+        if run.flags not in had:
+            name = run.name
+            while same(name) in taken:
+                tried[run.name] += 1
+                name = f"{run.name}_{tried[run.name] + 1}"
+            taken.add(same(name))
+            had[run.flags] = name
+        found.append(dataclasses.replace(run, name=had[run.flags]))
+    return found
+
+
+def same(name: str) -> str:
+    """What two names have in common that some file system takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def words(given: dict[str, Any]) -> Iterator[str]:
@@ -387,10 +417,9 @@ def carry_out(out: Path, runs: list[Planned], own: dict[str, Any]) -> int:
 
 def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> int:
     work = on_ray if "ray" in own else on_this_machine
-    work(out, runs, range(len(runs)), own, stop)
-    without = "not started" if stop.received else NO_START
-    states = [read_status(out / run.name).get("state", without) for run in runs]
-    write_json(out / "results.json", [result(out, run, state) for run, state in zip(runs, states, strict=True)])
+    results = Results(out, runs)
+    work(out, runs, own, stop, results)
+    states = results.write(NOT_STARTED if stop.received else NO_START)
     if stop.received:
         say(f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the same command goes on")
         return INTERRUPTED if stop.received == "SIGINT" else PREEMPTED
@@ -424,12 +453,12 @@ class Stop:
         self.received = self.received or signal.Signals(number).name
 
 
-def on_this_machine(out: Path, runs: list[Planned], numbers: Iterable[int], own: dict[str, Any], stop: Stop) -> None:
+def on_this_machine(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, results: Results) -> None:
     """Every run that is not finished, --jobs at a time, each in a process of its own."""
     gpus = visible_gpus()
     jobs = own.get("jobs") or len(gpus) or processors()
-    waiting = [number for number in numbers if unfinished(out, runs[number])]
-    table = Table(out, runs, len(list(numbers)) - len(waiting))
+    waiting = [number for number, run in enumerate(runs) if unfinished(out, run)]
+    table = Table(out, runs, len(runs) - len(waiting))
     active: dict[int, tuple[int, subprocess.Popen]] = {}  # the place of each job: a run's number and its process
     (out / "logs").mkdir(exist_ok=True)
     try:
@@ -448,6 +477,7 @@ def on_this_machine(out: Path, runs: list[Planned], numbers: Iterable[int], own:
                     del active[place]
                     table.ended(runs[number])
             table.show([runs[number] for number, _ in active.values()])
+            results.show()
             time.sleep(0.1)
     finally:
         table.close()
@@ -472,8 +502,8 @@ def command_of(out: Path, number: int) -> list[str]:
 
 
 def unfinished(out: Path, run: Planned) -> bool:
-    """A run that has diverged would do so again."""
-    return read_status(out / run.name).get("state") not in ("done", "diverged")
+    """Whether a run is to be begun, or gone on with."""
+    return read_status(out / run.name).get("state") not in FINAL
 
 
 def visible_gpus() -> list[str]:
@@ -485,13 +515,13 @@ def visible_gpus() -> list[str]:
     return [str(k) for k in range(len(list(cards.iterdir())))] if cards.is_dir() else []
 
 
-def on_ray(out: Path, runs: list[Planned], numbers: Iterable[int], own: dict[str, Any], stop: Stop) -> None:
+def on_ray(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, results: Results) -> None:
     """The same on a Ray cluster, whose machines must all see the folder."""
     try:
         import ray
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'fastsmooth[ray]'") from None
-    waiting = [number for number in numbers if unfinished(out, runs[number])]
+    waiting = [number for number, run in enumerate(runs) if unfinished(out, run)]
     (out / "logs").mkdir(exist_ok=True)
     ray.init(None if own["ray"] == "local" else own["ray"], log_to_driver=False, logging_level="ERROR")
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
@@ -504,7 +534,7 @@ def on_ray(out: Path, runs: list[Planned], numbers: Iterable[int], own: dict[str
             env = os.environ | {PARENT: str(os.getpid())}
             return subprocess.run(command, cwd=where, env=env, check=False, **streams).returncode
 
-    table = Table(out.absolute(), runs, len(list(numbers)) - len(waiting))
+    table = Table(out.absolute(), runs, len(runs) - len(waiting))
     try:
         log, here = out.absolute() / "logs", os.getcwd()
         tasks = {do.remote(command_of(out.absolute(), k), str(log / f"{runs[k].name}.log"), here): k for k in waiting}
@@ -516,6 +546,7 @@ def on_ray(out: Path, runs: list[Planned], numbers: Iterable[int], own: dict[str
                     ray.get(task)
                 table.ended(runs[number])
             table.show([])
+            results.show()
     finally:
         table.close()
         ray.shutdown()
@@ -535,7 +566,7 @@ def write_slurm(script: Path, out: Path, count: int, own: dict[str, Any]) -> int
     lines += ["# srun gets the signal 120 s before the time limit; the run saves and exits 75", "code=0"]
     lines += [f'srun {shlex.join(command)} "$SLURM_ARRAY_TASK_ID" || code=$?']
     lines += [f'if [ "$code" -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
-    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace(script, ("\n".join(lines) + "\n").encode())
     say(f"{script}: {count} runs; start them with: sbatch {shlex.quote(str(script))}")
     say(f"when they are done: {shlex.join([*command[:-1]])}")
     return DONE
@@ -586,6 +617,41 @@ class Table:
             self.live.stop()
 
 
+class Results:
+    """results.json while the runs go: each with its state, and the summary of those that are done."""
+
+    def __init__(self, out: Path, runs: list[Planned]):
+        self.out, self.runs, self.due = out, runs, 0.0
+        self.entries: list[dict[str, Any]] = []
+        self.ended: dict[str, dict[str, Any]] = {}
+
+    def show(self) -> None:
+        """Write it anew where something has changed, as often as takes a fiftieth of the time, once a second at most."""
+        began = time.monotonic()
+        if began < self.due:
+            return
+        with contextlib.suppress(OSError):  # of a disk that is full now; it is tried again
+            self.write(NOT_STARTED)
+        self.due = time.monotonic() + max(1.0, 50 * (time.monotonic() - began))
+
+    def write(self, without: str) -> list[str]:
+        """The states of the runs, `without` where there is none, once they are written. Raises OSError."""
+        entries = [self.ended.get(run.name) or self.entry(run, without) for run in self.runs]
+        if entries != self.entries:
+            write_json(self.out / "results.json", entries)
+            self.entries = entries
+        return [entry["state"] for entry in entries]
+
+    def entry(self, run: Planned, without: str) -> dict[str, Any]:
+        folder = self.out / run.name
+        state = read_status(folder).get("state", without)
+        summary = read_object(folder / "summary.json") if state == "done" else None
+        found = run.to_json() | {"state": state, "summary": summary or {}}
+        if state in FINAL:
+            self.ended[run.name] = found
+        return found
+
+
 def described(folder: Path) -> str:
     """The state of a run that was begun, with its last epoch."""
     status = read_status(folder)
@@ -626,10 +692,6 @@ def percent(value: Any) -> str:
     return f"{value:.2%}" if critical.number(value) else "-"
 
 
-def result(out: Path, run: Planned, state: str) -> dict[str, Any]:
-    return run.to_json() | {"state": state, "summary": read_run(out / run.name).summary if state == "done" else {}}
-
-
 def summarise(out: Path, runs: list[Planned]) -> None:
     """Mean and standard deviation of the test accuracy over the seeds of each combination."""
     groups: dict[str, list[float]] = {}
@@ -656,15 +718,18 @@ def summarise(out: Path, runs: list[Planned]) -> None:
 def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: Stop) -> None:
     """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps was reached."""
     curves = critical.analyse(found)
-    sampled = sampling_runs(curves, found)
-    names = {id(curve): run.name for curve, run in sampled}
-    runs = list({run.name: run for _, run in sampled}.values())
     folder = out / "sampled"
     folder.mkdir(exist_ok=True)
+    sampled = sampling_runs(curves, found)
+    planned = apart([run for _, run in sampled], folder)  # curves may share a run
+    names = {id(curve): run.name for (curve, _), run in zip(sampled, planned, strict=True)}
+    runs = list({run.name: run for run in planned}.values())
     write_json(folder / "sweep.json", {"runs": [run.to_json() for run in runs]})
     if runs:
         say(f"sampling C2 at b* in {len(runs)} more runs")
-        on_this_machine(folder, runs, range(len(runs)), own, stop)
+        results = Results(folder, runs)
+        on_this_machine(folder, runs, own, stop, results)
+        results.write(NO_START)
     entries = []
     for curve in curves:
         entry = curve.to_json() | {"c2_sampled": None, "c2_sampled_se": None}

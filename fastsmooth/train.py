@@ -323,10 +323,9 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     from fastsmooth.step import Step, keep_freed_memory
 
     keep_freed_memory()
-    out = Path(ranks.from_leader(c.out or default_out(c)))
     with ranks.together(refusals, ConfigError):
-        if not c.resume and ranks.leader:
-            check_unused(out)
+        if c.out and not c.resume and ranks.leader:
+            check_unused(Path(c.out))
         kernels = choose_kernels(device, torch)  # before their first use, which would warn in other words
         images = data.open_data(c, device, warn if ranks.leader else lambda line: None, ranks.local_world)
         images.bad.say = warn  # from now on each process meets bad images of its own
@@ -351,6 +350,9 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
+    with ranks.together(refusals, ConfigError):
+        out = c.out or (default_out(c) if ranks.leader else None)
+    out = Path(ranks.from_leader(out))
     with ranks.together(refusals, ConfigError):
         folder = Unwritten(out)
         if ranks.leader:
@@ -573,11 +575,11 @@ def noise_cost(live) -> str:
 
 
 def default_out(c: Config) -> Path:
+    """A new folder, which no other run that starts now gets."""
+    from fastsmooth.log import claim
+
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{c.dataset}-{c.method if c.mode == 'normal' else c.mode}"
-    out, number = Path("runs") / name, 2
-    while out.exists():
-        out, number = Path("runs") / f"{name}-{number}", number + 1
-    return out
+    return claim(Path("runs") / name)
 
 
 def introduce(c: Config, live, parameters: int) -> None:
@@ -601,6 +603,8 @@ def introduce(c: Config, live, parameters: int) -> None:
         say(line)
     if live.noise:
         say(f"noise measured {live.noise.described()}")
+    if live.tracker.where:
+        say(live.tracker.where)
     if live.update:
         say(f"going on from update {live.update:,}, epoch {live.epoch}")
 

@@ -1,17 +1,22 @@
 """cpu.cpp as a shared library: built with the C++ compiler that torch.compile uses too, once a machine, and kept.
 
 The library lies in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a hash of the source, the
-flags, the compiler and the processor, so that a home directory shared by unlike machines serves none of them wrong code.
+flags, the compiler and the processor, so that a home directory shared by unlike machines serves none of them wrong code,
+and a hash of its own bytes, so that a damaged one is never loaded. Nor is one that another user owns or may write, or that
+lies in such a folder: then the system's folder for temporary files has one of ours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -60,26 +65,99 @@ def run(command: list[str]) -> str:
 
 
 def build() -> Path:
-    """The library's path, built if it is not there. Raises BuildError."""
+    """The path of a library that nobody else may have written, built if none is kept. Raises BuildError."""
     cxx = compiler()
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has no OpenMP: one thread there
-    key = "\n".join([SOURCE.read_text(), *FLAGS, *threads, run([cxx, "--version"]), processor()])
+    key = digest("\n".join([SOURCE.read_text(), *FLAGS, *threads, run([cxx, "--version"]), processor()]).encode())
+    command, wrong = [cxx, *FLAGS, *threads, str(SOURCE)], []
+    for place in (cache_folder, private_folder):
+        try:
+            library = kept_or_made(place(), key, command)
+        except OSError as error:
+            wrong.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+            continue
+        if wrong:
+            warn(
+                f"{wrong[0]}: the C++ kernels are kept in {library.parent} instead: name a folder of yours in XDG_CACHE_HOME"
+            )
+        return library
+    raise BuildError(f"{'; '.join(wrong)}: name a folder of yours in XDG_CACHE_HOME")
+
+
+def cache_folder() -> Path:
+    """Raises OSError where there is no home directory."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
     except RuntimeError:
-        raise BuildError("no home directory to keep it in: name a folder in XDG_CACHE_HOME") from None
-    target = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if target.is_file():
-        return target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            aside = Path(scratch) / target.name
-            run([cxx, *FLAGS, *threads, str(SOURCE), "-o", str(aside)])
-            os.replace(aside, target)  # whole or not at all, whoever else builds it now
-    except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror}") from None
+        raise OSError("no home directory") from None
+
+
+def private_folder() -> Path:
+    """Where the library is kept until the machine starts anew. Raises OSError where there is no folder for such files."""
+    return Path(tempfile.gettempdir()) / f"fastsmooth-{os.geteuid()}"
+
+
+def kept_or_made(folder: Path, key: str, command: list[str]) -> Path:
+    """The sound library of this key in the folder, made by the command if there is none. Raises OSError and BuildError."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    doubt = doubted(os.stat(folder))
+    if os.lstat(folder).st_uid != os.geteuid():
+        doubt = "belongs to another user"
+    if doubt:
+        raise PermissionError(errno.EPERM, f"it {doubt}", str(folder))
+    bad = []
+    for path in sorted(folder.glob(f"cpu-{key}-*.so")):
+        try:
+            found = os.lstat(path)
+            doubt = doubted(found) if stat.S_ISREG(found.st_mode) else "is no file"
+            if not doubt and path.name == name_of(key, path.read_bytes()):
+                return path
+        except FileNotFoundError:  # another process has built it again
+            continue
+        warn(f"{path} {doubt or 'is damaged'}: it is not loaded but built again")
+        bad.append(path)
+    made = make(folder, key, command)
+    for path in bad:
+        if path != made:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return made
+
+
+def make(folder: Path, key: str, command: list[str]) -> Path:
+    """The new library. Whoever else makes it now, it is whole; the same bytes have the same name."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        aside = Path(scratch) / "cpu.so"
+        run([*command, "-o", str(aside)])
+        aside.chmod(0o700)  # the umask may let others write it
+        descriptor = os.open(aside, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        target = folder / name_of(key, aside.read_bytes())
+        os.replace(aside, target)
     return target
+
+
+def name_of(key: str, content: bytes) -> str:
+    """A name that holds what the library was made of and what it is: a cut or altered one does not match its own."""
+    return f"cpu-{key}-{digest(content)}.so"
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def doubted(found: os.stat_result) -> str:
+    """Why a file or a folder may be the work of another user; empty where it cannot be."""
+    if found.st_uid != os.geteuid():
+        return "belongs to another user"
+    return "may be written by other users" if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+
+
+def warn(words: str) -> None:
+    warnings.warn(words, stacklevel=3)
 
 
 @functools.cache
@@ -88,7 +166,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
-        warnings.warn(f"the kernels run in plain PyTorch, slower: {error}", stacklevel=2)
+        warn(f"the kernels run in plain PyTorch, slower: {error}")
         return None
 
 

@@ -1,6 +1,7 @@
 """How the tests run, what they share, and their real images: archives that lie beside the checkout, extracted once a session."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,36 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A C++ compiler that copies the library that is there, slowly and with other bytes where asked; no library is loaded.
+
+    Gives a folder with a file `compiled`, of a line for each time, and a folder `tmp` for what is temporary.
+    """
+    from fastsmooth.kernels import native
+
+    if native.library() is None:
+        pytest.skip("there is no C++ compiler")
+    real, folder = native.build(), tmp_path_factory.mktemp("compiler")
+    compiler = folder / "c++"
+    compiler.write_text(
+        f'''#!/bin/sh
+[ "$1" = --version ] && echo 1 && exit
+for out; do :; done
+head -c 999 "{real}" > "$out" && sleep "${{SLOW:-0}}" && tail -c +1000 "{real}" >> "$out"
+[ -z "$MORE" ] || echo "$MORE" $$ >> "$out"
+echo >> "{folder}/compiled"
+'''
+    )
+    compiler.chmod(0o755)
+    (folder / "tmp").mkdir()
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    native.library.cache_clear()
+    yield folder
+    native.library.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -42,8 +42,11 @@ def start(argv: list[str], out: Path, prepare=None, environment: dict[str, str] 
     return process
 
 
-def start_ranks(argv: list[str], out: Path, world: int, prepare=None) -> list:
-    """The same in `world` processes that share the run, as torchrun would start them; each has a log of its own."""
+def start_ranks(argv: list[str], out: Path, world: int, prepare=None, named: bool = True) -> list:
+    """The same in `world` processes that share the run, as torchrun would start them; each has a log of its own.
+
+    Without `named` the run finds a name for itself.
+    """
     # kept by the test, as torchrun's agent does, so that it outlives the processes that meet there
     STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -52,7 +55,7 @@ def start_ranks(argv: list[str], out: Path, world: int, prepare=None) -> list:
     for rank in range(world):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = f"{out}.log" if rank == 0 else f"{out}.{rank}.log"
-        line = [*argv, "--out", str(out)]
+        line = [*argv, "--out", str(out)] if named else argv
         processes.append(SERVER.Process(target=run_main, args=(line, log, common | place, prepare)))
         processes[-1].start()
     return processes

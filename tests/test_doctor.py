@@ -245,20 +245,24 @@ def test_without_a_compiler_the_kernels_are_plain_pytorch(here, monkeypatch):
     assert code == 0 and rows["cpu kernels"].startswith("note reference: ") and "C++ compiler" in rows["cpu kernels"]
 
 
-def test_without_a_home_directory_a_run_can_be_done(here, monkeypatch):
-    from fastsmooth.kernels import native
-
+def test_without_a_home_directory_a_run_can_be_done(here, monkeypatch, quick_compiler):
     def home():
         raise RuntimeError("Could not determine home directory.")
 
-    native.library.cache_clear()
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    try:
-        code, rows, _ = here("--device", "cpu")
-    finally:
-        native.library.cache_clear()
+    code, rows, _ = here("--device", "cpu")
     assert code == 0 and "XDG_CACHE_HOME" in rows["cache"] and "XDG_CACHE_HOME" in rows["cpu kernels"]
+    assert rows["cpu kernels"].startswith("ok native: C++")
+
+
+def test_a_cache_in_which_others_may_write_is_said(here, monkeypatch, quick_compiler):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(quick_compiler))
+    (quick_compiler / "fastsmooth").mkdir()
+    (quick_compiler / "fastsmooth").chmod(0o777)
+    code, rows, _ = here("--device", "cpu")
+    assert code == 0 and rows["cache"].startswith("note ") and "other users may write there" in rows["cache"]
+    assert "may be written by other users" in rows["cpu kernels"]
 
 
 def test_an_out_that_cannot_be_written_is_bad(here, tmp_path_factory, monkeypatch):

@@ -3,8 +3,6 @@
 A result may be at most twice as far from float64 as plain PyTorch in the kernel's own precision, or two roundings.
 """
 
-import shutil
-
 import pytest
 import torch
 from implementations import DEVICE, every_implementation, needs_cxx
@@ -481,14 +479,6 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch, fre
         update.update([p], [g], [], *(s.cpu() for s in scalars()), "sgd")
     torch.testing.assert_close(p, expected)
     update.update([p], [g], [], *(s.cpu() for s in scalars()), "sgd")  # a second warning would fail the test
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
-def test_the_library_is_built_once_and_kept(fresh_cache):
-    first = native.build()
-    built = first.stat().st_mtime_ns
-    assert native.build() == first and first.stat().st_mtime_ns == built
-    assert [path.name for path in (fresh_cache / "fastsmooth").iterdir()] == [first.name]  # nothing half made beside it
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, fresh_cache):

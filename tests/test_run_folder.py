@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from fastsmooth.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.clock import Clock
-from fastsmooth.log import RunFolder, RunFolderError, read_rows
+from fastsmooth.log import RunFolder, RunFolderError, claim, read_rows
 from fastsmooth.progress import span
 
 
@@ -88,7 +89,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 def test_what_an_interrupted_save_left_is_removed(tmp_path):
     checkpoints, _ = saved(tmp_path, 1)
-    for name in (".ckpt-2.pt.tmp", "ckpt-2.pt"):
+    for name in (".ckpt-2.pt.0123abcd.tmp", "ckpt-2.pt"):
         (tmp_path / "checkpoints" / name).write_bytes(b"half")
     checkpoints.clean()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["ckpt-1.json", "ckpt-1.pt"]
@@ -134,6 +135,79 @@ def test_a_torn_last_row_is_dropped_by_the_rewind(tmp_path):
     folder.rewind(size)
     folder.row("step", {"step": 2})
     assert [r["step"] for r in read_rows(tmp_path / "run")] == [1, 2]
+
+
+def sharpness_row(step: int) -> str:
+    return json.dumps({"kind": "measure", "step": step, "sharpness": 0.5}) + "\n"
+
+
+def test_what_was_measured_of_a_checkpoint_survives_a_rewind(tmp_path):
+    """Wherever it lies among rows of updates that are done again, and as often as the run goes back to that checkpoint."""
+    path = tmp_path / "run" / "metrics.jsonl"
+    folder = RunFolder.create(tmp_path / "run", {}, {})
+    folder.row("step", {"step": 1})
+    size = folder.sync()
+    folder.row("step", {"step": 2, "note": "no sharpness here"})
+    folder.close()
+    for step in (1, 2):
+        with path.open("a") as file:
+            file.write(sharpness_row(step) + json.dumps({"kind": "step", "step": 3}) + "\n")
+    with path.open("a") as file:
+        file.write(sharpness_row(3)[:-2])  # torn
+    first = path.read_bytes()[:size]
+    for _ in range(3):
+        folder = RunFolder(tmp_path / "run")
+        folder.rewind(size)
+        folder.row("step", {"step": 2})
+        folder.close()
+        assert path.read_bytes().startswith(first)
+        assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 1, 2, 2]
+        assert [row["kind"] for row in read_rows(tmp_path / "run")] == ["step", "measure", "measure", "step"]
+
+
+def test_what_only_looks_like_a_later_row_does_not(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", {}, {})
+    lines = [
+        b'"sharpness"\n',
+        b'["sharpness"]\n',
+        b'{"kind": "step", "x": "sharpness"}\n',
+        b'{"sharpness": \n',
+        b'{"sharpness": 1}',
+    ]
+    for line in lines:
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(line)
+        folder.rewind(0)
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_rewind_that_fails_loses_no_row(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path / "run", {}, {})
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text('{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n' + sharpness_row(1))
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        folder.rewind(28)
+    assert path.read_bytes() == before
+
+
+def test_a_claimed_folder_is_claimed_once(tmp_path):
+    """By 16 at once, beside folders and files of the names that come next."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run").mkdir()
+    (tmp_path / "runs" / "run-3").write_text("")
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(claim(tmp_path / "runs" / "run"))) for _ in range(16)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    names = sorted(path.name for path in found)
+    assert names == sorted(f"run-{k}" for k in range(2, 19) if k != 3) and all(path.is_dir() for path in found)
+    with pytest.raises(RunFolderError, match="choose another folder"):
+        claim(tmp_path / "runs" / "run-3" / "run")
 
 
 def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path):

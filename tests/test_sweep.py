@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ ROOT = Path(__file__).parent.parent
 SHORT = [*EXACT, "--epochs", "1"]
 
 
-def planned(*flags: str) -> list[sweep.Planned]:
+def planned(*flags: str, out: Path = Path("nowhere")) -> list[sweep.Planned]:
     own_flags = sweep.parser().parse_args(sweep.expanded(flags))
     asked = vars(own_flags)
     own = {name: asked.pop(name) for name in list(asked) if name not in sweep.FIELDS}
-    return sweep.grid_runs(asked, own)
+    return sweep.grid_runs(asked, own, out)
 
 
 def refusal(capsys, *flags: str) -> str:
@@ -152,6 +153,58 @@ def test_values_make_safe_folder_names():
     assert [run.name for run in runs] == ["model=torchvision-resnet18", "model=timm-..-x"]
 
 
+def places(*folders: str) -> list[str]:
+    """The flags of a sweep over these data folders."""
+    return ["--dataset", "folder", "--image-size", "32", "--model", "resnet8", "--data-dir", *folders]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("a-b_2", "a/b", "a-b"),
+        ("a/b", "a-b", "a-b_2"),
+        ("a-b", "a-b_2", "a-b_2_2", "a/b", "a b", "a:b"),
+        ("Data", "data", "DATA"),
+        ("stra\u00dfe", "STRASSE", "strasse"),
+        ("\u00e9", "\u00c9"),
+        tuple("x" * 200 + end for end in "abc"),
+        tuple("\U00020000" * 150 + end for end in "ab"),  # four bytes each: 255 are the most that a name has
+        ("", "-", "/", "..", "."),
+    ],
+)
+def test_no_two_runs_share_a_folder(folders, tmp_path):
+    """Nor do they on a file system to which A and a are one letter."""
+    runs = planned(*places(*(f"{tmp_path}{folder}" for folder in folders)))
+    names = [run.name for run in runs]
+    assert len(names) == len(folders)
+    for run, folder in zip(runs, folders, strict=True):
+        assert f"--data-dir={tmp_path}{folder}" in run.flags
+        assert len(f"{run.name}.log".encode()) <= 255 and sweep.planned(run.name, [], {}).name == run.name
+    assert len({name.casefold() for name in names}) == len(folders)
+
+
+def test_the_runs_of_a_sweep_keep_their_folders(tmp_path, monkeypatch):
+    """Those that an earlier version named, and those of a sweep to which runs are added, wherever they come."""
+    monkeypatch.setattr(sweep, "carry_out", lambda *args: 0)
+    out, flags = tmp_path / "sweep", places("a/b", "a-b", "c")
+    runs = planned(*flags)
+    names = dict(zip((run.flags for run in runs), ["data-dir=a-b", "data-dir=a-b_1", "earlier"], strict=True))
+    out.mkdir()
+    before = [{"name": names[run.flags], "flags": run.flags, "differs": run.differs} for run in runs]
+    (out / "sweep.json").write_text(json.dumps({"runs": before}))
+    (out / "data-dir=a b").mkdir()  # somebody's
+    for added in ([], ["c/d", "a b"], ["a_b", "A/B", "a-b_1"]):
+        flags += added
+        assert sweep.main(["--out", str(out), *flags]) == 0
+        found = {run.flags: run.name for run in sweep.read_sweep(out)}
+        assert names.items() <= found.items() and len(set(found.values())) == len(flags) - 7
+        names = found
+        assert "data-dir=a b" not in found.values()
+    flags.reverse()
+    assert sweep.main(["--out", str(out), *places(*flags[:-7])]) == 0
+    assert {run.flags: run.name for run in sweep.read_sweep(out)} == names
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +312,120 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path):
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in shown
     assert [read_status(folder)["state"] for folder in folders] == ["preempted"] * 2
+
+
+def test_results_are_current_while_a_sweep_goes_on(tmp_path, monkeypatch):
+    """At every look at the runs, once the clock allows; whoever kills the sweep finds what was done."""
+    seen = watched_sweep(tmp_path, monkeypatch)
+    assert sweep.main(["--out", str(tmp_path / "sweep"), "--lr", "0.1", "0.2", "0.3", "--jobs", "1"]) == 0
+    assert_current(seen)
+
+
+def test_results_are_current_on_ray_too(tmp_path, monkeypatch):
+    seen = watched_sweep(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(tmp_path / "sweep", seen))
+    assert sweep.main(["--out", str(tmp_path / "sweep"), "--lr", "0.1", "0.2", "0.3", "--ray"]) == 0
+    assert_current(seen)
+
+
+def assert_current(seen: list[tuple[list[str], list[str]]]) -> None:
+    """(what results.json says, what the runs say) at every look."""
+    assert len(seen) > 4 and all(told == real for told, real in seen[1:])
+    assert ["done", "running", "not started"] in [told for told, _ in seen]
+
+
+def status(folder: Path, state: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "status.json").write_text(json.dumps({"state": state}))
+    if state == "done":
+        (folder / "summary.json").write_text('{"final_test_acc": 0.5}')
+
+
+def watched_sweep(tmp_path: Path, monkeypatch) -> list:
+    """Runs that are begun at one look and done two looks later, and a clock by which two seconds pass between them."""
+    out, seen, clock = tmp_path / "sweep", [], [0.0]
+
+    def look(seconds: float) -> None:
+        clock[0] += 2.0
+        results = json.loads((out / "results.json").read_text())
+        real = [read_status(out / entry["name"]).get("state", "not started") for entry in results]
+        seen.append(([entry["state"] for entry in results], real))
+        assert all(bool(entry["summary"]) == (entry["state"] == "done") for entry in results)
+
+    class Process:
+        def __init__(self, folder: Path):
+            self.folder, self.looks = folder, 0
+            status(folder, "running")
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            if self.looks < 3:
+                return None
+            status(self.folder, "done")
+            return 0
+
+    monkeypatch.setattr(sweep, "start", lambda out, run, *rest: Process(out / run.name))
+    monkeypatch.setattr(sweep.time, "sleep", look)
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+    return seen
+
+
+def fake_ray(out: Path, seen: list) -> types.SimpleNamespace:
+    """Ray with one worker, which begins the next run at each look."""
+
+    def wait(tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        if seen or (out / "results.json").exists():
+            sweep.time.sleep(timeout)  # which looks
+        runs = sweep.read_sweep(out)
+        if read_status(out / runs[tasks[0]].name).get("state") == "running":
+            status(out / runs[tasks[0]].name, "done")
+            return tasks[:1], tasks[1:]
+        status(out / runs[tasks[0]].name, "running")
+        return [], tasks
+
+    numbers = iter(range(10))
+    remote = types.SimpleNamespace(remote=lambda *given: next(numbers))
+    return types.SimpleNamespace(
+        init=lambda *given, **named: None,
+        cluster_resources=lambda: {},
+        remote=lambda **named: lambda function: remote,
+        wait=wait,
+        get=lambda task: 0,
+        shutdown=lambda: None,
+        exceptions=types.SimpleNamespace(RayError=RuntimeError),
+    )
+
+
+def test_results_are_written_seldom_where_that_takes_long(tmp_path, monkeypatch):
+    """And not at all where nothing has changed; a disk that is full now stops no run."""
+    runs, written, now = planned("--lr", "0.1", "0.2"), [], [0.0]
+
+    def write(path: Path, value) -> None:
+        now[0] += 2.0
+        written.append(now[0])
+        if len(written) == 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep, "write_json", write)
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    results = sweep.Results(tmp_path, runs)
+    for second in range(600):
+        results.show()
+        now[0] += 1.0
+        if second % 20 == 0:
+            status(tmp_path / runs[0].name, "running" if second % 40 else "preempted")
+    assert 4 <= len(written) <= 600 / 100 + 1
+    for _ in range(300):
+        results.show()
+        now[0] += 1.0
+    before = len(written)
+    for _ in range(300):
+        results.show()
+        now[0] += 1.0
+    assert len(written) == before
+    with pytest.raises(OSError, match="No space"):
+        sweep.Results(tmp_path, runs).write(written.clear() or "not started")
 
 
 @pytest.mark.full

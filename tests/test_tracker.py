@@ -2,16 +2,20 @@
 
 import json
 import os
+import signal
 import struct
+import subprocess
 import sys
 import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from exact import EXACT
 
+from fastsmooth import modes
 from fastsmooth.log import TIMES, Tracker, read_rows, read_status
 from fastsmooth.train import main
 
@@ -46,12 +50,24 @@ def entries_of_log(data: bytes) -> Iterator[bytes]:
             entry = b""
 
 
-def recorded(out: Path) -> tuple[list[dict], dict, dict, int]:
-    """(history, config, summary, exit code) in the file that an offline run leaves in its folder."""
+class Recorded(NamedTuple):
+    """What is in the file of an offline run."""
+
+    history: list[dict]
+    config: dict
+    summary: dict
+    exit_code: int | None
+    id: str
+    resumes: (
+        bool | None
+    )  # whether it is to be added to what is there of its id; None where this wandb does not write it
+    axes: dict[str, str]  # the x axis of each metric that was defined
+
+
+def recorded(path: Path) -> Recorded:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = out.glob("wandb/offline-run-*/run-*.wandb")
-    history, config, summary, exit_code = [], {}, {}, None
+    history, config, summary, exit_code, about, axes = [], {}, {}, None, None, {}
 
     def entries(items) -> dict:
         return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
@@ -64,11 +80,23 @@ def recorded(out: Path) -> tuple[list[dict], dict, dict, int]:
             history.append(entries(record.history.item))
         elif kind == "run":
             config |= entries(record.run.config.update)
+            about = record.run
+        elif kind == "metric":
+            axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "summary":
             summary |= entries(record.summary.update)
         elif kind == "exit":
             exit_code = record.exit.exit_code
-    return history, config, summary, exit_code
+    return Recorded(history, config, summary, exit_code, about and about.run_id, getattr(about, "resume", None), axes)
+
+
+def parts_of(out: Path) -> list[Recorded]:
+    """The parts of an offline run in its folder, in their order, once wandb's own process has written all of them."""
+    paths = sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 60  # it may write the end of its file after finish() has returned
+    while any(recorded(path).exit_code is None for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return [recorded(path) for path in paths]
 
 
 def test_an_offline_run_holds_every_row_the_config_and_the_summary(tmp_path, without, monkeypatch):
@@ -78,19 +106,50 @@ def test_an_offline_run_holds_every_row_the_config_and_the_summary(tmp_path, wit
     out = tmp_path / "run"
     assert main([*FLAGS, "--out", str(out), "--wandb-mode", "auto"]) == 0
     assert results(out) == without
-    deadline = time.monotonic() + 60  # wandb's own process may write the end of its file after finish() has returned
-    while recorded(out)[3] is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    history, config, summary, exit_code = recorded(out)
-    rows = read_rows(out)
-    assert len(history) == len(rows) == 6
+    (part,) = parts_of(out)
+    assert len(read_rows(out)) == 6
+    assert_sent(part.history, read_rows(out))
+    assert part.config["method"] == "constant" and part.config["batch_size"] == 32 and part.config["lr"] == 0.1
+    assert part.summary["final_test_acc"] == json.loads((out / "summary.json").read_text())["final_test_acc"]
+    assert part.exit_code == 0
+    assert part.axes["*"] == "update"  # of every metric: wandb's own count of rows is none of ours
+
+
+def assert_sent(history: list[dict], rows: list[dict]) -> None:
+    """Every number of every row was sent, and its update."""
     for row, sent in zip(rows, history, strict=True):
         assert sent["update"] == row["step"]
         numbers = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
         assert numbers and {key: sent[key] for key in numbers} == numbers
-    assert config["method"] == "constant" and config["batch_size"] == 32 and config["lr"] == 0.1
-    assert summary["final_test_acc"] == json.loads((out / "summary.json").read_text())["final_test_acc"]
-    assert exit_code == 0
+
+
+def test_a_resumed_offline_run_is_one_run_that_one_command_sends(tmp_path, without, monkeypatch, capsys):
+    """Two parts of one id, the second to be added to the first; the command that the run names finds both."""
+    pytest.importorskip("wandb")
+    out, after = tmp_path / "a run's" / "run", modes.Run.after_update
+    flags = ["--out", str(out), "--wandb-mode", "offline"]
+
+    def stopped(self, point):
+        after(self, point)
+        self.stop_asked = lambda: signal.SIGTERM if self.update >= 60 else 0
+
+    with monkeypatch.context() as sabotage:
+        sabotage.setattr(modes.Run, "after_update", stopped)
+        assert main([*FLAGS, *flags]) == 75
+    assert main(["--resume", *flags]) == 0
+    assert results(out) == without
+    first, second = parts_of(out)
+    assert first.id == second.id and json.loads((out / "wandb.json").read_text()) == {"id": first.id}
+    assert {first.resumes, second.resumes} <= {True, None}
+    assert_sent(first.history + second.history, read_rows(out))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wandb: ")]
+    assert len(lines) == 2 and lines[0] == lines[1] and f"offline, in {out / 'wandb'};" in lines[0]
+    command = lines[0].partition("; to send it: wandb ")[2]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m wandb {command} --dry-run"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0 and done.stderr.count(f"run-{first.id}.wandb") == 2, done.stderr
 
 
 def fake_wandb(**faults):
@@ -107,8 +166,12 @@ def fake_wandb(**faults):
 
     def init(**kwargs):
         call("init")(**kwargs)
-        summary = types.SimpleNamespace(update=call("summary"))
-        return types.SimpleNamespace(log=call("log"), finish=call("finish"), summary=summary)
+        methods = {name: call(name) for name in ("log", "finish", "define_metric")}
+        at = {
+            "dir": f"{kwargs['dir']}/wandb/offline-run-1-{kwargs['id']}/files",
+            "url": f"https://wandb/{kwargs['id']}",
+        }
+        return types.SimpleNamespace(summary=types.SimpleNamespace(update=call("summary")), **methods, **at)
 
     return types.SimpleNamespace(init=init, Settings=lambda **kwargs: kwargs), calls
 
@@ -172,10 +235,60 @@ def test_where_the_rows_go(flag, environment, mode, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
     module, calls = fake_wandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    config = {"wandb_mode": flag, "wandb_project": "p", "wandb_entity": None, "seed": 0}
-    Tracker(config, tmp_path / "run", pytest.fail).finish({}, 0)
+    tracker = tracked(tmp_path / "run", flag)
+    tracker.finish({}, 0)
     if mode is None:
-        assert calls == []
+        assert calls == [] and tracker.where == "" and not (tmp_path / "run" / "wandb.json").exists()
         return
     assert calls[0][0] == "init" and calls[0][2]["mode"] == mode
+    known = json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
+    where = f"offline, in {tmp_path}/run/wandb; to send it: wandb sync {tmp_path}/run/wandb/offline-run-*"
+    assert tracker.where == f"wandb: {where if mode == 'offline' else 'https://wandb/' + known}"
     assert (os.environ["WANDB_ERROR_REPORTING"] == "false") == (mode == "offline")
+
+
+def tracked(folder: Path, mode: str = "online") -> Tracker:
+    """A tracker of the run with seed 0 in this folder, which is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Tracker({"wandb_mode": mode, "wandb_project": "p", "wandb_entity": None, "seed": 0}, folder, pytest.fail)
+
+
+def test_two_runs_of_one_name_and_seed_are_two_and_a_resumed_one_is_itself(tmp_path, monkeypatch):
+    """With one id the second would be written into the first, online."""
+    module, calls = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    folders = [tmp_path / name / "run" for name in "abcabc"]
+    for folder in folders:
+        tracked(folder)
+    given = [kwargs for name, _, kwargs in calls if name == "init"]
+    ids = [kwargs["id"] for kwargs in given]
+    assert ids[:3] == ids[3:] and len(set(ids)) == 3
+    assert all(kwargs["resume"] == "allow" and kwargs["name"] == "run" for kwargs in given)
+    assert ("define_metric", ("*",), {"step_metric": "update"}) in calls
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"id": 3}', b'{"id": "../x"}', b'{"id": ""}', None])
+def test_a_damaged_id_is_replaced_by_a_new_one(content, tmp_path, monkeypatch):
+    module, calls = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    tracked(tmp_path / "run")
+    path = tmp_path / "run" / "wandb.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    tracked(tmp_path / "run")
+    tracked(tmp_path / "run")
+    first, second, third = (kwargs["id"] for name, _, kwargs in calls if name == "init")
+    assert first != second == third and len(second) == 16
+
+
+@pytest.mark.parametrize("what", ["the id cannot be kept", "the axis is refused"])
+def test_a_tracker_that_cannot_begin_is_one_warning(what, tmp_path, monkeypatch):
+    module, _ = fake_wandb(**({"define_metric": ValueError("no\nsuch axis")} if "axis" in what else {}))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    said: list[str] = []
+    config = {"wandb_mode": "online", "wandb_project": "p", "wandb_entity": None, "seed": 0}
+    tracker = Tracker(config, tmp_path / "gone" if "id" in what else tmp_path, said.append)
+    tracker.row("step", {"step": 1})
+    assert len(said) == 1 and "going on without it" in said[0] and tracker.where == ""

@@ -16,6 +16,7 @@ import numpy as np
 from torchvision import datasets
 
 from fastsmooth.data.sets import DataError, Split
+from fastsmooth.files import rename, sync
 from fastsmooth.messages import put
 
 OFFICIAL = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # address, file names and MD5 sums
@@ -86,7 +87,8 @@ def download(url: str, target: Path, md5: str) -> None:
     if file_md5(part) != md5:
         part.unlink()
         raise DataError(f"{target.name}: the download's MD5 sum is not the official {md5}: try again")
-    part.replace(target)
+    sync(part)
+    rename(part, target)
 
 
 def transfer(url: str, part: Path) -> None:

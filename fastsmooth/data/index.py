@@ -2,14 +2,16 @@
 
 What was read is kept in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a hash of the tree's
 path, and holds for a file as long as its name, size and time of modification stay. The cache may be damaged or another
-user's work: nothing in it is unpickled, and what does not fit is read again from the images.
+user's work: nothing in it is unpickled, and what does not fit, or what another user owns or may write, is read again
+from the images.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from fastsmooth.data.sets import DataError, open_image, opened
-from fastsmooth.files import cache_folder
+from fastsmooth.files import cache_folder, only_mine, read_file, replace
 
 VERSION = 1  # of the cache: another one whenever its fields change, or the meaning of plain
 # plain is a byte, since a bool that another program stored as 2 is not safe to compute with
@@ -145,8 +147,11 @@ def cache_file(root: str) -> Path:
 
 def load(root: str) -> tuple[bytes, np.ndarray]:
     """The names and their records, RECORD [n], as saved; none where there is no cache that can be used."""
-    with suppress(Exception), np.load(cache_file(root), allow_pickle=False) as file:  # damage may raise anything
-        version, names, table = (file[key] for key in ("version", "names", "table"))
+    with suppress(Exception):  # damage may raise anything
+        path = cache_file(root)
+        content = io.BytesIO(read_file(path, math.inf) if only_mine(path) else b"")
+        with np.load(content, allow_pickle=False) as file:
+            version, names, table = (file[key] for key in ("version", "names", "table"))
         right = (names.dtype, table.dtype, names.ndim, table.ndim) == (np.uint8, RECORD, 1, 1)
         names = names.tobytes()
         if right and np.array_equal(version, VERSION) and names.count(b"\0") == len(table):
@@ -157,8 +162,7 @@ def load(root: str) -> tuple[bytes, np.ndarray]:
 def save(root: str, names: bytes, table: np.ndarray) -> None:
     with suppress(OSError, RuntimeError):  # no home, no room or no permission: then the headers are read every time
         target = cache_file(root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            aside = os.path.join(scratch, target.name)
-            np.savez(aside, version=VERSION, names=np.frombuffer(names, np.uint8), table=table)
-            os.replace(aside, target)  # whole or not at all, whoever else builds it now
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        content = io.BytesIO()
+        np.savez(content, version=VERSION, names=np.frombuffer(names, np.uint8), table=table)
+        replace(target, content.getbuffer(), mode=0o600)

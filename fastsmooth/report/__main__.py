@@ -64,7 +64,7 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
         drawing = draw(figure, page.WIDE, page.WIDE_LABELS, legend=True)
         replace(folder / f"{figure.name}.svg", svg.svg_file(drawing).encode())
         if with_pdf:
-            pdf.write(drawing, folder / f"{figure.name}.pdf")
+            replace(folder / f"{figure.name}.pdf", pdf.pdf_file(drawing))
     replace(out / "report.html", html.encode())
     if not with_pdf:
         put("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n", sys.stderr)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from pathlib import Path as File
 
 from fastsmooth.report.chart import COLORS, Dot, Drawing, Path, Text
 
@@ -17,7 +17,7 @@ def available() -> bool:
     return True
 
 
-def write(drawing: Drawing, target: File) -> None:
+def pdf_file(drawing: Drawing) -> bytes:
     """One pixel of the drawing is one point. The same drawing gives the same bytes: the file holds no date."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
@@ -33,7 +33,9 @@ def write(drawing: Drawing, target: File) -> None:
         for order, shape in enumerate(drawing.shapes):
             add(axes, shape, order)
         nobody = {"CreationDate": None, "Creator": "fastsmooth", "Producer": None, "Title": drawing.title}
-        FigureCanvasPdf(figure).print_pdf(target, metadata=nobody)
+        file = io.BytesIO()
+        FigureCanvasPdf(figure).print_pdf(file, metadata=nobody)
+    return file.getvalue()
 
 
 def add(axes, shape: Path | Dot | Text, order: int) -> None:

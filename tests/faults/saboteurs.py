@@ -14,7 +14,7 @@ def kill_in_save(point: str, number: int) -> None:
     from fastsmooth import checkpoint
 
     begun = 0
-    save, opened, fsync, renamed, unlink = checkpoint.Checkpoints.save, Path.open, os.fsync, os.replace, Path.unlink
+    save, opened, fsync, renamed, unlink = checkpoint.Checkpoints.save, os.fdopen, os.fsync, os.replace, Path.unlink
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -26,6 +26,10 @@ def kill_in_save(point: str, number: int) -> None:
 
     def here(path, end: str) -> bool:
         return begun == number and "ckpt-" in os.fspath(path) and os.fspath(path).endswith(end)
+
+    def aside(descriptor: int) -> bool:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        return here(path, ".tmp") and ".pt." in path
 
     class Half:
         def __init__(self, file):
@@ -42,9 +46,9 @@ def kill_in_save(point: str, number: int) -> None:
             self.file.flush()
             die()
 
-    def open_(path, *args, **kwargs):
-        file = opened(path, *args, **kwargs)
-        if here(path, ".pt.tmp"):
+    def open_(descriptor, *args, **kwargs):
+        file = opened(descriptor, *args, **kwargs)
+        if aside(descriptor):
             if point == "temporary file open":
                 die()
             if point == "half written":
@@ -52,7 +56,7 @@ def kill_in_save(point: str, number: int) -> None:
         return file
 
     def fsync_(descriptor):
-        if point == "before fsync" and begun == number and ".pt.tmp" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if point == "before fsync" and aside(descriptor):
             die()
         return fsync(descriptor)
 
@@ -67,7 +71,16 @@ def kill_in_save(point: str, number: int) -> None:
             die()
 
     checkpoint.Checkpoints.save = counted
-    Path.open, os.fsync, os.replace, Path.unlink = open_, fsync_, replace_, unlink_
+    os.fdopen, os.fsync, os.replace, Path.unlink = open_, fsync_, replace_, unlink_
+
+
+def stand_in(folder: str) -> None:
+    """Work in a folder, where every moment is the same second."""
+    import time
+
+    strftime = time.strftime
+    time.strftime = lambda form, *given: "20260101-000000" if form == "%Y%m%d-%H%M%S" else strftime(form, *given)
+    os.chdir(folder)
 
 
 def stop_after(update: int, then: int = signal.SIGTERM) -> None:

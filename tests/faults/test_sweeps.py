@@ -39,6 +39,8 @@ def test_a_sweep_killed_three_times_ends_with_the_results_of_one_that_was_not(tm
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        for result in json.loads((out / "results.json").read_text()):  # whole, and nothing that is not so
+            assert result["state"] != "done" or result["summary"] == read_run(out / result["name"]).summary
     process = call(out, *flags)
     shown, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
