@@ -12,8 +12,11 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastsmooth.messages import CannotWrite, one_line
 
 LARGEST = 1 << 30  # bytes of a file that is read
 LONGEST = 1 << 24  # bytes of a line that is read
@@ -71,10 +74,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
 
 
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """What the system refuses inside is CannotWrite, with the path's name."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        raise CannotWrite(error.errno, error.strerror or one_line(error), str(path)) from error
+
+
 def replace(path: Path, data: bytes | memoryview) -> None:
-    """Put the data in the place of the file, on the disk when this returns. Where that fails, what was there stays."""
-    os.replace(write_aside(path, data), path)
-    sync(path.parent)
+    """Put the data in the place of the file, on the disk when this returns.
+
+    Raises CannotWrite where that fails; then what was there stays.
+    """
+    with writing(path):
+        os.replace(write_aside(path, data), path)
+        sync(path.parent)
 
 
 def write_aside(path: Path, data: bytes | memoryview) -> Path:
