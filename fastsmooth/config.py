@@ -646,10 +646,10 @@ def resumed(given: dict[str, Any]) -> Config:
     for name, value in given.items():
         before = getattr(saved, name)
         if name not in FREE_ON_RESUME and value != before:
-            raise ConfigError(
-                f"--resume: the run in {given['out']} has {flag(name)} {shown(before)}, not {shown(value)}: "
-                "leave the flag out, or start a new run"
-            )
+            was = f"has {flag(name)} {shown(before)}, not {shown(value)}"
+            if before is None or before is False:
+                was = f"was started without {flag(name)}"
+            raise ConfigError(f"--resume: the run in {given['out']} {was}: leave the flag out, or start a new run")
     return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in FREE_ON_RESUME})
 
 

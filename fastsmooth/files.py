@@ -14,9 +14,11 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from fastsmooth.messages import CannotWrite, one_line
 
 LARGEST = 1 << 30  # bytes of a file that is read
 LONGEST = 1 << 24  # bytes of a line that is read
@@ -80,19 +82,32 @@ def only_mine(path: Path) -> bool:
     return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def replace(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
-    """Put the data in the place of the file, on the disk when this returns. Where that fails, what was there stays.
-
-    Others may do the same at the same time: the last one's is there. `mode` is that of the file, less the umask.
-    """
-    with suppress(FileNotFoundError):
-        size_of(path)  # refuses what is no file: /dev/stdout would be gone
-    aside = write_aside(path, data, mode)
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """What the system refuses inside is CannotWrite, with the path's name."""
     try:
-        rename(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
+        yield
+    except CannotWrite:
         raise
+    except OSError as error:
+        raise CannotWrite(error.errno, error.strerror or one_line(error), str(path)) from error
+
+
+def replace(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
+    """Put the data in the place of the file, on the disk when this returns.
+
+    Others may do the same at the same time: the last one's is there. `mode` is that of the file, less the umask. Raises
+    CannotWrite where that fails; then what was there stays.
+    """
+    with writing(path):
+        with suppress(FileNotFoundError):
+            size_of(path)  # refuses what is no file: /dev/stdout would be gone
+        aside = write_aside(path, data, mode)
+        try:
+            rename(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def rename(aside: Path, path: Path) -> None:
@@ -103,7 +118,7 @@ def rename(aside: Path, path: Path) -> None:
 
 def write_aside(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Path:
     """The data on the disk, in a new file beside `path` that is to be renamed; none where that fails."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    aside = new_aside(path)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -116,8 +131,13 @@ def write_aside(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Path
     return aside
 
 
+def new_aside(path: Path) -> Path:
+    """A name beside `path`, that no other writer has, for a file that is to be renamed."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def aside_of(name: str) -> str | None:
-    """The name of the file that a file of this name was to become; None for what write_aside has not named."""
+    """The name of the file that a file of this name was to become; None for what new_aside has not named."""
     found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)
     return found and found[1]
 

@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.files import aside_of, clean, finite, read_object, replace, size_of
-from fastsmooth.messages import one_line
+from fastsmooth.files import aside_of, clean, finite, read_object, replace, size_of, writing
+from fastsmooth.messages import CannotWrite, one_line, warn
 
 # What differs between two runs of the same bits: every other entry of a row is a function of the command.
 TIMES = {"seconds", "train_seconds", "eval_seconds", "images_per_second"}
@@ -47,7 +47,7 @@ class RunFolder:
             clean(path)
             if (path / "metrics.jsonl").exists():
                 size_of(path / "metrics.jsonl")  # a pipe would wait for its reader
-            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+            self._open()
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], environment: dict[str, Any]) -> RunFolder:
@@ -60,16 +60,35 @@ class RunFolder:
         folder.write("config.json", config)  # last: with it the folder is a run
         return folder
 
+    def _open(self) -> None:
+        self._metrics = (self.path / "metrics.jsonl").open("a+", encoding="utf-8")
+        self._synced = os.fstat(self._metrics.fileno()).st_size
+
     def row(self, kind: str, values: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
-        self._metrics.write(json.dumps({"kind": kind} | finite(values)[0], allow_nan=False) + "\n")
-        self._metrics.flush()
+        with writing(self.path / "metrics.jsonl"):
+            self._metrics.write(json.dumps({"kind": kind} | finite(values)[0], allow_nan=False) + "\n")
+            self._metrics.flush()
 
     def sync(self) -> int:
-        """Put all rows on the disk; the size of metrics.jsonl in bytes, for rewind."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return os.fstat(self._metrics.fileno()).st_size
+        """Put all rows on the disk; the size of metrics.jsonl in bytes, for rewind.
+
+        One that was removed or replaced under the run is written again; one that was cut is CannotWrite.
+        """
+        path = self.path / "metrics.jsonl"
+        with writing(path):
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+            ours = os.fstat(self._metrics.fileno())
+            if ours.st_size < self._synced:
+                raise CannotWrite(errno.EIO, "rows were cut from it while the run wrote it", str(path))
+            if not (path.exists() and os.path.samestat(ours, path.stat())):
+                replace(path, os.pread(self._metrics.fileno(), ours.st_size, 0))
+                self._metrics.close()
+                self._open()
+                warn(f"{path} was removed or replaced under the run: all of its rows are written again")
+        self._synced = ours.st_size
+        return ours.st_size
 
     def rewind(self, size: int) -> None:
         """Drop the rows written after `size`: those of updates that no checkpoint holds and that will be done again.
@@ -86,16 +105,19 @@ class RunFolder:
                 file.seek(0)
                 replace(path, file.read(size) + b"".join(kept))
                 self._metrics.close()
-                self._metrics = path.open("a", encoding="utf-8")
+                self._open()
             else:
                 os.ftruncate(self._metrics.fileno(), size)
+                self._synced = size
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """Replace a JSON file of the folder."""
         replace(self.path / name, json.dumps(finite(values)[0], indent=1, allow_nan=False).encode() + b"\n")
 
     def status(self, state: str, reason: str, step: int) -> None:
-        """running, done, preempted, diverged or failed."""
+        """running, done, preempted, diverged or failed; after the last four no rows are written any more."""
+        if state != "running":
+            self._metrics.close()  # a run may end since it had no room for one more open file
         self.write("status.json", {"state": state, "reason": reason, "step": step, "time": now()})
 
     def close(self) -> None:

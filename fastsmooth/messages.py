@@ -1,21 +1,47 @@
 """What every command says and how it ends: exit codes, lines on stdout and stderr, text that others chose.
 
-Whatever reaches a terminal goes through `say`, `tell` or `warn`: they show names and reasons without their control
-characters, and a reader that is gone (| head, a closed terminal) never fails the command that speaks to it.
+Whatever reaches a terminal goes through `say`, `show`, `tell` or `warn`: they show names and reasons without their control
+characters. What a command says beside its work (`say`, `tell`, `warn`) may be lost without harm: a reader that is gone
+(| head, a closed terminal), a disk that is full. What it is there to print (`show`: --plan, --json, --help) may not.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import stat
 import sys
-from typing import TextIO
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
 
-DONE, SOME_FAILED, BAD_INPUT, DIVERGED, CANNOT_WRITE, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 74, 75, 130
+DONE, SOME_FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
+UNEXPECTED, CANNOT_WRITE, PREEMPTED = 70, 74, 75  # sysexits.h: EX_SOFTWARE, EX_IOERR, EX_TEMPFAIL
+GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # of a pipe, a socket and a terminal that nobody reads any more
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of a disk, where it names a file
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+STDOUT = "standard output"
+
+
+class CannotWrite(OSError):
+    """What was to be written, `filename`, could not be."""
 
 
 def say(line: str) -> None:
-    """A line on stdout."""
+    """A line on stdout beside the work: it is lost where nobody reads it."""
     put(printable(line, sys.stdout) + "\n", sys.stdout)
+
+
+def show(*lines: str) -> None:
+    """Lines on stdout that the command is there to print. Raises CannotWrite where they are lost, unless a reader had enough."""
+    if sys.stdout is None:
+        raise CannotWrite(errno.EBADF, "it is closed", STDOUT)
+    lost = put("".join(printable(line, sys.stdout) + "\n" for line in lines), sys.stdout)
+    if lost:
+        raise CannotWrite(lost.errno, lost.strerror, STDOUT)
 
 
 def tell(kind: str, words: object) -> None:
@@ -29,17 +55,134 @@ def warn(words: object) -> None:
     tell("warning", words)
 
 
-def put(text: str, stream: TextIO | None) -> None:
-    """Write the text as it is, at once. Once the stream's reader is gone, what is written there goes nowhere."""
+def put(text: str, stream: TextIO | None) -> OSError | None:
+    """Write the text as it is, at once; what went wrong where it is lost, unless its reader is gone.
+
+    What is written to the stream after that goes nowhere.
+    """
     if stream is None:  # a process without a terminal may have been started without the stream
-        return
+        return None
     try:
         stream.write(text)
         stream.flush()
-    except OSError:
+    except OSError as error:
+        gone = error.errno in GONE and not is_file(stream)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # or Python would fail on what is left in its buffer when it ends
         os.close(nowhere)
+        return None if gone else error
+    return None
+
+
+def is_file(stream: TextIO) -> bool:
+    """Whether the stream goes into a file, which has no reader that could be gone."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except OSError:
+        return False
+
+
+def on_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+class Harmless:
+    """stdout for a library that prints by itself: what it writes goes the way of `say`, and never fails it."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stdout
+        self.encoding = self.stream.encoding
+
+    def write(self, text: str) -> int:
+        put(text, self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        pass  # put has
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
+# How a command ends ---------------------------------------------------------------------------------------------------
+
+
+def on_stop(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Have handler(number, frame) called for the signals that ask to stop; their handlers before.
+
+    What was ignored at the start (nohup; a shell's & ignores Ctrl-C) stays ignored.
+    """
+    numbers = [n for n in STOPPING if signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def exit_code(work: Callable[[], int], refusals: tuple[type[Exception], ...] = ()) -> int:
+    """That of a command whose work this is. Whatever it raises is one line on stderr: `refusals` are bad input."""
+    open_streams()
+    try:
+        return work()
+    except refusals as error:
+        tell("error", error)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        code, line = failure(error)
+        tell("error", line)
+        return code
+
+
+def open_streams() -> None:
+    """Let what was closed at the start (>&-) lead nowhere: else the next file that is opened would be stdout to others."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+
+
+def failure(error: BaseException, folder: Path | None = None, name: str = "traceback.txt") -> tuple[int, str]:
+    """(exit code, line) for an error that is no refusal, named after what happened: who catches it cannot know.
+
+    The traceback of one that nobody foresaw is kept in the folder, or in a temporary file.
+    """
+    if not isinstance(error, OSError):
+        return UNEXPECTED, unexpected(error, folder, name)
+    reason, where = error.strerror or one_line(error), error.filename
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return CANNOT_WRITE, f"{reason}{f' ({where})' if where else ''}: raise the limit (ulimit -n)"
+    if isinstance(error, CannotWrite) or (error.errno in NO_ROOM and where):
+        return CANNOT_WRITE, f"cannot write {where}: {reason}"
+    if error.errno is None:  # in words of ours
+        return CANNOT_WRITE, reason
+    return CANNOT_WRITE, unexpected(error, folder, name)
+
+
+def unexpected(error: BaseException, folder: Path | None, name: str) -> str:
+    """The error's words, and where its traceback is now."""
+    text = "".join(traceback.format_exception(error))
+    where = (folder and kept(text, folder / name)) or kept(text, None)
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f"the traceback is in {where}" if where else "".join(f"raised in {f.filename}:{f.lineno}" for f in frames[-1:])
+    said = one_line(error)
+    kind = type(error).__name__
+    return f"{kind}: {said[:300]}: {at}" if said != kind else f"{kind}: {at}"
+
+
+def kept(text: str, path: Path | None) -> Path | None:
+    """The file that the text is in now, a temporary one where no path is given; None where it cannot be written."""
+    try:
+        if path is None:
+            descriptor, name = tempfile.mkstemp(".txt", "fastsmooth-traceback-")
+            os.close(descriptor)
+            path = Path(name)
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return None
+    return path
 
 
 def one_line(error: BaseException) -> str:

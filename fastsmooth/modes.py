@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -22,9 +23,10 @@ from fastsmooth.clock import Clock
 from fastsmooth.config import Config
 from fastsmooth.data import Data, Stream
 from fastsmooth.data.order import in_order, subset
+from fastsmooth.files import new_aside, rename, writing
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, Tracker, Unwritten
-from fastsmooth.messages import warn
+from fastsmooth.messages import CannotWrite, warn
 from fastsmooth.progress import Progress
 from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point, Schedule
@@ -117,6 +119,7 @@ class Run:
     clock: Clock
     progress: Progress | None = None
     stop_asked: Callable[[], int] = lambda: 0  # a signal's number, OUT_OF_TIME, or 0
+    begun: bool = False  # or it was refused, and its folder is as it was
     ranks: Ranks = field(default_factory=Ranks)
 
     epoch: int = 0
@@ -280,7 +283,7 @@ class Run:
                     )
         reason = self.ranks.from_leader(failed and failed.strerror)
         if reason and final:
-            raise failed or OSError(0, reason)
+            raise CannotWrite(failed.errno if failed else 0, reason, str(self.checkpoints.directory)) from failed
 
     def state(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
@@ -589,7 +592,7 @@ def measure_noise(run: Run, step: int, replayed: int) -> None:
     def keep(draw: int, vectors: list[Tensor]) -> None:
         statistics.observe(vectors)
         if omega:
-            omega.keep(draw, vectors)
+            omega.keep(vectors)
 
     @contextmanager
     def at(draw: int) -> Iterator[list[Tensor]]:
@@ -603,7 +606,7 @@ def measure_noise(run: Run, step: int, replayed: int) -> None:
     point = run.point_after(replayed)
     over = f"histories, the last {replayed} updates replayed" if replayed else "mini-batches drawn at one point"
     started = time.perf_counter()
-    with run.clock.measure("measure"), measure.undisturbed(run.model, c.bn):
+    with run.clock.measure("measure"), measure.undisturbed(run.model, c.bn), omega or contextlib.nullcontext():
         try:
             noise = measure.direction_noise(
                 run.step.optimizer,
@@ -619,8 +622,6 @@ def measure_noise(run: Run, step: int, replayed: int) -> None:
             raise Diverged(f"{error}, measured of update {step}: lower --lr") from None
         except Asked as stop:
             run.stop_before_update(stop.number)
-    if omega:
-        omega.close()
     norm, full, c2 = noise.noise_norm(), noise.full_grad_norm(), noise.grad_variance()
     values = {
         "noise_norm": norm.value,
@@ -677,20 +678,37 @@ def shown(estimate: dict[str, Any], name: str) -> str:
 
 
 class OmegaFile:
-    """omega-<step>.npy, float32 [draws, parameters], written a row at a time and named when it is whole."""
+    """omega-<step>.npy, float32 [draws, parameters], written a row at a time and named when it is whole.
+
+    Plain writes: a memory map of a file for which the disk has no room is SIGBUS, of which nobody could be told.
+    """
 
     def __init__(self, run: Run, step: int):
         self.target = run.folder.path / f"omega-{step}.npy"
-        self.aside = run.folder.path / f".{self.target.name}.tmp"
-        size = sum(p.numel() for p in measure.trainable(run.model))
-        self.rows = np.lib.format.open_memmap(self.aside, "w+", np.float32, (run.config.draws, size))
+        self.aside = new_aside(self.target)
+        self.shape = run.config.draws, sum(p.numel() for p in measure.trainable(run.model))
 
-    def keep(self, draw: int, omega: list[Tensor]) -> None:
-        self.rows[draw] = torch.cat([w.flatten() for w in omega]).float().cpu().numpy()
+    def __enter__(self) -> OmegaFile:
+        with writing(self.target):
+            self.file = self.aside.open("wb")
+            about = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(self.file, about | {"shape": self.shape})
+        return self
 
-    def close(self) -> None:
-        self.rows.flush()
-        os.replace(self.aside, self.target)
+    def keep(self, omega: list[Tensor]) -> None:
+        """The next row."""
+        with writing(self.target):
+            self.file.write(torch.cat([w.flatten() for w in omega]).float().cpu().numpy().data)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            with writing(self.target), self.file:
+                if kind is None:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
+                    rename(self.aside, self.target)
+        finally:
+            self.aside.unlink(missing_ok=True)
 
 
 MODES = {"normal": normal, "critical": critical, "sampling": sampling}

@@ -11,7 +11,7 @@ mean would come out of float32 without a correct digit.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,9 +78,9 @@ def sample_norms(model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn:
             raise NotCovered(
                 f"the model's output {list(logits.shape)} is of one class, whose cross-entropy is always 0"
             )
-        missed = [name for p, name in names.items() if p not in layers.used]
+        missed = [p for p in names if p not in layers.used]
         if missed:
-            raise NotCovered(f"{missed[0]} takes no part in the forward pass: freeze it with requires_grad_(False)")
+            raise NotCovered(why_missed(names[missed[0]], missed[0], loss))
         *grads, total = torch.autograd.grad(loss, [*names, layers.probe])
     wide = wide_dtype(x.device)
     square = sum(g.to(wide).square().sum() for g in grads)
@@ -117,6 +117,23 @@ def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str 
     SEEN[model].add(kind)
 
 
+def why_missed(name: str, p: Tensor, loss: Tensor) -> str:
+    """Why no layer has reported the share of a parameter."""
+    (slope,) = torch.autograd.grad(loss, p, allow_unused=True) if loss.requires_grad else (None,)
+    if slope is None:
+        return f"{name} takes no part in the forward pass: freeze it with requires_grad_(False)"
+    return f"{name} is used, but not as it is by {', '.join(sorted(f.__name__ for f in LAYERS))}, which alone give per-sample norms"
+
+
+def parameters(values: Iterable[Any]) -> Iterator[nn.Parameter]:
+    """Those among the arguments of a function, and in lists of them."""
+    for value in values:
+        if isinstance(value, nn.Parameter):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from parameters(value)
+
+
 class PerSample(TorchFunctionMode):
     """Lets each layer that holds a parameter of `names` report to `probe`; refuses what it does not know."""
 
@@ -128,15 +145,15 @@ class PerSample(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
-        held = [a for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter) and a in self.names]
+        held = [p for p in parameters((*args, *kwargs.values())) if p in self.names]
         # without a gradient: compiled code, whose layers reported when it was traced; __get__ asks for a shape, a dtype
         if not held or not torch.is_grad_enabled() or getattr(function, "__name__", "") == "__get__":
             return function(*args, **kwargs)
         layer = LAYERS.get(function)
         if layer is None:
             result = function(*args, **kwargs)
-            if not isinstance(result, Tensor):  # a fact about the parameter: a tracing compiler asks for some
-                return result
+            if not any(isinstance(part, Tensor) for part in (result if isinstance(result, tuple | list) else [result])):
+                return result  # a fact about the parameter: a tracing compiler asks for some
             raise NotCovered(f"{self.names[held[0]]} is used by {function.__name__}, which gives no per-sample norms")
         for p in held:
             if p in self.used:

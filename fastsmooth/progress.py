@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from fastsmooth.messages import printable, say
+from fastsmooth.messages import Harmless, on_terminal, printable, say
 
 ANNOUNCE_AFTER = 3.0  # seconds of training before its cost is projected
 LINE_EVERY = 30.0  # seconds between lines within an epoch, where there is no bar
@@ -34,12 +34,13 @@ class Progress:
         self.announced = False
         self.bar = self.task = None
         self.quiet = quiet
-        if sys.stdout.isatty() and not quiet:
+        if on_terminal(sys.stdout) and not quiet:
             self._open_bar(done)
 
     def _open_bar(self, done: int) -> None:
         try:
             from rich import progress as rich
+            from rich.console import Console
         except ImportError:
             return
         columns = (
@@ -48,7 +49,10 @@ class Progress:
             rich.TaskProgressColumn(),
             rich.TextColumn("{task.fields[speed]}"),
         )
-        self.bar = rich.Progress(*columns, transient=True)
+        # lines on stderr go above the bar where both are on the terminal, else where the user sent them
+        self.bar = rich.Progress(
+            *columns, console=Console(file=Harmless()), transient=True, redirect_stderr=on_terminal(sys.stderr)
+        )
         self.task = self.bar.add_task("starting", total=self.total, completed=done, speed="")
         self.bar.start()
 

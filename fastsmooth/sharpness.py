@@ -36,7 +36,7 @@ from fastsmooth.files import finite, read_object
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, RunFolderError
 from fastsmooth.measure import undisturbed
-from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, one_line, put, say, tell, warn
+from fastsmooth.messages import BAD_INPUT, DONE, exit_code, failure, one_line, say, show, tell, warn
 
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
 SCANNED_RHO = {  # by the authors of the algorithms
@@ -399,39 +399,41 @@ def check(s: Setting) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every run of a command line; the exit code. A run that cannot be measured is one line on stderr."""
-    try:
-        request = parse(sys.argv[1:] if argv is None else argv)
-        if request is None:
-            put(parser().format_help(), sys.stdout)
-            return DONE
-        device = pick_device(request.device)
-    except ConfigError as error:
-        return refuse(error)
+    return exit_code(lambda: carry_out(sys.argv[1:] if argv is None else argv), (ConfigError,))
+
+
+def carry_out(argv: list[str]) -> int:
+    request = parse(argv)
+    if request is None:
+        show(*parser().format_help().splitlines())
+        return DONE
+    device = pick_device(request.device)
     # TF32 would round the loss more coarsely than it rises
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     if not request.json:
         say(request.described())
         say(heading(request))
-    try:
-        return max(attempt(path, request, device) for path in request.runs)
-    except KeyboardInterrupt:  # what was measured is written
-        return INTERRUPTED
+    return max(attempt(path, request, device) for path in request.runs)
 
 
 def attempt(path: Path, request: Request, device: torch.device) -> int:
     """Measure one run and print what was found; an exit code."""
     try:
-        for entry in measure_run(path, request, device):
-            shown = {"run": str(path)} | finite(entry)[0]
-            say(json.dumps(shown) if request.json else line(path, request, entry))
-        return DONE
+        entries = measure_run(path, request, device)
     except (ConfigError, models.ModelError, data.DataError, CheckpointError, RunFolderError) as error:
         return refuse(error)
     except torch.OutOfMemoryError:
         return refuse(f"{path}: out of memory at --batch {request.batch}: try --device cpu")
-    except OSError as error:
-        refuse(f"{path}: cannot write {error.filename or ''}: {error.strerror}")
-        return CANNOT_WRITE
+    except Exception as error:  # the other runs can be measured all the same
+        code, words = failure(error)
+        tell("error", f"{path}: {words}")
+        return code
+    for entry in entries:
+        if request.json:
+            show(json.dumps({"run": str(path)} | finite(entry)[0]))
+        else:
+            say(line(path, request, entry))
+    return DONE
 
 
 def refuse(error: Exception | str) -> int:

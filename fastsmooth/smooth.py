@@ -32,7 +32,7 @@ from fastsmooth import config as configs
 from fastsmooth.config import ConfigError
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
-from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, put, say, tell
+from fastsmooth.messages import DONE, exit_code, say, show
 
 FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
 REACH = 5.0  # x is in [-REACH, REACH], in every coordinate
@@ -484,26 +484,20 @@ def flag(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Compute, print and draw what a command line asks for; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        request = parse(argv)
-        if request is None:
-            put(parser().format_help(), sys.stdout)
-            return DONE
-        require_matplotlib()
-        with refusing(request.out):  # a folder that cannot be written fails now
-            request.out.mkdir(parents=True, exist_ok=True)
-        check_unused(request.out)
-        run(request, shlex.join(["python", "-m", "fastsmooth.smooth", *argv]))
+    return exit_code(lambda: carry_out(sys.argv[1:] if argv is None else argv), (ConfigError, RunFolderError))
+
+
+def carry_out(argv: list[str]) -> int:
+    request = parse(argv)
+    if request is None:
+        show(*parser().format_help().splitlines())
         return DONE
-    except (ConfigError, RunFolderError) as error:
-        tell("error", error)
-        return BAD_INPUT
-    except OSError as error:
-        tell("error", f"cannot write {error.filename or 'standard output or the figures'}: {error.strerror}")
-        return CANNOT_WRITE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    require_matplotlib()
+    with refusing(request.out):  # a folder that cannot be written fails now
+        request.out.mkdir(parents=True, exist_ok=True)
+    check_unused(request.out)
+    run(request, shlex.join(["python", "-m", "fastsmooth.smooth", *argv]))
+    return DONE
 
 
 def check_unused(out: Path) -> None:

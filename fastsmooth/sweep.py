@@ -33,16 +33,18 @@ from fastsmooth.config import FIELDS, ConfigError, flag
 from fastsmooth.files import clean, read_file, read_object, replace, size_of
 from fastsmooth.log import RunFolderError, lock, processors, read_status, refusing
 from fastsmooth.messages import (
-    BAD_INPUT,
-    CANNOT_WRITE,
     DONE,
     INTERRUPTED,
     PREEMPTED,
     SOME_FAILED,
+    Harmless,
+    exit_code,
+    on_stop,
+    on_terminal,
     printable,
     put,
     say,
-    tell,
+    show,
     warn,
 )
 from fastsmooth.runs import RunError, SavedRun, read_run
@@ -56,16 +58,9 @@ PARENT = "FASTSMOOTH_SWEEP"  # the process that a run must not outlive
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Bad input is one line on stderr and 2, never a traceback."""
+    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        return sweep(argv)
-    except (ConfigError, RunFolderError, RunError) as error:
-        tell("error", error)
-        return BAD_INPUT
-    except OSError as error:
-        tell("error", f"cannot write {error.filename or ''}: {error.strerror}")
-        return CANNOT_WRITE
+    return exit_code(lambda: sweep(argv), (ConfigError, RunFolderError, RunError))
 
 
 def sweep(argv: list[str]) -> int:
@@ -73,7 +68,7 @@ def sweep(argv: list[str]) -> int:
     asked = vars(p.parse_args([configs.plain(word) for word in expanded(argv)]))
     own = {name: asked.pop(name) for name in list(asked) if name not in FIELDS or name == "out"}
     if own.get("help"):
-        put(p.format_help(), sys.stdout)
+        show(*p.format_help().splitlines())
         return DONE
     if "out" not in own:
         raise ConfigError("--out DIR is missing: the folder that holds the runs")
@@ -311,8 +306,8 @@ def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
 
 def print_plan(runs: list[Planned]) -> None:
     for number, run in enumerate(runs):
-        say(f"{number:>5}  {run.name}  {shlex.join(run.flags)}")
-    say(f"{len(runs)} runs")
+        show(f"{number:>5}  {run.name}  {shlex.join(run.flags)}")
+    show(f"{len(runs)} runs")
 
 
 # The folder of a sweep ------------------------------------------------------------------------------------------------
@@ -441,8 +436,7 @@ class Stop:
         self.received: str | None = None
 
     def __enter__(self) -> Stop:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before = on_stop(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -584,12 +578,18 @@ class Table:
         self.drawn = 0.0
         if done:
             say(f"{done} of {len(runs)} runs are finished already")
-        if sys.stdout.isatty():
+        if on_terminal(sys.stdout):
             try:
+                from rich.console import Console
                 from rich.live import Live
             except ImportError:
                 return
-            self.live = Live(transient=True, auto_refresh=False)
+            self.live = Live(
+                console=Console(file=Harmless()),
+                transient=True,
+                auto_refresh=False,
+                redirect_stderr=on_terminal(sys.stderr),
+            )
             self.live.start()
 
     def ended(self, run: Planned) -> None:

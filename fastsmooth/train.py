@@ -5,6 +5,7 @@ The whole path from top to bottom: config, schedule, data, model, step, mode, ru
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,14 +22,16 @@ from fastsmooth.config import Config, ConfigError
 from fastsmooth.log import read_status
 from fastsmooth.messages import (
     BAD_INPUT,
-    CANNOT_WRITE,
     DIVERGED,
     DONE,
     INTERRUPTED,
     PREEMPTED,
+    exit_code,
+    failure,
+    on_stop,
     one_line,
-    put,
     say,
+    show,
     tell,
     warn,
 )
@@ -36,13 +39,17 @@ from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Bad input is one line on stderr and 2, never a traceback."""
+    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
+    return exit_code(lambda: carry_out(sys.argv[1:] if argv is None else argv))
+
+
+def carry_out(argv: list[str]) -> int:
     try:
-        request = configs.parse(sys.argv[1:] if argv is None else argv)
+        request = configs.parse(argv)
         if request.help:
-            put(configs.parser().format_help(), sys.stdout)
+            show(*configs.parser().format_help().splitlines())
         elif request.version:
-            say(f"fastsmooth {__version__}")
+            show(f"fastsmooth {__version__}")
         elif request.plan:
             print_plan(configs.resolve(request.given), request.json)
         elif request.doctor:
@@ -55,8 +62,6 @@ def main(argv: list[str] | None = None) -> int:
         return DONE
     except ConfigError as error:
         return refuse(error)
-    except KeyboardInterrupt:  # of --doctor or --check-data: a run ends by itself
-        return INTERRUPTED
 
 
 def refuse(error: Exception) -> int:
@@ -132,10 +137,10 @@ def print_plan(c: Config, as_json: bool) -> None:
     points = list(schedule.points())
     if as_json:
         for epoch, p in enumerate(points):
-            say(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
+            show(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
         return
     updates = schedule.updates(c.images, c.drop_last) if c.images else None
-    say(
+    show(
         f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}"
         + (f"  {'updates':>9}" if updates else "")
     )
@@ -145,10 +150,10 @@ def print_plan(c: Config, as_json: bool) -> None:
             continue
         name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
         line = f"{name:>9}  {p.lr:>11.6g}  {p.batch_size:>6}  {p.momentum:>8.4g}  {schedule.delta(p):>10.4g}"
-        say(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
+        show(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
         first = epoch + 1
     for line in [*notes(c, schedule), cost(c, updates)]:
-        say(line)
+        show(line)
 
 
 def cost(c: Config, updates: list[int] | None) -> str:
@@ -207,8 +212,9 @@ def run(c: Config) -> int:
         check_launch()
         device = pick_device(c, torch)
         ranks = Ranks.join(device)
-        live = prepare(c, device, ranks, refusals, torch)
+        live, state = prepare(c, device, ranks, refusals, torch)
         live.stop_asked = asked
+        begin(live, state, refusals, torch)
         train(live)
         ended = Ending(DONE, "done")
     except refusals as error:
@@ -222,19 +228,14 @@ def run(c: Config) -> int:
         ended = Ending(DIVERGED, "diverged", str(error), "diverged", f"{error}; the last checkpoint is finite")
     except RankLost as lost:
         ended = Ending(**lost.words) if lost.words else LOST
-    except OSError as error:
-        line = f"cannot write {error.filename or ''}: {error.strerror}"
-        ended = Ending(CANNOT_WRITE, "failed", f"cannot write: {error.strerror}", "error", line)
     except KeyboardInterrupt:
         ended = Ending(INTERRUPTED, "failed", "interrupted")
-    except (RuntimeError, MemoryError) as error:
+    except (Exception, SystemExit) as error:  # a library may mean to end the process
         line = out_of_memory(error, live, c, torch)
-        if line is None:
-            raise
-        ended = Ending(BAD_INPUT, "failed", "out of memory", "error", line)
-    finally:
-        if live is not None:
-            live.stream.close()
+        if line is not None:
+            ended = Ending(BAD_INPUT, "failed", "out of memory", "error", line)
+        else:
+            ended = failed(error, live)
     conclude(ended, live, ranks)
     return ended.code
 
@@ -270,16 +271,36 @@ GONE = "another process of the run was lost"
 LOST = Ending(PREEMPTED, "preempted", GONE, "error", f"{GONE}: start again with --resume")
 
 
+def failed(error: BaseException, live) -> Ending:
+    """The ending of a run that the system or an error of ours or of a library stopped."""
+    if live is None:
+        code, line = failure(error)
+        return Ending(code, "failed", line, "error", line)
+    rank = live.ranks.rank
+    code, line = failure(error, live.folder.path, f"traceback-{rank}.txt" if rank else "traceback.txt")
+    with contextlib.suppress(Exception):
+        live.stream.close()  # frees open files, of which there may be none left
+    try:
+        steps = live.checkpoints.steps()
+        from_where = f"the checkpoint of update {steps[-1]:,}" if steps else "the beginning: there is no checkpoint yet"
+    except OSError:
+        from_where = "the newest checkpoint"
+    said = f"{line}; this was at update {live.update:,}, --resume --out {live.folder.path} goes on from {from_where}"
+    return Ending(code, "failed", line, "error", said)
+
+
 def conclude(ended: Ending, live, ranks) -> None:
     """Close what is open and say how the run ended; never raises."""
-    if live is not None and ended.code != DONE:
-        try:
-            live.progress.close()
-            live.folder.status(ended.state, ended.reason, live.update)
-            live.tracker.finish({}, 1)
-            live.folder.close()
-        except OSError:
-            pass  # the disk that failed once may fail again; the exit code says it
+    if live is not None:
+        steps = [lambda: live.stream.close()]
+        if ended.code != DONE:
+            steps += [lambda: live.progress.close()]
+            if live.begun or not live.config.resume:  # a folder that was not gone on with stays as it was
+                steps += [lambda: live.folder.status(ended.state, ended.reason, live.update)]
+            steps += [lambda: live.tracker.finish({}, 1), lambda: live.folder.close()]
+        for step in steps:
+            with contextlib.suppress(Exception):  # what failed once may fail again; the exit code says it
+                step()
     if ranks is None:
         tells = os.environ.get("LOCAL_RANK", "0") == "0"
     else:
@@ -308,9 +329,9 @@ def out_of_memory(error: Exception, live, c: Config, torch) -> str | None:
 
 
 def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], torch):
-    """Everything that can be refused, in the order of the data's path; the run folder comes last.
+    """(the run, the state to go on from): everything that can be refused, in the order of the data's path.
 
-    What one process refuses, all refuse, so that none waits for another.
+    The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
     from fastsmooth import data, models, syncnorm
     from fastsmooth.checkpoint import Checkpoints
@@ -319,7 +340,6 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     from fastsmooth.measure import NormRecord
     from fastsmooth.modes import Run
     from fastsmooth.optim import NoisySGD
-    from fastsmooth.progress import Progress
     from fastsmooth.step import Step, keep_freed_memory
 
     keep_freed_memory()
@@ -367,17 +387,26 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
             live.record = NormRecord(c.eps, c.criterion, ignored, device)
         live.noise = noise
         state = saved_state(live) if c.resume and ranks.leader else None
+    return live, state
+
+
+def begin(live, state: dict[str, Any] | None, refusals: tuple[type[Exception], ...], torch) -> None:
+    """Stand where the run is to go on, and say what it is."""
+    from fastsmooth import models
+    from fastsmooth.progress import Progress
+
+    c, ranks, n = live.config, live.ranks, len(live.data.train)
     if c.resume:
         state = ranks.from_leader(state)
         with ranks.together(refusals, ConfigError):
             go_on(live, state)
+    live.begun = True
     epoch_samples = n - n % c.batch_size if c.drop_last else n
-    total = within_limit(c, schedule, n)
-    name = device_name(device, torch) if ranks.world == 1 else f"{ranks.world} processes"
+    total = within_limit(c, live.schedule, n)
+    name = device_name(live.device, torch) if ranks.world == 1 else f"{ranks.world} processes"
     live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader)
-    introduce(c, live, models.count_parameters(model))
-    folder.status("running", "", live.update)
-    return live
+    introduce(c, live, models.count_parameters(live.model))
+    live.folder.status("running", "", live.update)
 
 
 def choose_kernels(device, torch) -> str:
@@ -619,10 +648,10 @@ def watch(c: Config):
 
     def on_signal(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second Ctrl-C leaves at once
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # a second Ctrl-C leaves at once
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    on_stop(on_signal)
     deadline = time.monotonic() + c.max_time if c.max_time else None
 
     def asked() -> int:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -24,7 +25,11 @@ def run_main(argv: list[str], log: str, environment: dict[str, str], prepare) ->
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    from fastsmooth.messages import STOPPING
     from fastsmooth.train import main
+
+    for number in STOPPING:  # whoever started the tests may have ignored some, which a run would go on to ignore
+        signal.signal(number, signal.SIG_DFL)
 
     # threads that wait for each other crawl when the cores are shared with other work
     torch.set_num_threads(1)

@@ -23,8 +23,7 @@ WRITERS = {
     ("index.py", "savez"): "into memory",
     ("smooth.py", "savefig"): "into memory",
     ("pdf.py", "print_pdf"): "into memory",
-    ("modes.py", "open_memmap"): "rows of many MB that are written as they come",
-    ("modes.py", "os.replace"): "the same, synced by the memory map's flush",
+    ("modes.py", "open"): "rows of many MB that are written as they come, and named when they are whole",
     ("native.py", "os.replace"): "the kernels import nothing of the package",
     ("aot.py", "write_bytes"): "in a temporary folder that is read by a disassembler",
 }

@@ -38,6 +38,7 @@ ALLOWED = {
     "syncnorm": {"ranks", "kernels"},
     "step": {"optim", "measure", "kernels", "ranks", "syncnorm"},
     "modes": {
+        "files",
         "step",
         "ranks",
         "measure",

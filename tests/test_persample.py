@@ -134,7 +134,10 @@ class Refused(nn.Module):
     def __init__(self, how: str):
         super().__init__()
         self.how, self.layer = how, nn.Linear(12, CLASSES)
-        self.scale = nn.Parameter(torch.ones(CLASSES)) if how in ("scale", "unused") else None
+        scaled = ("scale", "unused", "listed", "turned")
+        self.scale = nn.Parameter(torch.ones(CLASSES, CLASSES if how == "turned" else 1)) if how in scaled else None
+        self.attention = nn.MultiheadAttention(CLASSES, 1, batch_first=True) if how == "attention" else None
+        self.memory = nn.LSTM(CLASSES, CLASSES, batch_first=True) if how == "memory" else None
 
     def forward(self, x):
         x = x.flatten(1)
@@ -142,14 +145,30 @@ class Refused(nn.Module):
             return self.layer(x) + self.layer(2 * x)
         if self.how == "folded":
             return self.layer(x.repeat(2, 1))[: len(x)]
-        return self.layer(x) * self.scale if self.how == "scale" else self.layer(x)
+        y = self.layer(x)
+        if self.how == "scale":
+            return y * self.scale[:, 0]
+        if self.how == "listed":
+            return y * torch.cat([self.scale])[:, 0]
+        if self.how == "turned":
+            return y @ self.scale.T
+        if self.how == "attention":
+            return self.attention(*[y[:, None]] * 3)[0][:, 0]
+        return self.memory(y[:, None])[0][:, 0] if self.how == "memory" else y
 
 
 @pytest.mark.parametrize(
     "how, words",
     [
-        ("scale", "scale is used by mul"),
+        ("scale", "scale is used by __getitem__"),
         ("unused", "scale takes no part"),
+        ("listed", "scale is used by cat, which gives no per-sample norms"),
+        (
+            "turned",
+            "scale is used, but not as it is by batch_norm, conv2d, group_norm, layer_norm, linear, which alone",
+        ),
+        ("attention", "attention.in_proj_weight is used by multi_head_attention_forward"),
+        ("memory", "memory.weight_ih_l0 is used by lstm"),
         ("twice", "layer.weight is used more than once"),
         ("folded", "layer.weight: its input .* does not have them in its first dimension"),
     ],

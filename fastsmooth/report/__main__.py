@@ -8,7 +8,7 @@ from pathlib import Path
 from fastsmooth import config as configs
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
-from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, put, say, tell
+from fastsmooth.messages import DONE, exit_code, put, say
 from fastsmooth.report import page, pdf, svg
 from fastsmooth.report.chart import draw
 from fastsmooth.runs import RunError, find_runs, read_run
@@ -39,20 +39,17 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Bad input is one line on stderr and 2, never a traceback."""
-    try:
-        asked = parser().parse_args(sys.argv[1:] if argv is None else argv)
-        runs = [read_run(path) for path in find_runs(asked.runs)]
-        parts, out = page.sections(runs), Path(asked.out)
-        with refusing(out):
-            write(out, page.html(runs, parts), [f for part in parts for f in part.figures], len(runs))
-        return DONE
-    except (RunError, RunFolderError) as error:
-        tell("error", error)
-        return BAD_INPUT
-    except OSError as error:
-        tell("error", f"cannot write {error.filename or ''}: {error.strerror}")
-        return CANNOT_WRITE
+    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
+    return exit_code(lambda: report(sys.argv[1:] if argv is None else argv), (RunError, RunFolderError))
+
+
+def report(argv: list[str]) -> int:
+    asked = parser().parse_args(argv)
+    runs = [read_run(path) for path in find_runs(asked.runs)]
+    parts, out = page.sections(runs), Path(asked.out)
+    with refusing(out):
+        write(out, page.html(runs, parts), [f for part in parts for f in part.figures], len(runs))
+    return DONE
 
 
 def write(out: Path, html: str, figures: list, runs: int) -> None:

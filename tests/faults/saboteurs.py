@@ -1,8 +1,12 @@
 """What is done to a run from inside, before it begins: functions that forks.start calls in the new process."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import resource
+import select
+import shutil
 import signal
 import sys
 import threading
@@ -196,3 +200,148 @@ def refuse_connections(path: str) -> None:
             print(event, args[-1] if event == "socket.connect" else args, file=file, flush=True)
 
     sys.addaudithook(hook)
+
+
+def ignore(number: int, update: int) -> None:
+    """The signal is ignored from the start, as nohup does it, and comes after an update."""
+    signal.signal(number, signal.SIG_IGN)
+    stop_after(update, number)
+
+
+def lose_reader(kind: str, update: int, then: int | None) -> None:
+    """stdout and stderr lead to a pipe or a terminal, which is closed after an update; then a signal may come."""
+    from fastsmooth import messages, modes
+
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+    os.close(writer)
+    os.environ["TERM"] = "xterm"  # where rich draws a bar
+    enough = threading.Event()
+
+    def read() -> None:
+        while not enough.is_set():
+            if select.select([reader], [], [], 0.01)[0]:
+                os.read(reader, 65536)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    after = modes.Run.after_update
+
+    def lost(self, point):
+        if self.update == update:
+            assert (self.progress.bar is not None) == (kind == "terminal")
+            enough.set()
+            thread.join()
+            os.close(reader)
+            messages.warn("nobody reads this")
+            self.progress.say("nor this")
+            if then is not None:
+                os.kill(os.getpid(), then)
+        after(self, point)
+
+    modes.Run.after_update = lost
+
+
+def fail_at(place: str, error: str, update: int, rank: int) -> None:
+    """An error that nobody foresees, on one process, the first time that the place is reached after an update."""
+    from fastsmooth import checkpoint, log, modes, progress, step
+
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    owner, name = {
+        "gradient": (modes.Run, "gradient"),
+        "update": (step.Step, "update"),
+        "data": (modes.Stream, "rest_of_epoch"),
+        "row": (log.RunFolder, "row"),
+        "checkpoint": (checkpoint.Checkpoints, "save"),
+        "evaluation": (step.Step, "evaluate"),
+        "progress": (progress.Progress, "update"),
+        "end": (modes.Run, "summary"),
+    }[place]
+    before = getattr(owner, name)
+    done = 0
+    after = modes.Run.after_update
+
+    def counted(self, point):
+        nonlocal done
+        done = self.update
+        after(self, point)
+
+    def failing(*args, **kwargs):
+        if done >= update:
+            raise {"KeyError": KeyError, "RuntimeError": RuntimeError, "SystemExit": SystemExit}[error]("nobody knew")
+        return before(*args, **kwargs)
+
+    modes.Run.after_update = counted
+    setattr(owner, name, failing)
+
+
+def harm_metrics(how: str, update: int) -> None:
+    """metrics.jsonl removed, replaced or cut, or the whole run folder removed, after an update."""
+    from fastsmooth import modes
+
+    after = modes.Run.after_update
+
+    def harmed(self, point):
+        after(self, point)
+        if self.update == update:
+            path = self.folder.path / "metrics.jsonl"
+            if how == "folder removed":
+                shutil.rmtree(self.folder.path)
+            elif how == "cut":
+                os.truncate(path, 10)
+            else:
+                path.unlink()
+                if how == "replaced":
+                    path.write_text("{}\n")
+
+    modes.Run.after_update = harmed
+
+
+def limit_file_size(size: int) -> None:
+    """No file, of shared memory neither, may grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def harm_workers(how: str, update: int) -> None:
+    """What may happen to the processes of --loader torch after an update."""
+    from fastsmooth import modes
+    from fastsmooth.data import torchloader
+
+    torchloader.LIMIT = 3.0
+    after = modes.Run.after_update
+
+    def harmed(self, point):
+        after(self, point)
+        if self.update != update:
+            return
+        if how == "too many files":
+            allow_no_more_files()
+        else:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "bus": signal.SIGBUS}[how])
+
+    modes.Run.after_update = harmed
+
+
+def allow_no_more_files() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd")[:-1])) + 1, hard))
+    with contextlib.suppress(OSError):
+        while os.open(os.devnull, os.O_RDONLY):
+            pass
+
+
+def limit_open_files(update: int) -> None:
+    """No more files can be opened after an update."""
+    from fastsmooth import modes
+
+    after = modes.Run.after_update
+
+    def limited(self, point):
+        if self.update == update:
+            allow_no_more_files()
+        after(self, point)
+
+    modes.Run.after_update = limited

@@ -606,7 +606,8 @@ def test_a_changed_flag_is_refused_with_both_values(name, stopped, here, cases):
     saved = json.loads(Path("run", "config.json").read_text())
     before = configs.shown(saved[name.replace("-", "_").replace("batchsize", "batch_size")])
     argv = ["--resume", "--out", "run", f"--{name}", CHANGES[name]]
-    assert_refused("train", argv, ["--resume", f"--{name} {before}, not {CHANGES[name]}", "leave the flag out"], here)
+    words = f"without --{name}: " if before == "None" else f"--{name} {before}, not {CHANGES[name]}: "
+    assert_refused("train", argv, ["--resume", words, "leave the flag out"], here)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(stopped, here, cases):

@@ -132,6 +132,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, cases):
 
 @pytest.mark.parametrize("what", ["metrics.jsonl", "stdout"])
 def test_dev_full(what, tmp_path, cases):
+    """The rows are what a run is for; its lines may be lost."""
     if cases("/dev/full as metrics.jsonl and as stdout", 1, 0) == 0:
         pytest.skip("with --full")
     stopped_run(tmp_path / "run")
@@ -142,16 +143,16 @@ def test_dev_full(what, tmp_path, cases):
         (tmp_path / "run" / what).symlink_to("/dev/full")
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and "metrics.jsonl: it is a pipe, a socket or a device" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
         (tmp_path / "run" / what).unlink()
         (tmp_path / "kept").rename(tmp_path / "run" / what)
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
+        finish(["--resume"], tmp_path / "run")
     else:
         with open("/dev/full", "w") as full:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-        assert done.returncode == 74
-        assert done.stderr.splitlines()[-1].startswith("fastsmooth: error: cannot write")
-    assert len(done.stderr.splitlines()) == 1
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == rows
-    finish(["--resume"], tmp_path / "run")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert read_status(tmp_path / "run")["state"] == "done"
 
 
 # The tracker ------------------------------------------------------------------------------------------------------------
