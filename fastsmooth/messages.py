@@ -1,32 +1,64 @@
 """What every command says and how it ends: exit codes, lines on stdout and stderr, text that others chose.
 
-Whatever reaches a terminal goes through `say`, `tell` or `warn`: they show names and reasons without their control
-characters, and a reader that is gone (| head, a closed terminal) never fails the command that speaks to it.
+Whatever reaches a terminal goes through `say`, `note`, `tell` or `warn`: they show names and reasons without their control
+characters, wrap them where a terminal is narrower, and a reader that is gone (| head, a closed terminal) never fails the
+command that speaks to it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from typing import TextIO
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from fastsmooth.terminal import columns, wrapped
 
 DONE, SOME_FAILED, BAD_INPUT, DIVERGED, CANNOT_WRITE, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 74, 75, 130
 
 
-def say(line: str) -> None:
-    """A line on stdout."""
+def say(line: str, indent: int = 4) -> None:
+    """A line on stdout. Where a terminal is narrower it goes on below, `indent` columns in."""
+    put_line(line, sys.stdout, indent)
+
+
+def say_data(line: str) -> None:
+    """A line on stdout that a program may read: never wrapped."""
     put(printable(line, sys.stdout) + "\n", sys.stdout)
+
+
+def say_page(text: str) -> None:
+    """A text of several lines on stdout, which is wide as it should be already."""
+    put("".join(printable(line, sys.stdout) + "\n" for line in text.splitlines()), sys.stdout)
+
+
+def note(line: str) -> None:
+    """A line on stderr that is neither an error nor a warning."""
+    put_line(line, sys.stderr)
+
+
+def note_again(line: str) -> None:
+    """A line on stderr that on a terminal takes the place of the one before."""
+    put(printable(line, sys.stderr) + ("\n" if columns(sys.stderr) is None else "\r"), sys.stderr)
 
 
 def tell(kind: str, words: object) -> None:
     """A line on stderr: `kind` is error, warning or the like, `words` what was wrong and what to do."""
-    line = " ".join(str(words).split())
-    put(f"fastsmooth: {kind}: {printable(line, sys.stderr)}\n", sys.stderr)
+    note(f"fastsmooth: {kind}: {' '.join(str(words).split())}")
 
 
 def warn(words: object) -> None:
     """A line on stderr about something that stops nothing."""
     tell("warning", words)
+
+
+def put_line(line: str, stream: TextIO | None, indent: int = 4) -> None:
+    put("\n".join(wrapped(printable(line, stream), columns(stream), indent)) + "\n", stream)
 
 
 def put(text: str, stream: TextIO | None) -> None:
@@ -49,7 +81,11 @@ def one_line(error: BaseException) -> str:
 
 def printable(text: str, stream: TextIO | None = None) -> str:
     """The text on one line, in what the stream (stdout) can show: of other characters the bytes are written, \\xHH each."""
-    encoding = getattr(stream or sys.stdout, "encoding", None) or "ascii"
+    if text.isascii() and text.isprintable():
+        return text
+    stream = stream or sys.stdout
+    stream = getattr(stream, "rich_proxied_file", stream)  # while a bar is shown
+    encoding = getattr(stream, "encoding", None) or "ascii"
     return "".join(c if c.isprintable() and c.encode(encoding, "ignore") else escaped(c) for c in text)
 
 
@@ -64,3 +100,35 @@ def printable_path(path: str) -> str:
     """The path on one line; one that cannot be shown as it is comes as bash reads it: $'caf\\xe9.jpg'."""
     quoted = path.replace("\\", "\\\\").replace("'", "\\'")
     return path if printable(path) == path else f"$'{printable(quoted)}'"
+
+
+def command(name: str) -> str:
+    """How one of our commands is called, in the way in which this process was: fastsmooth train, python -m fastsmooth.train."""
+    program = Path(sys.argv[0])
+    if program.stem == "fastsmooth":
+        return f"fastsmooth {name}"
+    of_package = program.name == "__main__.py" and program.parent.name == "fastsmooth"
+    return f"python -m fastsmooth {name}" if of_package else f"python -m fastsmooth.{name}"
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Be the process of a command. What Python says by itself about others' code goes the way of all lines too."""
+
+    def traced(kind, error, trace) -> None:
+        for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+            note(line)
+
+    def warned(message, category, filename, lineno, file=None, line=None) -> None:
+        warn(f"{message} ({category.__name__} of {filename}:{lineno})")
+
+    class Noted(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(self.format(record))
+
+    def ended(thread) -> None:
+        if thread.exc_type is not SystemExit:
+            traced(thread.exc_type, thread.exc_value, thread.exc_traceback)
+
+    sys.excepthook, threading.excepthook, warnings.showwarning = traced, ended, warned
+    logging.lastResort = Noted(logging.WARNING)
+    sys.exit(main())

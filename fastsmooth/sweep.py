@@ -37,13 +37,17 @@ from fastsmooth.messages import (
     INTERRUPTED,
     PREEMPTED,
     SOME_FAILED,
+    command,
+    end_with,
+    note,
     printable,
-    put,
     say,
+    say_page,
     tell,
     warn,
 )
 from fastsmooth.runs import RunError, SavedRun, read_run
+from fastsmooth.terminal import columns
 
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself
 MOST_RUNS = 100_000
@@ -66,10 +70,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def sweep(argv: list[str]) -> int:
     p = parser()
-    asked = vars(p.parse_args([configs.plain(word) for word in expanded(argv)]))
+    line = [configs.plain(word) for word in expanded(argv)]
+    refuse_seeds(line)
+    asked = vars(p.parse_args(line))
     own = {name: asked.pop(name) for name in list(asked) if name not in FIELDS or name == "out"}
     if own.get("help"):
-        put(p.format_help(), sys.stdout)
+        say_page(p.format_help())
         return DONE
     if "out" not in own:
         raise ConfigError("--out DIR is missing: the folder that holds the runs")
@@ -107,10 +113,21 @@ class Planned:
         return {"name": self.name, "flags": list(self.flags), "differs": self.differs}
 
 
+def refuse_seeds(words: list[str]) -> None:
+    """Say what --seeds wants where it is followed by several numbers."""
+    after = words[words.index("--seeds") + 1 :] if "--seeds" in words else []
+    seeds = list(itertools.takewhile(lambda word: not word.startswith("-"), after))
+    if len(seeds) > 1:
+        named = " ".join(seeds)
+        raise ConfigError(
+            f"--seeds takes one number N, for the seeds 0 to N - 1: for the seeds {named} write --seed {named}"
+        )
+
+
 def parser() -> configs.Parser:
     """That of train, where a flag takes several values."""
     p = configs.parser()
-    p.prog, p.usage = "python -m fastsmooth.sweep", "python -m fastsmooth.sweep --out DIR [flags]"
+    p.prog, p.usage, p.several = command("sweep"), "%(prog)s --out DIR [flags]", ""
     p.description = (
         "Many runs, one for each combination of the values that flags of fastsmooth.train are given: --lr 0.01 0.1 "
         "--batchsize 8..1024x2 (8 16 ... 1024; 0..4+1 adds). A flag without effect in a combination is left out there."
@@ -281,7 +298,7 @@ def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
 
 def print_plan(runs: list[Planned]) -> None:
     for number, run in enumerate(runs):
-        say(f"{number:>5}  {run.name}  {shlex.join(run.flags)}")
+        say(f"{number:>5}  {run.name}  {shlex.join(run.flags)}", indent=9)
     say(f"{len(runs)} runs")
 
 
@@ -401,7 +418,7 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
     for run, state in failed:
         reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
-        put(printable(f"{state}: {run.name}: {reason}", sys.stderr) + "\n", sys.stderr)
+        note(f"{state}: {run.name}: {reason}")
     return SOME_FAILED if failed else DONE
 
 
@@ -553,21 +570,20 @@ class Table:
         self.drawn = 0.0
         if done:
             say(f"{done} of {len(runs)} runs are finished already")
-        if sys.stdout.isatty():
+        if columns(sys.stdout) is not None:
             try:
+                from rich.console import Console
                 from rich.live import Live
             except ImportError:
                 return
-            self.live = Live(transient=True, auto_refresh=False)
+            # what is written meanwhile goes above the table, but for a stderr that leads elsewhere
+            on_screen = columns(sys.stderr) is not None
+            self.live = Live(console=Console(), transient=True, auto_refresh=False, redirect_stderr=on_screen)
             self.live.start()
 
     def ended(self, run: Planned) -> None:
         self.done += 1
-        line = f"[{self.done}/{len(self.runs)}] {run.name}  {described(self.out / run.name)}"
-        if self.live:
-            self.live.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
-        else:
-            say(line)
+        say(f"[{self.done}/{len(self.runs)}] {run.name}  {described(self.out / run.name)}")
 
     def show(self, active: list[Planned]) -> None:
         if self.live is None or time.monotonic() - self.drawn < 1.0:
@@ -576,9 +592,12 @@ class Table:
         from rich.text import Text
 
         self.drawn = time.monotonic()
-        grid = Grid("run", "state", title=f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work")
+        title = printable(f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work")
+        grid = Grid(title=title)
+        for name in ("run", "state"):
+            grid.add_column(name, no_wrap=True)
         for run in active:
-            grid.add_row(Text(run.name), Text(described(self.out / run.name)))
+            grid.add_row(Text(printable(run.name)), Text(printable(described(self.out / run.name))))
         self.live.update(grid, refresh=True)
 
     def close(self) -> None:
@@ -735,4 +754,4 @@ def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -26,13 +26,16 @@ from fastsmooth.messages import (
     DONE,
     INTERRUPTED,
     PREEMPTED,
+    end_with,
     one_line,
-    put,
     say,
+    say_data,
+    say_page,
     tell,
     warn,
 )
 from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
+from fastsmooth.terminal import Table, columns
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = configs.parse(sys.argv[1:] if argv is None else argv)
         if request.help:
-            put(configs.parser().format_help(), sys.stdout)
+            say_page(configs.parser().format_help())
         elif request.version:
             say(f"fastsmooth {__version__}")
         elif request.plan:
@@ -132,20 +135,20 @@ def print_plan(c: Config, as_json: bool) -> None:
     points = list(schedule.points())
     if as_json:
         for epoch, p in enumerate(points):
-            say(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
+            say_data(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
         return
     updates = schedule.updates(c.images, c.drop_last) if c.images else None
-    say(
-        f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}"
-        + (f"  {'updates':>9}" if updates else "")
-    )
+    layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
+    table = Table(layout | ({"updates": ">9"} if updates else {}), least_first=("updates", "momentum"))
+    say(table.heading(columns(sys.stdout)))
     first = 0
     for epoch, p in enumerate(points):
         if epoch + 1 < len(points) and points[epoch + 1] == p:
             continue
         name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
-        line = f"{name:>9}  {p.lr:>11.6g}  {p.batch_size:>6}  {p.momentum:>8.4g}  {schedule.delta(p):>10.4g}"
-        say(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
+        cells = [name, f"{p.lr:.6g}", f"{p.batch_size}", f"{p.momentum:.4g}", f"{schedule.delta(p):.4g}"]
+        cells += [f"{sum(updates[first : epoch + 1]):,}"] if updates else []
+        say(table.row(cells, columns(sys.stdout)))
         first = epoch + 1
     for line in [*notes(c, schedule), cost(c, updates)]:
         say(line)
@@ -632,4 +635,4 @@ def watch(c: Config):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

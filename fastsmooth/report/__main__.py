@@ -8,24 +8,15 @@ from pathlib import Path
 from fastsmooth import config as configs
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
-from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, put, say, tell
+from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, command, end_with, note, say, tell
 from fastsmooth.report import page, pdf, svg
 from fastsmooth.report.chart import draw
 from fastsmooth.runs import RunError, find_runs, read_run
 
 
-class Parser(configs.Parser):
-    """That of train, with errors of its own."""
-
-    def error(self, message: str) -> None:
-        raise RunError(f"{message}: --help says how")
-
-
-def parser() -> Parser:
-    p = Parser(
-        prog="python -m fastsmooth.report",
-        description="Tables, figures and one HTML page out of runs of fastsmooth.train.",
-        allow_abbrev=False,
+def parser() -> configs.Parser:
+    p = configs.Parser(
+        prog=command("report"), description="Tables, figures and one HTML page out of runs of fastsmooth.train."
     )
     p.add_argument("runs", nargs="+", metavar="RUNS", type=Path, help="run folders, or folders that hold them")
     p.add_argument(
@@ -47,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         with refusing(out):
             write(out, page.html(runs, parts), [f for part in parts for f in part.figures], len(runs))
         return DONE
-    except (RunError, RunFolderError) as error:
+    except (configs.ConfigError, RunError, RunFolderError) as error:
         tell("error", error)
         return BAD_INPUT
     except OSError as error:
@@ -67,7 +58,7 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
             pdf.write(drawing, folder / f"{figure.name}.pdf")
     replace(out / "report.html", html.encode())
     if not with_pdf:
-        put("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n", sys.stderr)
+        note("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'")
     kinds = "SVG and PDF" if with_pdf else "SVG"
     say(
         f"{out / 'report.html'}: {page.count(runs, 'run')}, {page.count(len(figures), 'figure')} ({kinds} in {folder}), {len(html.encode()) // 1024} kB"
@@ -75,4 +66,4 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)
