@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from fastsmooth import __version__
-from fastsmooth.messages import BAD_INPUT, DONE, command, end_with, say, tell
+from fastsmooth.messages import BAD_INPUT, DONE, command, end_with, show, tell
 from fastsmooth.names import hint
 
 COMMANDS = {  # name: its module, what it does
@@ -29,11 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     if name in COMMANDS:
         return importlib.import_module(COMMANDS[name][0]).main(rest)
     if name in ("-h", "--help"):
-        for line in page():
-            say(line)
+        show(*page())
         return DONE
     if name == "--version":
-        say(f"fastsmooth {__version__}")
+        show(f"fastsmooth {__version__}")
         return DONE
     if name.startswith("-"):
         tell("error", f"{name}: name the command first: {command('train')} {name}, or --help, which lists them")

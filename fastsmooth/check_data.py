@@ -8,7 +8,7 @@ from collections import Counter
 
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.log import processors
-from fastsmooth.messages import note, one_line, printable_path, say
+from fastsmooth.messages import note, one_line, printable_path, show
 
 CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
 
@@ -33,12 +33,12 @@ def check(c: Config) -> None:
         for path, width, height, wrong in looked_at(name, split.paths, c.workers or processors()):
             if wrong:
                 bad += 1
-                say(f"{printable_path(path)}: {wrong}")
+                show(f"{printable_path(path)}: {wrong}")
             else:
                 sizes.add((width, height))
     counted = [f"{len(split):,} {name}" for name, split in splits.items()]
     by_class = [f"{name} {spread(split.labels, len(images.classes))}" for name, split in splits.items()]
-    say(
+    show(
         f"{c.dataset}: {' and '.join(counted)} images, {len(images.classes)} classes, {bad:,} bad; {extent(sizes)}; "
         f"images a class: {', '.join(by_class)}; {time.perf_counter() - started:.1f} s"
     )

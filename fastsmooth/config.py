@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsmooth.files import read_file
-from fastsmooth.messages import command, say_page
+from fastsmooth.messages import command, show
 from fastsmooth.names import about_flag, about_value, hint
 from fastsmooth.terminal import columns
 
@@ -515,7 +515,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(None, f"{name} {value}: {about_value(name, value, action.choices)}")
 
     def print_help(self, file: Any = None) -> None:
-        say_page(self.format_help())
+        show(*self.format_help().splitlines())
 
     def error(self, message: str) -> None:
         message = re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message)

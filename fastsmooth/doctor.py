@@ -25,7 +25,7 @@ from fastsmooth import __version__
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.files import cache_folder
 from fastsmooth.log import processors
-from fastsmooth.messages import one_line, say
+from fastsmooth.messages import one_line, show
 
 OK, NOTE, BAD = "ok", "note", "BAD"  # a note is what a run does without, BAD what it cannot
 ROOM = 10**7  # bytes: less does not hold the checkpoints of the smallest network
@@ -94,13 +94,13 @@ def examine(c: Config, check_launch: Callable[[], None], pick_device: Callable[[
     """
     bad = []
     for row in rows(c, check_launch, pick_device):
-        say(f"{row.state:<4}  {row.name:<12} {row.text}", indent=19)
+        show(f"{row.state:<4}  {row.name:<12} {row.text}", indent=19)
         if row.state == BAD:
             bad.append(row)
     if bad:
         more = f" ({len(bad) - 1} more above, marked {BAD})" if len(bad) > 1 else ""
         raise ConfigError(f"no run can be done here: {bad[0].name} {bad[0].text}{more}")
-    say("a run can be done")
+    show("a run can be done")
 
 
 def rows(c: Config, check_launch, pick_device) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """What every command says and how it ends: exit codes, lines on stdout and stderr, text that others chose.
 
-Whatever reaches a terminal goes through `say`, `note`, `tell` or `warn`: they show names and reasons without their control
+Whatever reaches a terminal goes through `say`, `show`, `note`, `tell` or `warn`: they show names and reasons without their control
 characters, wrap them where a terminal is narrower, and a reader that is gone (| head, a closed terminal) never fails the
 command that speaks to it.
 """
@@ -23,18 +23,14 @@ DONE, SOME_FAILED, BAD_INPUT, DIVERGED, CANNOT_WRITE, PREEMPTED, INTERRUPTED = 0
 
 
 def say(line: str, indent: int = 4) -> None:
-    """A line on stdout. Where a terminal is narrower it goes on below, `indent` columns in."""
+    """A line on stdout beside the work. Where a terminal is narrower it goes on below, `indent` columns in."""
     put_line(line, sys.stdout, indent)
 
 
-def say_data(line: str) -> None:
-    """A line on stdout that a program may read: never wrapped."""
-    put(printable(line, sys.stdout) + "\n", sys.stdout)
-
-
-def say_page(text: str) -> None:
-    """A text of several lines on stdout, which is wide as it should be already."""
-    put("".join(printable(line, sys.stdout) + "\n" for line in text.splitlines()), sys.stdout)
+def show(*lines: str, indent: int = 4, whole: bool = False) -> None:
+    """Lines on stdout that the command is there to print; never wrapped if a program may read them (`whole`)."""
+    for line in lines:
+        put_line(line, sys.stdout, indent, whole)
 
 
 def note(line: str) -> None:
@@ -44,7 +40,7 @@ def note(line: str) -> None:
 
 def note_again(line: str) -> None:
     """A line on stderr that on a terminal takes the place of the one before."""
-    put(printable(line, sys.stderr) + ("\n" if columns(sys.stderr) is None else "\r"), sys.stderr)
+    put(printable(line, sys.stderr) + ("\r" if on_terminal(sys.stderr) else "\n"), sys.stderr)
 
 
 def tell(kind: str, words: object) -> None:
@@ -57,8 +53,13 @@ def warn(words: object) -> None:
     tell("warning", words)
 
 
-def put_line(line: str, stream: TextIO | None, indent: int = 4) -> None:
-    put("\n".join(wrapped(printable(line, stream), columns(stream), indent)) + "\n", stream)
+def put_line(line: str, stream: TextIO | None, indent: int = 4, whole: bool = False) -> None:
+    room = None if whole else columns(stream)
+    put("\n".join(wrapped(printable(line, stream), room, indent)) + "\n", stream)
+
+
+def on_terminal(stream: TextIO | None) -> bool:
+    return columns(stream) is not None
 
 
 def put(text: str, stream: TextIO | None) -> None:

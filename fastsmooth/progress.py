@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from fastsmooth.messages import printable, say
+from fastsmooth.messages import on_terminal, printable, say
 from fastsmooth.terminal import Fields, columns
 
 ANNOUNCE_AFTER = 3.0  # seconds of training before its cost is projected
@@ -39,7 +39,7 @@ class Progress:
         self.quiet = quiet
         self.at_work = Fields(("speed", "batch", "lr", "loss", "left"))
         self.finished = Fields(("speed", "test loss", "c2", "momentum", "delta", "left", "batch", "lr", "train loss"))
-        if columns(sys.stdout) is not None and not quiet:
+        if on_terminal(sys.stdout) and not quiet:
             self._open_bar(done)
 
     def _open_bar(self, done: int) -> None:
@@ -55,9 +55,8 @@ class Progress:
             rich.BarColumn(None, table_column=Column(min_width=least, max_width=most)),
             rich.TaskProgressColumn(),
         )
-        # what is written meanwhile goes above the bar, but for a stderr that leads elsewhere
-        on_screen = columns(sys.stderr) is not None
-        self.bar = rich.Progress(*shown, console=Console(), transient=True, redirect_stderr=on_screen)
+        # lines on stderr go above the bar where both are on the terminal, else where the user sent them
+        self.bar = rich.Progress(*shown, console=Console(), transient=True, redirect_stderr=on_terminal(sys.stderr))
         self.task = self.bar.add_task("starting", total=self.total, completed=done)
         self.bar.start()
 

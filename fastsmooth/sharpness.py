@@ -46,8 +46,7 @@ from fastsmooth.messages import (
     one_line,
     printable,
     say,
-    say_data,
-    say_page,
+    show,
     tell,
     warn,
 )
@@ -415,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = parse(sys.argv[1:] if argv is None else argv)
         if request is None:
-            say_page(parser().format_help())
+            show(*parser().format_help().splitlines())
             return DONE
         device = pick_device(request.device)
     except ConfigError as error:
@@ -438,7 +437,7 @@ def attempt(path: Path, request: Request, device: torch.device, table: Table) ->
         for entry in measure_run(path, request, device):
             shown = {"run": str(path)} | finite(entry)[0]
             if request.json:
-                say_data(json.dumps(shown))
+                show(json.dumps(shown), whole=True)
             else:
                 say(table.row(cells(path, entry), columns(sys.stdout)))
         return DONE

@@ -31,7 +31,7 @@ from fastsmooth import config as configs
 from fastsmooth.config import ConfigError
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
-from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, command, end_with, say, say_page, tell
+from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, command, end_with, say, show, tell
 from fastsmooth.terminal import Table, columns
 
 FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
@@ -486,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = parse(argv)
         if request is None:
-            say_page(parser().format_help())
+            show(*parser().format_help().splitlines())
             return DONE
         require_matplotlib()
         with refusing(request.out):  # a folder that cannot be written fails now

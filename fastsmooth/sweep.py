@@ -40,14 +40,14 @@ from fastsmooth.messages import (
     command,
     end_with,
     note,
+    on_terminal,
     printable,
     say,
-    say_page,
+    show,
     tell,
     warn,
 )
 from fastsmooth.runs import RunError, SavedRun, read_run
-from fastsmooth.terminal import columns
 
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself
 MOST_RUNS = 100_000
@@ -75,7 +75,7 @@ def sweep(argv: list[str]) -> int:
     asked = vars(p.parse_args(line))
     own = {name: asked.pop(name) for name in list(asked) if name not in FIELDS or name == "out"}
     if own.get("help"):
-        say_page(p.format_help())
+        show(*p.format_help().splitlines())
         return DONE
     if "out" not in own:
         raise ConfigError("--out DIR is missing: the folder that holds the runs")
@@ -298,8 +298,8 @@ def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
 
 def print_plan(runs: list[Planned]) -> None:
     for number, run in enumerate(runs):
-        say(f"{number:>5}  {run.name}  {shlex.join(run.flags)}", indent=9)
-    say(f"{len(runs)} runs")
+        show(f"{number:>5}  {run.name}  {shlex.join(run.flags)}", indent=9)
+    show(f"{len(runs)} runs")
 
 
 # The folder of a sweep ------------------------------------------------------------------------------------------------
@@ -570,15 +570,16 @@ class Table:
         self.drawn = 0.0
         if done:
             say(f"{done} of {len(runs)} runs are finished already")
-        if columns(sys.stdout) is not None:
+        if on_terminal(sys.stdout):
             try:
                 from rich.console import Console
                 from rich.live import Live
             except ImportError:
                 return
-            # what is written meanwhile goes above the table, but for a stderr that leads elsewhere
-            on_screen = columns(sys.stderr) is not None
-            self.live = Live(console=Console(), transient=True, auto_refresh=False, redirect_stderr=on_screen)
+            # lines on stderr go above the table where both are on the terminal, else where the user sent them
+            self.live = Live(
+                console=Console(), transient=True, auto_refresh=False, redirect_stderr=on_terminal(sys.stderr)
+            )
             self.live.start()
 
     def ended(self, run: Planned) -> None:
@@ -592,10 +593,9 @@ class Table:
         from rich.text import Text
 
         self.drawn = time.monotonic()
-        title = printable(f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work")
-        grid = Grid(title=title)
-        for name in ("run", "state"):
-            grid.add_column(name, no_wrap=True)
+        grid = Grid(title=printable(f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work"))
+        grid.add_column("run", no_wrap=True, max_width=self.live.console.width // 2)
+        grid.add_column("state")
         for run in active:
             grid.add_row(Text(printable(run.name)), Text(printable(described(self.out / run.name))))
         self.live.update(grid, refresh=True)

@@ -29,8 +29,7 @@ from fastsmooth.messages import (
     end_with,
     one_line,
     say,
-    say_data,
-    say_page,
+    show,
     tell,
     warn,
 )
@@ -43,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = configs.parse(sys.argv[1:] if argv is None else argv)
         if request.help:
-            say_page(configs.parser().format_help())
+            show(*configs.parser().format_help().splitlines())
         elif request.version:
-            say(f"fastsmooth {__version__}")
+            show(f"fastsmooth {__version__}")
         elif request.plan:
             print_plan(configs.resolve(request.given), request.json)
         elif request.doctor:
@@ -135,12 +134,12 @@ def print_plan(c: Config, as_json: bool) -> None:
     points = list(schedule.points())
     if as_json:
         for epoch, p in enumerate(points):
-            say_data(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
+            show(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}), whole=True)
         return
     updates = schedule.updates(c.images, c.drop_last) if c.images else None
     layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
     table = Table(layout | ({"updates": ">9"} if updates else {}), least_first=("updates", "momentum"))
-    say(table.heading(columns(sys.stdout)))
+    show(table.heading(columns(sys.stdout)))
     first = 0
     for epoch, p in enumerate(points):
         if epoch + 1 < len(points) and points[epoch + 1] == p:
@@ -148,10 +147,10 @@ def print_plan(c: Config, as_json: bool) -> None:
         name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
         cells = [name, f"{p.lr:.6g}", f"{p.batch_size}", f"{p.momentum:.4g}", f"{schedule.delta(p):.4g}"]
         cells += [f"{sum(updates[first : epoch + 1]):,}"] if updates else []
-        say(table.row(cells, columns(sys.stdout)))
+        show(table.row(cells, columns(sys.stdout)))
         first = epoch + 1
     for line in [*notes(c, schedule), cost(c, updates)]:
-        say(line)
+        show(line)
 
 
 def cost(c: Config, updates: list[int] | None) -> str:

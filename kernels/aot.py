@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsmooth.kernels import persample_noise, update
-from fastsmooth.messages import BAD_INPUT, DONE, end_with, note, say_data
+from fastsmooth.messages import BAD_INPUT, DONE, end_with, note, show
 
 try:
     import triton
@@ -408,8 +408,7 @@ def report(argv: Sequence[str] | None) -> None:
                 lines = map(json.dumps, rows)
             else:
                 lines = [f"### sm_{arch}, Triton {triton.__version__}", "", *table(rows), ""]
-            for line in lines:
-                say_data(line)
+            show(*lines, whole=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastsmooth.messages import BAD_INPUT, DONE, end_with, say_page, tell
+from fastsmooth.messages import BAD_INPUT, DONE, end_with, show, tell
 
 OWN = ("seed", "out", "resume")  # of each run; the rest of the configuration must be the same
 ABOUT = ("commit", "torch", "processor", "cpus", "threads", "gpu")
@@ -46,7 +46,7 @@ def spread(values: list[float]) -> dict:
 
 def main() -> int:
     if len(sys.argv) < 3:
-        say_page(__doc__)
+        show(*__doc__.splitlines())
         return BAD_INPUT
     try:
         make(*map(Path, sys.argv[1:]))
