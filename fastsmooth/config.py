@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -493,6 +494,8 @@ class Parser(argparse.ArgumentParser):
         if before is not None:
             takes = f"no value: {before.help}" if before.nargs == 0 else f"one value{self.several}"
             return f"unexpected {word!r}: {before.option_strings[0]} takes {takes}"
+        if "--data-dir" in known and os.path.isdir(word):
+            return f"unexpected {word!r}: a folder of images is given as --dataset folder --data-dir {word}"
         return f"unexpected {word!r}: {hint(name, known) or '--help lists the flags'}"
 
     def flag_before(self, word: str, args: list[str]) -> argparse.Action | None:
