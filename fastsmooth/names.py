@@ -48,8 +48,8 @@ def spread(table: dict[str, str]) -> dict[str, str]:
 # with its value, is what fastsmooth calls it; other answers follow "fastsmooth has no --x:".
 FLAGS = spread({
     # data
-    "--data --data-path --data-root --dataset-dir --dataset-root --datadir --data-folder --train-data-dir --root --dataroot --train-dir --train-path --traindir --image-folder": "--data-dir",
-    "-d --dataset-name --data-set --data-type --task": "--dataset",
+    "--data --data-path --data-root --dataset-dir --dataset-root --data-folder --train-data-dir --root --dataroot --train-dir --train-path --traindir --image-folder": "--data-dir",
+    "-d --dataset-name --data-type --task": "--dataset",
     "--val-dir --val-path --valdir --validation-dir --validation-data-dir --test-dir --train-split --val-split --valid-split --test-split --val-fraction --train-val-split --split": "--data-dir holds train/ and val/ (or test/), one folder a class",
     "--num-classes --nb-classes --n-classes --classes --class-num --num-labels --class-map": "the classes are the folders of the data set",
     "--image --imgsz --img-size --im-size --imsize --input-size --resolution --crop-size --train-crop-size --val-crop-size --val-resize-size --resize-size --crop --train-size --size": "--image-size",
@@ -68,7 +68,7 @@ FLAGS = spread({
     "--dropout --drop --drop-rate --dropout-rate --drop-path --drop-path-rate --drop-connect --drop-block --droprate --stochastic-depth": "a model has the dropout that its definition gives it",
     "--norm-layer --normalization --gn --groupnorm --group-norm --use-gn": "--norm group",
     "--bn-momentum --bn-eps --split-bn --dist-bn --freeze-bn --bn-tf": "BatchNorm is PyTorch's default; --norm group puts GroupNorm in its place",
-    "--sync-batchnorm --syncbn --sync-batch-norm --use-sync-bn": "--sync-bn",
+    "--sync-batchnorm --sync-batch-norm --use-sync-bn": "--sync-bn",
     "--channels-last --memory-format --no-channels-last": "models are in channels-last memory already",
     "--ema --model-ema --model-ema-decay --model-ema-steps --model-ema-force-cpu --model-ema-warmup --ema-decay --use-ema --no-ema --ema-start --swa --swa-start --swa-lr --stochastic-weight-avg --weight-averaging": "it does not average weights",
     "--grad-checkpointing --gradient-checkpointing --activation-checkpointing": "--micro-batch N saves memory, N samples at a time through the model",
@@ -92,7 +92,7 @@ FLAGS = spread({
     # optimizer
     "--opt --optim --optimiser --optimizer-type --optim-name --optimizer-name": "--optimizer",
     "--mu --mom --sgd-momentum --momentum-factor --opt-momentum --m": "--momentum",
-    "--wd --l2 --l2-reg --l2-penalty --weightdecay --decay --weight-decay-rate --opt-weight-decay --reg": "--weight-decay",
+    "--wd --l2 --l2-reg --l2-penalty --decay --weight-decay-rate --opt-weight-decay --reg": "--weight-decay",
     "--norm-weight-decay --bias-weight-decay --transformer-embedding-decay --no-bias-decay --no-weight-decay-on-bn --filter-bias-and-bn --wd-end --weight-decay-end --layer-decay --layerwise-decay --no-bn-wd": "--weight-decay is the same for all parameters, from first to last",
     "--nesterov --use-nesterov --no-nesterov": "--optimizer shb, nshb and qhm have momentum, none of them Nesterov's",
     "--dampening --damp": "--optimizer nshb is momentum with dampening, shb without",

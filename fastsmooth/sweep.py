@@ -593,11 +593,11 @@ class Table:
         from rich.text import Text
 
         self.drawn = time.monotonic()
-        grid = Grid(title=printable(f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work"))
-        grid.add_column("run", no_wrap=True, max_width=self.live.console.width // 2)
-        grid.add_column("state")
+        title = f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work"
+        grid = Grid("run", "state", title=printable(title))
         for run in active:
-            grid.add_row(Text(printable(run.name)), Text(printable(described(self.out / run.name))))
+            # a name has no spaces, at which it could be wrapped; what tells it from others stands at its end
+            grid.add_row(Text(printable(run.name.replace("_", " "))), Text(printable(described(self.out / run.name))))
         self.live.update(grid, refresh=True)
 
     def close(self) -> None:
