@@ -26,6 +26,7 @@ setup(
         "all": [DALI, "timm>=1.0", *PLOT, *TEST],
     },
     packages=["fastsmooth", "fastsmooth.data", "fastsmooth.report", "fastsmooth.kernels"],
+    entry_points={"console_scripts": ["fastsmooth = fastsmooth.__main__:entry"]},
     package_dir={"fastsmooth.kernels": "kernels"},
     package_data={
         "fastsmooth.report": ["style.css"],

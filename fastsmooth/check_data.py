@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections import Counter
 
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.log import processors
-from fastsmooth.messages import one_line, printable, printable_path, put, show
+from fastsmooth.messages import note, one_line, printable_path, show
 
 CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
 
@@ -54,13 +53,10 @@ def looked_at(name: str, paths: tuple[str, ...], threads: int):
     """(path, width, height, what is wrong) of each file, in order; says on stderr how far it is."""
     from fastsmooth.data.index import in_threads, load_formats
 
-    def say(line: str) -> None:
-        put(printable(line, sys.stderr) + "\n", sys.stderr)
-
     load_formats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about images that it reads all the same
-        for part, found in in_threads(look, paths, f"decoding {name}", say, threads, CHUNK):
+        for part, found in in_threads(look, paths, f"decoding {name}", note, threads, CHUNK):
             for path, facts in zip(paths[part], found, strict=True):
                 yield path, *facts
 

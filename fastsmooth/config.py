@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
+import os
 import re
+import sys
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsmooth.files import read_file
+from fastsmooth.messages import command, show
+from fastsmooth.names import about_flag, about_value, hint
+from fastsmooth.terminal import columns
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
 LARGEST_TOML = 1 << 16  # bytes
@@ -223,7 +228,7 @@ class Config:
     dataset: str = option("digits", "data", "what to train on", choices=SETS)
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", MEMORY_SETS))
     image_size: int | None = option(None, "data", "pixels a side", whole(8, 1024), metavar="N", only=("dataset", {"folder", "imagenet"}))
-    augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS)
+    augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
     loader: str = option("auto", "data", "resident: all images on the device; dali, threads: decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
     chunk: int | None = option(None, "data", "samples decoded together (512, on CUDA 2048; files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
@@ -252,7 +257,7 @@ class Config:
     compat: str = option("none", "schedule", "original: the published code's shifted indices", choices=("none", "original"))
 
     optimizer: str = option("sgd", "optimizer", "update rule", choices=OPTIMIZERS)
-    beta: float = option(0.9, "optimizer", "momentum", momentum, names=("--beta1",), metavar="X", only=("optimizer", {"shb", "nshb", "qhm"}))
+    beta: float = option(0.9, "optimizer", "momentum", momentum, names=("--beta1", "--momentum"), metavar="X", only=("optimizer", {"shb", "nshb", "qhm"}))
     nu: float = option(0.5, "optimizer", "mixing factor of qhm", real(0, 1), metavar="X", only=("optimizer", {"qhm"}))
     weight_decay: float = option(0.0, "optimizer", "L2 penalty added to the gradient", real(0), metavar="X")
 
@@ -433,13 +438,19 @@ def idle(given: dict[str, Any], c: Config) -> list[str]:
     return [name for name, only in limited.items() if only is not None and getattr(c, only[0]) not in only[1]]
 
 
+HINTS = {  # where a flag has no effect with this value of the flag that it hangs on
+    ("power", "exp"): "; the factor of exp is --gamma",
+    ("gamma", "poly"): "; the exponent of poly is --power",
+    ("beta", "sgd"): "; PyTorch's SGD with momentum is --optimizer shb",
+}
+
+
 def refuse_idle(given: dict[str, Any], c: Config) -> None:
     """A flag that would change nothing is a misunderstanding: say so instead of ignoring it."""
     for name in idle(given, c):
         only = FIELDS[name].metadata["only"]
         values = " or ".join(sorted(only[1], key=str))
-        hint = "; the factor of exp is --gamma" if name == "power" and c.method == "exp" else ""
-        hint = hint or ("; the exponent of poly is --power" if name == "gamma" and c.method == "poly" else "")
+        hint = HINTS.get((name, getattr(c, only[0])), "")
         raise ConfigError(
             f"{flag(name)} has no effect with {flag(only[0])} {getattr(c, only[0])}: it needs {flag(only[0])} {values}{hint}"
         )
@@ -448,42 +459,94 @@ def refuse_idle(given: dict[str, Any], c: Config) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+WIDEST = 118  # columns of a page of help
+
+
+class Page(argparse.HelpFormatter):
+    """Help as wide as the terminal, in which no word is broken."""
+
+    def __init__(self, prog: str):
+        width = min(columns(sys.stdout) or WIDEST, WIDEST)
+        super().__init__(prog, max_help_position=min(30, width // 3), width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.wrap(" ".join(text.split()), width, **whole)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in self._split_lines(text, width - len(indent)))
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting and guesses what was meant."""
+    """argparse that raises instead of exiting and says what was meant."""
+
+    several = ""  # what to say of several values where a flag takes one
+
+    def __init__(self, **options: Any):
+        super().__init__(**({"allow_abbrev": False, "formatter_class": Page} | options))
 
     def parse_args(self, args: list[str], namespace: Any = None) -> argparse.Namespace:
         for word in args:
             if re.fullmatch(r"(--[^=]+=|-[^-]=?)--", word):  # argparse would give the flag an empty list
                 self.error(f"{word}: -- is no value")
-        return super().parse_args(args, namespace)
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self.about(rest[0], args))
+        return found
+
+    def about(self, word: str, args: list[str]) -> str:
+        """What to say about a word that belongs to no flag."""
+        known = [name for action in self._actions for name in action.option_strings]
+        name = word.partition("=")[0]
+        if re.match(r"-[^\d.]", name):
+            return about_flag(name, known)
+        before = self.flag_before(word, args)
+        if before is not None:
+            takes = f"no value: {before.help}" if before.nargs == 0 else f"one value{self.several}"
+            return f"unexpected {word!r}: {before.option_strings[0]} takes {takes}"
+        if "--data-dir" in known and os.path.isdir(word):
+            return f"unexpected {word!r}: a folder of images is given as --dataset folder --data-dir {word}"
+        return f"unexpected {word!r}: {hint(name, known) or '--help lists the flags'}"
+
+    def flag_before(self, word: str, args: list[str]) -> argparse.Action | None:
+        """The flag after whose values the word stands; None where no flag is before it."""
+        action, room = None, 0.0
+        for arg in args:
+            name, equals, _ = arg.partition("=")
+            if name in self._option_string_actions:
+                action = self._option_string_actions[name]
+                room = 0 if equals else {None: 1, 0: 0}.get(action.nargs, math.inf)
+            elif room:
+                room -= 1
+            elif arg == word:
+                break
+        return action
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0]
+            raise argparse.ArgumentError(None, f"{name} {value}: {about_value(name, value, action.choices)}")
+
+    def print_help(self, file: Any = None) -> None:
+        show(*self.format_help().splitlines())
 
     def error(self, message: str) -> None:
-        match = re.search(r"unrecognized arguments: (\S+)", message)
-        if match:
-            known = [name for action in self._actions for name in action.option_strings]
-            close = difflib.get_close_matches(match[1].split("=")[0], known, 1)
-            hint = f": did you mean {close[0]}?" if close else ": --help lists the flags"
-            message = f"unknown flag {match[1]}{hint}" if match[1].startswith("-") else f"unexpected {match[1]!r}{hint}"
-        match = re.search(r"argument (\S+?)(?:/\S+)*: invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if match:
-            choices = [word.strip(" '") for word in match[3].split(",")]
-            close = difflib.get_close_matches(match[2], choices, 1)
-            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
-            message = f"{match[1]} {match[2]}: {hint}"
+        message = re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message)
+        message = re.sub(r"^the following arguments are required: (.*)", r"\1 is missing: --help says how", message)
         message = re.sub(r"\S{200,}", lambda word: word[0][:100] + "…", message)
-        raise ConfigError(re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message).replace("\n", " "))
+        raise ConfigError(message.replace("\n", " "))
 
 
 def parser() -> Parser:
     p = Parser(
-        prog="python -m fastsmooth.train",
-        description="Train or measure one image classifier; without flags, a small network on the digits that ship with it.",
-        allow_abbrev=False,
+        prog=command("train"),
+        usage="%(prog)s [flags]",
+        description="Train or measure one image classifier; without flags, a small network on the digits that ship with it. "
+        "Defaults come with --dataset; the run prints what it uses.",
         argument_default=argparse.SUPPRESS,
         add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
-        usage="python -m fastsmooth.train [flags]   (defaults come with --dataset; the run prints what it uses)",
     )
+    p.several = f"; {command('sweep')} does a run for each of several"
     groups: dict[str, Any] = {}
     for name, f in FIELDS.items():
         meta = f.metadata
@@ -498,8 +561,8 @@ def parser() -> Parser:
         shown = meta["help"]
         if not isinstance(f.default, bool | tuple) and f.default is not None and f.default != "auto":
             shown += f" ({f.default})"
-        if name == "method":
-            shown += ": " + " ".join(METHODS)
+        if meta["choices"] and meta["metavar"]:  # too many to stand in braces
+            shown += ": " + " ".join(meta["choices"])
         names = [*meta["names"], "--" + name.replace("_", "-")]
         names.sort(key=lambda word: (word != flag(name), len(word)))
         groups[meta["group"]].add_argument(*names, dest=name, help=shown.replace("%", "%%"), **kind)

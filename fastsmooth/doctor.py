@@ -94,7 +94,7 @@ def examine(c: Config, check_launch: Callable[[], None], pick_device: Callable[[
     """
     bad = []
     for row in rows(c, check_launch, pick_device):
-        show(f"{row.state:<4}  {row.name:<12} {row.text}")
+        show(f"{row.state:<4}  {row.name:<12} {row.text}", indent=19)
         if row.state == BAD:
             bad.append(row)
     if bad:

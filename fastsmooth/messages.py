@@ -1,22 +1,28 @@
 """What every command says and how it ends: exit codes, lines on stdout and stderr, text that others chose.
 
-Whatever reaches a terminal goes through `say`, `show`, `tell` or `warn`: they show names and reasons without their control
-characters. What a command says beside its work (`say`, `tell`, `warn`) may be lost without harm: a reader that is gone
-(| head, a closed terminal), a disk that is full. What it is there to print (`show`: --plan, --json, --help) may not.
+Whatever reaches a terminal goes through `say`, `show`, `note`, `tell` or `warn`: they show names and reasons without their control
+characters, and wrap them where a terminal is narrower. What a command says beside its work (all but `show`) may be lost
+without harm: a reader that is gone (| head, a closed terminal), a disk that is full. What it is there to print (`show`: --plan,
+--json, --help) may not.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import stat
 import sys
 import tempfile
+import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+from fastsmooth.terminal import columns, wrapped
 
 DONE, SOME_FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 UNEXPECTED, CANNOT_WRITE, PREEMPTED = 70, 74, 75  # sysexits.h: EX_SOFTWARE, EX_IOERR, EX_TEMPFAIL
@@ -30,29 +36,47 @@ class CannotWrite(OSError):
     """What was to be written, `filename`, could not be."""
 
 
-def say(line: str) -> None:
-    """A line on stdout beside the work: it is lost where nobody reads it."""
-    put(printable(line, sys.stdout) + "\n", sys.stdout)
+def say(line: str, indent: int = 4) -> None:
+    """A line on stdout beside the work: it is lost where nobody reads it. On a narrow terminal it goes on `indent` columns in."""
+    put_line(line, sys.stdout, indent)
 
 
-def show(*lines: str) -> None:
-    """Lines on stdout that the command is there to print. Raises CannotWrite where they are lost, unless a reader had enough."""
+def show(*lines: str, indent: int = 4, whole: bool = False) -> None:
+    """Lines on stdout that the command is there to print; never wrapped if a program may read them (`whole`).
+
+    Raises CannotWrite where they are lost, unless a reader had enough.
+    """
     if sys.stdout is None:
         raise CannotWrite(errno.EBADF, "it is closed", STDOUT)
-    lost = put("".join(printable(line, sys.stdout) + "\n" for line in lines), sys.stdout)
+    room = None if whole else columns(sys.stdout)
+    text = (wrapped(printable(line, sys.stdout), room, indent) for line in lines)
+    lost = put("".join(f"{row}\n" for rows in text for row in rows), sys.stdout)
     if lost:
         raise CannotWrite(lost.errno, lost.strerror, STDOUT)
 
 
+def note(line: str) -> None:
+    """A line on stderr that is neither an error nor a warning."""
+    put_line(line, sys.stderr)
+
+
+def note_again(line: str) -> None:
+    """A line on stderr that on a terminal takes the place of the one before."""
+    put(printable(line, sys.stderr) + ("\r" if on_terminal(sys.stderr) else "\n"), sys.stderr)
+
+
 def tell(kind: str, words: object) -> None:
     """A line on stderr: `kind` is error, warning or the like, `words` what was wrong and what to do."""
-    line = " ".join(str(words).split())
-    put(f"fastsmooth: {kind}: {printable(line, sys.stderr)}\n", sys.stderr)
+    note(f"fastsmooth: {kind}: {' '.join(str(words).split())}")
 
 
 def warn(words: object) -> None:
     """A line on stderr about something that stops nothing."""
     tell("warning", words)
+
+
+def put_line(line: str, stream: TextIO | None, indent: int = 4) -> None:
+    put("\n".join(wrapped(printable(line, stream), columns(stream), indent)) + "\n", stream)
 
 
 def put(text: str, stream: TextIO | None) -> OSError | None:
@@ -192,7 +216,11 @@ def one_line(error: BaseException) -> str:
 
 def printable(text: str, stream: TextIO | None = None) -> str:
     """The text on one line, in what the stream (stdout) can show: of other characters the bytes are written, \\xHH each."""
-    encoding = getattr(stream or sys.stdout, "encoding", None) or "ascii"
+    if text.isascii() and text.isprintable():
+        return text
+    stream = stream or sys.stdout
+    stream = getattr(stream, "rich_proxied_file", stream)  # while a bar is shown
+    encoding = getattr(stream, "encoding", None) or "ascii"
     return "".join(c if c.isprintable() and c.encode(encoding, "ignore") else escaped(c) for c in text)
 
 
@@ -207,3 +235,35 @@ def printable_path(path: str) -> str:
     """The path on one line; one that cannot be shown as it is comes as bash reads it: $'caf\\xe9.jpg'."""
     quoted = path.replace("\\", "\\\\").replace("'", "\\'")
     return path if printable(path) == path else f"$'{printable(quoted)}'"
+
+
+def command(name: str) -> str:
+    """How one of our commands is called, in the way in which this process was: fastsmooth train, python -m fastsmooth.train."""
+    program = Path(sys.argv[0])
+    if program.stem == "fastsmooth":
+        return f"fastsmooth {name}"
+    of_package = program.name == "__main__.py" and program.parent.name == "fastsmooth"
+    return f"python -m fastsmooth {name}" if of_package else f"python -m fastsmooth.{name}"
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Be the process of a command. What Python says by itself about others' code goes the way of all lines too."""
+
+    def traced(kind, error, trace) -> None:
+        for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+            note(line)
+
+    def warned(message, category, filename, lineno, file=None, line=None) -> None:
+        warn(f"{message} ({category.__name__} of {filename}:{lineno})")
+
+    class Noted(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(self.format(record))
+
+    def ended(thread) -> None:
+        if thread.exc_type is not SystemExit:
+            traced(thread.exc_type, thread.exc_value, thread.exc_traceback)
+
+    sys.excepthook, threading.excepthook, warnings.showwarning = traced, ended, warned
+    logging.lastResort = Noted(logging.WARNING)
+    sys.exit(main())

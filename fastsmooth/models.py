@@ -12,6 +12,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.names import hint
+
 
 class ModelError(ValueError):
     """The model asked for cannot be built; the message says why and what to do."""
@@ -205,7 +207,11 @@ def build(name: str, classes: int, norm: str = "batch") -> nn.Module:
     elif name.startswith("timm/"):
         model = from_timm(name.removeprefix("timm/"), classes)
     else:
-        raise ModelError(f"--model {name}: not one of {', '.join(BUILDERS)}, torchvision/NAME, timm/NAME")
+        from torchvision import models
+
+        near = hint(name, BUILDERS) or hint(name, models.list_models(module=models), "torchvision/")
+        every = ", ".join((*BUILDERS, "torchvision/NAME", "timm/NAME"))
+        raise ModelError(f"--model {name}: {f'{near} There are' if near else 'not one of'} {every}")
     if norm == "group" and replace_batchnorm(model) == 0:
         raise ModelError(f"--norm group: {name} has no BatchNorm2d to replace: leave --norm out")
     return model
@@ -214,9 +220,10 @@ def build(name: str, classes: int, norm: str = "batch") -> nn.Module:
 def from_torchvision(name: str, classes: int) -> nn.Module:
     from torchvision import models
 
-    if name not in models.list_models(module=models):
+    known = models.list_models(module=models)
+    if name not in known:
         raise ModelError(
-            f"--model torchvision/{name}: torchvision has no such classifier; "
+            f"--model torchvision/{name}: torchvision has no such classifier: {hint(name, known, 'torchvision/')} "
             'list them with python -c "from torchvision import models; print(*models.list_models(module=models))"'
         )
     # GoogLeNet and Inception return a tuple in training unless their auxiliary heads are off
@@ -232,7 +239,7 @@ def from_timm(name: str, classes: int) -> nn.Module:
         raise ModelError(f"--model timm/{name} needs timm: pip install 'fastsmooth[timm]'") from None
     if not timm.is_model(name):
         raise ModelError(
-            f"--model timm/{name}: timm {timm.__version__} has no such model; "
+            f"--model timm/{name}: timm {timm.__version__} has no such model: {hint(name, timm.list_models(), 'timm/')} "
             'list them with python -c "import timm; print(*timm.list_models())"'
         )
     try:

@@ -143,7 +143,7 @@ class Run:
         self.eval_chunk = EVAL_CHUNK[self.device.type]
         self.epoch_seconds_before = 0.0  # of this epoch, spent by an earlier process
         self.train_seconds = 0.0  # of this process, in epochs that are done
-        self.recent = ""
+        self.recent: float | None = None
 
     # The loop that all modes share ------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class Run:
         self.bad_seen.copy_(self.bad_update, non_blocking=True)
         if self.update % self.config.log_every == 0:
             self.log_step(point)
-        self.progress.update(self.samples, self.epoch, f"lr {point.lr:.4g}  batch {point.batch_size}{self.recent}")
+        self.progress.update(self.samples, self.epoch, point, self.recent)
         # on a GPU what is seen is some updates old, since nobody waits for it
         asked = self.ranks.vote(NOT_FINITE if int(self.bad_seen) else self.stop_asked())
         if asked:
@@ -211,7 +211,7 @@ class Run:
         self.check_finite()
         loss, accuracy = self.window.means()
         self.window.reset()
-        self.recent = f"  loss {loss:.3f}"
+        self.recent = loss
         seconds = self.clock.read("train") + self.clock.read("eval")
         grad_norm, direction_norm = self.step.optimizer.sq_norms.sqrt().tolist()
         values = {"train_loss": loss, "train_acc": accuracy, "grad_norm": grad_norm, "direction_norm": direction_norm}

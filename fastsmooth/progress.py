@@ -7,9 +7,12 @@ import time
 from typing import Any
 
 from fastsmooth.messages import Harmless, on_terminal, printable, say
+from fastsmooth.terminal import Fields, columns
 
 ANNOUNCE_AFTER = 3.0  # seconds of training before its cost is projected
 LINE_EVERY = 30.0  # seconds between lines within an epoch, where there is no bar
+BAR_EVERY = 0.1  # seconds between changes of the bar
+BAR, PERCENT = (10, 40), 4  # columns: the least and the most of the bar itself
 
 
 def span(seconds: float) -> str:
@@ -34,6 +37,8 @@ class Progress:
         self.announced = False
         self.bar = self.task = None
         self.quiet = quiet
+        self.at_work = Fields(("speed", "batch", "lr", "loss", "left"))
+        self.finished = Fields(("speed", "test loss", "c2", "momentum", "delta", "left", "batch", "lr", "train loss"))
         if on_terminal(sys.stdout) and not quiet:
             self._open_bar(done)
 
@@ -41,27 +46,28 @@ class Progress:
         try:
             from rich import progress as rich
             from rich.console import Console
+            from rich.table import Column
         except ImportError:
             return
-        columns = (
-            rich.TextColumn("{task.description}"),
-            rich.BarColumn(),
+        least, most = BAR
+        shown = (
+            rich.TextColumn("{task.description}", markup=False),
+            rich.BarColumn(None, table_column=Column(min_width=least, max_width=most)),
             rich.TaskProgressColumn(),
-            rich.TextColumn("{task.fields[speed]}"),
         )
         # lines on stderr go above the bar where both are on the terminal, else where the user sent them
         self.bar = rich.Progress(
-            *columns, console=Console(file=Harmless()), transient=True, redirect_stderr=on_terminal(sys.stderr)
+            *shown, console=Console(file=Harmless()), transient=True, redirect_stderr=on_terminal(sys.stderr)
         )
-        self.task = self.bar.add_task("starting", total=self.total, completed=done, speed="")
+        self.task = self.bar.add_task("starting", total=self.total, completed=done)
         self.bar.start()
 
     def restart_clock(self, done: int) -> None:
         """Leave what came before, compilation say, out of the speed."""
         self.started, self.begun_at = time.monotonic(), done
 
-    def update(self, samples: int, epoch: int, described: str) -> None:
-        """After an update: `samples` processed so far, `described` the Point and loss in words."""
+    def update(self, samples: int, epoch: int, point: Any, loss: float | None) -> None:
+        """After an update: `samples` processed so far, at the Point, with the mean loss of late where there is one."""
         now = time.monotonic()
         rate = self._rate(samples, now)
         if not self.announced and now - self.started > ANNOUNCE_AFTER and rate > 0:
@@ -71,28 +77,43 @@ class Progress:
                     f"about {span(self.epoch_samples / rate)} an epoch on {self.device_name}, "
                     f"{span((self.total - samples) / rate)} in all ({rate:,.0f} images/s)"
                 )
-        line = f"epoch {epoch + 1}/{self.epochs}  {described}"
+        if now - self.last_line <= (LINE_EVERY if self.bar is None else BAR_EVERY):
+            return
+        self.last_line = now
+        fields = {
+            "epoch": f"epoch {epoch + 1}/{self.epochs}",
+            "lr": f"lr {point.lr:.4g}",
+            "batch": f"batch {point.batch_size}",
+            "loss": f"loss {loss:.3f}" if loss is not None else "",
+            "share": f"{samples / self.epoch_samples - epoch:.0%} of the epoch" if self.bar is None else "",
+            "speed": f"{rate:,.0f} images/s" if rate > 0 else "",
+            "left": self._left(samples, rate),
+        }
+        room = columns(sys.stdout)
         if self.bar is not None:
-            left = f"{rate:,.0f} images/s, {span((self.total - samples) / rate)} left" if rate > 0 else ""
-            self.bar.update(self.task, completed=samples, description=line, speed=left)
-        elif now - self.last_line > LINE_EVERY:
-            self.last_line = now
-            share = samples / self.epoch_samples - epoch
-            self.say(f"{line}  {share:.0%} of the epoch  {rate:,.0f} images/s  {self._left(samples, rate)}")
+            line = self.at_work.line(fields, room and room - BAR[0] - PERCENT - 2)
+            self.bar.update(self.task, completed=samples, description=printable(line))
+        else:
+            self.say(self.at_work.line(fields, room))
 
     def epoch(self, row: dict[str, Any]) -> None:
         """The finished epoch's row as a line."""
         now = time.monotonic()
         self.last_line = now
-        delta = f"  delta {row['delta']:.4g}" if row["delta"] is not None else ""
-        delta += f"  c2_sampled {row['c2_sampled']:.4g}" if row["c2_sampled"] is not None else ""
-        self.say(
-            f"epoch {row['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}  lr {row['lr']:.4g}  batch {row['batch_size']}"
-            + (f"  momentum {row['momentum']:.4g}" if row["momentum"] else "")
-            + delta
-            + f"  train loss {row['train_loss']:.4f}  test loss {row['test_loss']:.4f}  test acc {row['test_acc']:.2%}"
-            + f"  {row['images_per_second']:,.0f} images/s  {self._left(row['samples'], self._rate(row['samples'], now))}"
-        )
+        fields = {
+            "epoch": f"epoch {row['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}",
+            "lr": f"lr {row['lr']:.4g}",
+            "batch": f"batch {row['batch_size']}",
+            "momentum": f"momentum {row['momentum']:.4g}" if row["momentum"] else "",
+            "delta": f"delta {row['delta']:.4g}" if row["delta"] is not None else "",
+            "c2": f"c2_sampled {row['c2_sampled']:.4g}" if row["c2_sampled"] is not None else "",
+            "train loss": f"train loss {row['train_loss']:.4f}",
+            "test loss": f"test loss {row['test_loss']:.4f}",
+            "test acc": f"test acc {row['test_acc']:.2%}",
+            "speed": f"{row['images_per_second']:,.0f} images/s",
+            "left": self._left(row["samples"], self._rate(row["samples"], now)),
+        }
+        self.say(self.finished.line(fields, columns(sys.stdout)))
 
     def _rate(self, samples: int, now: float) -> float:
         return (samples - self.begun_at) / max(now - self.started, 1e-9)
@@ -101,12 +122,7 @@ class Progress:
         return f"{span((self.total - samples) / rate)} left" if rate > 0 and samples < self.total else ""
 
     def say(self, line: str) -> None:
-        if self.quiet:
-            return
-        line = line.rstrip()
-        if self.bar is not None:
-            self.bar.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
-        else:
+        if not self.quiet:
             say(line)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from argparse import SUPPRESS, BooleanOptionalAction, HelpFormatter
+from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,7 +36,21 @@ from fastsmooth.files import finite, read_object
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, RunFolderError
 from fastsmooth.measure import undisturbed
-from fastsmooth.messages import BAD_INPUT, DONE, exit_code, failure, one_line, say, show, tell, warn
+from fastsmooth.messages import (
+    BAD_INPUT,
+    DONE,
+    command,
+    end_with,
+    exit_code,
+    failure,
+    one_line,
+    printable,
+    say,
+    show,
+    tell,
+    warn,
+)
+from fastsmooth.terminal import Table, columns
 
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
 SCANNED_RHO = {  # by the authors of the algorithms
@@ -329,12 +343,10 @@ class Request:
 
 def parser() -> configs.Parser:
     p = configs.Parser(
-        prog="python -m fastsmooth.sharpness",
-        usage="python -m fastsmooth.sharpness RUN... [flags]",
+        prog=command("sharpness"),
+        usage="%(prog)s RUN... [flags]",
         description="Sharpness at the newest checkpoint of run folders. Without flags: as arXiv 2311.08745 reports it.",
-        allow_abbrev=False,
         add_help=False,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=118),
     )
     d = Setting()
     add = p.add_argument
@@ -369,7 +381,7 @@ def parse(argv: list[str]) -> Request | None:
     setting = Setting(**{f.name: given.pop(f.name) for f in dataclasses.fields(Setting)})
     runs, rho = given.pop("runs"), given.pop("rho")
     if not runs:
-        raise ConfigError("no run is named: python -m fastsmooth.sharpness RUN, a folder that fastsmooth.train wrote")
+        raise ConfigError(f"no run is named: {command('sharpness')} RUN, a folder that fastsmooth.train wrote")
     check(setting)
     if rho is None and setting.algorithm not in PUBLISHED_RHO:
         raise ConfigError(
@@ -410,13 +422,14 @@ def carry_out(argv: list[str]) -> int:
     device = pick_device(request.device)
     # TF32 would round the loss more coarsely than it rises
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+    table = table_of(request)
     if not request.json:
         say(request.described())
-        say(heading(request))
-    return max(attempt(path, request, device) for path in request.runs)
+        say(table.heading(columns(sys.stdout)))
+    return max(attempt(path, request, device, table) for path in request.runs)
 
 
-def attempt(path: Path, request: Request, device: torch.device) -> int:
+def attempt(path: Path, request: Request, device: torch.device, table: Table) -> int:
     """Measure one run and print what was found; an exit code."""
     try:
         entries = measure_run(path, request, device)
@@ -430,9 +443,9 @@ def attempt(path: Path, request: Request, device: torch.device) -> int:
         return code
     for entry in entries:
         if request.json:
-            show(json.dumps({"run": str(path)} | finite(entry)[0]))
+            show(json.dumps({"run": str(path)} | finite(entry)[0]), whole=True)
         else:
-            say(line(path, request, entry))
+            say(table.row(cells(path, entry), columns(sys.stdout)))
     return DONE
 
 
@@ -441,18 +454,16 @@ def refuse(error: Exception | str) -> int:
     return BAD_INPUT
 
 
-def heading(request: Request) -> str:
-    width = max(len(str(path)) for path in request.runs)
-    return f"{'run':<{width}}  {'update':>9}  {'rho':>8}  {'sharpness':>24}  {'error increase':>14}  {'clean loss':>10}"
+def table_of(request: Request) -> Table:
+    width = max(len(printable(str(path))) for path in request.runs)
+    layout = {"run": f"<{width}", "update": ">9", "rho": ">8", "sharpness": ">24"}
+    return Table(layout | {"error increase": ">14", "clean loss": ">10"}, ("clean loss", "update", "error increase"))
 
 
-def line(path: Path, request: Request, entry: dict[str, Any]) -> str:
-    width = max(len(str(p)) for p in request.runs)
+def cells(path: Path, entry: dict[str, Any]) -> list[str]:
     value = f"{entry['value']:.6g}" + ("" if entry["error"] is None else f" +- {entry['error']:.2g}")
-    return (
-        f"{path!s:<{width}}  {entry['step']:>9,}  {entry['rho']:>8g}  {value:>24}"
-        f"  {entry['error_increase']:>14.2%}  {entry['clean_loss']:>10.4g}"
-    )
+    numbers = [f"{entry['error_increase']:.2%}", f"{entry['clean_loss']:.4g}"]
+    return [printable(str(path)), f"{entry['step']:,}", f"{entry['rho']:g}", value, *numbers]
 
 
 def pick_device(name: str) -> torch.device:
@@ -574,4 +585,4 @@ def drop_torn_row(folder: RunFolder) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -16,7 +16,7 @@ import json
 import math
 import shlex
 import sys
-from argparse import SUPPRESS, HelpFormatter
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ from fastsmooth import config as configs
 from fastsmooth.config import ConfigError
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
-from fastsmooth.messages import DONE, exit_code, say, show
+from fastsmooth.messages import DONE, command, end_with, exit_code, say, show
+from fastsmooth.terminal import Table, columns
 
 FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
 REACH = 5.0  # x is in [-REACH, REACH], in every coordinate
@@ -405,13 +406,11 @@ PART_OF = {  # flags that change one part alone
 
 def parser() -> configs.Parser:
     p = configs.Parser(
-        prog="python -m fastsmooth.smooth",
-        usage="python -m fastsmooth.smooth [flags]",
+        prog=command("smooth"),
+        usage="%(prog)s [flags]",
         description="Smoothed functions and explicit graduated optimization, as figures and smooth.json.",
-        allow_abbrev=False,
         argument_default=SUPPRESS,
         add_help=False,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=118),
     )
     d, whole, positive = Request(), configs.whole, configs.real(0, open_low=True)
     # fmt: off
@@ -524,7 +523,6 @@ def run(r: Request, command: str) -> None:
         draw_smoothing(r, curves)
         result["smoothing"] = {"x": r.grid.tolist(), "curves": [entry_of(curve, r) for curve in curves]}
     if "graduated" in r.parts:
-        say(TABLE_HEAD)
         with one_thread():
             descents = list(graduated(r))
         draw_graduated(r, descents)
@@ -622,23 +620,34 @@ def entry_of(curve: Curve, r: Request) -> dict[str, Any]:
     }
 
 
-TABLE_HEAD = f"{'function':<10}  {'schedule':<8}  {'method':<9}  {'mean last':>12}  {'sd':>10}  {'mean best':>12}  {'sd':>10}  {'n':>4}"
+LAYOUT = {  # of the table that graduated() prints
+    "function": "<10",
+    "schedule": "<8",
+    "method": "<9",
+    "mean last": ">12",
+    "sd last": ">10",
+    "mean best": ">12",
+    "sd best": ">10",
+    "n": ">4",
+}
 
 
 def graduated(r: Request) -> Iterator[Descent]:
     """Every function by every schedule and method, from the same starts, each with a line of the table on stdout."""
+    table = Table(LAYOUT, least_first=("sd best", "n", "mean best", "sd last"))
+    say(table.heading(columns(sys.stdout)))
     for function in r.functions:
         for schedule in r.schedules:
             for method in METHODS:
                 found = Descent(function, schedule, method, all_seeds(r, function, schedule, method))
-                columns = "  ".join(mean_and_sd(values) for values in (found.values[-1], found.best))
-                say(f"{function:<10}  {schedule:<8}  {method:<9}  {columns}  {r.seeds:>4}")
+                numbers = [*mean_and_sd(found.values[-1]), *mean_and_sd(found.best)]
+                say(table.row([function, schedule, method, *numbers, f"{r.seeds}"], columns(sys.stdout)))
                 yield found
 
 
-def mean_and_sd(values: Tensor) -> str:
-    """Two columns of the table over `values` [seeds]."""
-    return f"{values.mean().item():>12.6g}  {f'{values.std().item():.4g}' if len(values) > 1 else '-':>10}"
+def mean_and_sd(values: Tensor) -> tuple[str, str]:
+    """Two cells of the table over `values` [seeds]."""
+    return f"{values.mean().item():.6g}", f"{values.std().item():.4g}" if len(values) > 1 else "-"
 
 
 def all_seeds(r: Request, function: str, schedule: str, method: str) -> Tensor:
@@ -760,4 +769,4 @@ def draw_graduated(r: Request, descents: list[Descent]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -38,11 +38,13 @@ from fastsmooth.messages import (
     PREEMPTED,
     SOME_FAILED,
     Harmless,
+    command,
+    end_with,
     exit_code,
+    note,
     on_stop,
     on_terminal,
     printable,
-    put,
     say,
     show,
     warn,
@@ -65,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def sweep(argv: list[str]) -> int:
     p = parser()
-    asked = vars(p.parse_args([configs.plain(word) for word in expanded(argv)]))
+    line = [configs.plain(word) for word in expanded(argv)]
+    refuse_seeds(line)
+    asked = vars(p.parse_args(line))
     own = {name: asked.pop(name) for name in list(asked) if name not in FIELDS or name == "out"}
     if own.get("help"):
         show(*p.format_help().splitlines())
@@ -107,10 +111,21 @@ class Planned:
         return {"name": self.name, "flags": list(self.flags), "differs": self.differs}
 
 
+def refuse_seeds(words: list[str]) -> None:
+    """Say what --seeds wants where it is followed by several numbers."""
+    after = words[words.index("--seeds") + 1 :] if "--seeds" in words else []
+    seeds = list(itertools.takewhile(lambda word: not word.startswith("-"), after))
+    if len(seeds) > 1:
+        named = " ".join(seeds)
+        raise ConfigError(
+            f"--seeds takes one number N, for the seeds 0 to N - 1: for the seeds {named} write --seed {named}"
+        )
+
+
 def parser() -> configs.Parser:
     """That of train, where a flag takes several values."""
     p = configs.parser()
-    p.prog, p.usage = "python -m fastsmooth.sweep", "python -m fastsmooth.sweep --out DIR [flags]"
+    p.prog, p.usage, p.several = command("sweep"), "%(prog)s --out DIR [flags]", ""
     p.description = (
         "Many runs, one for each combination of the values that flags of fastsmooth.train are given: --lr 0.01 0.1 "
         "--batchsize 8..1024x2 (8 16 ... 1024; 0..4+1 adds). A flag without effect in a combination is left out there."
@@ -306,7 +321,7 @@ def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
 
 def print_plan(runs: list[Planned]) -> None:
     for number, run in enumerate(runs):
-        show(f"{number:>5}  {run.name}  {shlex.join(run.flags)}")
+        show(f"{number:>5}  {run.name}  {shlex.join(run.flags)}", indent=9)
     show(f"{len(runs)} runs")
 
 
@@ -425,7 +440,7 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
     for run, state in failed:
         reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
-        put(printable(f"{state}: {run.name}: {reason}", sys.stderr) + "\n", sys.stderr)
+        note(f"{state}: {run.name}: {reason}")
     return SOME_FAILED if failed else DONE
 
 
@@ -584,6 +599,7 @@ class Table:
                 from rich.live import Live
             except ImportError:
                 return
+            # lines on stderr go above the table where both are on the terminal, else where the user sent them
             self.live = Live(
                 console=Console(file=Harmless()),
                 transient=True,
@@ -594,11 +610,7 @@ class Table:
 
     def ended(self, run: Planned) -> None:
         self.done += 1
-        line = f"[{self.done}/{len(self.runs)}] {run.name}  {described(self.out / run.name)}"
-        if self.live:
-            self.live.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
-        else:
-            say(line)
+        say(f"[{self.done}/{len(self.runs)}] {run.name}  {described(self.out / run.name)}")
 
     def show(self, active: list[Planned]) -> None:
         if self.live is None or time.monotonic() - self.drawn < 1.0:
@@ -607,9 +619,11 @@ class Table:
         from rich.text import Text
 
         self.drawn = time.monotonic()
-        grid = Grid("run", "state", title=f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work")
+        title = f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work"
+        grid = Grid("run", "state", title=printable(title))
         for run in active:
-            grid.add_row(Text(run.name), Text(described(self.out / run.name)))
+            # a name has no spaces, at which it could be wrapped; what tells it from others stands at its end
+            grid.add_row(Text(printable(run.name.replace("_", " "))), Text(printable(described(self.out / run.name))))
         self.live.update(grid, refresh=True)
 
     def close(self) -> None:
@@ -802,4 +816,4 @@ def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -26,6 +26,7 @@ from fastsmooth.messages import (
     DONE,
     INTERRUPTED,
     PREEMPTED,
+    end_with,
     exit_code,
     failure,
     on_stop,
@@ -36,6 +37,7 @@ from fastsmooth.messages import (
     warn,
 )
 from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
+from fastsmooth.terminal import Table, columns
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,20 +139,20 @@ def print_plan(c: Config, as_json: bool) -> None:
     points = list(schedule.points())
     if as_json:
         for epoch, p in enumerate(points):
-            show(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
+            show(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}), whole=True)
         return
     updates = schedule.updates(c.images, c.drop_last) if c.images else None
-    show(
-        f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}"
-        + (f"  {'updates':>9}" if updates else "")
-    )
+    layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
+    table = Table(layout | ({"updates": ">9"} if updates else {}), least_first=("updates", "momentum"))
+    show(table.heading(columns(sys.stdout)))
     first = 0
     for epoch, p in enumerate(points):
         if epoch + 1 < len(points) and points[epoch + 1] == p:
             continue
         name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
-        line = f"{name:>9}  {p.lr:>11.6g}  {p.batch_size:>6}  {p.momentum:>8.4g}  {schedule.delta(p):>10.4g}"
-        show(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
+        cells = [name, f"{p.lr:.6g}", f"{p.batch_size}", f"{p.momentum:.4g}", f"{schedule.delta(p):.4g}"]
+        cells += [f"{sum(updates[first : epoch + 1]):,}"] if updates else []
+        show(table.row(cells, columns(sys.stdout)))
         first = epoch + 1
     for line in [*notes(c, schedule), cost(c, updates)]:
         show(line)
@@ -665,4 +667,4 @@ def watch(c: Config):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -26,7 +26,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsmooth.kernels import persample_noise, update
+from fastsmooth.messages import BAD_INPUT, DONE, end_with, note, show
 
 try:
     import triton
@@ -408,17 +408,17 @@ def report(argv: Sequence[str] | None) -> None:
                 lines = map(json.dumps, rows)
             else:
                 lines = [f"### sm_{arch}, Triton {triton.__version__}", "", *table(rows), ""]
-            print("\n".join(lines), flush=True)
+            show(*lines, whole=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         report(argv)
     except Refusal as refusal:
-        print(f"aot: {refusal}", file=sys.stderr)
-        return 2
-    return 0
+        note(f"aot: {refusal}")
+        return BAD_INPUT
+    return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

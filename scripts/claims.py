@@ -30,6 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastsmooth import critical
+from fastsmooth.config import ConfigError, Parser
+from fastsmooth.messages import BAD_INPUT, DONE, end_with, say, tell
 from fastsmooth.runs import SavedRun, find_runs, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,23 +328,33 @@ def spread(values: list[float]) -> Found:
 # Doing it -------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def main() -> int:
+    try:
+        check(sys.argv[1:])
+    except ConfigError as error:
+        tell("error", error)
+        return BAD_INPUT
+    return DONE
+
+
+def check(argv: list[str]) -> None:
+    """Do the runs of a command line and write a record of each claim. Raises ConfigError."""
+    p = Parser(prog="python scripts/claims.py", description=__doc__.splitlines()[0])
     p.add_argument("--data-dir", required=True, type=Path, help="cifar100-12k: train/ and test/")
     p.add_argument("--work", default=Path("runs/claims"), type=Path, help="where the runs are (runs/claims)")
     p.add_argument("--records", default=ROOT / "records" / "claims", type=Path, help="where the records go")
     p.add_argument("--only", nargs="+", choices=[c.name for c in CLAIMS], help="these claims alone")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     args.data_dir, args.work, args.records = (path.absolute() for path in (args.data_dir, args.work, args.records))
     for split in ("train", "test"):
         if not (args.data_dir / split).is_dir():
-            sys.exit(f"--data-dir {args.data_dir} has no {split}/: it must hold cifar100-12k")
+            raise ConfigError(f"--data-dir {args.data_dir} has no {split}/: it must hold cifar100-12k")
     for claim in CLAIMS:
         if args.only is None or claim.name in args.only:
             runs = do_runs(claim, args)
             found = claim.judge(runs)
             write_record(args.records / claim.name, claim, runs, found)
-            print(f"{claim.name}: {found['verdict']}", flush=True)
+            say(f"{claim.name}: {found['verdict']}")
 
 
 def do_runs(claim: Claim, args: argparse.Namespace) -> list[SavedRun]:
@@ -362,7 +374,7 @@ def do_runs(claim: Claim, args: argparse.Namespace) -> list[SavedRun]:
 def call(command: str, *flags: str) -> None:
     done = subprocess.run([sys.executable, "-m", f"fastsmooth.{command}", *flags], cwd=ROOT, check=False)
     if done.returncode:
-        sys.exit(f"fastsmooth.{command} ended with exit code {done.returncode}: the same command goes on")
+        raise ConfigError(f"fastsmooth.{command} ended with exit code {done.returncode}: the same command goes on")
 
 
 def first_classes(data_dir: Path, few: Path) -> Path:
@@ -429,4 +441,4 @@ def readme(claim: Claim, found: Found, count: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

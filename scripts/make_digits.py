@@ -4,13 +4,18 @@ Needs scikit-learn. The output is the same bytes on every run.
 """
 
 import io
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
 
-TARGET = Path(__file__).parent.parent / "fastsmooth" / "data" / "digits.npz"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fastsmooth.messages import say
+
+TARGET = Path(__file__).resolve().parent.parent / "fastsmooth" / "data" / "digits.npz"
 
 
 def main() -> None:
@@ -27,7 +32,7 @@ def main() -> None:
             archive.writestr(
                 zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue(), zipfile.ZIP_DEFLATED
             )
-    print(f"{TARGET}: {TARGET.stat().st_size} bytes")
+    say(f"{TARGET}: {TARGET.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

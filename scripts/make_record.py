@@ -11,6 +11,10 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fastsmooth.messages import BAD_INPUT, DONE, end_with, show, tell
+
 OWN = ("seed", "out", "resume")  # of each run; the rest of the configuration must be the same
 ABOUT = ("commit", "torch", "processor", "cpus", "threads", "gpu")
 
@@ -22,6 +26,8 @@ def read(run: Path, name: str) -> dict:
 def command(run: Path) -> str:
     """The command line as a reader would type it: where the run's images and folder were is left out."""
     words, kept = read(run, "env.json")["command"][2:], []
+    if words[:1] == ["train"]:  # after the name of the program: fastsmooth train
+        words.pop(0)
     while words:
         word = words.pop(0)
         if word in ("--out", "--seed"):
@@ -38,15 +44,28 @@ def spread(values: list[float]) -> dict:
     return {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
 
 
-def main(target: Path, *runs: Path) -> None:
+def main() -> int:
+    if len(sys.argv) < 3:
+        show(*__doc__.splitlines())
+        return BAD_INPUT
+    try:
+        make(*map(Path, sys.argv[1:]))
+    except (OSError, ValueError) as error:
+        tell("error", error)
+        return BAD_INPUT
+    return DONE
+
+
+def make(target: Path, *runs: Path) -> None:
+    """Write the record. Raises ValueError where the runs are no repetitions of each other."""
     configs = [read(run, "config.json") for run in runs]
     shared = {key: value for key, value in configs[0].items() if key not in OWN}
     for run, config in zip(runs, configs, strict=True):
         if read(run, "status.json")["state"] != "done":
-            sys.exit(f"{run} is not done: go on with --resume --out {run}")
+            raise ValueError(f"{run} is not done: go on with --resume --out {run}")
         differing = [key for key in shared if config[key] != shared[key]]
         if differing:
-            sys.exit(f"{run} differs from {runs[0]} in {', '.join(differing)}: make a record of each")
+            raise ValueError(f"{run} differs from {runs[0]} in {', '.join(differing)}: make a record of each")
     summaries = [read(run, "summary.json") for run in runs]
     record = {"command": command(runs[0]), "n": len(runs), "seeds": [config["seed"] for config in configs]}
     if shared["mode"] == "normal":
@@ -66,6 +85,4 @@ def main(target: Path, *runs: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    main(*map(Path, sys.argv[1:]))
+    end_with(main)

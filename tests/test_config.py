@@ -120,8 +120,9 @@ def test_no_flag_may_be_abbreviated():
     for name in sorted(word for word in known if word.startswith("--")):
         for end in range(3, len(name)):
             if name[:end] not in known:
-                assert f"unknown flag {name[:end]}" in refusal(parse, [name[:end]])
-                assert f"unknown flag {name[:end]}" in refusal(parse, [name[:end] + "=1"])
+                for word in (name[:end], name[:end] + "=1"):
+                    message = refusal(parse, [word])
+                    assert message.startswith((f"unknown flag {name[:end]}:", f"fastsmooth has no {name[:end]}:"))
                 tried += 1
     assert tried > 100
 
@@ -265,8 +266,8 @@ def test_names_and_paths_that_would_break_a_line_are_refused(name, value):
         (["--drop-last=yes"], "--drop-last"),
         (["--bog\nus"], "unknown flag --bog"),
         (["x\ny"], "unexpected"),
-        ([""], "unrecognized"),
-        (["\nx"], "unrecognized"),
+        ([""], "unexpected ''"),
+        (["\nx"], "unexpected '\\nx'"),
         (["--method", "a\nb"], "choose from"),
         (["--lr", "a\nb"], "is not a number"),
         (["--json"], "--json goes with --plan"),

@@ -19,6 +19,7 @@ from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
 from fastsmooth.data.threads import ThreadsEngine
 from fastsmooth.data.torchloader import TorchEngine
+from fastsmooth.messages import note
 
 MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
 CHUNK_OF_PIXELS = {"cuda": 2048}  # elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory
@@ -40,7 +41,7 @@ class Data:
     bad: BadImages
 
 
-def open_data(config, device: torch.device, say: Callable[[str], None] = print, sharing: int = 1) -> Data:
+def open_data(config, device: torch.device, say: Callable[[str], None] = note, sharing: int = 1) -> Data:
     """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError.
 
     `say` gets a line where reading takes long, and one for each image that cannot be read but may be black. `sharing`:

@@ -17,7 +17,7 @@ from torchvision import datasets
 
 from fastsmooth.data.sets import DataError, Split
 from fastsmooth.files import rename, sync
-from fastsmooth.messages import put
+from fastsmooth.messages import note_again
 
 OFFICIAL = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # address, file names and MD5 sums
 CHUNK = 1 << 20
@@ -106,8 +106,7 @@ def transfer(url: str, part: Path) -> None:
                 percent = 100 * done // total if total else 0
                 if percent >= shown + (1 if sys.stderr.isatty() else 10):
                     shown = percent
-                    end = "\r" if sys.stderr.isatty() else "\n"
-                    put(f"{part.stem}: {done / 1e6:.0f} of {total / 1e6:.0f} MB{end}", sys.stderr)
+                    note_again(f"{part.stem}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
         if total and done < total:
             raise OSError(f"connection closed after {done} of {total} bytes")
 

@@ -8,24 +8,15 @@ from pathlib import Path
 from fastsmooth import config as configs
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
-from fastsmooth.messages import DONE, exit_code, put, say
+from fastsmooth.messages import DONE, command, end_with, exit_code, note, say
 from fastsmooth.report import page, pdf, svg
 from fastsmooth.report.chart import draw
 from fastsmooth.runs import RunError, find_runs, read_run
 
 
-class Parser(configs.Parser):
-    """That of train, with errors of its own."""
-
-    def error(self, message: str) -> None:
-        raise RunError(f"{message}: --help says how")
-
-
-def parser() -> Parser:
-    p = Parser(
-        prog="python -m fastsmooth.report",
-        description="Tables, figures and one HTML page out of runs of fastsmooth.train.",
-        allow_abbrev=False,
+def parser() -> configs.Parser:
+    p = configs.Parser(
+        prog=command("report"), description="Tables, figures and one HTML page out of runs of fastsmooth.train."
     )
     p.add_argument("runs", nargs="+", metavar="RUNS", type=Path, help="run folders, or folders that hold them")
     p.add_argument(
@@ -40,7 +31,8 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
-    return exit_code(lambda: report(sys.argv[1:] if argv is None else argv), (RunError, RunFolderError))
+    refusals = (configs.ConfigError, RunError, RunFolderError)
+    return exit_code(lambda: report(sys.argv[1:] if argv is None else argv), refusals)
 
 
 def report(argv: list[str]) -> int:
@@ -64,7 +56,7 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
             replace(folder / f"{figure.name}.pdf", pdf.pdf_file(drawing))
     replace(out / "report.html", html.encode())
     if not with_pdf:
-        put("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n", sys.stderr)
+        note("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'")
     kinds = "SVG and PDF" if with_pdf else "SVG"
     say(
         f"{out / 'report.html'}: {page.count(runs, 'run')}, {page.count(len(figures), 'figure')} ({kinds} in {folder}), {len(html.encode()) // 1024} kB"
@@ -72,4 +64,4 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -1,0 +1,196 @@
+"""What was meant by a name that fastsmooth does not know: a near miss, or what other trainers call a thing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+CLOSE = 0.8  # the least similarity of a guess, by difflib: a wrong one misleads more than none helps
+LONGEST = 100  # letters of a word that is compared with others
+
+
+def hint(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """ "did you mean lr?", with the prefix before the name, or nothing where no known name is so close that it can be said.
+
+    Close is the same but for case and signs; or nearly the same, but for another number (resnet101 is no slip for
+    resnet18); or a name that begins with the word, if that has three letters, and at most two names do.
+    """
+    meant = bare(word)
+    if not meant or len(word) > LONGEST:
+        return ""
+    plain: dict[str, str] = {}  # of names that are the same but for signs, the first
+    for name in known:
+        plain.setdefault(bare(name), name)
+    found = [meant] if meant in plain else []
+    if len(meant) > 2 and not found:
+        alike = [b for b in plain if letters(b) != letters(meant)]
+        cutoff = min(CLOSE, (len(meant) - 1) / len(meant))  # one letter of a short word
+        found = difflib.get_close_matches(meant, alike, 1, cutoff) or [b for b in plain if b.startswith(meant)]
+    return f"did you mean {' or '.join(prefix + plain[b] for b in found)}?" if 0 < len(found) < 3 else ""
+
+
+def bare(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).casefold()
+
+
+def letters(bare_name: str) -> str:
+    return re.sub(r"\d", "", bare_name)
+
+
+def spread(table: dict[str, str]) -> dict[str, str]:
+    """The table with a row for each of the names that a row of it begins with."""
+    return {name: answer for names, answer in table.items() for name in names.split()}
+
+
+# What other trainers call the flags of fastsmooth.train: PyTorch's examples, torchvision's references, timm, Lightning,
+# Hugging Face, MMPretrain, Keras and the published code of the papers. An answer that is nothing but a flag, or a flag
+# with its value, is what fastsmooth calls it; other answers follow "fastsmooth has no --x:".
+FLAGS = spread({
+    # data
+    "--data --data-path --data-root --dataset-dir --dataset-root --data-folder --train-data-dir --root --dataroot --train-dir --train-path --traindir --image-folder": "--data-dir",
+    "-d --dataset-name --data-type --task": "--dataset",
+    "--val-dir --val-path --valdir --validation-dir --validation-data-dir --test-dir --train-split --val-split --valid-split --test-split --val-fraction --train-val-split --split": "--data-dir holds train/ and val/ (or test/), one folder a class",
+    "--num-classes --nb-classes --n-classes --classes --class-num --num-labels --class-map": "the classes are the folders of the data set",
+    "--image --imgsz --img-size --im-size --imsize --input-size --resolution --crop-size --train-crop-size --val-crop-size --val-resize-size --resize-size --crop --train-size --size": "--image-size",
+    "--crop-pct --train-crop-mode --interpolation --train-interpolation --val-interpolation --mean --std --in-chans --center-crop": "test images are resized and cropped, and normalised, as --dataset and --augment say",
+    "-j --num-workers --nworkers --n-workers --dataloader-num-workers --num-threads --loader-workers --nthreads --n-cpu --threads --data-workers": "--workers",
+    "--pin-mem --pin-memory --no-pin-mem --persistent-workers --prefetch --prefetch-factor --no-prefetcher --use-prefetcher --use-multi-epochs-loader --dataloader-pin-memory --fast-collate --dataloader-drop-last": "loaders read ahead by themselves; --loader chooses one and --chunk what it decodes together",
+    "--cache --cache-dataset --ram-cache --in-memory --use-dali --dali --ffcv --backend --use-v2": "--loader resident keeps all images on the device, --loader dali decodes with DALI",
+    "--shuffle --no-shuffle --sampler --worker-seeding --weighted-sampler": "every epoch is a permutation of its own, which --seed and the epoch fix",
+    "--download --dataset-download --no-download": "CIFAR's archives are fetched into --data-dir where they are absent",
+    "--aug --augmentation --data-augmentation --data-aug --transform --transforms --auto-augment --aa --aug-repeats --aug-splits --autoaugment --randaugment --rand-aug --trivialaugment --ra-magnitude --ra-sampler --ra-reps --augmix-severity --reprob --remode --recount --resplit --random-erase --random-erasing --color-jitter --color-jitter-prob --grayscale-prob --gaussian-blur-prob --hflip --vflip --flip --random-flip --random-crop --scale --ratio --three-augment": "--augment none, crop-flip, crop-flip-rotate or resized-crop-flip is all that it has",
+    "--no-aug --no-augment --no-augmentation --no-data-aug": "--augment none",
+    "--mixup --mixup-alpha --mixup-prob --mixup-mode --mixup-switch-prob --mixup-off-epoch --cutmix --cutmix-alpha --cutmix-prob --cutmix-minmax --cutout --cutout-length --n-holes --length": "it mixes no images and cuts no holes into them",
+    # model
+    "-a --arch --architecture --net --network --backbone --model-name --model-type --model-name-or-path --model-arch --depth --layers --width --widen-factor --width-factor": "--model",
+    "--pretrained --weights --no-pretrained --weights-backbone --pretrained-path --pretrained-model --init-weights --initial-checkpoint --load-weights --finetune --fine-tune --from-pretrained --init-from --from-scratch --freeze --freeze-backbone --head-init-scale": "every run begins with random weights; --resume --out DIR goes on with a run",
+    "--dropout --drop --drop-rate --dropout-rate --drop-path --drop-path-rate --drop-connect --drop-block --droprate --stochastic-depth": "a model has the dropout that its definition gives it",
+    "--norm-layer --normalization --gn --groupnorm --group-norm --use-gn": "--norm group",
+    "--bn-momentum --bn-eps --split-bn --dist-bn --freeze-bn --bn-tf": "BatchNorm is PyTorch's default; --norm group puts GroupNorm in its place",
+    "--sync-batchnorm --sync-batch-norm --use-sync-bn": "--sync-bn",
+    "--channels-last --memory-format --no-channels-last": "models are in channels-last memory already",
+    "--ema --model-ema --model-ema-decay --model-ema-steps --model-ema-force-cpu --model-ema-warmup --ema-decay --use-ema --no-ema --ema-start --swa --swa-start --swa-lr --stochastic-weight-avg --weight-averaging": "it does not average weights",
+    "--grad-checkpointing --gradient-checkpointing --activation-checkpointing": "--micro-batch N saves memory, N samples at a time through the model",
+    # schedule
+    "--learning-rate --learningrate --base-lr --initial-lr --init-lr --lr-init --start-lr --lr-base --blr --max-lr --eta --peak-lr --lr0": "--lr",
+    "--bs --train-batch-size --train-batch --per-device-train-batch-size --per-gpu-train-batch-size --mini-batch-size --minibatch-size --minibatch --batch-size-train --train-bs --global-batch-size --batch-per-gpu --batch-size-per-gpu": "--batchsize",
+    "--eval-batch-size --val-batch-size --test-batch-size --per-device-eval-batch-size --per-gpu-eval-batch-size --validation-batch-size --test-batch -vb --vb": "the batch size of a test changes no result and is chosen by the device",
+    "--auto-scale-batch-size --auto-find-batch-size --auto-batch --batch-size-finder --auto-lr-find --lr-find --lr-finder": "a run has the --lr and --batchsize that it is given; fastsmooth.sweep tries several",
+    "--max-epochs --num-epochs --n-epochs --nb-epochs --nepochs --num-train-epochs --total-epochs --max-epoch --epoch-num --train-epochs --num-epoch": "--epochs",
+    "--max-steps --max-iters --max-iter --max-updates --max-iterations --total-steps --total-iters --num-steps --num-iters --num-iterations --iterations --iters --niter --n-iters --train-steps --num-train-steps --max-train-steps --training-steps": "--budget updates=N",
+    "--sched --scheduler --lr-scheduler --schedule --lr-schedule --lr-sched --lr-policy --lr-scheduler-type --lr-decay-style --decay-type --lr-type --lr-strategy --sched-on-updates --anneal --annealing": "--method",
+    "--cosine --cos --cosine-lr --coslr --cos-lr --cosine-annealing": "--method cosine",
+    "--decay-epochs --lr-step-size --step-size --lr-decay-epochs --lr-step --lr-steps --decay-step --decay-steps --lr-decay-steps --lr-drop --decay-every --lr-decay-every": "--decay-epoch",
+    "--milestones --decay-milestones --lr-milestones --lr-decay-milestones --lr-epochs": "--method lr lowers the learning rate every --decay-epoch epochs",
+    "--lr-gamma --decay-rate --lr-decay --lr-decay-rate --lr-factor --lr-decay-factor --dr --lrd": "--gamma is the factor an epoch of --method exp",
+    "--warmup --warmup-epochs --warmup-epoch --warmup-lr --warmup-lr-init --warmup-steps --warmup-iters --warmup-ratio --warmup-factor --warmup-updates --warmup-t --warmup-prefix --num-warmup-steps --lr-warmup --lr-warmup-epochs --lr-warmup-method --lr-warmup-decay --lr-warmup-steps --lr-warmup-iters --wu": "no schedule warms up",
+    "--min-lr --lr-min --eta-min --end-lr --final-lr --lr-end --minimum-lr --lr-final --lrf --cooldown-epochs --lr-cycle-mul --lr-cycle-decay --lr-cycle-limit --lr-k-decay --lr-noise --lr-noise-pct --lr-noise-std --t-max --num-cycles": "cosine and poly fall to 0 over --epochs, and nothing follows",
+    "--patience --patience-epochs --early-stop --early-stopping --early-stopping-patience --es-patience --plateau --load-best-model-at-end --metric-for-best-model": "nothing ends early but by --budget or --max-time",
+    "--grad-accum-steps --grad-accum --accum --accum-iter --accumulate --accumulate-grad-batches --accumulation-steps --gradient-accumulation-steps --gradient-accumulation --update-freq --iter-size --batch-split --virtual-batch-size": "--micro-batch N puts N samples of a batch at a time through the model",
+    "--poly-power --lr-power --decay-power": "--power",
+    # optimizer
+    "--opt --optim --optimiser --optimizer-type --optim-name --optimizer-name": "--optimizer",
+    "--mu --mom --sgd-momentum --momentum-factor --opt-momentum --m": "--momentum",
+    "--wd --l2 --l2-reg --l2-penalty --decay --weight-decay-rate --opt-weight-decay --reg": "--weight-decay",
+    "--norm-weight-decay --bias-weight-decay --transformer-embedding-decay --no-bias-decay --no-weight-decay-on-bn --filter-bias-and-bn --wd-end --weight-decay-end --layer-decay --layerwise-decay --no-bn-wd": "--weight-decay is the same for all parameters, from first to last",
+    "--nesterov --use-nesterov --no-nesterov": "--optimizer shb, nshb and qhm have momentum, none of them Nesterov's",
+    "--dampening --damp": "--optimizer nshb is momentum with dampening, shb without",
+    "--opt-eps --opt-betas --betas --beta2 --adam --adamw --adam-beta1 --adam-beta2 --adam-epsilon --epsilon --adam-eps --lamb --lars --lion --rmsprop --use-adam --opt-args --opt-kwargs --alpha --lookahead --sam --asam": "its optimizers are sgd, shb, nshb and qhm",
+    "--clip-grad --clip-grad-norm --clip-mode --clip --clip-norm --clip-value --grad-clip --grad-clip-norm --gradient-clip --gradient-clip-val --gradient-clip-algorithm --max-grad-norm --max-norm --agc": "it clips no gradient",
+    "--label-smoothing --label-smoothing-factor --smoothing --ls --label-smooth --bce-loss --bce-target-thresh --jsd-loss --loss --loss-fn --criterion-name --objective --focal --temperature --distill --teacher --kd": "the loss is the plain cross-entropy",
+    # what is done
+    "-e --eval --evaluate --eval-only --evaluation --test --test-only --val --validate --validation --do-eval --do-predict --only-eval --no-eval --eval-freq --eval-every --eval-interval --eval-steps --evaluation-strategy --eval-strategy --val-interval --val-freq --val-check-interval --check-val-every-n-epoch --test-freq --eval-metric --tta --do-train --train --train-only": "every epoch ends with a test; fastsmooth.sharpness measures a saved run",
+    "--resume-from --resume-path --resume-from-checkpoint --resume-checkpoint --ckpt --ckpt-path --checkpoint --checkpoint-path --checkpoint-file --load --load-from --load-checkpoint --load-path --load-model --model-path --restore --restore-file --continue --continue-train --auto-resume --start-epoch --start-step --no-resume-opt --last-epoch --snapshot": "--resume --out DIR goes on with the run in DIR",
+    "--overwrite --overwrite-output-dir --force --exist-ok --clean --clobber": "a run is never written over another: choose a new --out",
+    "--dry-run --fast-dev-run --sanity-check --num-sanity-val-steps --summary --print-model": "--plan prints the schedule and its cost, --doctor and --check-data look at the machine and the images",
+    "--debug --verbose -v --quiet -q --silent --disable-tqdm --no-progress --progress --progress-bar --enable-progress-bar --tqdm": "a terminal gets a bar, a file plain lines; --log-every sets the rows in metrics.jsonl",
+    "--profile --profiler --detect-anomaly --trace": "it profiles nothing: run it under the profiler of your choice",
+    # measurements and studies: flags of ours in another place
+    "--sampling": "--mode sampling",
+    "--critical": "--mode critical",
+    "--threshold --thresholds": "--eps",
+    "--n-draws --num-draws --samples --num-samples": "--draws",
+    "--track --noise --noise-every --track-every --gns --gradient-noise-scale": "--track-noise",
+    "--seeds --num-seeds --n-seeds --n-seed --trials --num-trials --n-trials --repeats --runs --num-runs --n-runs --repeat": "fastsmooth.sweep does a run for each of several seeds",
+    "--grid --sweep --jobs --slurm --sbatch --ray --n-jobs --parallel": "fastsmooth.sweep does many runs",
+    "--rho --algorithm --adaptive --sharpness": "fastsmooth.sharpness measures the sharpness of saved runs",
+    # the run
+    "-o --output --output-dir --outdir --out-dir --save-dir --savedir --save --save-path --save-model --save-model-path --log-dir --logdir --log-path --logs --results-dir --result-dir --work-dir --workdir --checkpoint-dir --ckpt-dir --default-root-dir --exp --exp-name --exp-dir --experiment --experiment-name --expname --name --run-name --tag --project-dir --logging-dir --tensorboard-dir --summary-dir": "--out",
+    "-p --print-freq --print-every --print-interval --log-freq --log-interval --log-steps --log-every-n-steps --logging-steps --logging-strategy --report-freq --display --verbose-step": "--log-every",
+    "--save-freq --save-every --save-interval --save-steps --save-period --checkpoint-freq --checkpoint-interval --checkpoint-epochs --checkpoint-hist --ckpt-interval --save-epoch --save-strategy --save-total-limit --recovery-interval --keep": "--checkpoint-every N saves every N updates, and the last two checkpoints are kept",
+    "--random-seed --manual-seed --manualseed --seed-everything --rng-seed --data-seed --torch-seed --random-state": "--seed",
+    "--use-deterministic-algorithms --deterministic-algorithms --reproducible --cudnn-deterministic --full-determinism": "--deterministic",
+    "--cudnn-benchmark --benchmark --no-benchmark": "cuDNN searches for its fastest algorithm where the batch stays the same, unless --deterministic",
+    "--amp --fp16 --bf16 --half --mixed-precision --mixed --native-amp --apex-amp --use-amp --amp-dtype --amp-impl --amp-level --autocast --dtype --opt-level --fp16-opt-level --bfloat16 --loss-scale --model-dtype": "--precision bf16",
+    "--tf32 --allow-tf32 --float32-matmul-precision --matmul-precision": "--precision tf32",
+    "--fp32 --float32 --full-precision --no-amp --no-fp16": "--precision fp32",
+    "--torchcompile --torch-compile --torchdynamo --torchcompile-mode --compile-mode --torchscript --jit --aot-autograd --fuser --no-compile --compile-model": "--compile",
+    "--gpu --gpus --gpu-id --gpu-ids --cuda --use-cuda --use-gpu --n-gpu --ngpu --ngpus --num-gpus --devices --device-id --device-ids --accelerator --device-modules --platform --mps --cpu --no-cuda --no-gpu --use-cpu --no-mps": "--device auto, cpu, cuda, cuda:N or mps takes one device; torchrun starts a process for each of several GPUs",
+    "--world-size --rank --local-rank --dist-url --dist-backend --dist-on-itp --dist --distributed --multiprocessing-distributed --ddp --ddp-backend --use-ddp --fsdp --deepspeed --strategy --num-nodes --nnodes --nodes --num-processes --nproc-per-node --nproc --master-port --master-addr --init-method --data-parallel --dp": "torchrun starts several processes",
+    "--time-limit --max-hours --max-minutes --max-seconds --walltime --timeout": "--max-time",
+    "--wandb --use-wandb --log-wandb --enable-wandb --with-wandb --report-to --logger --track-wandb --wandb-offline --offline": "--wandb-mode",
+    "--wandb-name --wandb-run-name --wandb-id --wandb-resume-id --wandb-group --wandb-tags --wandb-dir": "Weights & Biases gets the name of the run folder, --out",
+    "--tensorboard --tb --use-tensorboard --writer --mlflow --comet --neptune --csv --log-csv": "metrics.jsonl in the run folder holds every row; --wandb-mode sends them to Weights & Biases too",
+    "-c --cfg --config-file --config-path --cfg-path --yaml --yaml-file --params --hparams --opts --args-file": "--config",
+})  # fmt: skip
+
+# The same of the values of a flag. An answer that is no value of the flag says why there is none.
+VALUES = {
+    "--method": spread({
+        "fixed none const": "constant",
+        "step steplr multistep multisteplr decay lr-decay": "lr",
+        "exponential exponentiallr expdecay": "exp",
+        "polynomial polynomiallr": "poly",
+        "linear": "--method poly --power 1",
+        "cosineannealing cosine-annealing cosineannealinglr cosine-decay cosinedecay": "cosine",
+        "critical": "--mode critical",
+        "onecycle onecyclelr plateau reducelronplateau warmup cyclic cosine-warmup cosinewarmrestarts": "fastsmooth has no such schedule",
+    }),
+    "--mode": spread({"train training": "normal", "sample noise": "sampling"}),
+    "--optimizer": spread({
+        "momentum sgdm sgd-momentum heavy-ball heavyball polyak": "shb",
+        "nesterov nag": "fastsmooth has no Nesterov momentum",
+        "adam adamw adagrad adadelta nadam radam lamb lars lion rmsprop muon shampoo sam adafactor": "fastsmooth has no adaptive optimizer",
+    }),
+    "--dataset": spread({
+        "imagefolder image-folder custom dir directory": "folder",
+        "imagenet1k imagenet-1k ilsvrc ilsvrc2012 ilsvrc-2012 imagenet2012": "imagenet",
+        "mnist fashionmnist fashion-mnist svhn stl10 tiny-imagenet tinyimagenet": "folder reads any tree train/CLASS/IMAGE and val/CLASS/IMAGE",
+    }),
+    "--norm": spread({"bn batchnorm batch-norm": "batch", "gn groupnorm group-norm": "group"}),
+    "--precision": spread({
+        "float32 fp-32 single full 32": "fp32",
+        "bfloat16 bf16-mixed": "bf16",
+        "fp16 float16 half 16 16-mixed amp": "bf16 is its half precision",
+    }),
+    "--augment": spread({"standard flip-crop crop flip default": "crop-flip", "imagenet inception": "resized-crop-flip", "off no": "none"}),
+    "--compile": spread({"true yes 1 default": "on", "false no 0 none": "off"}),
+    "--wandb-mode": spread({"disabled none no false": "off"}),
+    "--loader": spread({"dataloader pytorch pil": "torch", "memory gpu ram": "resident"}),
+}  # fmt: skip
+
+
+def about_flag(word: str, known: Iterable[str]) -> str:
+    """What to say about a flag that is none of those known: "unknown flag --lrr: did you mean --lr?" or the like."""
+    known = [name for name in known if name.startswith("--")]
+    answer = FLAGS.get(word) or FLAGS.get(word.lower()) or ""
+    other_words = bare(word) not in map(bare, known)
+    if (
+        answer and other_words and set(re.findall(r"--[a-z][\w-]*", answer)) <= set(known)
+    ):  # not of a command without them
+        renamed = re.fullmatch(r"--\S+( \S+)?", answer)
+        return (
+            f"unknown flag {word}: fastsmooth calls it {answer}" if renamed else f"fastsmooth has no {word}: {answer}"
+        )
+    return f"unknown flag {word}: {hint(word, known) or '--help lists the flags'}"
+
+
+def about_value(flag: str, word: str, known: Iterable[str]) -> str:
+    """What to say about a value that is none of those known of the flag."""
+    known = list(known)
+    choices = f"choose from {', '.join(known)}"
+    answer = VALUES.get(flag, {}).get(word.casefold())
+    if answer in known or (answer and answer.startswith("--")):
+        return f"fastsmooth calls it {answer}"
+    return f"{answer}: {choices}" if answer else hint(word, known) or choices
