@@ -24,16 +24,25 @@ def span(seconds: float) -> str:
 class Progress:
     """Told of every update and epoch; prints to stdout. `total` is the samples that the whole run will process.
 
-    `quiet`: another process of the same run does the talking.
+    `quiet`: another process of the same run does the talking. `delta_unit` follows every delta.
     """
 
-    def __init__(self, epochs: int, epoch_samples: int, total: int, done: int, device_name: str, quiet: bool = False):
+    def __init__(
+        self,
+        epochs: int,
+        epoch_samples: int,
+        total: int,
+        done: int,
+        device_name: str,
+        quiet: bool = False,
+        delta_unit: str = "",
+    ):
         self.epochs, self.epoch_samples, self.device_name = epochs, epoch_samples, device_name
         self.total, self.begun_at = total, done
         self.started = self.last_line = time.monotonic()
         self.announced = False
         self.bar = self.task = None
-        self.quiet = quiet
+        self.quiet, self.delta_unit = quiet, delta_unit
         if sys.stdout.isatty() and not quiet:
             self._open_bar(done)
 
@@ -80,7 +89,7 @@ class Progress:
         """The finished epoch's row as a line."""
         now = time.monotonic()
         self.last_line = now
-        delta = f"  delta {row['delta']:.4g}" if row["delta"] is not None else ""
+        delta = f"  delta {row['delta']:.4g}{self.delta_unit}" if row["delta"] is not None else ""
         delta += f"  c2 {row['c2']:.4g}" if row["c2"] is not None else ""
         self.say(
             f"epoch {row['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}  lr {row['lr']:.4g}  batch {row['batch_size']}"

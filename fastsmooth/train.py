@@ -5,13 +5,16 @@ The whole path from top to bottom: config, schedule, data, model, step, mode, ru
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from fastsmooth.messages import (
     tell,
     warn,
 )
-from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
+from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing, updates_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,16 +89,17 @@ def within_budget(c: Config, images: int) -> Config:
     def lasting(epochs: int) -> Config:
         return dataclasses.replace(c, epochs=epochs, decay_epoch=c.decay_epoch or max(1, epochs // 5))
 
-    # an epoch has an update and a sample for each image at most
-    if amount > configs.MOST_EPOCHS * (1 if unit == "epochs" else images):
-        raise ConfigError(f"--budget {c.budget} takes over {configs.MOST_EPOCHS:,} epochs: lower it")
     if unit == "epochs":
-        return lasting(amount)
-    few, enough = 0, 1
-    while training(lasting(enough), images)[unit] < amount:
-        few, enough = enough, 2 * enough
-        if few > configs.MOST_EPOCHS:
-            raise ConfigError(f"--budget {c.budget} takes over {configs.MOST_EPOCHS:,} epochs: lower it")
+        most = 1
+    else:  # what an epoch holds at most: the batch never falls, and all images are samples
+        most = training(lasting(1), images)["updates"] if unit == "updates" else images
+    longest = configs.MOST_EPOCHS
+    few = (amount - 1) // most  # so many epochs are too few
+    enough = few + 1
+    while enough <= longest and unit != "epochs" and training(lasting(enough), images)[unit] < amount:
+        few, enough = enough, min(2 * enough, max(longest, enough + 1))
+    if enough > longest:
+        raise ConfigError(f"--budget {c.budget} takes over {longest:,} epochs: lower it")
     while enough - few > 1:
         middle = (few + enough) // 2
         few, enough = (few, middle) if training(lasting(middle), images)[unit] >= amount else (middle, enough)
@@ -104,71 +108,107 @@ def within_budget(c: Config, images: int) -> Config:
 
 def training(c: Config, images: int) -> dict[str, int]:
     """The updates and samples of all epochs."""
-    schedule = make_schedule(c, images)
-    updates = schedule.updates(images, c.drop_last)
-    served = sum(n * p.batch_size for n, p in zip(updates, schedule.points(), strict=True))
-    return {"updates": sum(updates), "samples": served if c.drop_last else c.epochs * images}
-
-
-def within_limit(c: Config, schedule: Schedule, images: int) -> int:
-    """The samples that a run over all epochs, or to the end of its --budget, processes."""
-    unit, amount = c.limit or ("epochs", c.epochs)
     updates = samples = 0
-    for n, point in zip(schedule.updates(images, c.drop_last), schedule.points(), strict=True):
-        done = min(n, amount - updates) if unit == "updates" else n
-        updates, samples = updates + done, samples + min(done * point.batch_size, images)
-    return min(samples, amount) if unit == "samples" else samples
+    for epochs, size in make_schedule(c, images).stages():
+        in_each = updates_of(images, size, c.drop_last)
+        updates, samples = updates + epochs * in_each, samples + epochs * min(in_each * size, images)
+    return {"updates": updates, "samples": samples}
+
+
+def epochs_done(c: Config, schedule: Schedule, images: int) -> Iterator[tuple[int, int]]:
+    """(updates, samples) of every epoch that the run begins: to its last, to the end of --budget or the largest of --steps."""
+    sampling = c.mode == "sampling"
+    unit, amount = ("updates", max(c.steps)) if sampling else c.limit or ("epochs", c.epochs)
+    done = {"epochs": 0, "updates": 0, "samples": 0}
+    for epochs, size in schedule.stages():
+        in_each = updates_of(images, size, c.drop_last)
+        for _ in range(epochs):
+            if done[unit] >= amount and not sampling:  # which measures once the next batch is there
+                return
+            left = {
+                "epochs": in_each,
+                "updates": amount - done["updates"],
+                "samples": -(-(amount - done["samples"]) // size),
+            }
+            updates = min(in_each, left[unit])
+            samples = min(updates * size, images)
+            yield updates, samples
+            if updates < in_each:
+                return
+            done["epochs"] += 1
+            done["updates"] += updates
+            done["samples"] += samples
 
 
 def print_plan(c: Config, as_json: bool) -> None:
-    """Every epoch's Point and delta; equal epochs share a line."""
+    """Point and delta of every epoch that the run begins; equal epochs share a line."""
+    images = c.images
     if c.limit:
-        if c.images is None:
+        if images is None:
             raise ConfigError(
                 f"--plan: how many epochs --budget {c.budget} takes, only the images in {c.data_dir} tell"
             )
-        c = within_budget(c, c.images)
-    schedule = make_schedule(c, c.images)
-    points = list(schedule.points())
+        c = within_budget(c, images)
+    schedule = make_schedule(c, images)
+    done = None
+    if images is not None:
+        check_steps(c, schedule, images)
+        done = list(epochs_done(c, schedule, images))
+    epochs = c.epochs if done is None else len(done)
     if as_json:
-        for epoch, p in enumerate(points):
+        for epoch, p in enumerate(map(schedule, range(epochs))):
             say(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}))
         return
-    updates = schedule.updates(c.images, c.drop_last) if c.images else None
     say(
         f"{'epochs':>9}  {'lr':>11}  {'batch':>6}  {'momentum':>8}  {'delta':>10}"
-        + (f"  {'updates':>9}" if updates else "")
+        + (f"  {'updates':>9}" if done else "")
     )
-    first = 0
-    for epoch, p in enumerate(points):
-        if epoch + 1 < len(points) and points[epoch + 1] == p:
-            continue
-        name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
+    for p, alike in itertools.groupby(range(epochs), schedule):
+        first, *rest = alike
+        last = rest[-1] if rest else first
+        name = f"{first}-{last}" if rest else f"{first}"
         line = f"{name:>9}  {p.lr:>11.6g}  {p.batch_size:>6}  {p.momentum:>8.4g}  {schedule.delta(p):>10.4g}"
-        say(line + (f"  {sum(updates[first : epoch + 1]):>9,}" if updates else ""))
-        first = epoch + 1
-    for line in [*notes(c, schedule), cost(c, updates)]:
+        say(line + (f"  {sum(n for n, _ in done[first : last + 1]):>9,}" if done else ""))
+    for line in [*units(c), *notes(c, schedule), cost(c, schedule, done)]:
         say(line)
 
 
-def cost(c: Config, updates: list[int] | None) -> str:
-    if updates is None:
+def cost(c: Config, schedule: Schedule, done: list[tuple[int, int]] | None) -> str:
+    """What the run will compute; `done` are the updates and samples of its epochs, None where only the folder can tell."""
+    if done is None and c.mode == "sampling":
+        return (
+            f"cost: {max(c.steps):,} updates, and at {len(c.steps)} of them the gradient of all images in {c.data_dir}"
+        )
+    if done is None:
         return f"cost: {c.epochs} passes over the images in {c.data_dir}"
-    total = training(c, c.images)
-    ending = f" (--budget {c.budget} ends inside the last epoch)" if c.limit and c.limit[0] != "epochs" else ""
-    return f"cost: {total['updates']:,} updates, {total['samples']:,} gradient evaluations of {c.model}{ending}"
+    updates, samples = (sum(column) for column in zip(*done, strict=True))
+    most = "at most " if c.mode == "critical" else ""
+    line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
+    if c.mode == "sampling":
+        ends = list(itertools.accumulate(n for n, _ in done))[:-1]
+        batches = [schedule.batch_size(bisect.bisect_right(ends, step)) for step in c.steps]
+        measured = sum(c.images + c.draws * size for size in batches)
+        line += f", and {measured:,} more to measure at {len(c.steps)} of them"
+    return line
+
+
+def units(c: Config) -> list[str]:
+    """What delta is in, where that is not what it is in the papers."""
+    if not c.assumed:
+        return []
+    ones = " = ".join([*c.assumed, "1"])
+    flags = " and ".join(map(configs.flag, c.assumed))
+    unit = f"in units of C ({ones})" if c.assumed == ("c2",) else f"computed with {ones}"
+    return [
+        f"delta is {unit}: none is published for {configs.setting_of(c)}: give {flags} (--mode sampling measures c2)"
+    ]
 
 
 def notes(c: Config, schedule: Schedule) -> list[str]:
-    """What a reader of delta has to know."""
+    """Where delta is not what the method aims at."""
     found = []
-    if c.unit_constants:
-        unit = "C and K: c2 = k2 = 1" if configs.uses_k2(c) else "C: c2 = 1"
-        found.append(
-            f"delta is in units of {unit} (none is published for {c.optimizer} on {c.model}: --c2, --mode sampling)"
-        )
     missed = schedule.largest_miss()
-    if missed and not (c.unit_constants and configs.uses_k2(c)):
+    if missed and not (c.assumed and configs.uses_k2(c)):
         epoch, target, reached = missed
         why = "the momentum cannot fall below 0" if c.method in SOLVED else "the optimizer or the data set sets a floor"
         found.append(
@@ -370,9 +410,9 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         with ranks.together(refusals, ConfigError):
             go_on(live, state)
     epoch_samples = n - n % c.batch_size if c.drop_last else n
-    total = within_limit(c, schedule, n)
+    total = sum(samples for _, samples in epochs_done(c, schedule, n))
     name = device_name(device, torch) if ranks.world == 1 else f"{ranks.world} processes"
-    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader)
+    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader, c.delta_unit)
     introduce(c, live, models.count_parameters(model))
     folder.status("running", "", live.update)
     return live
@@ -488,7 +528,7 @@ def set_numerics(c: Config, schedule: Schedule, torch) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # cuDNN's search for the fastest algorithm takes seconds at every new batch size (LOG.md)
-    same_batch = len({point.batch_size for point in schedule.points()}) == 1
+    same_batch = len(list(schedule.stages())) == 1
     torch.backends.cudnn.benchmark = same_batch and not c.deterministic
 
 
