@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsmooth import measure
 from fastsmooth.checkpoint import Checkpoints
 from fastsmooth.clock import Clock
-from fastsmooth.config import Config
+from fastsmooth.config import Config, exact
 from fastsmooth.data import Data, Stream
 from fastsmooth.data.order import in_order, subset
 from fastsmooth.kernels.backend import wide_dtype
@@ -433,9 +433,9 @@ def report_crossings(run: Run, per_epoch: int, every: int) -> None:
         epochs, rest = divmod(step, per_epoch)
         served = n - n % batch if c.drop_last else n
         samples = epochs * served + rest * batch
-        crossings[f"{eps:g}"] = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples} if step else None
+        crossings[exact(eps)] = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples} if step else None
         found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
-        run.progress.say(f"eps {eps:g}: {found}")
+        run.progress.say(f"eps {exact(eps)}: {found}")
     about = {
         "criterion": c.criterion,
         "optimizer": c.optimizer,

@@ -719,7 +719,7 @@ def sampling_run(run: SavedRun, step: int) -> Planned:
 
 
 def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
-    about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {curve.eps:g}"
+    about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {configs.exact(curve.eps)}"
     if curve.best is None:
         say(f"{about}: no batch size reached it with every seed")
         return

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastsmooth import critical
+from fastsmooth.config import exact
 from fastsmooth.runs import SavedRun, find_runs, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,8 +93,8 @@ def critical_batch_exists(runs: list[SavedRun]) -> Found:
     interior = [c.best is not None and c.batches[0].batch_size < c.best < c.batches[-1].batch_size for c in curves]
     return {
         "holds": all(checks) and any(interior) and falls,
-        "convex": dict(zip([f"{c.eps:g}" for c in curves], checks, strict=True)),
-        "best_inside": dict(zip([f"{c.eps:g}" for c in curves], interior, strict=True)),
+        "convex": dict(zip([exact(c.eps) for c in curves], checks, strict=True)),
+        "best_inside": dict(zip([exact(c.eps) for c in curves], interior, strict=True)),
         "best_falls_with_eps": falls,
         "curves": [curve.to_json() for curve in curves],
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 import types
@@ -16,7 +17,9 @@ from fastsmooth.config import (
     SETS,
     Config,
     ConfigError,
+    exact,
     flag,
+    idle,
     parse,
     parser,
     read_saved,
@@ -377,6 +380,22 @@ def test_sampling_is_a_mode_with_the_constant_method():
 def test_an_update_is_measured_once():
     assert config("--mode", "sampling", "--steps", 9, 0, 5).steps == (9, 0, 5)
     assert "--steps names 5 more than once" in refusal(config, "--mode", "sampling", "--steps", 9, 5, 5)
+    assert "--eps names 0.5 more than once" in refusal(config, "--mode", "critical", "--eps", 0.5, 1, "5e-1")
+
+
+def test_numbers_are_written_in_as_few_digits_as_tell_them_apart():
+    rng = random.Random(0)
+    assert [exact(v) for v in (0.5, 1.0, 0.1, 1e-6, 2e22, 0.5000001)] == [
+        "0.5",
+        "1",
+        "0.1",
+        "1e-06",
+        "2e+22",
+        "0.5000001",
+    ]
+    for _ in range(1000):
+        value = 10 ** rng.uniform(-100, 100)
+        assert float(exact(value)) == value and float(exact(float(f"{value:.4g}"))) == float(f"{value:.4g}")
 
 
 def test_momentum_is_beta_except_for_plain_sgd():
@@ -384,27 +403,85 @@ def test_momentum_is_beta_except_for_plain_sgd():
     assert [config("--optimizer", o, "--beta", 0.7).momentum for o in ("shb", "nshb", "qhm")] == [0.7] * 3
 
 
-@pytest.mark.parametrize(
-    "optimizer, model, c2, k2",
-    [
-        ("sgd", "resnet18", 1280.0, None),
-        ("shb", "resnet18", 25.318, 1.77**2),
-        ("nshb", "resnet18", 128.0, 4.5**2),
-        ("sgd", "wrn-28-10", 10.0, None),
-        ("shb", "wrn-28-10", 0.79, 1.66**2),
-        ("nshb", "wrn-28-10", 1.0, 4.262**2),
-        ("qhm", "resnet18", None, None),
-        ("shb", "resnet20", None, None),
-    ],
-)
-def test_published_constants_are_filled_in_where_there_are_some(optimizer, model, c2, k2):
-    c = config("--dataset", "cifar100", "--optimizer", optimizer, "--model", model)
-    assert (c.c2, c.k2, c.unit_constants) == (c2, k2, c2 is None)
+# SPEC of the papers: measured on CIFAR-100 at lr 0.1, with beta 0.9
+AS_PUBLISHED = [
+    ("sgd", "resnet18", 1280.0, None),
+    ("shb", "resnet18", 25.318, 1.77**2),
+    ("nshb", "resnet18", 128.0, 4.5**2),
+    ("sgd", "wrn-28-10", 10.0, None),
+    ("shb", "wrn-28-10", 0.79, 1.66**2),
+    ("nshb", "wrn-28-10", 1.0, 4.262**2),
+]
+
+
+@pytest.mark.parametrize("optimizer, model, c2, k2", AS_PUBLISHED)
+def test_published_constants_are_those_of_their_own_setting(optimizer, model, c2, k2):
+    here = ["--dataset", "cifar100", "--optimizer", optimizer, "--model", model]
+    for more in ([], ["--method", "hybrid"], ["--batchsize", 512], ["--epochs", 3], ["--seed", 9], ["--lr", "1e-1"]):
+        c = config(*here, *more)
+        assert (c.c2, c.k2, c.assumed, c.delta_unit) == (c2, k2, (), "")
+    elsewhere = [
+        ["--dataset", "cifar10"],
+        ["--dataset", "folder"],
+        ["--dataset", "imagenet"],
+        ["--model", "resnet20"],
+        ["--lr", 0.05],
+        ["--weight-decay", 5e-4],
+        ["--augment", "crop-flip"],
+        ["--norm", "group"],
+    ]
+    if optimizer != "sgd":
+        elsewhere += [["--beta", 0.99]]
+    for more in elsewhere:
+        c = config(*here, *more)
+        assumed = ("c2", "k2") if optimizer == "shb" else ("c2",)
+        assert (c.c2, c.k2, c.assumed) == (None, None, assumed), more
+        assert c.delta_unit == (" (c2 = k2 = 1)" if optimizer == "shb" else " C")
+
+
+def test_qhm_has_no_published_constants():
+    assert config("--dataset", "cifar100", "--optimizer", "qhm").assumed == ("c2",)
+
+
+def test_a_solved_method_refuses_constants_of_another_setting():
+    line = ["--dataset", "cifar100", "--optimizer", "shb", "--method", "beta"]
+    assert config(*line).c2 == 25.318
+    message = refusal(config, *line, "--lr", 0.05)
+    assert "shb with resnet18 on cifar100 at lr 0.05, beta 0.9" in message and "--c2 and --k2" in message
+    assert "--weight-decay 0.1" in refusal(config, *line, "--weight-decay", 0.1)
 
 
 def test_constants_that_are_given_stay():
     c = config("--dataset", "cifar100", "--optimizer", "shb", "--c2", 7, "--k2", 3)
-    assert (c.c2, c.k2, c.unit_constants) == (7.0, 3.0, False)
+    assert (c.c2, c.k2, c.assumed) == (7.0, 3.0, ())
+    assert config("--optimizer", "shb", "--c2", 7).assumed == ("k2",)
+    assert config("--optimizer", "nshb", "--c2", 7).assumed == ()  # whose default form has no K^2
+
+
+PUBLISHED_LINES = [
+    ["--decay-epoch", 30],
+    ["--power", 0.5],
+    ["--beta1", 0.9],
+    ["--nu", 0.7],
+    ["--eps", 0.5],
+    ["--steps", 9],
+]
+
+
+@pytest.mark.parametrize("method", ["constant", "lr", "batch", "hybrid", "poly", "cosine", "exp"])
+def test_flags_of_the_published_code_pass_under_compat_original(method):
+    for flags in PUBLISHED_LINES:
+        line = ["--method", method, "--epochs", 60, *flags]
+        if flags[0] == "--power" and method == "exp":  # there it was the factor, which is --gamma here
+            assert "--gamma" in refusal(config, *line, "--compat", "original")
+            continue
+        c = config(*line, "--compat", "original")
+        without = config("--method", method, "--epochs", 60, "--compat", "original")
+        name = "beta" if flags[0] == "--beta1" else flags[0].strip("-").replace("-", "_")
+        assert c == dataclasses.replace(without, **{name: getattr(c, name)})
+        if idle(given(*line), c):
+            assert "has no effect" in refusal(config, *line)
+    assert "has no effect" in refusal(config, "--method", method, "--compat", "original", "--k2", 9)
 
 
 def test_solved_methods_run_with_given_constants():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from fastsmooth.config import exact
 from fastsmooth.critical import FLAT, Analysis, BatchResult, mean
 from fastsmooth.report import groups, noise
 from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors
@@ -107,7 +108,7 @@ def steps_curve(a: Analysis, color: str) -> list[Curve]:
     alone = [
         Mark(float(b.batch_size), float(t), "ring", "not all seeds got there") for b in partly(a) for t in b.reached
     ]
-    return [Curve(color, line, bars=bars, marks=(*marks, *alone), label=f"ε {a.eps:g}", width=1.5)]
+    return [Curve(color, line, bars=bars, marks=(*marks, *alone), label=f"ε {exact(a.eps)}", width=1.5)]
 
 
 def partly(a: Analysis) -> list[BatchResult]:
@@ -127,7 +128,7 @@ def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
     best = [p for p in line if p[0] == a.best]
     marks += [Mark(*p, "circle", f"b* = {a.best}") for p in best]
     marks += [m for c in constants(a, known) if (m := theory_mark(a, c, line))]
-    label = f"ε {a.eps:g}, b* {a.best}" if best else f"ε {a.eps:g}"
+    label = f"ε {exact(a.eps)}, b* {a.best}" if best else f"ε {exact(a.eps)}"
     curves = [Curve(color, line, bars=bars, marks=tuple(marks), label=label, key="", width=1.5)]
     if best and a.bracket and a.bracket[0] < a.bracket[1]:
         low, high = map(float, a.bracket)
@@ -148,10 +149,10 @@ def theory_mark(a: Analysis, c: Constant, line: tuple) -> Mark | None:
 def critical_words(a: Analysis, known) -> str:
     """What the figure cannot say: how flat the minimum is, and where the theory's batch size lies."""
     if a.best is None:
-        return f"ε {a.eps:g}: not reached by every seed at any batch size."
+        return f"ε {exact(a.eps)}: not reached by every seed at any batch size."
     low, high = a.bracket
     flat = f"from {low:,} to {high:,}" if low < high else f"at {low:,} alone"
-    text = f"ε {a.eps:g}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
+    text = f"ε {exact(a.eps)}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
     text += ", and the floor ends where the batches that were tried end, so b* may lie outside" if a.at_edge else ""
     for c in constants(a, known):
         b, tried = a.batch_of(c.value), [float(b.batch_size) for b in reached(a)]
