@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.files import read_file
+from fastsmooth.files import read_file, read_object
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
 LARGEST_TOML = 1 << 16  # bytes
@@ -280,6 +281,7 @@ class Config:
     seed: int = option(0, "run", "of weights, order and augmentation", whole(0), metavar="N")
     device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", device, metavar="DEV")
     compile: str = option("auto", "run", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
+    kernels: str = option("auto", "run", "native: C++, on CPUs; triton: on NVIDIA GPUs; reference: plain PyTorch", choices=("auto", "native", "triton", "reference"))
     precision: str = option("fp32", "run", "of the forward and backward pass", choices=("fp32", "tf32", "bf16"))
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
@@ -327,6 +329,8 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its result.
+# Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it again.
+RESOLVED_ONCE = ("device", "loader", "compile", "kernels", "estimator")
 FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers"}
 
 
@@ -527,7 +531,10 @@ def parser() -> Parser:
         groups[meta["group"]].add_argument(*names, dest=name, help=shown.replace("%", "%%"), **kind)
     other = p.add_argument_group("other")
     other.add_argument(
-        "--config", metavar="FILE", type=text, help="a TOML file of flags; the command line overrides it"
+        "--config",
+        metavar="FILE",
+        type=text,
+        help="a TOML file of flags, or config.json of a run; the command line overrides it",
     )
     other.add_argument("--plan", action="store_true", help="print the schedule and its cost, touch no data")
     other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
@@ -569,7 +576,13 @@ def parse(argv: list[str]) -> Request:
         raise ConfigError("--json goes with --plan")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if path is not None:
-        given = read_toml(p, path) | given
+        lengths = {"epochs", "budget"}  # two ways to say one thing
+        read = {
+            name: value
+            for name, value in read_flags(p, path).items()
+            if not (name in lengths and lengths & given.keys())
+        }
+        given = read | given
     return Request(given, **extra)
 
 
@@ -581,28 +594,49 @@ def plain(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def read_toml(p: Parser, path: str) -> dict[str, Any]:
+def read_flags(p: Parser, path: str) -> dict[str, Any]:
+    """The flags in a TOML or JSON file, or those that a run was started with, out of its config.json."""
     source = f"--config {path}"
-    table = toml_table(path, source)
+    if path.endswith(".json") or text_of(path, source).lstrip().startswith("{"):  # with which no TOML begins
+        table = json_table(path, source)
+        if "resume" in table:  # as every run's has, and no file of flags
+            return flags_of(at_home(saved_config(table, source), Path(path).parent))
+    else:
+        table = toml_table(path, source)
     for key in table:
         if key.replace("-", "_") in {"config", "resume"} | REQUESTS:
             raise ConfigError(f"{source}: {key} belongs on the command line")
     return from_table(p, table, source)
 
 
-def toml_table(path: str, source: str) -> dict[str, Any]:
-    """What a TOML file of flags holds. Raises ConfigError, before it reads a file that is too large to be one."""
+def text_of(path: str, source: str) -> str:
+    """The text of a file of flags. Raises ConfigError, before it reads a file that is too large to be one."""
     try:
-        content = read_file(Path(path), LARGEST_TOML).decode()
+        return read_file(Path(path), LARGEST_TOML).decode()
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}: give a TOML file of flags") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: not a text file: give a TOML file of flags") from None
+
+
+def json_table(path: str, source: str) -> dict[str, Any]:
+    """What a JSON file of flags holds, less its nulls. Raises ConfigError."""
+    try:
+        table = json.loads(text_of(path, source))
+        return {key: value for key, value in table.items() if value is not None}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{source}: not JSON of flags: {error}: give the config.json of a run") from None
+
+
+def toml_table(path: str, source: str) -> dict[str, Any]:
+    """What a TOML file of flags holds. Raises ConfigError."""
+    content = text_of(path, source)
+    try:
         if any(line.count(".") > MOST_DOTS for line in content.splitlines()):
             raise RecursionError
         table = tomllib.loads(content)
         str(table)  # raises ValueError for more digits than Python writes: of a hexadecimal number it reads them
         return table
-    except OSError as error:
-        raise ConfigError(f"{source}: {error.strerror}: give a TOML file of flags") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{source}: not a text file: give a TOML file of flags") from None
     except RecursionError:
         raise ConfigError(
             f"{source}: not TOML of flags: it is nested too deep: write plain lines such as lr = 0.1"
@@ -647,15 +681,46 @@ def read_saved(folder: Path) -> Config:
         raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
+    return at_home(saved_config(given, str(path)), folder)
+
+
+def saved_config(given: dict[str, Any], source: str) -> Config:
+    """The Config in the table of a run's config.json. Raises ConfigError."""
     filled = {*SETS["digits"].defaults, "decay_epoch"}  # by resolve(), for every data set
     lacking = sorted(filled - given.keys())
     if lacking:
-        raise ConfigError(f"{path} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
-    found = from_table(parser(), given, str(path))
+        raise ConfigError(f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
+    found = from_table(parser(), given, source)
     stranger = next((name for name in found if name not in FIELDS), None)
     if stranger:
-        raise ConfigError(f"{path} is damaged, so the run cannot be identified: {stranger} is no setting of a run")
+        raise ConfigError(f"{source} is damaged, so the run cannot be identified: {stranger} is no setting of a run")
     return Config(**found)
+
+
+def at_home(c: Config, folder: Path) -> Config:
+    """`c` with its images where they lay when the run in `folder` was started, wherever this process was."""
+    home = (read_object(folder / "env.json") or {}).get("data_dir")
+    if isinstance(home, str) and home.isprintable() and os.path.isdir(home):
+        return dataclasses.replace(c, data_dir=home)
+    return c
+
+
+def flags_of(c: Config) -> dict[str, Any]:
+    """The fewest flags that make this Config, but for where it runs: what was given, as far as it can be told."""
+    left = {name: getattr(c, name) for name, f in FIELDS.items() if getattr(c, name) != f.default}
+    left = {name: value for name, value in left.items() if name not in ("out", "resume")}
+    if c.budget is not None:  # the images said how many epochs that is
+        steps = {"decay_epoch"} if c.decay_epoch == max(1, c.epochs // 5) else set()
+        left = {name: value for name, value in left.items() if name not in {"epochs"} | steps}
+    left = without_idle(left)
+    whole = resolve(left)
+    for name in list(left):
+        rest = {other: value for other, value in left.items() if other != name}
+        try:
+            left = rest if resolve(rest) == whole else left
+        except ConfigError:
+            continue
+    return left
 
 
 def resumed(given: dict[str, Any]) -> Config:
@@ -665,14 +730,22 @@ def resumed(given: dict[str, Any]) -> Config:
     saved = read_saved(Path(given["out"]))
     if given.get("method") == "sampling":
         given = {key: value for key, value in given.items() if key != "method"} | {"mode": "sampling"}
+    # what auto chose may give way to what is asked for
+    free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
     for name, value in given.items():
         before = getattr(saved, name)
-        if name not in FREE_ON_RESUME and value != before:
+        if name not in free and value != before:
             raise ConfigError(
                 f"--resume: the run in {given['out']} has {flag(name)} {shown(before)}, not {shown(value)}: "
                 "leave the flag out, or start a new run"
             )
-    return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in FREE_ON_RESUME})
+    return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in free})
+
+
+def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:
+    """`c` with what `auto` chose before, read from a checkpoint. Raises ConfigError where that is nothing it can choose."""
+    names = [name for name in RESOLVED_ONCE if getattr(c, name) == "auto" and name in chosen]
+    return dataclasses.replace(c, **from_table(parser(), {name: str(chosen[name]) for name in names}, source))
 
 
 def exact(value: float) -> str:

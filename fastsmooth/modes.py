@@ -84,6 +84,7 @@ def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
     """Raises ValueError where what a checkpoint says of its place in the run is nothing that a run has saved."""
     most = {"epoch": epochs, "update": math.inf, "samples": math.inf}
     places = [(name, state[name], limit) for name, limit in most.items()]
+    places.append(("eval_chunk", state["eval_chunk"], math.inf))
     places += [(name, state["data"][name], limit) for name, limit in (("epoch", epochs), ("cursor", images))]
     for name, value, limit in places:
         if type(value) is not int or not 0 <= value <= limit:
@@ -118,6 +119,7 @@ class Run:
     enough: bool = False  # a mode has what it wanted
     record: measure.NormRecord | None = None
     noise: NoiseTracker | None = None
+    made_with: dict[str, Any] = field(default_factory=dict)  # what the bits depend on besides the flags
     noise_points: list[dict[str, Any]] = field(default_factory=list)  # the points of noise.json
 
     def __post_init__(self) -> None:
@@ -288,6 +290,8 @@ class Run:
             "noise": self.noise.state_dict() if self.noise else None,
             "rng": self.ranks.gather((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None)),
             "metrics_bytes": self.folder.sync(),
+            "made_with": self.made_with,
+            "eval_chunk": self.eval_chunk,
             "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
         }
 
@@ -310,6 +314,7 @@ class Run:
             torch.set_rng_state(rng)
             if cuda_rng is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda_rng, self.device)
+        self.eval_chunk = max(state["eval_chunk"], 1)
         self.epoch_seconds_before = state["epoch_seconds"]
 
     # Measuring --------------------------------------------------------------------------------------------------

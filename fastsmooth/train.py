@@ -6,6 +6,7 @@ The whole path from top to bottom: config, schedule, data, model, step, mode, ru
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -352,7 +353,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
 
     What one process refuses, all refuse, so that none waits for another.
     """
-    from fastsmooth import data, models, syncnorm
+    from fastsmooth import data, machine, models, syncnorm
     from fastsmooth.checkpoint import Checkpoints
     from fastsmooth.clock import Clock
     from fastsmooth.log import RunFolder, Tracker, Unwritten, check_unused, environment
@@ -364,10 +365,20 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
 
     keep_freed_memory()
     out = Path(ranks.from_leader(c.out or default_out(c)))
+    folder, checkpoints, state = Unwritten(out), Checkpoints(out / "checkpoints", warn), None
     with ranks.together(refusals, ConfigError):
-        if not c.resume and ranks.leader:
+        if c.resume and ranks.leader:
+            folder = RunFolder(out)  # locked before its checkpoints are read
+            state = saved_state(checkpoints)
+        elif ranks.leader:
             check_unused(out)
-        kernels = choose_kernels(device, torch)  # before their first use, which would warn in other words
+    before = ranks.from_leader(made_with(state))
+    with ranks.together(refusals, ConfigError), as_it_began(c, before, data.DataError):
+        if before:
+            c = configs.as_before(c, before, str(checkpoints.directory))
+            device = pick_device(c, torch)
+            machine.take_over_threads(before)
+        kernels = choose_kernels(c, device, torch)  # before their first use, which would warn in other words
         images = data.open_data(c, device, warn if ranks.leader else lambda line: None, ranks.local_world)
         images.bad.say = warn  # from now on each process meets bad images of its own
         n = len(images.train)
@@ -385,18 +396,24 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
-    check_alike(images, model, ranks)
     # SyncBatchNorm's exchange would cut the graph at every layer
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda" and not c.sync_bn)
+    chosen = {
+        "device": device.type,
+        "loader": images.loader,
+        "compile": "on" if compiled else "off",
+        "kernels": kernels,
+    }
+    chosen |= {"estimator": noise.estimator} if noise else {}
+    check_alike(images, model, chosen, ranks)
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
     with ranks.together(refusals, ConfigError):
-        folder = Unwritten(out)
-        if ranks.leader:
+        if ranks.leader and not c.resume:
             about = environment() | {"kernels": kernels, "processes": ranks.world}
-            folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), about)
-        checkpoints = Checkpoints(out / "checkpoints", warn)
+            about["data_dir"] = os.path.abspath(c.data_dir)
+            folder = RunFolder.create(out, c.to_json(), about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait), ranks=ranks)
@@ -404,11 +421,14 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
             ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
             live.record = NormRecord(c.eps, c.criterion, ignored, device)
         live.noise = noise
-        state = saved_state(live) if c.resume and ranks.leader else None
+        live.made_with = chosen | machine.facts(device, ranks.world)
     if c.resume:
         state = ranks.from_leader(state)
         with ranks.together(refusals, ConfigError):
             go_on(live, state)
+        changes = machine.changes(before, live.made_with)
+        if changes and ranks.leader:
+            warn(f"going on with {changes}: the bits may differ from those of a run that is not interrupted")
     epoch_samples = n - n % c.batch_size if c.drop_last else n
     total = sum(samples for _, samples in epochs_done(c, schedule, n))
     name = device_name(device, torch) if ranks.world == 1 else f"{ranks.world} processes"
@@ -418,13 +438,29 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     return live
 
 
-def choose_kernels(device, torch) -> str:
+@contextlib.contextmanager
+def as_it_began(c: Config, before: dict[str, Any], data_error: type[Exception]) -> Iterator[None]:
+    """What `auto` chose when the run began and cannot be had now is refused in words that say so."""
+    try:
+        yield
+    except (ConfigError, data_error) as error:
+        names = (name for name in configs.RESOLVED_ONCE if getattr(c, name) == "auto" and name in before)
+        if any(str(error).startswith(f"{configs.flag(name)} {before[name]}") for name in names):
+            raise ConfigError(f"{error} (the run began so: if you name another, it ends in other bits)") from None
+        raise
+
+
+def choose_kernels(c: Config, device, torch) -> str:
     """The implementation of the kernels here, built now if need be; a fall-back is said in one line."""
     from fastsmooth.kernels import backend
 
+    backend.use(c.kernels, device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chosen = backend.choose(device, torch.float32)
+    if c.kernels not in ("auto", chosen):
+        needs = {"native": "a CPU and a C++ compiler (CXX, c++, g++ or clang++)", "triton": "an NVIDIA GPU and Triton"}
+        raise ConfigError(f"--kernels {c.kernels} needs {needs[c.kernels]}: give --kernels {chosen}")
     for warning in caught:
         warn(str(warning.message))
     return chosen
@@ -466,10 +502,18 @@ def finished(out: Path) -> bool:
     return read_status(out).get("state") == "done"
 
 
-def saved_state(live) -> dict[str, Any] | None:
+def saved_state(checkpoints) -> dict[str, Any] | None:
     """The newest valid checkpoint; None where the run made none, and begins anew."""
-    live.checkpoints.clean()
-    return live.checkpoints.load()
+    checkpoints.clean()
+    return checkpoints.load()
+
+
+def made_with(state: dict[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint says of the machine that made it, and of what `auto` chose there; empty where it says nothing."""
+    found = (state or {}).get("made_with")
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, str | int | None)}
 
 
 def go_on(live, state: dict[str, Any] | None) -> None:
@@ -554,10 +598,18 @@ def check_steps(c: Config, schedule: Schedule, n: int) -> None:
         raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
 
 
-def check_alike(images, model, ranks) -> None:
-    """Refuse processes that see other images or begin with another model, as two machines may."""
+def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
+    """Refuse processes that see other images, begin with another model or chose otherwise, as two machines may."""
     if ranks.world == 1:
         return
+    choices = ranks.gather(chosen)
+    for name, first in choices[0].items():
+        other = next((rank for rank, found in enumerate(choices) if found[name] != first), None)
+        if other is not None:
+            flag = configs.flag(name)
+            raise ConfigError(
+                f"process {other} has {flag} {choices[other][name]}, process 0 {first}: give {flag} yourself"
+            )
     weights = sum(p.detach().cpu().double().sum().item() for p in model.parameters())
     for what, values in (("images", ranks.gather(images.fingerprint)), ("model", ranks.gather(weights))):
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)

@@ -14,9 +14,11 @@ import pytest
 from fastsmooth.config import (
     FIELDS,
     FREE_ON_RESUME,
+    RESOLVED_ONCE,
     SETS,
     Config,
     ConfigError,
+    as_before,
     exact,
     flag,
     idle,
@@ -564,6 +566,95 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     assert "not a text file" in refusal(parse, ["--config", str(path)])
 
 
+def json_file(folder, content, name="flags.json"):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["flags.json", "flags"])  # known by its name or by what it holds
+def test_a_file_may_be_json(name, tmp_path):
+    content = {"lr": 0.5, "eps": [0.5, 1], "mode": "critical", "drop_last": True, "deterministic": False, "k2": None}
+    path = json_file(tmp_path, content, name)
+    assert given("--config", path) == {"lr": 0.5, "eps": (0.5, 1.0), "mode": "critical", "drop_last": True}
+    assert given("--config", path, "--lr", 2)["lr"] == 2
+
+
+STARTED = [
+    [],
+    ["--method", "hybrid", "--decay-epoch", 4, "--seed", 9],
+    ["--dataset", "cifar100", "--optimizer", "shb", "--method", "beta", "--beta", 0.9],
+    ["--dataset", "cifar100", "--lr", 0.2, "--c2", 7],
+    ["--mode", "critical", "--eps", 0.5, 1 / 3, "--out", "runs/x", "--max-time", "3h"],
+    ["--dataset", "folder", "--data-dir", "flowers", "--image-size", 96, "--sync-bn"],
+    ["--budget", "updates=100", "--batchsize", 64],
+    ["--compat", "original", "--decay-epoch", 7],
+]
+
+
+@pytest.mark.parametrize("line", STARTED, ids=lambda line: " ".join(map(str, line)) or "nothing")
+def test_the_config_of_a_run_is_a_file_of_the_flags_it_was_started_with(line, tmp_path):
+    started = config(*line)
+    if started.budget:  # as a run writes it, once its images are known
+        started = dataclasses.replace(started, epochs=3, decay_epoch=1)
+    path = save(tmp_path, started) / "config.json"
+    again = config("--config", path)
+    assert given("--config", path).keys() <= given(*line).keys() - {"out"}
+    expected = dataclasses.replace(config(*line), out=None)
+    if "--compat" in line:  # where it has no effect it is not taken along
+        expected = dataclasses.replace(expected, decay_epoch=again.decay_epoch)
+    assert again == expected
+
+
+def test_what_was_filled_in_for_a_run_is_filled_in_anew(tmp_path):
+    path = save(tmp_path, config("--dataset", "cifar100")) / "config.json"
+    assert config("--config", path).c2 == 1280
+    elsewhere = config("--config", path, "--lr", 0.2, "--epochs", 50)
+    assert (elsewhere.c2, elsewhere.decay_epoch) == (None, 10)  # published for lr 0.1 alone; a fifth of the epochs
+    assert config("--config", path, "--budget", "epochs=9").budget == "epochs=9"
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ("{", "not JSON"),
+        ('{"lr": 1', "not JSON"),
+        ("[1]", "not JSON of flags"),
+        ('{"lr": NaN}', "not a finite number"),
+        ('{"lr": -1}', "out of range"),
+        ('{"lr": {"a": 1}}', "[lr] is a table"),
+        ('{"colour": 1}', "unknown flag --colour"),
+        ('{"plan": true}', "belongs on the command line"),
+        ('{"resume": false, "lr": 0.1}', "is damaged"),
+        ("[" * 100_000, "not JSON"),
+        ('{"lr": ' + "1" * 5000 + "}", "not JSON"),
+    ],
+)
+def test_a_json_file_is_refused_with_its_name_and_the_reason(tmp_path, content, part):
+    path = json_file(tmp_path, content)
+    message = refusal(parse, ["--config", str(path)])
+    assert message.startswith(f"--config {path}") and part in message
+
+
+def test_a_run_finds_its_images_from_any_directory(tmp_path, monkeypatch):
+    """Where they lay, should that still be; else where the flag says, from here."""
+    (tmp_path / "home" / "images").mkdir(parents=True)
+    (tmp_path / "away" / "images").mkdir(parents=True)
+    run = save(tmp_path / "home" / "run", config("--dataset", "folder", "--data-dir", "images"))
+    (run / "env.json").write_text(json.dumps({"data_dir": str(tmp_path / "home" / "images")}))
+    monkeypatch.chdir(tmp_path / "away")
+    assert (
+        read_saved(run).data_dir
+        == config("--config", run / "config.json").data_dir
+        == str(tmp_path / "home" / "images")
+    )
+    assert resumed({"resume": True, "out": str(run)}).data_dir == str(tmp_path / "home" / "images")
+    assert resumed({"resume": True, "out": str(run), "data_dir": "images"}).data_dir == "images"
+    for content in ("{}", "[", '{"data_dir": 3}', '{"data_dir": "/nowhere"}', '{"data_dir": "a\\u0000b"}'):
+        (run / "env.json").write_text(content)
+        assert read_saved(run).data_dir == "images"
+
+
 # --- config.json and --resume
 
 
@@ -638,7 +729,7 @@ def test_resume_takes_a_moved_folder(tmp_path):
     assert resumed(given("--resume", "--out", save(tmp_path, started))).out == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE_ON_RESUME))
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE_ON_RESUME - set(RESOLVED_ONCE)))
 def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
     started = config(*RUN, "--out", tmp_path)
     save(tmp_path, started)
@@ -648,6 +739,29 @@ def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
     assert f"{flag(name)} {shown(before)}, not {shown(after)}" in message and str(tmp_path) in message
     if before is not None:
         resumed({"resume": True, "out": str(tmp_path), name: before})
+
+
+@pytest.mark.parametrize("name", RESOLVED_ONCE)
+def test_resume_lets_what_auto_chose_be_named_and_nothing_else(name, tmp_path):
+    started = config(*RUN, "--track-noise", "every=9", "--out", tmp_path)
+    assert getattr(started, name) == "auto"
+    save(tmp_path, started)
+    named = other(name, "auto")
+    again = resumed({"resume": True, "out": str(tmp_path), name: named})
+    assert again == dataclasses.replace(started, resume=True, **{name: named})
+    save(tmp_path, again)
+    message = refusal(resumed, {"resume": True, "out": str(tmp_path), name: "auto"})
+    assert f"{flag(name)} {named}, not auto" in message
+
+
+def test_what_auto_chose_before_is_chosen_again(tmp_path):
+    before = {"device": "cuda", "loader": "dali", "compile": "on", "kernels": "triton", "estimator": "micro-batch"}
+    c = config("--track-noise", "every=9", "--loader", "threads")
+    again = as_before(c, before | {"torch": "2.10"}, "checkpoints")
+    assert again == dataclasses.replace(c, **before | {"loader": "threads"})
+    assert as_before(c, {}, "checkpoints") == c
+    for name, value in (("kernels", "fast"), ("device", "abacus"), ("compile", 3), ("estimator", None)):
+        assert refusal(as_before, c, {name: value}, "checkpoints").startswith(f"checkpoints: {flag(name)}")
 
 
 def test_only_places_times_and_trackers_are_free_on_resume():

@@ -15,6 +15,7 @@ ALLOWED = {
     "config": {"files"},
     "schedule": set(),
     "clock": set(),
+    "machine": {"config", "log"},
     "log": {"files"},
     "checkpoint": {"files"},
     "runs": {"files"},
