@@ -90,30 +90,31 @@ def within_budget(c: Config, images: int) -> Config:
     def lasting(epochs: int) -> Config:
         return dataclasses.replace(c, epochs=epochs, decay_epoch=c.decay_epoch or max(1, epochs // 5))
 
-    if unit == "epochs":
-        most = 1
-    else:  # what an epoch holds at most: the batch never falls, and all images are samples
-        most = training(lasting(1), images)["updates"] if unit == "updates" else images
+    def held(epochs: int) -> int:
+        return training(lasting(epochs), images)[unit]
+
+    # what an epoch holds at most: the first one's updates, since the batch never falls
+    most = images if unit == "samples" else held(1)
     longest = configs.MOST_EPOCHS
     few = (amount - 1) // most  # so many epochs are too few
     enough = few + 1
-    while enough <= longest and unit != "epochs" and training(lasting(enough), images)[unit] < amount:
-        few, enough = enough, min(2 * enough, max(longest, enough + 1))
+    while enough <= longest and held(enough) < amount:
+        few, enough = enough, longest if enough < longest <= 2 * enough else 2 * enough
     if enough > longest:
         raise ConfigError(f"--budget {c.budget} takes over {longest:,} epochs: lower it")
     while enough - few > 1:
         middle = (few + enough) // 2
-        few, enough = (few, middle) if training(lasting(middle), images)[unit] >= amount else (middle, enough)
+        few, enough = (few, middle) if held(middle) >= amount else (middle, enough)
     return lasting(enough)
 
 
 def training(c: Config, images: int) -> dict[str, int]:
-    """The updates and samples of all epochs."""
+    """How many epochs, and the updates and samples of all of them."""
     updates = samples = 0
     for epochs, size in make_schedule(c, images).stages():
         in_each = updates_of(images, size, c.drop_last)
         updates, samples = updates + epochs * in_each, samples + epochs * min(in_each * size, images)
-    return {"updates": updates, "samples": samples}
+    return {"epochs": c.epochs, "updates": updates, "samples": samples}
 
 
 def epochs_done(c: Config, schedule: Schedule, images: int) -> Iterator[tuple[int, int]]:
