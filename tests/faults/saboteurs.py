@@ -198,7 +198,7 @@ def elsewhere(what: str, stop: int | None) -> None:
         "no compiler": lambda: setattr(native, "library", lambda: None),
         "little memory": lambda: setattr(data, "fits", lambda *_: (False, "little memory")),
         "no DALI": lambda: setattr(data.dali, "available", lambda: False),
-        "DALI": lambda: setattr(data, "choose", lambda *_: ("dali", "the fastest")),
+        "DALI": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"loader": "dali"}),
         "many processors": lambda: setattr(machine, "processors", lambda: 64),
         "one processor": lambda: setattr(machine, "processors", lambda: 1),
         "another torch": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"torch": "1.0"}),

@@ -299,8 +299,6 @@ def test_what_cannot_be_kept_is_said_in_one_line(name, tmp_path, cases):
     if cases("another machine on resume: what is not as before is said, or refused", 1, few) == 0:
         pytest.skip("with --full")
     first, second, flags, code, words = OTHERWISE[name]
-    if first == "DALI":
-        pytest.importorskip("nvidia.dali")
     if second == "no compiler" and native.library() is None:
         pytest.skip("there is no C++ compiler here")
     process = start(SHORT, tmp_path / "run", functools.partial(saboteurs.elsewhere, first, 11))
