@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.files import read_file
+from fastsmooth.files import read_file, read_object
 from fastsmooth.messages import command, show
 from fastsmooth.names import about_flag, about_value, hint
 from fastsmooth.terminal import columns
@@ -91,15 +91,23 @@ SETS = {
     ),
 }
 
-# Published bounds (optimizer, model) -> (C^2, K^2), at lr 0.1 and beta 0.9 on CIFAR-100.
+# Published bounds (data set, optimizer, model, lr, momentum) -> (C^2, K^2), from critical batch sizes at eps 0.5; they say
+# nothing of another data set, network, learning rate or momentum.
 PUBLISHED = {
-    ("sgd", "resnet18"): (1280.0, None),
-    ("shb", "resnet18"): (25.318, 1.77**2),
-    ("nshb", "resnet18"): (128.0, 4.5**2),
-    ("sgd", "wrn-28-10"): (10.0, None),
-    ("shb", "wrn-28-10"): (0.79, 1.66**2),
-    ("nshb", "wrn-28-10"): (1.0, 4.262**2),
+    ("cifar100", "sgd", "resnet18", 0.1, 0.0): (1280.0, None),  # arXiv 2402.02325 and its reviews
+    ("cifar100", "shb", "resnet18", 0.1, 0.9): (
+        25.318,
+        1.77**2,
+    ),  # the same; its code (main.py at 1f49b05) has all digits
+    ("cifar100", "nshb", "resnet18", 0.1, 0.9): (128.0, 4.5**2),
+    ("cifar100", "sgd", "wrn-28-10", 0.1, 0.0): (10.0, None),
+    ("cifar100", "shb", "wrn-28-10", 0.1, 0.9): (0.79, 1.66**2),  # the code
+    ("cifar100", "nshb", "wrn-28-10", 0.1, 0.9): (1.0, 4.262**2),
 }
+# What else the published code trained with: another value is another gradient noise.
+PUBLISHED_WITH = {"augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0}
+
+PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}  # of the published code, some without effect
 
 METHODS = (
     "constant", "lr", "batch", "hybrid", "poly", "cosine", "exp", "beta", "lr-beta", "beta-batch", "lr-batch",
@@ -277,6 +285,7 @@ class Config:
     seed: int = option(0, "run", "of weights, order and augmentation", whole(0), metavar="N")
     device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", device, metavar="DEV")
     compile: str = option("auto", "run", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
+    kernels: str = option("auto", "run", "native: C++, on CPUs; triton: on NVIDIA GPUs; reference: plain PyTorch", choices=("auto", "native", "triton", "reference"))
     precision: str = option("fp32", "run", "of the forward and backward pass", choices=("fp32", "tf32", "bf16"))
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
@@ -309,9 +318,14 @@ class Config:
         return (unit, int(amount)) if unit else None
 
     @property
-    def unit_constants(self) -> bool:
-        """True where delta is in units of C (and K): no constant was given and none is published for this model."""
-        return self.c2 is None
+    def assumed(self) -> tuple[str, ...]:
+        """The constants behind delta that are taken as 1: not given, and not published for this setting."""
+        return (("c2",) if self.c2 is None else ()) + (("k2",) if self.k2 is None and uses_k2(self) else ())
+
+    @property
+    def delta_unit(self) -> str:
+        """What follows a delta: nothing where its constants are known."""
+        return {(): "", ("c2",): " C"}.get(self.assumed, f" ({' = '.join([*self.assumed, '1'])})")
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
@@ -319,6 +333,8 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its result.
+# Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it again.
+RESOLVED_ONCE = ("device", "loader", "compile", "kernels", "estimator")
 FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers"}
 
 
@@ -343,9 +359,11 @@ def check(c: Config) -> None:
         raise ConfigError(
             "--budget has no meaning with --mode sampling, which ends at the last of --steps: use --epochs"
         )
-    twice = next((step for step in c.steps or () if c.steps.count(step) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"--steps names {twice} more than once: give every update once")
+    for name, thing in (("steps", "update"), ("eps", "threshold")):
+        values = getattr(c, name) or ()
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"--{name} names {twice} more than once: give every {thing} once")
     if c.estimator != "auto" and c.track_noise is None:
         raise ConfigError("--estimator has no effect without --track-noise every=N")
     if c.bn in ("batch", "frozen"):
@@ -412,20 +430,31 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
 
 def constants(c: Config) -> dict[str, float]:
     """The published C^2 and K^2 where none were given; a schedule that is solved from them refuses to guess."""
-    c2, k2 = PUBLISHED.get((c.optimizer, c.model), (None, None))
+    as_published = all(getattr(c, name) == value for name, value in PUBLISHED_WITH.items())
+    c2, k2 = PUBLISHED.get(setting(c), (None, None)) if as_published else (None, None)
     found = {}
     if c.c2 is None and c2 is not None:
         found["c2"] = c2
     if c.k2 is None and k2 is not None and (c.c2 is None or uses_k2(c)):
         found["k2"] = k2
-    known_c2 = c.c2 is not None or "c2" in found
-    known_k2 = c.k2 is not None or "k2" in found
-    if c.method in SOLVED and uses_k2(c) and not (known_c2 and known_k2):
+    if c.method in SOLVED and uses_k2(c) and dataclasses.replace(c, **found).assumed:
         raise ConfigError(
             f"--method {c.method} with {c.optimizer} is solved from the noise constants, and none are published for "
-            f"{c.model}: give --c2 and --k2 (measure them with --mode sampling)"
+            f"{setting_of(c)}: give --c2 and --k2 (measure them with --mode sampling)"
         )
     return found
+
+
+def setting(c: Config) -> tuple[str, str, str | None, float | None, float]:
+    """What the constants are published by."""
+    return c.dataset, c.optimizer, c.model, c.lr, c.momentum
+
+
+def setting_of(c: Config) -> str:
+    """The same in words, with what keeps published constants from it."""
+    words = f"{c.optimizer} with {c.model} on {c.dataset} at lr {c.lr:g}" + (f", beta {c.beta:g}" if c.momentum else "")
+    others = [f"{flag(name)} {getattr(c, name)}" for name, value in PUBLISHED_WITH.items() if getattr(c, name) != value]
+    return " ".join([words, *others]) if setting(c) in PUBLISHED else words
 
 
 def uses_k2(c: Config) -> bool:
@@ -446,8 +475,14 @@ HINTS = {  # where a flag has no effect with this value of the flag that it hang
 
 
 def refuse_idle(given: dict[str, Any], c: Config) -> None:
-    """A flag that would change nothing is a misunderstanding: say so instead of ignoring it."""
+    """A flag that would change nothing is a misunderstanding: say so instead of ignoring it.
+
+    The published command lines have theirs always, so under --compat original those pass; not the --power of exp, which was
+    its factor there.
+    """
     for name in idle(given, c):
+        if c.compat == "original" and name in PUBLISHED_FLAGS and (name, c.method) != ("power", "exp"):
+            continue
         only = FIELDS[name].metadata["only"]
         values = " or ".join(sorted(only[1], key=str))
         hint = HINTS.get((name, getattr(c, only[0])), "")
@@ -568,7 +603,10 @@ def parser() -> Parser:
         groups[meta["group"]].add_argument(*names, dest=name, help=shown.replace("%", "%%"), **kind)
     other = p.add_argument_group("other")
     other.add_argument(
-        "--config", metavar="FILE", type=text, help="a TOML file of flags; the command line overrides it"
+        "--config",
+        metavar="FILE",
+        type=text,
+        help="a TOML file of flags, or config.json of a run; the command line overrides it",
     )
     other.add_argument("--plan", action="store_true", help="print the schedule and its cost, touch no data")
     other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
@@ -610,7 +648,13 @@ def parse(argv: list[str]) -> Request:
         raise ConfigError("--json goes with --plan")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if path is not None:
-        given = read_toml(p, path) | given
+        lengths = {"epochs", "budget"}  # two ways to say one thing
+        read = {
+            name: value
+            for name, value in read_flags(p, path).items()
+            if not (name in lengths and lengths & given.keys())
+        }
+        given = read | given
     return Request(given, **extra)
 
 
@@ -622,28 +666,49 @@ def plain(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def read_toml(p: Parser, path: str) -> dict[str, Any]:
+def read_flags(p: Parser, path: str) -> dict[str, Any]:
+    """The flags in a TOML or JSON file, or those that a run was started with, out of its config.json."""
     source = f"--config {path}"
-    table = toml_table(path, source)
+    if path.endswith(".json") or text_of(path, source).lstrip().startswith("{"):  # with which no TOML begins
+        table = json_table(path, source)
+        if "resume" in table:  # as every run's has, and no file of flags
+            return flags_of(at_home(saved_config(table, source), Path(path).parent))
+    else:
+        table = toml_table(path, source)
     for key in table:
         if key.replace("-", "_") in {"config", "resume"} | REQUESTS:
             raise ConfigError(f"{source}: {key} belongs on the command line")
     return from_table(p, table, source)
 
 
-def toml_table(path: str, source: str) -> dict[str, Any]:
-    """What a TOML file of flags holds. Raises ConfigError, before it reads a file that is too large to be one."""
+def text_of(path: str, source: str) -> str:
+    """The text of a file of flags. Raises ConfigError, before it reads a file that is too large to be one."""
     try:
-        content = read_file(Path(path), LARGEST_TOML).decode()
+        return read_file(Path(path), LARGEST_TOML).decode()
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}: give a TOML file of flags") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: not a text file: give a TOML file of flags") from None
+
+
+def json_table(path: str, source: str) -> dict[str, Any]:
+    """What a JSON file of flags holds, less its nulls. Raises ConfigError."""
+    try:
+        table = json.loads(text_of(path, source))
+        return {key: value for key, value in table.items() if value is not None}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{source}: not JSON of flags: {error}: give the config.json of a run") from None
+
+
+def toml_table(path: str, source: str) -> dict[str, Any]:
+    """What a TOML file of flags holds. Raises ConfigError."""
+    content = text_of(path, source)
+    try:
         if any(line.count(".") > MOST_DOTS for line in content.splitlines()):
             raise RecursionError
         table = tomllib.loads(content)
         str(table)  # raises ValueError for more digits than Python writes: of a hexadecimal number it reads them
         return table
-    except OSError as error:
-        raise ConfigError(f"{source}: {error.strerror}: give a TOML file of flags") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{source}: not a text file: give a TOML file of flags") from None
     except RecursionError:
         raise ConfigError(
             f"{source}: not TOML of flags: it is nested too deep: write plain lines such as lr = 0.1"
@@ -688,15 +753,46 @@ def read_saved(folder: Path) -> Config:
         raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
+    return at_home(saved_config(given, str(path)), folder)
+
+
+def saved_config(given: dict[str, Any], source: str) -> Config:
+    """The Config in the table of a run's config.json. Raises ConfigError."""
     filled = {*SETS["digits"].defaults, "decay_epoch", "draws"}  # by resolve(), for every data set
     lacking = sorted(filled - given.keys())
     if lacking:
-        raise ConfigError(f"{path} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
-    found = from_table(parser(), given, str(path))
+        raise ConfigError(f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
+    found = from_table(parser(), given, source)
     stranger = next((name for name in found if name not in FIELDS), None)
     if stranger:
-        raise ConfigError(f"{path} is damaged, so the run cannot be identified: {stranger} is no setting of a run")
+        raise ConfigError(f"{source} is damaged, so the run cannot be identified: {stranger} is no setting of a run")
     return Config(**found)
+
+
+def at_home(c: Config, folder: Path) -> Config:
+    """`c` with its images where they lay when the run in `folder` was started, wherever this process was."""
+    home = (read_object(folder / "env.json") or {}).get("data_dir")
+    if isinstance(home, str) and home.isprintable() and os.path.isdir(home):
+        return dataclasses.replace(c, data_dir=home)
+    return c
+
+
+def flags_of(c: Config) -> dict[str, Any]:
+    """The fewest flags that make this Config, but for where it runs: what was given, as far as it can be told."""
+    left = {name: getattr(c, name) for name, f in FIELDS.items() if getattr(c, name) != f.default}
+    left = {name: value for name, value in left.items() if name not in ("out", "resume")}
+    if c.budget is not None:  # the images said how many epochs that is
+        steps = {"decay_epoch"} if c.decay_epoch == max(1, c.epochs // 5) else set()
+        left = {name: value for name, value in left.items() if name not in {"epochs"} | steps}
+    left = without_idle(left)
+    whole = resolve(left)
+    for name in list(left):
+        rest = {other: value for other, value in left.items() if other != name}
+        try:
+            left = rest if resolve(rest) == whole else left
+        except ConfigError:
+            continue
+    return left
 
 
 def resumed(given: dict[str, Any]) -> Config:
@@ -706,14 +802,28 @@ def resumed(given: dict[str, Any]) -> Config:
     saved = read_saved(Path(given["out"]))
     if given.get("method") == "sampling":
         given = {key: value for key, value in given.items() if key != "method"} | {"mode": "sampling"}
+    # what auto chose may give way to what is asked for
+    free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
     for name, value in given.items():
         before = getattr(saved, name)
-        if name not in FREE_ON_RESUME and value != before:
+        if name not in free and value != before:
             was = f"has {flag(name)} {shown(before)}, not {shown(value)}"
             if before is None or before is False:
                 was = f"was started without {flag(name)}"
             raise ConfigError(f"--resume: the run in {given['out']} {was}: leave the flag out, or start a new run")
-    return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in FREE_ON_RESUME})
+    return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in free})
+
+
+def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:
+    """`c` with what `auto` chose before, read from a checkpoint. Raises ConfigError where that is nothing it can choose."""
+    names = [name for name in RESOLVED_ONCE if getattr(c, name) == "auto" and name in chosen]
+    return dataclasses.replace(c, **from_table(parser(), {name: str(chosen[name]) for name in names}, source))
+
+
+def exact(value: float) -> str:
+    """The number in as few digits as read back as the same: 0.5, 1, 1e-05, 0.5000001."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def shown(value: Any) -> str:

@@ -21,7 +21,7 @@ from fastsmooth.schedule import Smoothing
 WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
 NO_RESULT = {
     "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers", "chunk", "loader",
-    "checkpoint_every", "log_every", "track_noise", "estimator", "device", "decay_epoch", "epochs", "budget", "max_updates",
+    "checkpoint_every", "log_every", "track_noise", "estimator", "device", "kernels", "decay_epoch", "epochs", "budget", "max_updates",
 }  # fmt: skip
 FLAT = (
     0.1  # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published as very flat
@@ -169,16 +169,17 @@ def analyse(runs: Iterable[SavedRun]) -> list[Analysis]:
             groups.setdefault(repr(sorted(settings(run.config).items())), []).append(run)
     found = []
     for members in groups.values():
-        thresholds = sorted({name for run in members for name in run.critical["crossings"]}, key=float)
-        found += [analyse_group(members, name) for name in thresholds]
+        thresholds = sorted({float(name) for run in members for name in run.critical["crossings"]})
+        found += [analyse_group(members, eps) for eps in thresholds]
     return found
 
 
-def analyse_group(runs: list[SavedRun], threshold: str) -> Analysis:
+def analyse_group(runs: list[SavedRun], eps: float) -> Analysis:
     batches: dict[int, list[dict[str, Any] | None]] = {}
     for run in sorted(runs, key=lambda run: run.critical["seed"]):
-        if threshold in run.critical["crossings"]:
-            batches.setdefault(run.critical["batch_size"], []).append(run.critical["crossings"][threshold])
+        crossings = {float(name): value for name, value in run.critical["crossings"].items()}
+        if eps in crossings:
+            batches.setdefault(run.critical["batch_size"], []).append(crossings[eps])
     results = tuple(
         BatchResult(
             size,
@@ -193,7 +194,7 @@ def analyse_group(runs: list[SavedRun], threshold: str) -> Analysis:
     squares = [run.critical["grad_norm_rms"] ** 2 for run in runs if number(run.critical.get("grad_norm_rms"))]
     return Analysis(
         settings(config),
-        float(threshold),
+        eps,
         results,
         smoothing.critical_factor(runs[0].critical["momentum"]),
         max(largest) ** 2 if largest else None,

@@ -326,7 +326,7 @@ def devices(c: Config, torch, pick_device) -> Iterator[Row]:
         return
     yield Row("device", f"--device {c.device} is {device}")
     for where in dict.fromkeys((device, torch.device("cpu"))):
-        yield kernels(where, torch)
+        yield kernels(where, torch, c.kernels if where == device else "auto")
 
 
 def gpu(number: int, torch) -> Row:
@@ -349,18 +349,21 @@ def no_gpu(torch, said: list[str]) -> Row:
     return Row("GPU", text)
 
 
-def kernels(device, torch) -> Row:
-    """Which implementation runs on the device; for a CPU this builds it."""
+def kernels(device, torch, asked: str) -> Row:
+    """Which implementation runs on the device, of which `asked` is asked for; for a CPU this builds it."""
     name = f"{device.type} kernels"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             from fastsmooth.kernels import backend, native
 
+            backend.use(asked, device)
             chosen = backend.choose(device, torch.float32)
         except Exception as error:
             return Row(name, f"cannot be chosen: {described(error)}", BAD)
     messages = [warning.message for warning in said]
+    if asked not in ("auto", chosen):
+        return Row(name, f"--kernels {asked} cannot run here: give --kernels {chosen}", BAD)
     if chosen == "native":
         return Row(name, "; ".join([f"native: C++, built by {native.compiler()}", *map(one_line, messages)]))
     if chosen == "triton":

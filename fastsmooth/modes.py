@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsmooth import measure
 from fastsmooth.checkpoint import Checkpoints
 from fastsmooth.clock import Clock
-from fastsmooth.config import Config
+from fastsmooth.config import Config, exact
 from fastsmooth.data import Data, Stream
 from fastsmooth.data.order import in_order, subset
 from fastsmooth.files import new_aside, rename, writing
@@ -29,7 +29,7 @@ from fastsmooth.log import RunFolder, Tracker, Unwritten
 from fastsmooth.messages import CannotWrite, warn
 from fastsmooth.progress import Progress
 from fastsmooth.ranks import Ranks
-from fastsmooth.schedule import Point, Schedule
+from fastsmooth.schedule import Point, Schedule, memory
 from fastsmooth.step import Step
 from fastsmooth.tails import NoiseStatistics
 from fastsmooth.track import NoiseTracker
@@ -95,6 +95,7 @@ def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
     """Raises ValueError where what a checkpoint says of its place in the run is nothing that a run has saved."""
     most = {"epoch": epochs, "update": math.inf, "samples": math.inf}
     places = [(name, state[name], limit) for name, limit in most.items()]
+    places.append(("eval_chunk", state["eval_chunk"], math.inf))
     places += [(name, state["data"][name], limit) for name, limit in (("epoch", epochs), ("cursor", images))]
     for name, value, limit in places:
         if type(value) is not int or not 0 <= value <= limit:
@@ -130,6 +131,7 @@ class Run:
     enough: bool = False  # a mode has what it wanted: no update comes after this one
     record: measure.NormRecord | None = None
     noise: NoiseTracker | None = None
+    made_with: dict[str, Any] = field(default_factory=dict)  # what the bits depend on besides the flags
     noise_points: list[dict[str, Any]] = field(default_factory=list)  # the points of noise.json
 
     def __post_init__(self) -> None:
@@ -304,6 +306,8 @@ class Run:
             "noise": self.noise.state_dict() if self.noise else None,
             "rng": self.ranks.gather((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None)),
             "metrics_bytes": self.folder.sync(),
+            "made_with": self.made_with,
+            "eval_chunk": self.eval_chunk,
             "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
         }
 
@@ -326,6 +330,7 @@ class Run:
             torch.set_rng_state(rng)
             if cuda_rng is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda_rng, self.device)
+        self.eval_chunk = max(state["eval_chunk"], 1)
         self.epoch_seconds_before = state["epoch_seconds"]
 
     # Measuring --------------------------------------------------------------------------------------------------
@@ -515,11 +520,11 @@ def report_crossings(run: Run, per_epoch: int, every: int) -> None:
         served = n - n % batch if c.drop_last else n
         samples = epochs * served + rest * batch
         entry = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples, "censored": step == earliest}
-        crossings[f"{eps:g}"] = entry if step else None
+        crossings[exact(eps)] = entry if step else None
         found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
         if step == earliest:
             found += ", the first that counts, so no crossing: it may have been there before (--min-epochs, --eps)"
-        run.progress.say(f"eps {eps:g}: {found}")
+        run.progress.say(f"eps {exact(eps)}: {found}")
     about = {
         "criterion": c.criterion,
         "optimizer": c.optimizer,
@@ -544,14 +549,6 @@ def measured_function(run: Run, chunk: int) -> str:
         else "evaluation mode: BatchNorm with running statistics"
     )
     return f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the model in {how}"
-
-
-FORGOTTEN = 1e-3  # the share of a buffer's content that is left where its history is said to begin
-
-
-def memory(momentum: float) -> int:
-    """The updates after which a momentum buffer has forgotten all but FORGOTTEN of what was in it."""
-    return math.ceil(math.log(FORGOTTEN) / math.log(momentum)) if momentum else 0
 
 
 def sampling(run: Run) -> None:

@@ -27,16 +27,25 @@ def span(seconds: float) -> str:
 class Progress:
     """Told of every update and epoch; prints to stdout. `total` is the samples that the whole run will process.
 
-    `quiet`: another process of the same run does the talking.
+    `quiet`: another process of the same run does the talking. `delta_unit` follows every delta.
     """
 
-    def __init__(self, epochs: int, epoch_samples: int, total: int, done: int, device_name: str, quiet: bool = False):
+    def __init__(
+        self,
+        epochs: int,
+        epoch_samples: int,
+        total: int,
+        done: int,
+        device_name: str,
+        quiet: bool = False,
+        delta_unit: str = "",
+    ):
         self.epochs, self.epoch_samples, self.device_name = epochs, epoch_samples, device_name
         self.total, self.begun_at = total, done
         self.started = self.last_line = time.monotonic()
         self.announced = False
         self.bar = self.task = None
-        self.quiet = quiet
+        self.quiet, self.delta_unit = quiet, delta_unit
         self.at_work = Fields(("speed", "batch", "lr", "loss", "left"))
         self.finished = Fields(("speed", "test loss", "c2", "momentum", "delta", "left", "batch", "lr", "train loss"))
         if on_terminal(sys.stdout) and not quiet:
@@ -105,7 +114,7 @@ class Progress:
             "lr": f"lr {row['lr']:.4g}",
             "batch": f"batch {row['batch_size']}",
             "momentum": f"momentum {row['momentum']:.4g}" if row["momentum"] else "",
-            "delta": f"delta {row['delta']:.4g}" if row["delta"] is not None else "",
+            "delta": f"delta {row['delta']:.4g}{self.delta_unit}" if row["delta"] is not None else "",
             "c2": f"c2_sampled {row['c2_sampled']:.4g}" if row["c2_sampled"] is not None else "",
             "train loss": f"train loss {row['train_loss']:.4f}",
             "test loss": f"test loss {row['test_loss']:.4f}",

@@ -1,6 +1,7 @@
 """What lr, batch size and momentum are at every epoch, and how far the resulting noise smooths the loss.
 
-A method is one function epoch -> Point in the table METHODS. Loader, optimizer and log read the same Point.
+A method is a row of the table METHODS: how it changes the learning rate and the batch, and which of the three is solved
+for. Loader, optimizer and log read the same Point.
 Formulas: degree of smoothing delta, P1 (arXiv 2311.08745) and P2 (arXiv 2402.02325);
 schedules with round m = epoch + 1 of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and hybrid
 HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same factor of delta
 
-# Published growth of the batch by its size at the start: b (201/2)^(0.9 balance) is near 8192 for all.
 MOST = 2**62  # a batch that no data set can fill
+SLACK = 1e-13  # of a target delta, far above the rounding of delta and far below what matters
+# Published growth of the batch by its size at the start: b (201/2)^(0.9 balance) is near 8192 for all.
 BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 512: 2 / 3, 1024: 0.5}
 
 
@@ -29,6 +31,14 @@ class Point:
     momentum: float
 
 
+FORGOTTEN = 1e-3  # the share of a momentum buffer's content that is left where its history is said to begin
+
+
+def memory(momentum: float) -> int:
+    """The updates after which a momentum buffer has forgotten all but FORGOTTEN of what was in it."""
+    return math.ceil(math.log(FORGOTTEN) / math.log(momentum)) if momentum else 0
+
+
 @dataclass(frozen=True)
 class Smoothing:
     """The noise model behind delta: the optimizer's form and the constants C^2 and K^2."""
@@ -39,11 +49,11 @@ class Smoothing:
     nu: float = 1.0
     nshb_form: str = "v3"
 
-    def degree(self, lr: float, batch_size: int, momentum: float) -> float:
+    def degree(self, lr: float, batch_size: float, momentum: float) -> float:
         """delta, the degree of smoothing: lr times the bound on E||search direction - full gradient||."""
         return lr * math.sqrt(self.noise(batch_size, momentum))
 
-    def noise(self, batch_size: int, beta: float) -> float:
+    def noise(self, batch_size: float, beta: float) -> float:
         """The bound psi^2 on E||m_t - grad f(x_t)||^2."""
         variance = self.grad_variance / batch_size
         if self.optimizer == "sgd":
@@ -65,22 +75,51 @@ class Smoothing:
         nu = 1.0 if self.optimizer == "nshb" else self.nu
         return 1 + nu * beta / (1 - beta)
 
-    def solve_momentum(self, target: float, lr: float, batch_size: int, highest: float) -> float:
+    def solve_momentum(self, target: float, lr: float, batch_size: float, highest: float) -> float:
         """The beta in [0, highest] whose delta is `target`; the nearer end where no such beta exists.
 
-        delta grows with beta for every form, so bisection to the last bit of a double is safe.
+        delta grows with beta for every form, so bisection to the last bit of a double is safe. Only near the root is delta
+        computed: elsewhere two points on either side of it, where delta is off by more than it can be rounded, tell.
         """
         if self.degree(lr, batch_size, 0.0) >= target:
             return 0.0
         if self.degree(lr, batch_size, highest) <= target:
             return highest
+        below = self.momentum_near(target * (1 - SLACK) / lr, batch_size)
+        above = self.momentum_near(target * (1 + SLACK) / lr, batch_size)
+        if not (0 < below < 1 and self.degree(lr, batch_size, below) < target * (1 - SLACK / 4)):
+            below = 0.0
+        if not (0 < above < 1 and self.degree(lr, batch_size, above) > target * (1 + SLACK / 4)):
+            above = 1.0
         low, high = 0.0, highest
         while low < (middle := (low + high) / 2) < high:
-            if self.degree(lr, batch_size, middle) < target:
+            if middle <= below or (middle < above and self.degree(lr, batch_size, middle) < target):
                 low = middle
             else:
                 high = middle
         return low
+
+    def momentum_near(self, psi: float, batch_size: float) -> float:
+        """The beta at which the noise is psi^2, but for rounding; nan where the numbers are too large to tell."""
+        variance = self.grad_variance / batch_size
+        bound = variance + self.grad_norm_bound_sq
+        excess = psi * psi - variance
+        if not 0 < excess < math.inf:
+            return math.nan
+        if self.optimizer == "shb":  # the root of (beta / (1 - beta))^2 + beta = u, by Newton's method from above
+            u = excess / bound
+            beta = min(math.sqrt(u) / (1 + math.sqrt(u)), 1 - 2**-53)
+            for _ in range(8):
+                odds = beta / (1 - beta)
+                step = (odds * odds + beta - u) / (2 * odds / (1 - beta) ** 2 + 1)
+                beta -= step
+                if abs(step) <= 1e-8 * beta:  # the next one would be its square
+                    break
+            return beta
+        if self.optimizer == "nshb" and self.nshb_form == "v1":
+            return math.sqrt(excess / (4 * bound))
+        nu = 1.0 if self.optimizer == "nshb" else self.nu
+        return excess / (nu * variance + excess)
 
 
 @dataclass(frozen=True)
@@ -98,10 +137,22 @@ class Schedule:
     shifted: bool = False  # the published code's indices, to compare with its curves
 
     def __call__(self, epoch: int) -> Point:
-        point = METHODS[self.method](self, epoch)
-        if self.largest_batch is not None and point.batch_size > self.largest_batch:
-            point = Point(point.lr, self.largest_batch, point.momentum)
-        return point
+        method, batch = METHODS[self.method], self.batch_solved_for(epoch)
+        lr, beta = method.lr(self, epoch), self.start.momentum
+        if method.solves == "lr" and epoch > 0:
+            lr = self.target(epoch) / self.smoothing.degree(1.0, batch, beta)
+        if method.solves == "momentum" and epoch > 0:
+            beta = self.smoothing.solve_momentum(self.target(epoch), lr, batch, beta)
+        return Point(lr, self.batch_size(epoch), beta)
+
+    def batch_size(self, epoch: int) -> int:
+        """What the loader serves; it never falls from one epoch to the next."""
+        batch = int(METHODS[self.method].batch(self, epoch))
+        return batch if self.largest_batch is None else min(batch, self.largest_batch)
+
+    def batch_solved_for(self, epoch: int) -> float:
+        """The batch of which lr or momentum are solved: the one that is served; the published code took the fraction."""
+        return METHODS[self.method].batch(self, epoch) if self.shifted else self.batch_size(epoch)
 
     def delta(self, point: Point) -> float:
         return self.smoothing.degree(point.lr, point.batch_size, point.momentum)
@@ -118,15 +169,22 @@ class Schedule:
 
     def largest_miss(self) -> tuple[int, float, float] | None:
         """(epoch, target delta, reached delta) where the method misses its target most, by over 2 %; None if never."""
-        if self.method not in SOLVED and self.method not in STEPPED:
+        if METHODS[self.method].solves == "momentum":
+            goal_of, reached_of = self.target, self.floor
+        elif self.method in STEPPED:
+            goal_of, reached_of = self.stepped_target, lambda epoch: self.delta(self(epoch))
+        else:
             return None
         worst, ratio = None, 1.02
-        for epoch, point in enumerate(self.points()):
-            goal = self.target(epoch) if self.method in SOLVED else self.stepped_target(epoch)
-            reached = self.delta(point)
+        for epoch in range(self.epochs):
+            goal, reached = goal_of(epoch), reached_of(epoch)
             if reached > ratio * goal:
                 worst, ratio = (epoch, goal, reached), reached / goal if goal else math.inf
         return worst
+
+    def floor(self, epoch: int) -> float:
+        """delta without momentum, below which a method that solves for the momentum cannot fall."""
+        return self.smoothing.degree(METHODS[self.method].lr(self, epoch), self.batch_solved_for(epoch), 0.0)
 
     def stepped_target(self, epoch: int) -> float:
         """delta of lr, batch and hybrid under plain SGD: 1/sqrt(2) at every step."""
@@ -139,38 +197,100 @@ class Schedule:
         """The same epochs as the learning rate; the published code was one epoch late."""
         return max(0, epoch - 1) // self.decay_epoch if self.shifted else self.steps_taken(epoch)
 
+    @cached_property
+    def published_batches(self) -> list[float]:
+        """The batch of every epoch as the published code grows it: a fraction, epoch by epoch, of which int() is served."""
+        batches = [float(self.start.batch_size)]
+        exponent = self.power * balance(self.start.batch_size)
+        for m in range(self.epochs - 1):
+            factor = (self.epochs - (m - 1)) / (self.epochs - m)
+            small = exponent * math.log(factor) < math.log(MOST / batches[-1])
+            batches.append(batches[-1] * factor**exponent if small else float(MOST))
+        return batches
+
     def points(self) -> Iterator[Point]:
         return map(self, range(self.epochs))
 
     def epoch_of(self, update: int, images: int, drop_last: bool = False) -> int:
         """The epoch of an update, both counted from 0, over `images` training images; the last one for what comes after."""
-        done = 0
-        for epoch, count in enumerate(self.updates(images, drop_last)):
-            done += count
-            if update < done:
-                return epoch
+        done = first = 0
+        for epochs, size in self.stages():
+            in_each = updates_of(images, size, drop_last)
+            if update < done + epochs * in_each:
+                return first + (update - done) // in_each
+            done, first = done + epochs * in_each, first + epochs
         return self.epochs - 1
+
+    def stages(self) -> Iterator[tuple[int, int]]:
+        """(how many epochs, batch size) of every stretch of epochs that have one batch size. Nothing is solved for it."""
+        first = 0
+        while first < self.epochs:
+            size, last, step = self.batch_size(first), first, 1
+            reached = False  # the end of the stretch: until then the steps double, then they halve
+            while step:
+                here = last + step < self.epochs and self.batch_size(last + step) == size
+                reached = reached or not here
+                last += step if here else 0
+                step = step // 2 if reached else 2 * step
+            yield last + 1 - first, size
+            first = last + 1
 
     def updates(self, images: int, drop_last: bool = False) -> list[int]:
         """Parameter updates in each epoch over `images` training images."""
-        return [images // p.batch_size if drop_last else -(-images // p.batch_size) for p in self.points()]
+        found: list[int] = []
+        for epochs, size in self.stages():
+            found += [updates_of(images, size, drop_last)] * epochs
+        return found
 
 
-def constant(s: Schedule, epoch: int) -> Point:
-    return s.start
+def updates_of(images: int, batch_size: int, drop_last: bool) -> int:
+    """Parameter updates in one epoch."""
+    return images // batch_size if drop_last else -(-images // batch_size)
 
 
-def step_lr(s: Schedule, epoch: int) -> Point:
-    return Point(s.start.lr * INV_SQRT2 ** s.steps_taken(epoch), s.start.batch_size, s.start.momentum)
+# What a method does to the learning rate and to the batch -------------------------------------------------------------
 
 
-def step_batch(s: Schedule, epoch: int) -> Point:
-    return Point(s.start.lr, grown(s.start.batch_size, 2, s.batch_steps_taken(epoch)), s.start.momentum)
+def same_lr(s: Schedule, epoch: int) -> float:
+    return s.start.lr
 
 
-def hybrid(s: Schedule, epoch: int) -> Point:
-    batch = grown(s.start.batch_size, 1.5, s.batch_steps_taken(epoch))
-    return Point(s.start.lr * HYBRID_LR ** s.steps_taken(epoch), batch, s.start.momentum)
+def stepped_lr(s: Schedule, epoch: int, factor: float) -> float:
+    return s.start.lr * factor ** s.steps_taken(epoch)
+
+
+def poly(s: Schedule, epoch: int) -> float:
+    return s.start.lr * (1 - epoch / s.epochs) ** s.power
+
+
+def cosine(s: Schedule, epoch: int) -> float:
+    return s.start.lr * (1 + math.cos(math.pi * epoch / s.epochs)) / 2
+
+
+def exponential(s: Schedule, epoch: int) -> float:
+    return s.start.lr * s.gamma**epoch
+
+
+def half_of_decay(s: Schedule, epoch: int) -> float:
+    """The square root of the target's decay, so that the momentum takes up the other half."""
+    return s.start.lr * s.remaining(epoch) ** (s.power / 2)
+
+
+def same_batch(s: Schedule, epoch: int) -> float:
+    return s.start.batch_size
+
+
+def stepped_batch(s: Schedule, epoch: int, factor: float) -> float:
+    """b factor^steps rounded down; the published code rounds down at every step."""
+    steps = s.batch_steps_taken(epoch)
+    return grown_by_steps(s.start.batch_size, factor, steps) if s.shifted else grown(s.start.batch_size, factor, steps)
+
+
+def grown_batch(s: Schedule, epoch: int) -> float:
+    """b (M / (M - e))^(power balance), as a whole number; the fraction under the published indices."""
+    if s.shifted:
+        return s.published_batches[epoch]
+    return grown(s.start.batch_size, s.remaining(epoch), -s.power * balance(s.start.batch_size))
 
 
 def grown(batch_size: int, factor: float, power: float) -> int:
@@ -180,38 +300,14 @@ def grown(batch_size: int, factor: float, power: float) -> int:
     return int(batch_size * factor**power)
 
 
-def poly(s: Schedule, epoch: int) -> Point:
-    return Point(s.start.lr * (1 - epoch / s.epochs) ** s.power, s.start.batch_size, s.start.momentum)
-
-
-def cosine(s: Schedule, epoch: int) -> Point:
-    lr = s.start.lr * (1 + math.cos(math.pi * epoch / s.epochs)) / 2
-    return Point(lr, s.start.batch_size, s.start.momentum)
-
-
-def exponential(s: Schedule, epoch: int) -> Point:
-    return Point(s.start.lr * s.gamma**epoch, s.start.batch_size, s.start.momentum)
-
-
-def solved_momentum(s: Schedule, epoch: int, *, lr_decays: bool = False, batch_grows: bool = False) -> Point:
-    """beta, lr-beta, beta-batch: beta takes up whatever part of the target delta lr and batch leave."""
-    lr = s.start.lr * s.remaining(epoch) ** (s.power / 2) if lr_decays else s.start.lr
-    batch = grown_batch(s, epoch) if batch_grows else s.start.batch_size
-    if epoch == 0:
-        return Point(lr, batch, s.start.momentum)
-    return Point(lr, batch, s.smoothing.solve_momentum(s.target(epoch), lr, batch, s.start.momentum))
-
-
-def lr_batch(s: Schedule, epoch: int) -> Point:
-    batch = grown_batch(s, epoch)
-    lr = s.target(epoch) / s.smoothing.degree(1.0, batch, s.start.momentum)
-    return Point(s.start.lr if epoch == 0 else lr, batch, s.start.momentum)
-
-
-def grown_batch(s: Schedule, epoch: int) -> int:
-    """b (M / (M - e))^(power balance), as the whole number that the loader serves."""
-    batch = grown(s.start.batch_size, s.remaining(epoch), -s.power * balance(s.start.batch_size))
-    return batch if s.largest_batch is None else min(batch, s.largest_batch)
+def grown_by_steps(batch_size: int, factor: float, steps: int) -> int:
+    """batch_size times factor, rounded down, `steps` times, where that is no more than MOST."""
+    for _ in range(steps):
+        larger = min(int(batch_size * factor), MOST)
+        if larger == batch_size:
+            break
+        batch_size = larger
+    return batch_size
 
 
 def balance(batch_size: int) -> float:
@@ -220,18 +316,27 @@ def balance(batch_size: int) -> float:
     return BALANCE.get(batch_size, max(0.0, rule))
 
 
-METHODS: dict[str, Callable[[Schedule, int], Point]] = {
-    "constant": constant,
-    "lr": step_lr,
-    "batch": step_batch,
-    "hybrid": hybrid,
-    "poly": poly,
-    "cosine": cosine,
-    "exp": exponential,
-    "beta": solved_momentum,
-    "lr-beta": partial(solved_momentum, lr_decays=True),
-    "beta-batch": partial(solved_momentum, batch_grows=True),
-    "lr-batch": lr_batch,
+@dataclass(frozen=True)
+class Method:
+    """How lr and batch go with the epoch, and which of lr and momentum is solved to meet the target delta, if any."""
+
+    lr: Callable[[Schedule, int], float] = same_lr
+    batch: Callable[[Schedule, int], float] = same_batch
+    solves: str = ""
+
+
+METHODS = {
+    "constant": Method(),
+    "lr": Method(lr=partial(stepped_lr, factor=INV_SQRT2)),
+    "batch": Method(batch=partial(stepped_batch, factor=2)),
+    "hybrid": Method(lr=partial(stepped_lr, factor=HYBRID_LR), batch=partial(stepped_batch, factor=1.5)),
+    "poly": Method(lr=poly),
+    "cosine": Method(lr=cosine),
+    "exp": Method(lr=exponential),
+    "beta": Method(solves="momentum"),
+    "lr-beta": Method(lr=half_of_decay, solves="momentum"),
+    "beta-batch": Method(batch=grown_batch, solves="momentum"),
+    "lr-batch": Method(batch=grown_batch, solves="lr"),
 }
-SOLVED = {"beta", "lr-beta", "beta-batch", "lr-batch"}
-STEPPED = {"batch", "hybrid"}
+SOLVED = {name for name, method in METHODS.items() if method.solves}
+STEPPED = {"batch", "hybrid"}  # whose batch a data set may be too small for

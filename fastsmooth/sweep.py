@@ -798,7 +798,7 @@ def sampling_run(run: SavedRun, step: int) -> Planned:
 
 
 def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
-    about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {curve.eps:g}"
+    about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {configs.exact(curve.eps)}"
     without = f"; left out, since censored at the first update that counts: b {', '.join(map(str, curve.censored))}"
     without *= bool(curve.censored)
     if curve.best is None:

@@ -5,14 +5,17 @@ The whole path from top to bottom: config, schedule, data, model, step, mode, ru
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from fastsmooth.messages import (
     tell,
     warn,
 )
-from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
+from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing, memory, updates_of
 from fastsmooth.terminal import Table, columns
 
 
@@ -93,89 +96,134 @@ def within_budget(c: Config, images: int) -> Config:
     def lasting(epochs: int) -> Config:
         return dataclasses.replace(c, epochs=epochs, decay_epoch=c.decay_epoch or max(1, epochs // 5))
 
-    # an epoch has an update and a sample for each image at most
-    if amount > configs.MOST_EPOCHS * (1 if unit == "epochs" else images):
-        raise ConfigError(f"--budget {c.budget} takes over {configs.MOST_EPOCHS:,} epochs: lower it")
-    if unit == "epochs":
-        return lasting(amount)
-    few, enough = 0, 1
-    while training(lasting(enough), images)[unit] < amount:
-        few, enough = enough, 2 * enough
-        if few > configs.MOST_EPOCHS:
-            raise ConfigError(f"--budget {c.budget} takes over {configs.MOST_EPOCHS:,} epochs: lower it")
+    def held(epochs: int) -> int:
+        return training(lasting(epochs), images)[unit]
+
+    # what an epoch holds at most: the first one's updates, since the batch never falls
+    most = images if unit == "samples" else held(1)
+    longest = configs.MOST_EPOCHS
+    few = (amount - 1) // most  # so many epochs are too few
+    enough = few + 1
+    while enough <= longest and held(enough) < amount:
+        few, enough = enough, longest if enough < longest <= 2 * enough else 2 * enough
+    if enough > longest:
+        raise ConfigError(f"--budget {c.budget} takes over {longest:,} epochs: lower it")
     while enough - few > 1:
         middle = (few + enough) // 2
-        few, enough = (few, middle) if training(lasting(middle), images)[unit] >= amount else (middle, enough)
+        few, enough = (few, middle) if held(middle) >= amount else (middle, enough)
     return lasting(enough)
 
 
 def training(c: Config, images: int) -> dict[str, int]:
-    """The updates and samples of all epochs."""
-    schedule = make_schedule(c, images)
-    updates = schedule.updates(images, c.drop_last)
-    served = sum(n * p.batch_size for n, p in zip(updates, schedule.points(), strict=True))
-    return {"updates": sum(updates), "samples": served if c.drop_last else c.epochs * images}
-
-
-def within_limit(c: Config, schedule: Schedule, images: int) -> int:
-    """The samples that a run over all epochs, or to the end of its --budget, processes."""
-    unit, amount = c.limit or ("epochs", c.epochs)
+    """How many epochs, and the updates and samples of all of them."""
     updates = samples = 0
-    for n, point in zip(schedule.updates(images, c.drop_last), schedule.points(), strict=True):
-        done = min(n, amount - updates) if unit == "updates" else n
-        updates, samples = updates + done, samples + min(done * point.batch_size, images)
-    return min(samples, amount) if unit == "samples" else samples
+    for epochs, size in make_schedule(c, images).stages():
+        in_each = updates_of(images, size, c.drop_last)
+        updates, samples = updates + epochs * in_each, samples + epochs * min(in_each * size, images)
+    return {"epochs": c.epochs, "updates": updates, "samples": samples}
+
+
+def epochs_done(c: Config, schedule: Schedule, images: int) -> Iterator[tuple[int, int]]:
+    """(updates, samples) of every epoch that the run begins: to its last, to the end of --budget or the largest of --steps."""
+    sampling = c.mode == "sampling"
+    unit, amount = ("updates", max(c.steps)) if sampling else c.limit or ("epochs", c.epochs)
+    done = {"epochs": 0, "updates": 0, "samples": 0}
+    for epochs, size in schedule.stages():
+        in_each = updates_of(images, size, c.drop_last)
+        for _ in range(epochs):
+            if done[unit] >= amount and not sampling:  # which measures once the next batch is there
+                return
+            left = {
+                "epochs": in_each,
+                "updates": amount - done["updates"],
+                "samples": -(-(amount - done["samples"]) // size),
+            }
+            updates = min(in_each, left[unit])
+            samples = min(updates * size, images)
+            yield updates, samples
+            if updates < in_each:
+                return
+            done["epochs"] += 1
+            done["updates"] += updates
+            done["samples"] += samples
 
 
 def print_plan(c: Config, as_json: bool) -> None:
-    """Every epoch's Point and delta; equal epochs share a line."""
+    """Point and delta of every epoch that the run begins; equal epochs share a line."""
+    images = c.images
     if c.limit:
-        if c.images is None:
+        if images is None:
             raise ConfigError(
                 f"--plan: how many epochs --budget {c.budget} takes, only the images in {c.data_dir} tell"
             )
-        c = within_budget(c, c.images)
-    schedule = make_schedule(c, c.images)
-    points = list(schedule.points())
+        c = within_budget(c, images)
+    schedule = make_schedule(c, images)
+    done = None
+    if images is not None:
+        check_steps(c, schedule, images)
+        done = list(epochs_done(c, schedule, images))
+    epochs = c.epochs if done is None else len(done)
     if as_json:
-        for epoch, p in enumerate(points):
+        for epoch, p in enumerate(map(schedule, range(epochs))):
             show(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}), whole=True)
         return
-    updates = schedule.updates(c.images, c.drop_last) if c.images else None
     layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
-    table = Table(layout | ({"updates": ">9"} if updates else {}), least_first=("updates", "momentum"))
+    table = Table(layout | ({"updates": ">9"} if done else {}), least_first=("updates", "momentum"))
     show(table.heading(columns(sys.stdout)))
-    first = 0
-    for epoch, p in enumerate(points):
-        if epoch + 1 < len(points) and points[epoch + 1] == p:
-            continue
-        name = f"{first}-{epoch}" if epoch > first else f"{epoch}"
+    for p, alike in itertools.groupby(range(epochs), schedule):
+        first, *rest = alike
+        last = rest[-1] if rest else first
+        name = f"{first}-{last}" if rest else f"{first}"
         cells = [name, f"{p.lr:.6g}", f"{p.batch_size}", f"{p.momentum:.4g}", f"{schedule.delta(p):.4g}"]
-        cells += [f"{sum(updates[first : epoch + 1]):,}"] if updates else []
+        cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
         show(table.row(cells, columns(sys.stdout)))
-        first = epoch + 1
-    for line in [*notes(c, schedule), cost(c, updates)]:
+    for line in [*units(c), *notes(c, schedule), cost(c, schedule, done)]:
         show(line)
 
 
-def cost(c: Config, updates: list[int] | None) -> str:
-    if updates is None:
+def cost(c: Config, schedule: Schedule, done: list[tuple[int, int]] | None) -> str:
+    """What the run will compute; `done` are the updates and samples of its epochs, None where only the folder can tell."""
+    if done is None and c.mode == "sampling":
+        return (
+            f"cost: {max(c.steps):,} updates, and at {len(c.steps)} of them the gradient of all images in {c.data_dir}"
+        )
+    if done is None:
         return f"cost: {c.epochs} passes over the images in {c.data_dir}"
-    total = training(c, c.images)
-    ending = f" (--budget {c.budget} ends inside the last epoch)" if c.limit and c.limit[0] != "epochs" else ""
-    return f"cost: {total['updates']:,} updates, {total['samples']:,} gradient evaluations of {c.model}{ending}"
+    updates, samples = (sum(column) for column in zip(*done, strict=True))
+    most = "at most " if c.mode == "critical" else ""
+    line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
+    if c.mode == "sampling":
+        ends = list(itertools.accumulate(n for n, _ in done))[:-1]
+        batches = [schedule.batch_size(bisect.bisect_right(ends, step)) for step in c.steps]
+        # with momentum each direction ends a history of its own, which has the batches and the full gradient to itself
+        reach = memory(c.momentum)
+        replayed = [min(step, reach) for step in c.steps]
+        passes = [c.draws if updates else 1 for updates in replayed]
+        measured = sum(
+            n * c.images + c.draws * (1 + updates) * size
+            for n, updates, size in zip(passes, replayed, batches, strict=True)
+        )
+        line += f", and {'about ' * any(replayed)}{measured:,} more to measure at {len(c.steps)} of them"
+    return line
+
+
+def units(c: Config) -> list[str]:
+    """What delta is in, where that is not what it is in the papers."""
+    if not c.assumed:
+        return []
+    ones = " = ".join([*c.assumed, "1"])
+    flags = " and ".join(map(configs.flag, c.assumed))
+    unit = f"in units of C ({ones})" if c.assumed == ("c2",) else f"computed with {ones}"
+    return [
+        f"delta is {unit}: none is published for {configs.setting_of(c)}: give {flags} (--mode sampling measures c2)"
+    ]
 
 
 def notes(c: Config, schedule: Schedule) -> list[str]:
-    """What a reader of delta has to know."""
+    """Where delta is not what the method aims at."""
     found = []
-    if c.unit_constants:
-        unit = "C and K: c2 = k2 = 1" if configs.uses_k2(c) else "C: c2 = 1"
-        found.append(
-            f"delta is in units of {unit} (none is published for {c.optimizer} on {c.model}: --c2, --mode sampling)"
-        )
     missed = schedule.largest_miss()
-    if missed and not (c.unit_constants and configs.uses_k2(c)):
+    if missed and not (c.assumed and configs.uses_k2(c)):
         epoch, target, reached = missed
         why = "the momentum cannot fall below 0" if c.method in SOLVED else "the optimizer or the data set sets a floor"
         found.append(
@@ -335,7 +383,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
 
     The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
-    from fastsmooth import data, models, syncnorm
+    from fastsmooth import data, machine, models, syncnorm
     from fastsmooth.checkpoint import Checkpoints
     from fastsmooth.clock import Clock
     from fastsmooth.log import RunFolder, Tracker, Unwritten, check_unused, environment
@@ -345,10 +393,21 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     from fastsmooth.step import Step, keep_freed_memory
 
     keep_freed_memory()
+    folder = checkpoints = state = None
     with ranks.together(refusals, ConfigError):
-        if c.out and not c.resume and ranks.leader:
+        if c.resume and ranks.leader:
+            folder = RunFolder(Path(c.out))  # locked before its checkpoints are read
+            checkpoints = Checkpoints(Path(c.out) / "checkpoints", warn)
+            state = saved_state(checkpoints)
+        elif c.out and ranks.leader:
             check_unused(Path(c.out))
-        kernels = choose_kernels(device, torch)  # before their first use, which would warn in other words
+    before = ranks.from_leader(made_with(state))
+    with ranks.together(refusals, ConfigError), as_it_began(c, before, data.DataError):
+        if before:
+            c = configs.as_before(c, before, f"{c.out}/checkpoints")
+            device = pick_device(c, torch)
+            machine.take_over_threads(before)
+        kernels = choose_kernels(c, device, torch)  # before their first use, which would warn in other words
         images = data.open_data(c, device, warn if ranks.leader else lambda line: None, ranks.local_world)
         images.bad.say = warn  # from now on each process meets bad images of its own
         n = len(images.train)
@@ -366,9 +425,16 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
-    check_alike(images, model, ranks)
     # SyncBatchNorm's exchange would cut the graph at every layer
     compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda" and not c.sync_bn)
+    chosen = {
+        "device": device.type,
+        "loader": images.loader,
+        "compile": "on" if compiled else "off",
+        "kernels": kernels,
+    }
+    chosen |= {"estimator": noise.estimator} if noise else {}
+    check_alike(images, model, chosen, ranks)
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
@@ -376,25 +442,27 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         out = c.out or (default_out(c) if ranks.leader else None)
     out = Path(ranks.from_leader(out))
     with ranks.together(refusals, ConfigError):
-        folder = Unwritten(out)
-        if ranks.leader:
+        if not ranks.leader:
+            folder = Unwritten(out)
+        elif not c.resume:
             about = environment() | {"kernels": kernels, "processes": ranks.world}
-            folder = RunFolder(out) if c.resume else RunFolder.create(out, c.to_json(), about)
-        checkpoints = Checkpoints(out / "checkpoints", warn)
+            about["data_dir"] = os.path.abspath(c.data_dir)
+            folder = RunFolder.create(out, c.to_json(), about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+        checkpoints = checkpoints or Checkpoints(out / "checkpoints", warn)
         live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait), ranks=ranks)
         if c.mode == "critical":
             ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
             live.record = NormRecord(c.eps, c.criterion, ignored, device)
         live.noise = noise
-        state = saved_state(live) if c.resume and ranks.leader else None
+        live.made_with = chosen | machine.facts(device, ranks.world)
     return live, state
 
 
 def begin(live, state: dict[str, Any] | None, refusals: tuple[type[Exception], ...], torch) -> None:
     """Stand where the run is to go on, and say what it is."""
-    from fastsmooth import models
+    from fastsmooth import machine, models
     from fastsmooth.progress import Progress
 
     c, ranks, n = live.config, live.ranks, len(live.data.train)
@@ -402,22 +470,41 @@ def begin(live, state: dict[str, Any] | None, refusals: tuple[type[Exception], .
         state = ranks.from_leader(state)
         with ranks.together(refusals, ConfigError):
             go_on(live, state)
+        changes = machine.changes(made_with(state), live.made_with)
+        if changes and ranks.leader:
+            warn(f"going on with {changes}: the bits may differ from those of a run that is not interrupted")
     live.begun = True
     epoch_samples = n - n % c.batch_size if c.drop_last else n
-    total = within_limit(c, live.schedule, n)
+    total = sum(samples for _, samples in epochs_done(c, live.schedule, n))
     name = device_name(live.device, torch) if ranks.world == 1 else f"{ranks.world} processes"
-    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader)
+    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader, c.delta_unit)
     introduce(c, live, models.count_parameters(live.model))
     live.folder.status("running", "", live.update)
 
 
-def choose_kernels(device, torch) -> str:
+@contextlib.contextmanager
+def as_it_began(c: Config, before: dict[str, Any], data_error: type[Exception]) -> Iterator[None]:
+    """What `auto` chose when the run began and cannot be had now is refused in words that say so."""
+    try:
+        yield
+    except (ConfigError, data_error) as error:
+        names = (name for name in configs.RESOLVED_ONCE if getattr(c, name) == "auto" and name in before)
+        if any(str(error).startswith(f"{configs.flag(name)} {before[name]}") for name in names):
+            raise ConfigError(f"{error} (the run began so: if you name another, it ends in other bits)") from None
+        raise
+
+
+def choose_kernels(c: Config, device, torch) -> str:
     """The implementation of the kernels here, built now if need be; a fall-back is said in one line."""
     from fastsmooth.kernels import backend
 
+    backend.use(c.kernels, device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chosen = backend.choose(device, torch.float32)
+    if c.kernels not in ("auto", chosen):
+        needs = {"native": "a CPU and a C++ compiler (CXX, c++, g++ or clang++)", "triton": "an NVIDIA GPU and Triton"}
+        raise ConfigError(f"--kernels {c.kernels} needs {needs[c.kernels]}: give --kernels {chosen}")
     for warning in caught:
         warn(str(warning.message))
     return chosen
@@ -459,10 +546,18 @@ def finished(out: Path) -> bool:
     return read_status(out).get("state") == "done"
 
 
-def saved_state(live) -> dict[str, Any] | None:
+def saved_state(checkpoints) -> dict[str, Any] | None:
     """The newest valid checkpoint; None where the run made none, and begins anew."""
-    live.checkpoints.clean()
-    return live.checkpoints.load()
+    checkpoints.clean()
+    return checkpoints.load()
+
+
+def made_with(state: dict[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint says of the machine that made it, and of what `auto` chose there; empty where it says nothing."""
+    found = (state or {}).get("made_with")
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, str | int | None)}
 
 
 def go_on(live, state: dict[str, Any] | None) -> None:
@@ -521,7 +616,7 @@ def set_numerics(c: Config, schedule: Schedule, torch) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # cuDNN's search for the fastest algorithm takes seconds at every new batch size (LOG.md)
-    same_batch = len({point.batch_size for point in schedule.points()}) == 1
+    same_batch = len(list(schedule.stages())) == 1
     torch.backends.cudnn.benchmark = same_batch and not c.deterministic
 
 
@@ -547,10 +642,18 @@ def check_steps(c: Config, schedule: Schedule, n: int) -> None:
         raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
 
 
-def check_alike(images, model, ranks) -> None:
-    """Refuse processes that see other images or begin with another model, as two machines may."""
+def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
+    """Refuse processes that see other images, begin with another model or chose otherwise, as two machines may."""
     if ranks.world == 1:
         return
+    choices = ranks.gather(chosen)
+    for name, first in choices[0].items():
+        other = next((rank for rank, found in enumerate(choices) if found[name] != first), None)
+        if other is not None:
+            flag = configs.flag(name)
+            raise ConfigError(
+                f"process {other} has {flag} {choices[other][name]}, process 0 {first}: give {flag} yourself"
+            )
     weights = sum(p.detach().cpu().double().sum().item() for p in model.parameters())
     for what, values in (("images", ranks.gather(images.fingerprint)), ("model", ranks.gather(weights))):
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)

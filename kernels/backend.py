@@ -26,8 +26,25 @@ def check_form(form: str) -> None:
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
 
 
+_asked: dict[str, str] = {}  # device type -> implementation, where not the fastest
+
+
+def use(implementation: str, device: torch.device) -> None:
+    """From now on this implementation on devices of that kind, wherever it can run; auto: the fastest that can."""
+    _asked[device.type] = implementation
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The implementation for parameters of this dtype on this device."""
+    asked = _asked.get(device.type, "auto")
+    if asked == "reference":
+        return asked
+    found = fastest(device, dtype)
+    return found if asked in ("auto", found) else "reference"
+
+
+def fastest(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest implementation for parameters of this dtype on this device."""
     if device.type == "cuda" and dtype in PARAM_DTYPES and HAS_TRITON:
         return "triton"
     if device.type == "cpu" and dtype in PARAM_DTYPES and native.library():

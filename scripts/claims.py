@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastsmooth import critical
-from fastsmooth.config import ConfigError, Parser
+from fastsmooth.config import ConfigError, Parser, exact
 from fastsmooth.messages import BAD_INPUT, DONE, end_with, say, tell
 from fastsmooth.runs import SavedRun, find_runs, read_run
 
@@ -123,8 +123,8 @@ def critical_batch_exists(runs: list[SavedRun]) -> Found:
     interior = [inside(curve) for curve in curves]
     return {
         "verdict": verdict(*checks, *interior, falling(best)),
-        "convex": dict(zip([f"{c.eps:g}" for c in curves], checks, strict=True)),
-        "best_inside": dict(zip([f"{c.eps:g}" for c in curves], interior, strict=True)),
+        "convex": dict(zip([exact(c.eps) for c in curves], checks, strict=True)),
+        "best_inside": dict(zip([exact(c.eps) for c in curves], interior, strict=True)),
         "best_falls_with_eps": falling(best),
         "curves": [curve.to_json() for curve in curves],
     }

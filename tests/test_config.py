@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 import types
@@ -13,10 +14,14 @@ import pytest
 from fastsmooth.config import (
     FIELDS,
     FREE_ON_RESUME,
+    RESOLVED_ONCE,
     SETS,
     Config,
     ConfigError,
+    as_before,
+    exact,
     flag,
+    idle,
     parse,
     parser,
     read_saved,
@@ -378,6 +383,22 @@ def test_sampling_is_a_mode_with_the_constant_method():
 def test_an_update_is_measured_once():
     assert config("--mode", "sampling", "--steps", 9, 0, 5).steps == (9, 0, 5)
     assert "--steps names 5 more than once" in refusal(config, "--mode", "sampling", "--steps", 9, 5, 5)
+    assert "--eps names 0.5 more than once" in refusal(config, "--mode", "critical", "--eps", 0.5, 1, "5e-1")
+
+
+def test_numbers_are_written_in_as_few_digits_as_tell_them_apart():
+    rng = random.Random(0)
+    assert [exact(v) for v in (0.5, 1.0, 0.1, 1e-6, 2e22, 0.5000001)] == [
+        "0.5",
+        "1",
+        "0.1",
+        "1e-06",
+        "2e+22",
+        "0.5000001",
+    ]
+    for _ in range(1000):
+        value = 10 ** rng.uniform(-100, 100)
+        assert float(exact(value)) == value and float(exact(float(f"{value:.4g}"))) == float(f"{value:.4g}")
 
 
 def test_momentum_is_beta_except_for_plain_sgd():
@@ -385,27 +406,85 @@ def test_momentum_is_beta_except_for_plain_sgd():
     assert [config("--optimizer", o, "--beta", 0.7).momentum for o in ("shb", "nshb", "qhm")] == [0.7] * 3
 
 
-@pytest.mark.parametrize(
-    "optimizer, model, c2, k2",
-    [
-        ("sgd", "resnet18", 1280.0, None),
-        ("shb", "resnet18", 25.318, 1.77**2),
-        ("nshb", "resnet18", 128.0, 4.5**2),
-        ("sgd", "wrn-28-10", 10.0, None),
-        ("shb", "wrn-28-10", 0.79, 1.66**2),
-        ("nshb", "wrn-28-10", 1.0, 4.262**2),
-        ("qhm", "resnet18", None, None),
-        ("shb", "resnet20", None, None),
-    ],
-)
-def test_published_constants_are_filled_in_where_there_are_some(optimizer, model, c2, k2):
-    c = config("--dataset", "cifar100", "--optimizer", optimizer, "--model", model)
-    assert (c.c2, c.k2, c.unit_constants) == (c2, k2, c2 is None)
+# SPEC of the papers: measured on CIFAR-100 at lr 0.1, with beta 0.9
+AS_PUBLISHED = [
+    ("sgd", "resnet18", 1280.0, None),
+    ("shb", "resnet18", 25.318, 1.77**2),
+    ("nshb", "resnet18", 128.0, 4.5**2),
+    ("sgd", "wrn-28-10", 10.0, None),
+    ("shb", "wrn-28-10", 0.79, 1.66**2),
+    ("nshb", "wrn-28-10", 1.0, 4.262**2),
+]
+
+
+@pytest.mark.parametrize("optimizer, model, c2, k2", AS_PUBLISHED)
+def test_published_constants_are_those_of_their_own_setting(optimizer, model, c2, k2):
+    here = ["--dataset", "cifar100", "--optimizer", optimizer, "--model", model]
+    for more in ([], ["--method", "hybrid"], ["--batchsize", 512], ["--epochs", 3], ["--seed", 9], ["--lr", "1e-1"]):
+        c = config(*here, *more)
+        assert (c.c2, c.k2, c.assumed, c.delta_unit) == (c2, k2, (), "")
+    elsewhere = [
+        ["--dataset", "cifar10"],
+        ["--dataset", "folder"],
+        ["--dataset", "imagenet"],
+        ["--model", "resnet20"],
+        ["--lr", 0.05],
+        ["--weight-decay", 5e-4],
+        ["--augment", "crop-flip"],
+        ["--norm", "group"],
+    ]
+    if optimizer != "sgd":
+        elsewhere += [["--beta", 0.99]]
+    for more in elsewhere:
+        c = config(*here, *more)
+        assumed = ("c2", "k2") if optimizer == "shb" else ("c2",)
+        assert (c.c2, c.k2, c.assumed) == (None, None, assumed), more
+        assert c.delta_unit == (" (c2 = k2 = 1)" if optimizer == "shb" else " C")
+
+
+def test_qhm_has_no_published_constants():
+    assert config("--dataset", "cifar100", "--optimizer", "qhm").assumed == ("c2",)
+
+
+def test_a_solved_method_refuses_constants_of_another_setting():
+    line = ["--dataset", "cifar100", "--optimizer", "shb", "--method", "beta"]
+    assert config(*line).c2 == 25.318
+    message = refusal(config, *line, "--lr", 0.05)
+    assert "shb with resnet18 on cifar100 at lr 0.05, beta 0.9" in message and "--c2 and --k2" in message
+    assert "--weight-decay 0.1" in refusal(config, *line, "--weight-decay", 0.1)
 
 
 def test_constants_that_are_given_stay():
     c = config("--dataset", "cifar100", "--optimizer", "shb", "--c2", 7, "--k2", 3)
-    assert (c.c2, c.k2, c.unit_constants) == (7.0, 3.0, False)
+    assert (c.c2, c.k2, c.assumed) == (7.0, 3.0, ())
+    assert config("--optimizer", "shb", "--c2", 7).assumed == ("k2",)
+    assert config("--optimizer", "nshb", "--c2", 7).assumed == ()  # whose default form has no K^2
+
+
+PUBLISHED_LINES = [
+    ["--decay-epoch", 30],
+    ["--power", 0.5],
+    ["--beta1", 0.9],
+    ["--nu", 0.7],
+    ["--eps", 0.5],
+    ["--steps", 9],
+]
+
+
+@pytest.mark.parametrize("method", ["constant", "lr", "batch", "hybrid", "poly", "cosine", "exp"])
+def test_flags_of_the_published_code_pass_under_compat_original(method):
+    for flags in PUBLISHED_LINES:
+        line = ["--method", method, "--epochs", 60, *flags]
+        if flags[0] == "--power" and method == "exp":  # there it was the factor, which is --gamma here
+            assert "--gamma" in refusal(config, *line, "--compat", "original")
+            continue
+        c = config(*line, "--compat", "original")
+        without = config("--method", method, "--epochs", 60, "--compat", "original")
+        name = "beta" if flags[0] == "--beta1" else flags[0].strip("-").replace("-", "_")
+        assert c == dataclasses.replace(without, **{name: getattr(c, name)})
+        if idle(given(*line), c):
+            assert "has no effect" in refusal(config, *line)
+    assert "has no effect" in refusal(config, "--method", method, "--compat", "original", "--k2", 9)
 
 
 def test_solved_methods_run_with_given_constants():
@@ -488,6 +567,95 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     assert "not a text file" in refusal(parse, ["--config", str(path)])
 
 
+def json_file(folder, content, name="flags.json"):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["flags.json", "flags"])  # known by its name or by what it holds
+def test_a_file_may_be_json(name, tmp_path):
+    content = {"lr": 0.5, "eps": [0.5, 1], "mode": "critical", "drop_last": True, "deterministic": False, "k2": None}
+    path = json_file(tmp_path, content, name)
+    assert given("--config", path) == {"lr": 0.5, "eps": (0.5, 1.0), "mode": "critical", "drop_last": True}
+    assert given("--config", path, "--lr", 2)["lr"] == 2
+
+
+STARTED = [
+    [],
+    ["--method", "hybrid", "--decay-epoch", 4, "--seed", 9],
+    ["--dataset", "cifar100", "--optimizer", "shb", "--method", "beta", "--beta", 0.9],
+    ["--dataset", "cifar100", "--lr", 0.2, "--c2", 7],
+    ["--mode", "critical", "--eps", 0.5, 1 / 3, "--out", "runs/x", "--max-time", "3h"],
+    ["--dataset", "folder", "--data-dir", "flowers", "--image-size", 96, "--sync-bn"],
+    ["--budget", "updates=100", "--batchsize", 64],
+    ["--compat", "original", "--decay-epoch", 7],
+]
+
+
+@pytest.mark.parametrize("line", STARTED, ids=lambda line: " ".join(map(str, line)) or "nothing")
+def test_the_config_of_a_run_is_a_file_of_the_flags_it_was_started_with(line, tmp_path):
+    started = config(*line)
+    if started.budget:  # as a run writes it, once its images are known
+        started = dataclasses.replace(started, epochs=3, decay_epoch=1)
+    path = save(tmp_path, started) / "config.json"
+    again = config("--config", path)
+    assert given("--config", path).keys() <= given(*line).keys() - {"out"}
+    expected = dataclasses.replace(config(*line), out=None)
+    if "--compat" in line:  # where it has no effect it is not taken along
+        expected = dataclasses.replace(expected, decay_epoch=again.decay_epoch)
+    assert again == expected
+
+
+def test_what_was_filled_in_for_a_run_is_filled_in_anew(tmp_path):
+    path = save(tmp_path, config("--dataset", "cifar100")) / "config.json"
+    assert config("--config", path).c2 == 1280
+    elsewhere = config("--config", path, "--lr", 0.2, "--epochs", 50)
+    assert (elsewhere.c2, elsewhere.decay_epoch) == (None, 10)  # published for lr 0.1 alone; a fifth of the epochs
+    assert config("--config", path, "--budget", "epochs=9").budget == "epochs=9"
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ("{", "not JSON"),
+        ('{"lr": 1', "not JSON"),
+        ("[1]", "not JSON of flags"),
+        ('{"lr": NaN}', "not a finite number"),
+        ('{"lr": -1}', "out of range"),
+        ('{"lr": {"a": 1}}', "[lr] is a table"),
+        ('{"colour": 1}', "unknown flag --colour"),
+        ('{"plan": true}', "belongs on the command line"),
+        ('{"resume": false, "lr": 0.1}', "is damaged"),
+        ("[" * 100_000, "not JSON"),
+        ('{"lr": ' + "1" * 5000 + "}", "not JSON"),
+    ],
+)
+def test_a_json_file_is_refused_with_its_name_and_the_reason(tmp_path, content, part):
+    path = json_file(tmp_path, content)
+    message = refusal(parse, ["--config", str(path)])
+    assert message.startswith(f"--config {path}") and part in message
+
+
+def test_a_run_finds_its_images_from_any_directory(tmp_path, monkeypatch):
+    """Where they lay, should that still be; else where the flag says, from here."""
+    (tmp_path / "home" / "images").mkdir(parents=True)
+    (tmp_path / "away" / "images").mkdir(parents=True)
+    run = save(tmp_path / "home" / "run", config("--dataset", "folder", "--data-dir", "images"))
+    (run / "env.json").write_text(json.dumps({"data_dir": str(tmp_path / "home" / "images")}))
+    monkeypatch.chdir(tmp_path / "away")
+    assert (
+        read_saved(run).data_dir
+        == config("--config", run / "config.json").data_dir
+        == str(tmp_path / "home" / "images")
+    )
+    assert resumed({"resume": True, "out": str(run)}).data_dir == str(tmp_path / "home" / "images")
+    assert resumed({"resume": True, "out": str(run), "data_dir": "images"}).data_dir == "images"
+    for content in ("{}", "[", '{"data_dir": 3}', '{"data_dir": "/nowhere"}', '{"data_dir": "a\\u0000b"}'):
+        (run / "env.json").write_text(content)
+        assert read_saved(run).data_dir == "images"
+
+
 # --- config.json and --resume
 
 
@@ -562,7 +730,7 @@ def test_resume_takes_a_moved_folder(tmp_path):
     assert resumed(given("--resume", "--out", save(tmp_path, started))).out == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE_ON_RESUME))
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - FREE_ON_RESUME - set(RESOLVED_ONCE)))
 def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
     started = config(*RUN, "--out", tmp_path)
     save(tmp_path, started)
@@ -576,6 +744,29 @@ def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
     assert words in message and str(tmp_path) in message
     if before is not None:
         resumed({"resume": True, "out": str(tmp_path), name: before})
+
+
+@pytest.mark.parametrize("name", RESOLVED_ONCE)
+def test_resume_lets_what_auto_chose_be_named_and_nothing_else(name, tmp_path):
+    started = config(*RUN, "--track-noise", "every=9", "--out", tmp_path)
+    assert getattr(started, name) == "auto"
+    save(tmp_path, started)
+    named = other(name, "auto")
+    again = resumed({"resume": True, "out": str(tmp_path), name: named})
+    assert again == dataclasses.replace(started, resume=True, **{name: named})
+    save(tmp_path, again)
+    message = refusal(resumed, {"resume": True, "out": str(tmp_path), name: "auto"})
+    assert f"{flag(name)} {named}, not auto" in message
+
+
+def test_what_auto_chose_before_is_chosen_again(tmp_path):
+    before = {"device": "cuda", "loader": "dali", "compile": "on", "kernels": "triton", "estimator": "micro-batch"}
+    c = config("--track-noise", "every=9", "--loader", "threads")
+    again = as_before(c, before | {"torch": "2.10"}, "checkpoints")
+    assert again == dataclasses.replace(c, **before | {"loader": "threads"})
+    assert as_before(c, {}, "checkpoints") == c
+    for name, value in (("kernels", "fast"), ("device", "abacus"), ("compile", 3), ("estimator", None)):
+        assert refusal(as_before, c, {name: value}, "checkpoints").startswith(f"checkpoints: {flag(name)}")
 
 
 def test_only_places_times_and_trackers_are_free_on_resume():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastsmooth.critical import analyse
+from fastsmooth.report.crossings import steps_curve
 from fastsmooth.runs import SavedRun
 
 # T(b) decoded from the published figure (arXiv 2402.02325) of SHB, ResNet-18 on CIFAR-100, lr 0.1, beta 0.9, at eps 0.5, 0.7, 1.0 (None: not printed to the update)
@@ -53,6 +54,16 @@ def test_the_published_table_has_the_published_critical_batches_and_constant():
     assert half.c2_critical == pytest.approx(25.3187, rel=1e-5)  # the constant of the published code is 25.318
     assert 522 < seven.batch_of(25.318) < 523  # the published squares are drawn at 2^9 and 2^8
     assert 255.9 < one.batch_of(25.318) < 256.1
+
+
+def test_thresholds_are_told_apart_by_their_exact_values():
+    """Also where six digits agree, and however the run that found them wrote them down."""
+    runs = [run(8, {"0.5": 10, "0.50000001": 9, "1": 5}), run(16, {"0.5": 6, "0.50000001": 4, "1.0": 3})]
+    found = analyse(runs)
+    assert [curve.eps for curve in found] == [0.5, 0.50000001, 1.0]
+    assert [[b.steps for b in curve.batches] for curve in found] == [[(10,), (6,)], [(9,), (4,)], [(5,), (3,)]]
+    labels = [steps_curve(curve, "black")[0].label for curve in found]
+    assert labels == ["ε 0.5", "ε 0.50000001", "ε 1"]
 
 
 def test_the_floor_of_the_published_minimum_is_flat_and_its_range_is_said():

@@ -18,6 +18,7 @@ ALLOWED = {
     "config": {"files", "names", "terminal"},
     "schedule": set(),
     "clock": set(),
+    "machine": {"config", "log"},
     "log": {"files"},
     "checkpoint": {"files"},
     "runs": {"files"},

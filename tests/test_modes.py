@@ -294,6 +294,14 @@ def test_a_norm_that_is_not_a_number_is_no_crossing():
     assert record.crossings() == [0]
 
 
+def test_every_eps_has_a_key_of_its_own(tmp_path):
+    line = ["--mode", "critical", "--epochs", "1", "--min-epochs", "0", "--batchsize", "400", "--eps"]
+    out = run(tmp_path, *line, "9.0000001", "9", "1e-6", "0.1")
+    crossings = json.loads((out / "critical.json").read_text())["crossings"]
+    assert list(crossings) == ["9.0000001", "9", "1e-06", "0.1"]
+    assert crossings["9"]["step"] == crossings["9.0000001"]["step"] == 1 and crossings["0.1"] is None
+
+
 CRITICAL = ["--mode", "critical", "--epochs", "4", "--eps", "1.6", "1.2", "0.9", "1e-6"]
 
 

@@ -1,6 +1,7 @@
 """Several processes train the model that one would: against plain PyTorch, against one process, and to the last bit when interrupted."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -357,6 +358,21 @@ def test_processes_that_see_other_images_are_refused(tmp_path):
     assert codes(start_ranks(["--epochs", "1"], tmp_path / "run", 2, see_other_images), 60) == [2, 2]
     (line,) = logs(tmp_path / "run").splitlines()
     assert "process 1 has other images" in line and not (tmp_path / "run").exists()
+
+
+def have_little_memory() -> None:
+    """The second process, as on another machine."""
+    from fastsmooth import data
+
+    if os.environ["RANK"] == "1":
+        data.fits = lambda *_: (False, "little memory")
+
+
+def test_processes_for_which_auto_chooses_otherwise_are_refused(tmp_path):
+    assert codes(start_ranks(["--epochs", "1"], tmp_path / "run", 2, have_little_memory), 60) == [2, 2]
+    (line,) = logs(tmp_path / "run").splitlines()
+    assert "process 1 has --loader threads, process 0 resident: give --loader yourself" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_torchrun_does_it(tmp_path):

@@ -5,8 +5,11 @@ import signal
 
 from exact import EXACT
 from forks import assert_same_run, finish, start, wait_for
+from images import noise, tree
 
+from fastsmooth import sharpness
 from fastsmooth.log import read_status
+from fastsmooth.train import main
 
 BASE = [*EXACT, "--epochs", "3", "--decay-epoch", "1", "--checkpoint-every", "7", "--log-every", "5"]
 PLAIN = [*EXACT, "--epochs", "3", "--checkpoint-every", "7", "--log-every", "5"]
@@ -36,6 +39,43 @@ def test_a_finished_run_is_left_alone(tmp_path):
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     finish([*argv, "--resume"], tmp_path / "run")
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_run_folder_works_from_any_directory(tmp_path, monkeypatch):
+    """Its images are found where they lay, by --resume and by sharpness."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    tree(
+        home / "images",
+        {f"{s}/{c}/{i}.png": noise() for s in ("train", "val") for c in ("ant", "bee") for i in range(4)},
+    )
+    away.mkdir()
+    monkeypatch.chdir(home)
+    line = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "images",
+        "--model",
+        "resnet8",
+        "--image-size",
+        "16",
+        "--norm",
+        "group",
+    ]
+    assert main([*EXACT, *line, "--epochs", "2", "--batchsize", "2", "--out", "run", "--max-time", "1e-3"]) == 75
+    monkeypatch.chdir(away)
+    assert main(["--resume", "--out", str(home / "run"), "--max-time", "1h"]) == 0
+    flags = ["--samples", "4", "--batch", "2", "--n-iters", "1"]
+    assert sharpness.main([str(home / "run"), *flags]) == 0
+    os.rename(home / "run", away / "moved")  # and wherever it is moved
+    assert sharpness.main(["moved", *flags]) == 0
+
+
+def test_the_config_of_a_run_does_the_same_run(tmp_path):
+    argv = [*EXACT, "--method", "hybrid", "--decay-epoch", "1", "--epochs", "2", "--batchsize", "100", "--seed", "3"]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert main(["--config", str(tmp_path / "one" / "config.json"), "--out", str(tmp_path / "two")]) == 0
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 def test_another_process_cannot_write_the_same_run(tmp_path):

@@ -88,7 +88,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_lines_of_a_run_fit(width):
-    flags = ["--method", "exp", "--optimizer", "shb", "--lr", "0.01", "--epochs", "2", "--batchsize", "256"]
+    flags = ["--method", "exp", "--optimizer", "nshb", "--lr", "0.01", "--epochs", "2", "--batchsize", "256"]
     found = seen(train.main, [*flags, "--out", "run"], width)
     assert found.code == 0 and found.widest <= width
     epochs = [line for line in found.lines if line.startswith("epoch ")]

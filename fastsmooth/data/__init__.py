@@ -37,6 +37,7 @@ class Data:
     classes: int
     size: int
     fingerprint: str
+    loader: str
     choice: str  # one line: which loader was picked and why
     bad: BadImages
 
@@ -69,7 +70,7 @@ def open_data(config, device: torch.device, say: Callable[[str], None] = note, s
     choice = f"loader {name}: {why}"
     if name != "resident":
         choice += f", {threads} {'process' if name == 'torch' else 'thread'}{'s' * (threads != 1)}, chunks of {chunk}"
-    return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), choice, bad)
+    return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), name, choice, bad)
 
 
 def read_set(config) -> ImageSet:
@@ -86,7 +87,7 @@ def read_set(config) -> ImageSet:
 def choose(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[str, str]:
     """The loader's name, and why it was picked."""
     if config.loader != "auto":
-        return config.loader, "as asked"
+        return config.loader, "as before" if config.resume else "as asked"
     resident, why = fits(config, images, device, sharing)
     if resident:
         return "resident", why

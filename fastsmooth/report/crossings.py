@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from fastsmooth.config import exact
 from fastsmooth.critical import FLAT, Analysis, BatchResult, mean
 from fastsmooth.report import groups, noise
 from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors
@@ -109,7 +110,7 @@ def steps_curve(a: Analysis, color: str) -> list[Curve]:
         Mark(float(b.batch_size), float(t), "ring", "not all seeds got there") for b in partly(a) for t in b.reached
     ]
     marks += [*alone, *bounds(a, lambda b, t: float(t))]
-    return [Curve(color, line, bars=bars, marks=tuple(marks), label=f"ε {a.eps:g}", width=1.5)]
+    return [Curve(color, line, bars=bars, marks=tuple(marks), label=f"ε {exact(a.eps)}", width=1.5)]
 
 
 def partly(a: Analysis) -> list[BatchResult]:
@@ -141,7 +142,7 @@ def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
     marks += [Mark(*p, "circle", f"b* = {a.best}") for p in best]
     marks += [m for c in constants(a, known) if (m := theory_mark(a, c, line))]
     marks += bounds(a, lambda b, t: float(b * t))
-    label = f"ε {a.eps:g}, b* {a.best}" if best else f"ε {a.eps:g}"
+    label = f"ε {exact(a.eps)}, b* {a.best}" if best else f"ε {exact(a.eps)}"
     curves = [Curve(color, line, bars=bars, marks=tuple(marks), label=label, key="", width=1.5)]
     if best and a.bracket and a.bracket[0] < a.bracket[1]:
         low, high = map(float, a.bracket)
@@ -162,10 +163,10 @@ def theory_mark(a: Analysis, c: Constant, line: tuple) -> Mark | None:
 def critical_words(a: Analysis, known) -> str:
     """What the figure cannot say: how flat the minimum is, and where the theory's batch size lies."""
     if a.best is None:
-        return f"ε {a.eps:g}: not reached by every seed at any batch size{censored_words(a)}."
+        return f"ε {exact(a.eps)}: not reached by every seed at any batch size{censored_words(a)}."
     low, high = a.bracket
     flat = f"from {low:,} to {high:,}" if low < high else f"at {low:,} alone"
-    text = f"ε {a.eps:g}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
+    text = f"ε {exact(a.eps)}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
     text += ", and the floor ends where the batches that were tried end, so b* may lie outside" if a.at_edge else ""
     text += censored_words(a)
     for c in constants(a, known):

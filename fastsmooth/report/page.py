@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from fastsmooth import __version__
+from fastsmooth.config import exact
 from fastsmooth.critical import Analysis, analyse
 from fastsmooth.report import crossings, curves, grid, groups, noise, svg
 from fastsmooth.report.chart import COLORS, Drawing, Figure, draw
@@ -283,7 +284,7 @@ def critical_table(parts: list[list[Analysis]], titles: list[str], known) -> str
             n = sorted({len(b.steps) for b in a.batches})
             rows.append(
                 [
-                    text(f"{title}, ε {a.eps:g}".lstrip(", ")),
+                    text(f"{title}, ε {exact(a.eps)}".lstrip(", ")),
                     "" if a.best is None else f"{a.best:,}",
                     "{:,} to {:,}{}".format(*a.bracket, " (at the edge)" if a.at_edge else "") if a.bracket else "",
                     " to ".join(str(v) for v in dict.fromkeys((n[0], n[-1]))) if n else "",

@@ -345,3 +345,27 @@ def limit_open_files(update: int) -> None:
         after(self, point)
 
     modes.Run.after_update = limited
+
+
+def elsewhere(what: str, stop: int | None) -> None:
+    """Another machine, as far as a run can tell, on which it is stopped after update `stop`."""
+    import torch
+
+    from fastsmooth import data, machine
+    from fastsmooth.kernels import native
+
+    facts = machine.facts
+    {
+        "more threads": lambda: torch.set_num_threads(3),
+        "no compiler": lambda: setattr(native, "library", lambda: None),
+        "little memory": lambda: setattr(data, "fits", lambda *_: (False, "little memory")),
+        "no DALI": lambda: setattr(data.dali, "available", lambda: False),
+        "DALI": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"loader": "dali"}),
+        "many processors": lambda: setattr(machine, "processors", lambda: 64),
+        "one processor": lambda: setattr(machine, "processors", lambda: 1),
+        "another torch": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"torch": "1.0"}),
+        "a GPU": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"device": "cuda", "gpu": "G1"}),
+        "the same": lambda: None,
+    }[what]()
+    if stop is not None:
+        stop_after(stop)

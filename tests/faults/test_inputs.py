@@ -120,6 +120,11 @@ FLAGS = [
         "--track-noise every=5epochs => --track-noise | every=Nep",
         "--budget updates=1e6 => --budget | updates=N",
         "--budget hours=3 => --budget | samples=N",
+        "--eps 0.5 1 5e-1 --mode critical => --eps | 0.5 more than once",
+        "--kernels fast => --kernels fast | choose from auto, native, triton, reference",
+        "--kernels triton --device cpu => --kernels triton | an NVIDIA GPU | give --kernels",
+        "--plan --mode sampling --steps 675 => --steps 675 | 675 updates | lower --steps",
+        "--config . --plan => --config . | Is a directory | give a TOML file",
         "--budget updates=1 --epochs 1 => --epochs and --budget | give one of them",
         "--budget epochs=1000001 => --budget | over 1,000,000 epochs | lower it",
         "--plan --budget updates=999999999999999999 => --budget | over 1,000,000 epochs | lower it",
@@ -269,6 +274,10 @@ PLANS = [
     "--method exp --gamma 1e-100",
     "--method beta --optimizer shb --beta 0.9999999999999999 --c2 1e100 --k2 1e100 --lr 1e100",
     "--budget updates=1000 --method hybrid --compat original",
+    "--method hybrid --decay-epoch 1 --epochs 4000 --compat original --batchsize 1",  # int(1.5) stays 1
+    "--method beta-batch --optimizer nshb --power 1e100 --compat original",
+    "--method lr-batch --compat original --epochs 1 --decay-epoch 3 --eps 2 --steps 4",
+    "--mode sampling --steps 0 674 3",
 ]
 
 
@@ -595,7 +604,7 @@ def test_sharpness_of_a_bad_run_folder_is_one_line(name, stopped, here, cases):
 CHANGES = {
     "lr": "0.5", "epochs": "3", "batchsize": "8", "seed": "1", "method": "exp", "optimizer": "shb", "model": "resnet20",
     "norm": "group", "weight-decay": "0.1", "log-every": "7", "checkpoint-every": "9", "dataset": "cifar10", "augment": "crop-flip",
-    "precision": "bf16", "loader": "threads", "budget": "updates=9", "mode": "critical", "compat": "original",
+    "precision": "bf16", "budget": "updates=9", "mode": "critical", "compat": "original",
 }  # fmt: skip
 
 
@@ -1029,15 +1038,20 @@ def measured(name: str) -> tuple[Main, list[str]]:
     return sharpness.main, [f"runs/{name}", "--samples", "2", "--batch", "2", "--n-iters", "1"]
 
 
+def repeated(name: str) -> tuple[Main, list[str]]:
+    return train.main, ["--plan", "--config", f"runs/{name}/config.json"]
+
+
 READ = [  # file, and the commands that read it
-    ("normal/config.json", [reported, swept, resumed, measured]),
+    ("normal/config.json", [reported, swept, resumed, measured, repeated]),
     ("normal/status.json", [reported, swept, resumed]),
     ("normal/summary.json", [reported, swept]),
     ("normal/metrics.jsonl", [reported, swept, measured]),
     ("normal/sharpness.json", [reported, measured]),
     ("normal/checkpoints/*.json", [resumed, measured]),
     ("critical/critical.json", [reported, swept]),
-    ("critical/config.json", [reported, swept]),
+    ("critical/config.json", [reported, swept, repeated]),
+    ("normal/env.json", [resumed, measured, repeated]),
     ("sampling/noise.json", [reported, swept]),
     ("sampling/config.json", [reported, resumed]),
     ("sweep.json", [swept]),

@@ -20,6 +20,7 @@ from exact import EXACT
 from forks import assert_same_run, codes, final_state, finish, logs, saved_steps, start, start_ranks, wait_for
 
 from fastsmooth.data.order import permutation
+from fastsmooth.kernels import native
 from fastsmooth.log import read_rows, read_status
 
 BASE = [*EXACT, "--batchsize", "40", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]
@@ -230,6 +231,83 @@ def test_resumed_around_a_change_of_the_batch(off, tmp_path, cases):
     go_on(argv, tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "undisturbed")
     assert {row["batch_size"] for row in read_rows(tmp_path / "stopped")} == {40, 80}
+
+
+SHORT = [*EXACT, "--batchsize", "40", "--budget", "updates=18", "--log-every", "5"]
+MEASURED = [*SHORT, "--track-noise", "every=5", "--norm", "group"]
+KEPT = {  # on which machine a run begins, and on which it goes on to the same bits, without a word
+    "kernels in plain PyTorch": ("no compiler", "the same", MEASURED),
+    "three threads": ("more threads", "many processors", MEASURED),
+    "images decoded ahead": ("little memory", "the same", [*MEASURED, "--augment", "crop-flip"]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_auto_chose_is_kept_on_another_machine(name, tmp_path, cases):
+    if cases("another machine on resume: chosen as before", 1, int(name != "images decoded ahead")) == 0:
+        pytest.skip("with --full")
+    first, second, argv = KEPT[name]
+    finish(argv, tmp_path / "undisturbed", prepare=functools.partial(saboteurs.elsewhere, first, None))
+    process = start(argv, tmp_path / "run", functools.partial(saboteurs.elsewhere, first, 11))
+    assert codes([process]) == [75]
+    (tmp_path / "run.log").unlink()
+    process = start(["--resume"], tmp_path / "run", functools.partial(saboteurs.elsewhere, second, None))
+    assert codes([process]) == [0]
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+    assert "fastsmooth: " not in logs(tmp_path / "run"), logs(tmp_path / "run")  # nothing to warn of
+    assert name != "images decoded ahead" or "loader threads: as before" in logs(tmp_path / "run")
+
+
+OTHERWISE = {  # the machines, flags on resume, exit code, and words of the one line on stderr
+    "fewer processors": ("more threads", "one processor", [], 0, ["threads 1 instead of 3", "bits may differ"]),
+    "another PyTorch": ("another torch", "the same", [], 0, ["torch ", "instead of 1.0", "bits may differ"]),
+    "no compiler": (
+        "the same",
+        "no compiler",
+        [],
+        2,
+        ["--kernels native needs", "--kernels reference", "the run began so"],
+    ),
+    "no compiler, as you like": (
+        "the same",
+        "no compiler",
+        ["--kernels", "reference"],
+        0,
+        ["--kernels reference instead of native"],
+    ),
+    "no DALI": (
+        "DALI",
+        "no DALI",
+        [],
+        2,
+        ["--loader dali needs", "pip install", "--loader threads", "the run began so"],
+    ),
+    "no GPU": ("a GPU", "the same", [], 2, ["--device cuda", "--device cpu", "the run began so"]),
+    "no GPU, as you like": (
+        "a GPU",
+        "the same",
+        ["--device", "cpu"],
+        0,
+        ["--device cpu instead of cuda", "gpu None instead of G1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_cannot_be_kept_is_said_in_one_line(name, tmp_path, cases):
+    few = int(name in ("fewer processors", "no compiler", "no GPU"))
+    if cases("another machine on resume: what is not as before is said, or refused", 1, few) == 0:
+        pytest.skip("with --full")
+    first, second, flags, code, words = OTHERWISE[name]
+    if second == "no compiler" and native.library() is None:
+        pytest.skip("there is no C++ compiler here")
+    process = start(SHORT, tmp_path / "run", functools.partial(saboteurs.elsewhere, first, 11))
+    assert codes([process]) == [75], logs(tmp_path / "run")
+    (tmp_path / "run.log").unlink()
+    process = start(["--resume", *flags], tmp_path / "run", functools.partial(saboteurs.elsewhere, second, None))
+    assert codes([process]) == [code], logs(tmp_path / "run")
+    (line,) = [line for line in logs(tmp_path / "run").splitlines() if line.startswith("fastsmooth: ")]
+    assert all(word in line for word in words), line
 
 
 CHANGED = [("--lr", "0.1", "0.2"), ("--batchsize", "40", "41"), ("--seed", "0", "1"), ("--model", "resnet8", "resnet20"),
