@@ -356,7 +356,7 @@ def test_a_mean_that_is_below_eps_when_counting_begins_is_censored(how, first, t
 
 
 def test_a_crossing_after_counting_has_begun_is_not_censored(tmp_path):
-    out = run(tmp_path, "--mode", "critical", "--epochs", "4", "--eps", "1.2")
+    out = run(tmp_path, "--mode", "critical", "--epochs", "4", "--eps", "1.6")
     (found,) = json.loads((out / "critical.json").read_text())["crossings"].values()
     assert found["step"] > 46 and found["censored"] is False
 

@@ -192,7 +192,8 @@ HARMS = {
 }
 
 
-def test_a_process_of_the_loader_that_is_lost_is_one_line(undisturbed, tmp_path, cases):
+def test_a_process_of_the_loader_that_is_lost_is_one_line(tmp_path, cases):
+    finish(TORCH, tmp_path / "undisturbed")
     for how in some(list(HARMS), cases("processes of --loader torch lost", 4, 2)):
         out = tmp_path / how
         assert codes([start(TORCH, out, functools.partial(saboteurs.harm_workers, how, 10))], 60) == [74], logs(out)
@@ -203,7 +204,7 @@ def test_a_process_of_the_loader_that_is_lost_is_one_line(undisturbed, tmp_path,
         assert read_status(out)["state"] == "failed"
         Path(f"{out}.log").unlink()
         finish(["--resume"], out)
-        assert_same_run(out, undisturbed)
+        assert_same_run(out, tmp_path / "undisturbed")
 
 
 def test_shared_memory_that_is_too_small_is_one_line(tmp_path, cases):
