@@ -8,8 +8,8 @@ import warnings
 from collections import Counter
 
 from fastsmooth.config import Config, ConfigError
-from fastsmooth.log import processors
 from fastsmooth.messages import one_line, printable, printable_path, put, say
+from fastsmooth.processors import processors
 
 CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
 

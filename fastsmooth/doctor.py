@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import math
 import os
 import platform
 import re
@@ -24,8 +25,8 @@ from typing import Any
 from fastsmooth import __version__
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.files import cache_folder
-from fastsmooth.log import processors
 from fastsmooth.messages import one_line, say
+from fastsmooth.processors import THREADS, keep_within_quota, processors, quota
 
 OK, NOTE, BAD = "ok", "note", "BAD"  # a note is what a run does without, BAD what it cannot
 ROOM = 10**7  # bytes: less does not hold the checkpoints of the smallest network
@@ -287,9 +288,12 @@ def unlike(dali: str, cuda: str) -> bool:
 
 def threads(torch) -> Row:
     text = f"{processors()} of {os.cpu_count()} usable"
+    if quota() < math.inf:
+        text += f" (the container's quota is {quota():.3g})"
     if torch is not None:
-        limit = os.environ.get("OMP_NUM_THREADS")
-        text += f", PyTorch takes {torch.get_num_threads()} threads" + (f" (OMP_NUM_THREADS={limit})" if limit else "")
+        keep_within_quota(torch)  # as a run does
+        said = [f"{name}={os.environ[name]}" for name in THREADS if os.environ.get(name)]
+        text += f", PyTorch takes {torch.get_num_threads()} threads" + (f" ({', '.join(said)})" if said else "")
     return Row("processors", text)
 
 

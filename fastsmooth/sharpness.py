@@ -37,6 +37,7 @@ from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.log import RunFolder, RunFolderError
 from fastsmooth.measure import undisturbed
 from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, one_line, put, say, tell, warn
+from fastsmooth.processors import keep_within_quota
 
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
 SCANNED_RHO = {  # by the authors of the algorithms
@@ -404,6 +405,7 @@ def main(argv: list[str] | None = None) -> int:
         if request is None:
             put(parser().format_help(), sys.stdout)
             return DONE
+        keep_within_quota(torch)
         device = pick_device(request.device)
     except ConfigError as error:
         return refuse(error)

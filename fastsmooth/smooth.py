@@ -32,6 +32,7 @@ from fastsmooth.config import ConfigError
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
 from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, DONE, INTERRUPTED, put, say, tell
+from fastsmooth.processors import keep_within_quota
 
 FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
 REACH = 5.0  # x is in [-REACH, REACH], in every coordinate
@@ -490,6 +491,7 @@ def main(argv: list[str] | None = None) -> int:
             put(parser().format_help(), sys.stdout)
             return DONE
         require_matplotlib()
+        keep_within_quota(torch)
         with refusing(request.out):  # a folder that cannot be written fails now
             request.out.mkdir(parents=True, exist_ok=True)
         check_unused(request.out)

@@ -29,7 +29,7 @@ from fastsmooth import config as configs
 from fastsmooth import critical
 from fastsmooth.config import FIELDS, ConfigError, flag
 from fastsmooth.files import read_file, replace, size_of
-from fastsmooth.log import RunFolderError, lock, processors, read_status, refusing
+from fastsmooth.log import RunFolderError, lock, read_status, refusing
 from fastsmooth.messages import (
     BAD_INPUT,
     CANNOT_WRITE,
@@ -43,6 +43,7 @@ from fastsmooth.messages import (
     tell,
     warn,
 )
+from fastsmooth.processors import processors
 from fastsmooth.runs import RunError, SavedRun, read_run
 
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself

@@ -32,6 +32,7 @@ from fastsmooth.messages import (
     tell,
     warn,
 )
+from fastsmooth.processors import keep_within_quota
 from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing
 
 
@@ -201,6 +202,7 @@ def run(c: Config) -> int:
     from fastsmooth.modes import Diverged, Preempted
     from fastsmooth.ranks import RankLost, Ranks
 
+    keep_within_quota(torch)
     refusals = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
     live = ranks = None
     try:

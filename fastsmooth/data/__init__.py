@@ -14,11 +14,12 @@ from fastsmooth.data.chunks import ChunkedLoader, Loader
 from fastsmooth.data.dali import DaliEngine, Decoder
 from fastsmooth.data.index import read_index
 from fastsmooth.data.resident import ResidentLoader
-from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all, processors
+from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
 from fastsmooth.data.threads import ThreadsEngine
 from fastsmooth.data.torchloader import TorchEngine
+from fastsmooth.processors import processors
 
 MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
 CHUNK_OF_PIXELS = {"cuda": 2048}  # elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory

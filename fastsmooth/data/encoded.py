@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # how they begin
+PLAIN_PNG = (b"\x08\x00", b"\x08\x02")  # 8 bits, grey or RGB
 # Markers of a JPEG. A frame header holds the size.
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE, SCAN, END = 0xC2, 0xDA, 0xD9
@@ -22,7 +23,7 @@ def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
     head = bytes(data[:26])
     if head.startswith(JPEG):
         return size_of_jpeg(data)
-    if head.startswith(PNG) and head[12:16] == b"IHDR" and head[24:] in (b"\x08\x00", b"\x08\x02"):  # 8 bits, grey or RGB
+    if head.startswith(PNG) and head[12:16] == b"IHDR" and head[24:] in PLAIN_PNG:
         return number(head[16:20]), number(head[20:24])
     return None
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastsmooth.files import size_of
+from fastsmooth.processors import processors
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 LONGEST = 4000  # times its width: what a height may be, since a row of pixels grows thick when it is resized
@@ -196,11 +197,6 @@ def decode_all(
         for _ in pool.map(decode, range(len(split)), chunksize=64):
             pass
     return Split(split.labels, pixels)
-
-
-def processors() -> int:
-    """How many of the processors are this process's to use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 READERS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet, "folder": folder}
