@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 
 from fastsmooth.config import Config, ConfigError
-from fastsmooth.messages import one_line, printable, printable_path, put, say
+from fastsmooth.messages import one_line, printable, printable_path, put, say, warn
 from fastsmooth.processors import processors
 
 CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
@@ -25,6 +25,8 @@ def check(c: Config) -> None:
         images = data.read_set(c)
     except data.DataError as error:
         raise ConfigError(str(error)) from None
+    for line in images.remarks:
+        warn(line)
     splits = {"train": images.train, "test": images.test}
     total, bad, sizes = sum(map(len, splits.values())), 0, set()
     for name, split in splits.items():

@@ -592,6 +592,9 @@ def introduce(c: Config, live, parameters: int) -> None:
         f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} epochs from lr {c.lr:g}, "
         f"batch {c.batch_size}" + (f", momentum {c.momentum:g}" if c.momentum else "") + f", seed {c.seed}"
     )
+    augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
+    size = live.data.size
+    say(f"{live.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
     if ranks.world > 1:
         normed = "over all of them" if c.sync_bn else "for each by itself"
         say(f"{ranks.world} processes share every batch; BatchNorm's statistics are {normed}")

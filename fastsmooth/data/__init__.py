@@ -44,12 +44,15 @@ class Data:
 def open_data(config, device: torch.device, say: Callable[[str], None] = print, sharing: int = 1) -> Data:
     """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError.
 
-    `say` gets a line where reading takes long, and one for each image that cannot be read but may be black. `sharing`:
+    `say` gets a line where reading takes long, what may not be meant as it is (a class that is never tested), and one for
+    each image that cannot be read but may be black. `sharing`:
     processes of this run on this machine, which share its processors and its memory.
     """
     if config.loader == "dali":
         dali.require()
     images = read_set(config)
+    for line in images.remarks:
+        say(line)
     bad = BadImages(config.on_bad_image, say)
     name, why = choose(config, images, device, sharing)
     threads = max(processors() // sharing, 1) if config.workers is None else config.workers

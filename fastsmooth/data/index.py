@@ -55,7 +55,7 @@ class Index:
 
 
 def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | None = None) -> Index:
-    """The index of all image files below `root`, as sets.scan lists them: what is not in `paths` leaves the cache.
+    """The index of all image files below `root`, as sets.images_of lists them: what is not in `paths` leaves the cache.
 
     `say` gets a line now and then once it has taken 2 seconds. Bad files raise nothing and are read again each time.
     """
