@@ -254,7 +254,9 @@ def wanted_torch() -> Wanted | None:
 
 def extra(package: Extra, c: Config, torch) -> Row:
     """The row of a package; it is BAD where `c` asks for the package and it cannot be used."""
-    asked = (package.name == "dali" and c.loader == "dali") or (package.name == "timm" and c.model.startswith("timm/"))
+    asked = (package.name == "dali" and c.loader == "dali") or (
+        package.name == "timm" and (c.model or "").startswith("timm/")
+    )
     wrong = BAD if asked else NOTE
     cuda = torch.version.cuda if torch is not None else None
     pip = package.pip
