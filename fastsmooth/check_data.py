@@ -7,8 +7,8 @@ import warnings
 from collections import Counter
 
 from fastsmooth.config import Config, ConfigError
-from fastsmooth.log import processors
-from fastsmooth.messages import note, one_line, printable_path, show
+from fastsmooth.messages import note, one_line, printable_path, show, warn
+from fastsmooth.processors import processors
 
 CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
 
@@ -24,6 +24,8 @@ def check(c: Config) -> None:
         images = data.read_set(c)
     except data.DataError as error:
         raise ConfigError(str(error)) from None
+    for line in images.remarks:
+        warn(line)
     splits = {"train": images.train, "test": images.test}
     total, bad, sizes = sum(map(len, splits.values())), 0, set()
     for name, split in splits.items():

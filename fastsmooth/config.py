@@ -27,6 +27,7 @@ from fastsmooth.terminal import columns
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
 LARGEST_TOML = 1 << 16  # bytes
 MOST_DOTS = 3000  # in a line of it: the time that a key takes grows with the square of its dots
+SMALLEST_IMAGE, LARGEST_IMAGE = 8, 1024  # pixels a side
 SMALLEST, LARGEST = 1e-100, 1e100  # numbers whose squares and quotients are numbers
 
 
@@ -86,10 +87,14 @@ SETS = {
         None,
         None,
         None,
-        PAPER
-        | {"model": "resnet20", "image_size": 32, "augment": None, "epochs": 20, "min_epochs": 1, "steps": (200,)},
+        # what is None the images say, once they are there
+        PAPER | {"model": None, "image_size": None, "augment": None, "epochs": 20, "min_epochs": 1, "steps": (200,)},
     ),
 }
+# The networks that images call for, by the largest size each is for, in pixels a side.
+NETWORKS = {16: "resnet20", 64: "resnet18", LARGEST_IMAGE: "torchvision/resnet34"}
+SMALL, USUAL = 64, 224  # images up to SMALL are taken as they are, others in steps of STEP up to USUAL
+STEP = 32
 
 # Published bounds (data set, optimizer, model, lr, momentum) -> (C^2, K^2), from critical batch sizes at eps 0.5; they say
 # nothing of another data set, network, learning rate or momentum.
@@ -235,7 +240,7 @@ class Config:
     # fmt: off
     dataset: str = option("digits", "data", "what to train on", choices=SETS)
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", MEMORY_SETS))
-    image_size: int | None = option(None, "data", "pixels a side", whole(8, 1024), metavar="N", only=("dataset", {"folder", "imagenet"}))
+    image_size: int | None = option(None, "data", "pixels a side (folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", {"folder", "imagenet"}))
     augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
     loader: str = option("auto", "data", "resident: all images on the device; dali, threads: decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
@@ -412,20 +417,44 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         given["method"] = "constant"
     facts = SETS[given.get("dataset", "digits")]
     values = facts.defaults | given
-    if values.get("augment") is None:
-        values["augment"] = "crop-flip" if values["image_size"] <= 64 else "resized-crop-flip"
-    if given.get("dataset") == "folder" and "model" not in given and values["image_size"] > 64:
-        values["model"] = "torchvision/resnet34"
+    if values["image_size"] is not None:
+        values = suited(values)
     # of sgd the directions of one point, with momentum those of histories, each with a full gradient of its own
-    moving = values.get("optimizer", "sgd") != "sgd" and values.get("beta", 0.9) > 0
-    values.setdefault("draws", 8 if moving else 16)
-    if values.get("mode") == "sampling" and moving and values["augment"] != "none":
-        values["measure_augment"] = True  # the buffer is made of gradients of augmented images
+    momentum = 0.0 if values.get("optimizer", "sgd") == "sgd" else values.get("beta", 0.9)
+    values.setdefault("draws", 8 if momentum else 16)
+    if follows_augmentation(values.get("mode", "normal"), momentum, values["augment"]):
+        values["measure_augment"] = True
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     if values.get("decay_epoch") is None and "budget" not in given:  # else once the epochs are known
         values["decay_epoch"] = max(1, values["epochs"] // 5)
     return given, Config(**values)
+
+
+def suited(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the network and the augmentation that images of their size call for, where none was given."""
+    size = values["image_size"]
+    network = next(name for largest, name in NETWORKS.items() if size <= largest)
+    augment = "crop-flip" if size <= SMALL else "resized-crop-flip"
+    return values | {"model": values["model"] or network, "augment": values["augment"] or augment}
+
+
+def fitted(c: Config, side: int) -> Config:
+    """`c` with what was left to the images, whose shorter side has `side` pixels: --image-size, --model and --augment.
+
+    Images up to SMALL pixels are taken as they are, larger ones at a multiple of STEP. A network for small images (all but
+    torchvision's and timm's) is given SMALL pixels at the most.
+    """
+    small = side <= SMALL or (c.model is not None and "/" not in c.model)
+    size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
+    found = suited({"image_size": size, "model": c.model, "augment": c.augment})
+    follows = follows_augmentation(c.mode, c.momentum, found["augment"])
+    return dataclasses.replace(c, **found, measure_augment=c.measure_augment or follows)
+
+
+def follows_augmentation(mode: str, momentum: float, augment: str | None) -> bool:
+    """Whether a direction is measured on augmented images: where its buffer is made of gradients of augmented ones."""
+    return mode == "sampling" and momentum > 0 and augment not in (None, "none")
 
 
 def constants(c: Config) -> dict[str, float]:

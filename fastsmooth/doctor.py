@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import math
 import os
 import platform
 import re
@@ -24,8 +25,8 @@ from typing import Any
 from fastsmooth import __version__
 from fastsmooth.config import Config, ConfigError
 from fastsmooth.files import cache_folder, only_mine
-from fastsmooth.log import processors
 from fastsmooth.messages import one_line, show
+from fastsmooth.processors import THREADS, keep_within_quota, processors, quota
 
 OK, NOTE, BAD = "ok", "note", "BAD"  # a note is what a run does without, BAD what it cannot
 ROOM = 10**7  # bytes: less does not hold the checkpoints of the smallest network
@@ -253,7 +254,9 @@ def wanted_torch() -> Wanted | None:
 
 def extra(package: Extra, c: Config, torch) -> Row:
     """The row of a package; it is BAD where `c` asks for the package and it cannot be used."""
-    asked = (package.name == "dali" and c.loader == "dali") or (package.name == "timm" and c.model.startswith("timm/"))
+    asked = (package.name == "dali" and c.loader == "dali") or (
+        package.name == "timm" and (c.model or "").startswith("timm/")
+    )
     wrong = BAD if asked else NOTE
     cuda = torch.version.cuda if torch is not None else None
     pip = package.pip
@@ -287,9 +290,12 @@ def unlike(dali: str, cuda: str) -> bool:
 
 def threads(torch) -> Row:
     text = f"{processors()} of {os.cpu_count()} usable"
+    if quota() < math.inf:
+        text += f" (the container's quota is {quota():.3g})"
     if torch is not None:
-        limit = os.environ.get("OMP_NUM_THREADS")
-        text += f", PyTorch takes {torch.get_num_threads()} threads" + (f" (OMP_NUM_THREADS={limit})" if limit else "")
+        keep_within_quota(torch)  # as a run does
+        said = [f"{name}={os.environ[name]}" for name in THREADS if os.environ.get(name)]
+        text += f", PyTorch takes {torch.get_num_threads()} threads" + (f" ({', '.join(said)})" if said else "")
     return Row("processors", text)
 
 

@@ -264,11 +264,6 @@ def processor() -> str:
         return platform.processor()
 
 
-def processors() -> int:
-    """How many of the processors are this process's to use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def commit() -> str | None:
     """The commit of the checkout that runs, with "+" where it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent

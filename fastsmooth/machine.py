@@ -14,7 +14,8 @@ import torchvision
 
 from fastsmooth import __version__
 from fastsmooth.config import RESOLVED_ONCE, flag
-from fastsmooth.log import processor, processors
+from fastsmooth.log import processor
+from fastsmooth.processors import processors
 
 
 def facts(device: torch.device, processes: int) -> dict[str, Any]:

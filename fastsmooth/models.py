@@ -248,6 +248,19 @@ def from_timm(name: str, classes: int) -> nn.Module:
         raise ModelError(f"--model timm/{name}: {error} Leave out what follows the dot") from None
 
 
+def own_size(name: str, model: nn.Module) -> int | None:
+    """The pixels a side that a network of torchvision or timm was made for; None where it takes any, or does not say."""
+    if name.startswith("timm/"):
+        return (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
+    if not name.startswith("torchvision/"):
+        return None
+    if hasattr(model, "image_size"):  # its published weights may be for a larger one
+        return model.image_size
+    from torchvision import models
+
+    return models.get_model_weights(name.removeprefix("torchvision/")).DEFAULT.transforms.keywords.get("crop_size")
+
+
 def replace_batchnorm(model: nn.Module) -> int:
     """Replace every BatchNorm2d by a GroupNorm of 16 channels a group (Wu and He 2018, table 3); how many it found.
 

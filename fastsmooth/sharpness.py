@@ -50,6 +50,7 @@ from fastsmooth.messages import (
     tell,
     warn,
 )
+from fastsmooth.processors import keep_within_quota
 from fastsmooth.terminal import Table, columns
 
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
@@ -419,6 +420,7 @@ def carry_out(argv: list[str]) -> int:
     if request is None:
         show(*parser().format_help().splitlines())
         return DONE
+    keep_within_quota(torch)
     device = pick_device(request.device)
     # TF32 would round the loss more coarsely than it rises
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"

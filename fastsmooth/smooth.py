@@ -33,6 +33,7 @@ from fastsmooth.config import ConfigError
 from fastsmooth.files import replace
 from fastsmooth.log import RunFolderError, refusing
 from fastsmooth.messages import DONE, command, end_with, exit_code, say, show
+from fastsmooth.processors import keep_within_quota
 from fastsmooth.terminal import Table, columns
 
 FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
@@ -492,6 +493,7 @@ def carry_out(argv: list[str]) -> int:
         show(*parser().format_help().splitlines())
         return DONE
     require_matplotlib()
+    keep_within_quota(torch)
     with refusing(request.out):  # a folder that cannot be written fails now
         request.out.mkdir(parents=True, exist_ok=True)
     check_unused(request.out)

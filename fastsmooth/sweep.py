@@ -31,7 +31,7 @@ from fastsmooth import config as configs
 from fastsmooth import critical
 from fastsmooth.config import FIELDS, ConfigError, flag
 from fastsmooth.files import clean, read_file, read_object, replace, size_of
-from fastsmooth.log import RunFolderError, lock, processors, read_status, refusing
+from fastsmooth.log import RunFolderError, lock, read_status, refusing
 from fastsmooth.messages import (
     DONE,
     INTERRUPTED,
@@ -49,6 +49,7 @@ from fastsmooth.messages import (
     show,
     warn,
 )
+from fastsmooth.processors import processors
 from fastsmooth.runs import RunError, SavedRun, read_run
 
 OWN = ("out", "resume", "config")  # flags of train that a sweep sets itself

@@ -5,11 +5,11 @@ The whole path from top to bottom: config, schedule, data, model, step, mode, ru
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -39,6 +39,7 @@ from fastsmooth.messages import (
     tell,
     warn,
 )
+from fastsmooth.processors import keep_within_quota
 from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing, memory, updates_of
 from fastsmooth.terminal import Table, columns
 
@@ -179,6 +180,10 @@ def print_plan(c: Config, as_json: bool) -> None:
         show(table.row(cells, columns(sys.stdout)))
     for line in [*units(c), *notes(c, schedule), cost(c, schedule, done)]:
         show(line)
+    if c.image_size is None:
+        show(
+            "the images, which --plan does not open, decide what --image-size and --model are where they are not given"
+        )
 
 
 def cost(c: Config, schedule: Schedule, done: list[tuple[int, int]] | None) -> str:
@@ -193,17 +198,12 @@ def cost(c: Config, schedule: Schedule, done: list[tuple[int, int]] | None) -> s
     most = "at most " if c.mode == "critical" else ""
     line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
     if c.mode == "sampling":
-        ends = list(itertools.accumulate(n for n, _ in done))[:-1]
-        batches = [schedule.batch_size(bisect.bisect_right(ends, step)) for step in c.steps]
-        # with momentum each direction ends a history of its own, which has the batches and the full gradient to itself
-        reach = memory(c.momentum)
-        replayed = [min(step, reach) for step in c.steps]
-        passes = [c.draws if updates else 1 for updates in replayed]
-        measured = sum(
-            n * c.images + c.draws * (1 + updates) * size
-            for n, updates, size in zip(passes, replayed, batches, strict=True)
-        )
-        line += f", and {'about ' * any(replayed)}{measured:,} more to measure at {len(c.steps)} of them"
+        more = 0
+        for step, size in measured(c, schedule, c.images).items():
+            # with momentum each direction ends a history of its own, which has its batches and a full gradient to itself
+            replayed = min(step, memory(c.momentum))
+            more += (c.draws if replayed else 1) * c.images + c.draws * (1 + replayed) * size
+        line += f", and {'about ' * (c.momentum > 0)}{more:,} more to measure at {len(c.steps)} of them"
     return line
 
 
@@ -256,15 +256,16 @@ def run(c: Config) -> int:
     from fastsmooth.modes import Diverged, Preempted
     from fastsmooth.ranks import RankLost, Ranks
 
+    keep_within_quota(torch)
     refusals = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
     live = ranks = None
     try:
         check_launch()
         device = pick_device(c, torch)
         ranks = Ranks.join(device)
-        live, state = prepare(c, device, ranks, refusals, torch)
+        live, state, decided = prepare(c, device, ranks, refusals, torch)
         live.stop_asked = asked
-        begin(live, state, refusals, torch)
+        begin(live, state, decided, refusals, torch)
         train(live)
         ended = Ending(DONE, "done")
     except refusals as error:
@@ -408,7 +409,12 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
             device = pick_device(c, torch)
             machine.take_over_threads(before)
         kernels = choose_kernels(c, device, torch)  # before their first use, which would warn in other words
-        images = data.open_data(c, device, warn if ranks.leader else lambda line: None, ranks.local_world)
+        read, decided = data.read_set(c), ""
+        if c.image_size is None:
+            side = data.usual_side(read)
+            c, asked = configs.fitted(c, side), c
+            decided = choice(c, asked, side)
+        images = data.open_data(c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read)
         images.bad.say = warn  # from now on each process meets bad images of its own
         n = len(images.train)
         check_batch(c, n, ranks.world)
@@ -421,7 +427,9 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
-        try_model(model, images, torch)
+        alone = try_model(c, model, images, torch)
+        if not alone:
+            check_lone_samples(c, schedule, n, ranks.world)
         noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
@@ -457,10 +465,10 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
             live.record = NormRecord(c.eps, c.criterion, ignored, device)
         live.noise = noise
         live.made_with = chosen | machine.facts(device, ranks.world)
-    return live, state
+    return live, state, decided
 
 
-def begin(live, state: dict[str, Any] | None, refusals: tuple[type[Exception], ...], torch) -> None:
+def begin(live, state: dict[str, Any] | None, decided: str, refusals: tuple[type[Exception], ...], torch) -> None:
     """Stand where the run is to go on, and say what it is."""
     from fastsmooth import machine, models
     from fastsmooth.progress import Progress
@@ -478,7 +486,7 @@ def begin(live, state: dict[str, Any] | None, refusals: tuple[type[Exception], .
     total = sum(samples for _, samples in epochs_done(c, live.schedule, n))
     name = device_name(live.device, torch) if ranks.world == 1 else f"{ranks.world} processes"
     live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader, c.delta_unit)
-    introduce(c, live, models.count_parameters(live.model))
+    introduce(c, live, models.count_parameters(live.model), decided)
     live.folder.status("running", "", live.update)
 
 
@@ -638,8 +646,22 @@ def check_steps(c: Config, schedule: Schedule, n: int) -> None:
         raise ConfigError(
             f"--steps {max(c.steps)} lies past the run's {total} updates: lower --steps or raise --epochs"
         )
-    if c.mode == "sampling" and c.batch_size == n:
-        raise ConfigError(f"--batchsize {n} is the whole training set, whose gradient has no noise: lower --batchsize")
+    full = next((step for step, size in measured(c, schedule, n).items() if size == n), None)
+    if full is not None:
+        raise ConfigError(
+            f"--steps {full}: the batch is the whole training set of {n} images then, whose gradient has no noise: lower "
+            "--batchsize, or measure before"
+        )
+
+
+def measured(c: Config, schedule: Schedule, n: int) -> dict[int, int]:
+    """The batch size at each of --steps at which --mode sampling measures."""
+    sizes, done = {}, 0
+    for point, updates in zip(schedule.points(), schedule.updates(n, c.drop_last), strict=True):
+        if c.mode == "sampling":
+            sizes |= {step: point.batch_size for step in c.steps if done <= step < done + updates}
+        done += updates
+    return sizes
 
 
 def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
@@ -664,22 +686,82 @@ def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
             )
 
 
-def try_model(model, images, torch) -> None:
-    """One small forward pass, so that a model that cannot take the images is refused before the run folder is made."""
+def try_model(c: Config, model, images, torch) -> bool:
+    """One image through the model in both modes, so that one that cannot take it is refused before the run folder is made.
+
+    Whether the model can train on a single sample: not where a BatchNorm would see 1 x 1 features of it.
+    """
     from fastsmooth.data import DataError
-    from fastsmooth.models import ModelError
+    from fastsmooth.measure import undisturbed
+    from fastsmooth.models import ModelError, own_size
 
     try:
         x, _ = next(iter(images.test.batches([torch.arange(1)])))
         with torch.no_grad():
             logits = model.eval()(x)
-        model.train()
-        if logits.shape != (1, images.classes):
-            raise ValueError(f"its output is {list(logits.shape)}, not [1, {images.classes}]")
+            if logits.shape != (1, images.classes):
+                raise ValueError(f"its output is {list(logits.shape)}, not [1, {images.classes}]")
+            with undisturbed(model.train(), "train"):
+                model(x)
+        return True
     except DataError:
         raise
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
-        raise ModelError(f"the model cannot take {images.size}x{images.size} images: {one_line(error)[:200]}") from None
+        if str(error).startswith("Expected more than 1 value per channel when training"):  # PyTorch's words for it
+            return False
+        size, own = images.size, own_size(c.model, model)
+        remedy = f"another --model than {c.model}"
+        if own not in (None, size):
+            free = c.dataset in configs.FIELDS["image_size"].metadata["only"][1]
+            remedy = f"--image-size {own}" if free else f"{remedy}, which is made for {own}x{own}"
+        raise ModelError(
+            f"the model cannot take {size}x{size} images ({one_line(error)[:200]}): use {remedy}"
+        ) from None
+
+
+def check_lone_samples(c: Config, schedule: Schedule, n: int, processes: int) -> None:
+    """Refuse a run in which a single sample would go through a model that cannot train on one."""
+    joined = c.sync_bn and processes > 1
+    parts = c.micro_batch
+    for where, size, remedies in in_training_mode(c, schedule, n):
+        shares = {size} if joined else {size // processes, -(-size // processes)} - {0}
+        if not any(share == 1 or (parts and share % parts == 1 % parts) for share in shares):
+            continue
+        alone = ", one of them alone" if size > 1 else ""
+        if size > 1 and processes > 1:
+            alone, remedies = f"{alone} in {processes} processes", [*remedies, "another number of processes"]
+        if size > 1 and parts:
+            alone, remedies = f"{alone} with --micro-batch {parts}", [*remedies, "another --micro-batch"]
+        remedies = [*remedies, "another --batchsize", *["--norm group"] * (c.norm == "batch")]
+        raise ConfigError(
+            f"{where} has {size} sample{'s' * (size > 1)}{alone}, of which {c.model} makes 1x1 features: BatchNorm cannot "
+            f"normalise a single value: use {', '.join(remedies[:-1])} or {remedies[-1]}"
+        )
+
+
+def in_training_mode(c: Config, schedule: Schedule, n: int) -> Iterator[tuple[str, int, list[str]]]:
+    """(what, of how many samples, what else avoids it) of all that will go through the model in training mode.
+
+    What --track-noise measures is no part of it: it waits for a batch whose parts have two samples or more.
+    """
+    if c.bn == "train" and c.mode == "critical" and c.criterion == "full-grad":
+        yield "the last chunk of the full gradient", n % c.batch_size, []
+    for size in measured(c, schedule, n).values() if c.bn == "train" else ():
+        yield "a drawn batch", size, []
+        yield "the last chunk of the full gradient", n % size, []
+    unit, amount = c.limit or ("updates", max(c.steps) if c.mode == "sampling" else math.inf)
+    done = {"epochs": 0, "updates": 0, "samples": 0}
+    for point in schedule.points():
+        size, rest = point.batch_size, n % point.batch_size
+        batches = [("a batch", size, n // size, [])]
+        if rest and not c.drop_last:
+            batches.append(("the last batch of an epoch", rest, 1, ["--drop-last"]))
+        for what, samples, count, remedies in batches:
+            if done[unit] >= amount:
+                return
+            yield what, samples, remedies
+            done["updates"] += count
+            done["samples"] += count * samples
 
 
 def noise_tracker(c: Config, model, images, schedule: Schedule, ranks, torch):
@@ -716,7 +798,14 @@ def default_out(c: Config) -> Path:
     return claim(Path("runs") / name)
 
 
-def introduce(c: Config, live, parameters: int) -> None:
+def choice(c: Config, asked: Config, side: int) -> str:
+    """What the images decided, and how to decide otherwise."""
+    made = [("--image-size", c.image_size)] + ([("--model", c.model)] if asked.model is None else [])
+    what, flags = (" and ".join(str(pair[k]) for pair in made) for k in (1, 0))
+    return f"{what}: chosen for images whose shorter side has {side} pixels (the median); change with {flags}"
+
+
+def introduce(c: Config, live, parameters: int, decided: str) -> None:
     say, ranks = live.progress.say, live.ranks
     about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(c.dataset, "")
     say(
@@ -726,6 +815,11 @@ def introduce(c: Config, live, parameters: int) -> None:
         f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} epochs from lr {c.lr:g}, "
         f"batch {c.batch_size}" + (f", momentum {c.momentum:g}" if c.momentum else "") + f", seed {c.seed}"
     )
+    augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
+    size = live.data.size
+    if decided:
+        say(decided)
+    say(f"{live.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
     if ranks.world > 1:
         normed = "over all of them" if c.sync_bn else "for each by itself"
         say(f"{ranks.world} processes share every batch; BatchNorm's statistics are {normed}")

@@ -21,6 +21,8 @@ rng = np.random.default_rng(0)
 
 def opened(loader: str = "resident", workers: int = 0, **given):
     more = {} if loader == "resident" else {"workers": workers}
+    if given.get("dataset") == "folder":  # else the images would say, and fitted() settle it
+        given.setdefault("image_size", 32)
     return open_data(resolve(given | {"loader": loader} | more), CPU)
 
 

@@ -20,6 +20,7 @@ from fastsmooth.config import (
     ConfigError,
     as_before,
     exact,
+    fitted,
     flag,
     idle,
     parse,
@@ -335,7 +336,7 @@ DEFAULTS = {  # data set: model, epochs, lr, batch, augmentation, pixels, steps,
     "cifar10": ("resnet18", 200, 0.1, 32, "crop-flip", 32, (10_000,), 11, 40),
     "cifar100": ("resnet18", 200, 0.1, 32, "crop-flip-rotate", 32, (10_000,), 11, 40),
     "imagenet": ("torchvision/resnet34", 200, 0.1, 256, "resized-crop-flip", 224, (1000,), 11, 40),
-    "folder": ("resnet20", 20, 0.1, 32, "crop-flip", 32, (200,), 1, 4),
+    "folder": (None, 20, 0.1, 32, None, None, (200,), 1, 4),  # what is None its images say
 }
 
 
@@ -364,7 +365,35 @@ def test_large_images_in_a_folder_get_a_network_and_an_augmentation_for_them():
     assert (large.model, large.augment) == ("torchvision/resnet34", "resized-crop-flip")
     named = config("--dataset", "folder", "--image-size", 128, "--model", "resnet8", "--augment", "crop-flip")
     assert (named.model, named.augment) == ("resnet8", "crop-flip")
-    assert config("--dataset", "folder", "--image-size", 64).model == "resnet20"
+    small = config("--dataset", "folder", "--image-size", 64)
+    assert (small.model, small.augment) == ("resnet18", "crop-flip")
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "network"),
+    [
+        (3, 8, "resnet20"),
+        (16, 16, "resnet20"),
+        (28, 28, "resnet18"),
+        (64, 64, "resnet18"),
+        (70, 64, "resnet18"),
+        (96, 96, "torchvision/resnet34"),
+        (100, 96, "torchvision/resnet34"),
+        (224, 224, "torchvision/resnet34"),
+        (4000, 224, "torchvision/resnet34"),
+    ],
+)
+def test_the_images_of_a_folder_say_what_no_flag_says(side, size, network):
+    found = fitted(config("--dataset", "folder"), side)
+    augment = "crop-flip" if size <= 64 else "resized-crop-flip"
+    assert (found.image_size, found.model, found.augment) == (size, network, augment)
+    model = fitted(config("--dataset", "folder", "--model", "torchvision/vgg11"), side)
+    assert (model.image_size, model.model, model.augment) == (size, "torchvision/vgg11", augment)
+    none = fitted(config("--dataset", "folder", "--augment", "none"), side)
+    assert (none.image_size, none.model, none.augment) == (size, network, "none")
+    # a network for small images gets no large ones unasked
+    resnet8 = fitted(config("--dataset", "folder", "--model", "resnet8"), side)
+    assert (resnet8.image_size, resnet8.augment) == (min(side, 64) if side > 8 else 8, "crop-flip")
 
 
 def test_steps_of_the_schedule_are_a_fifth_of_the_epochs():
@@ -696,6 +725,7 @@ ODD = {  # values whose text form is easily mangled
 @pytest.mark.parametrize("dataset", SETS)
 def test_config_json_reads_back_as_the_same_config(dataset, flags, tmp_path):
     c = config("--dataset", dataset, *(ODD[dataset] if flags else []))
+    c = c if c.image_size else fitted(c, 40)  # as a run does before it saves
     assert read_saved(save(tmp_path, c)) == c
     assert set(json.loads((tmp_path / "config.json").read_text())) == set(FIELDS)
 

@@ -2,20 +2,24 @@
 
 import functools
 import os
+import shutil
 import struct
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from images import LOADERS, encoded, every_batch, noise, one_line, opened, solid, tree
+from images import CPU, LOADERS, encoded, every_batch, noise, one_line, opened, solid, tree
 from PIL import Image
 from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
-from fastsmooth.data import DataError, augment, sets
+from fastsmooth.config import resolve
+from fastsmooth.data import DataError, augment, open_data, sets
 from fastsmooth.data.order import in_order, permutation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -114,13 +118,80 @@ def test_a_split_without_images_is_refused(tmp_path, loader, split):
 
 
 @plain_loaders
-def test_a_class_folder_that_is_empty_keeps_its_label(tmp_path, loader):
-    tree(good_tree(tmp_path), {"train/cow": None})
-    data = opened_folder(tmp_path, loader)
-    ((_, labels),) = data.train.batches([torch.arange(len(data.train))])
-    assert data.classes == 3 and labels.tolist() == [0, 0, 2, 2]  # cat, cow, dog
-    ((_, labels),) = data.test.batches([torch.arange(len(data.test))])
-    assert labels.tolist() == [0, 0, 2, 2]
+def test_a_class_folder_that_is_empty_is_refused_by_name(tmp_path, loader):
+    tree(good_tree(tmp_path), {"train/cow": None, "train/ewe/notes.txt": b"none yet"})
+    assert f"{tmp_path / 'train' / 'cow'} has no images (nor 1 more): put some there or remove" in refusal(
+        tmp_path, loader, 0
+    )
+
+
+HIDDEN = (
+    ".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "cat/._1.png", ".DS_Store", "cat/.DS_Store",
+    "Thumbs.db", "cat/Thumbs.db", "dog/desktop.ini", "__MACOSX/cat/._1.png", "__MACOSX/0.png", "lost+found/0.png", "@eaDir/0.png",
+    "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", ".git/0.png", "#recycle/0.png", "$RECYCLE.BIN/0.png", ".Trash-1000/files/0.png",
+    "System Volume Information/0.png",
+)  # fmt: skip
+
+
+@plain_loaders
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_is_hidden_or_belongs_to_a_system_is_no_class_and_no_image(tmp_path, loader, split):
+    """The classes and images are those that torchvision's ImageFolder finds where none of it is."""
+    good_tree(tmp_path / "clean")
+    clean = ImageFolder(str(tmp_path / "clean" / split))
+    root = tmp_path / "littered"
+    shutil.copytree(tmp_path / "clean", root)
+    tree(root, {f"{split}/{name}": noise() if name.endswith(("png", "jpg")) else b"x" for name in HIDDEN})
+    tree(root, {f"{split}/.hidden": None})
+    data = opened_folder(root, loader)
+    part = {"train": data.train, "val": data.test}[split]
+    ((x, labels),) = part.batches([torch.arange(len(part))])
+    assert data.classes == len(clean.classes) == 2 and labels.tolist() == clean.targets
+    view = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
+    assert torch.equal(x, torch.stack([view(image) for image, _ in clean]))
+
+
+def test_linked_folders_are_followed_as_torchvision_follows_them(tmp_path):
+    root = good_tree(tmp_path / "tree")
+    tree(tmp_path, {"elsewhere/7.png": noise(), "elsewhere/deep/8.png": noise(), "fox/9.png": noise()})
+    (root / "train/cat/linked").symlink_to(tmp_path / "elsewhere")
+    (root / "train/dog/linked").symlink_to(tmp_path / "elsewhere")  # twice: no loop
+    (root / "train/dog/again").symlink_to("../cat/linked")
+    for split in ("train", "val"):
+        (root / split / "fox").symlink_to(tmp_path / "fox")
+    expected = ImageFolder(str(root / "train"))
+    found = sets.folder(SimpleNamespace(data_dir=str(root), dataset="folder")).train
+    assert sorted(zip(found.paths, found.labels.tolist(), strict=True)) == sorted(expected.samples)
+    assert len(found) == 11 and found.labels.tolist() == sorted(expected.targets)
+
+
+def remarks(root: Path) -> list[str]:
+    lines: list[str] = []
+    open_data(resolve({"dataset": "folder", "data_dir": str(root), "loader": "torch", "workers": 0}), CPU, lines.append)
+    return lines
+
+
+def test_a_class_that_is_never_tested_and_images_in_no_class_are_said_by_name(tmp_path):
+    assert remarks(good_tree(tmp_path)) == []
+    tree(tmp_path, {"train/cow/1.png": noise()})
+    assert remarks(tmp_path) == [f"{tmp_path / 'val'} has no images of class 'cow': they are never tested"]
+    tree(tmp_path, {"train/ewe/1.png": noise(), "val/ewe": None, "train/1.png": noise(), "train/.2.png": noise()})
+    tree(tmp_path, {"val/wolf/notes.txt": b"a folder of val alone, without images"})
+    assert remarks(tmp_path) == [
+        f"{tmp_path / 'val'} has no images of class 'cow' (nor 1 more): they are never tested",
+        f"{tmp_path / 'train'}: images that lie in no class folder are left out: 1",
+    ]
+
+
+@plain_loaders
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_class_folders_is_told_so(tmp_path, loader, split):
+    for path in (good_tree(tmp_path) / split).glob("*/*"):
+        path.rename(tmp_path / split / f"{path.parent.name}-{path.name}")
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
+    message = refusal(tmp_path, loader, 0)
+    assert f"its images lie there without them: sort them into {tmp_path / split}/CLASS/" in message
 
 
 @plain_loaders
@@ -128,6 +199,8 @@ def test_a_class_that_only_the_test_split_has_is_refused(tmp_path, loader):
     tree(good_tree(tmp_path), {"val/wolf/1.png": noise()})
     message = refusal(tmp_path, loader, 0)
     assert str(tmp_path / "val") in message and "'wolf'" in message
+    (tmp_path / "val/wolf").rename(tmp_path / "val/CAT")
+    assert "a class folder 'CAT' that train/ has not (it has 'cat')" in refusal(tmp_path, loader, 0)
 
 
 def palette() -> Image.Image:

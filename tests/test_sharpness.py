@@ -646,7 +646,7 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
 
 def test_files_are_decoded_as_the_run_decoded_them(cifar_folder):
     """Only those that are measured, where the run had them all in memory."""
-    config = resolve({"dataset": "folder", "data_dir": str(cifar_folder), "loader": "resident"})
+    config = resolve({"dataset": "folder", "data_dir": str(cifar_folder), "loader": "resident", "image_size": 32})
     resident = open_data(config, CPU)
     found = open_images(cifar_folder, config, parse(["RUN", *QUICK]), CPU)
     for split in ("train", "test"):

@@ -12,20 +12,24 @@ import torch
 from fastsmooth.data import augment, dali
 from fastsmooth.data.chunks import ChunkedLoader, Loader
 from fastsmooth.data.dali import DaliEngine, Decoder
-from fastsmooth.data.index import read_index
+from fastsmooth.data.index import THREADS, in_threads, load_formats, read_index
+from fastsmooth.data.index import header as header_of
 from fastsmooth.data.resident import ResidentLoader
-from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all, processors
+from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
 from fastsmooth.data.threads import ThreadsEngine
 from fastsmooth.data.torchloader import TorchEngine
 from fastsmooth.messages import note
+from fastsmooth.processors import processors
 
 MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
 CHUNK_OF_PIXELS = {"cuda": 2048}  # elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory
 CHUNK_OF_FILES = {"cuda": 128}  # the fastest on an H100 (benchmarks/gpu_decode.py); elsewhere 64, which is soon there
 
-__all__ = ["Data", "DataError", "Stream", "open_data", "read_set"]
+SAMPLE = 256  # image headers that say what size the others have
+
+__all__ = ["Data", "DataError", "Stream", "open_data", "read_set", "usual_side"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,20 @@ class Data:
     bad: BadImages
 
 
-def open_data(config, device: torch.device, say: Callable[[str], None] = note, sharing: int = 1) -> Data:
+def open_data(
+    config, device: torch.device, say: Callable[[str], None] = note, sharing: int = 1, images: ImageSet | None = None
+) -> Data:
     """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError.
 
-    `say` gets a line where reading takes long, and one for each image that cannot be read but may be black. `sharing`:
-    processes of this run on this machine, which share its processors and its memory.
+    `say` gets a line where reading takes long, what may not be meant as it is (a class that is never tested), and one for
+    each image that cannot be read but may be black. `sharing`:
+    processes of this run on this machine, which share its processors and its memory. `images`: what read_set gave.
     """
     if config.loader == "dali":
         dali.require()
-    images = read_set(config)
+    images = images or read_set(config)
+    for line in images.remarks:
+        say(line)
     bad = BadImages(config.on_bad_image, say)
     name, why = choose(config, images, device, sharing)
     threads = max(processors() // sharing, 1) if config.workers is None else config.workers
@@ -82,6 +91,17 @@ def read_set(config) -> ImageSet:
         raise DataError(
             f"--data-dir {config.data_dir}: {error.strerror or error}{where}: repair that, or give another --data-dir"
         ) from None
+
+
+def usual_side(images: ImageSet) -> int:
+    """The median of the shorter sides of the training images, in pixels, from the headers of SAMPLE of them. Raises DataError."""
+    paths = images.train.paths[:: max(1, len(images.train) // SAMPLE)]
+    load_formats()
+    found = [header for _, part in in_threads(header_of, paths, "", None, THREADS, 1) for header in part]
+    sides = sorted(min(width, height) for width, height, _, wrong in found if not wrong)
+    if not sides:
+        raise DataError(found[0][-1])
+    return sides[len(sides) // 2]
 
 
 def choose(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[str, str]:

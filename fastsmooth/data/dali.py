@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastsmooth.data.augment import View, padding
 from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.encoded import plain_size
 from fastsmooth.data.sets import DataError
 from fastsmooth.data.source import Source
 
@@ -175,9 +176,9 @@ class DaliEngine:
             return pixels
         with contextlib.suppress(OSError):
             encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
-            if len(encoded):
+            if plain_size(encoded.data) == (self.source.index.width[i], self.source.index.height[i]):
                 return encoded
-        return self.source.by_pil(i, view)  # which finds the words
+        return self.source.by_pil(i, view)  # or finds the words
 
     def _prepare_pixels(self, job: Job) -> Prepared:
         source, m = self.source, len(job.index)

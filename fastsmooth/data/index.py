@@ -1,9 +1,10 @@
 """What the headers of a tree's image files say, read before training begins, so that a bad file is found then.
 
 What was read is kept in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a hash of the tree's
-path, and holds for a file as long as its name, size and time of modification stay. The cache may be damaged or another
-user's work: nothing in it is unpickled, and what does not fit, or what another user owns or may write, is read again
-from the images.
+path, and holds for a file as long as its name, size, time of modification and time of change stay; the last is the system's
+own, which nobody sets back as `touch`, `cp -p` and rsync do the other. The cache may be damaged or another user's work:
+nothing in it is unpickled, and what does not fit, or what another user owns or may write, is read again from the images. A
+file that is replaced after its header was read is found when it is decoded (Index.check).
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from PIL import Image
 from fastsmooth.data.sets import DataError, open_image, opened
 from fastsmooth.files import cache_folder, only_mine, read_file, replace
 
-VERSION = 1  # of the cache: another one whenever its fields change, or the meaning of plain
+VERSION = 2  # of the cache: another one whenever its fields change, or the meaning of plain
 # plain is a byte, since a bool that another program stored as 2 is not safe to compute with
-RECORD = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("width", "<i4"), ("height", "<i4"), ("plain", "u1")])
+RECORD = np.dtype(
+    [("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("width", "<i4"), ("height", "<i4"), ("plain", "u1")]
+)
+STAT = ["size", "mtime", "ctime"]  # what must stay
 THREADS = 16  # they wait for the disk more than for a core, so the number of cores does not matter
 CHUNK = 256  # files that a thread takes at a time
 
@@ -43,21 +47,29 @@ class Index:
     plain: np.ndarray  # bool [n]: a JPEG or PNG that every decoder turns into the same RGB pixels as PIL
     bad: dict[int, str]  # position: one line that names the file and says what is wrong and what to do
 
+    def check(self, i: int, path: str, size: tuple[int, int]) -> None:
+        """Raises DataError where the i-th image, now at `path`, has another size (width, height) than its header said."""
+        width, height = size
+        if (width, height) != (self.width[i], self.height[i]):
+            reason = f"{width} x {height} pixels, which was {self.width[i]} x {self.height[i]} when the run began"
+            raise DataError(f"{path}: {reason}: put the old image back, or start a new run", reason)
+
 
 def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | None = None) -> Index:
-    """The index of all image files below `root`, as sets.scan lists them: what is not in `paths` leaves the cache.
+    """The index of all image files below `root`, as sets.images_of lists them: what is not in `paths` leaves the cache.
 
     `say` gets a line now and then once it has taken 2 seconds. Bad files raise nothing and are read again each time.
     """
     names = relative(paths, root)
     table = np.zeros(len(paths), RECORD)
     for part, stats in in_threads(stat, paths, "looking for changed image files", say, THREADS, CHUNK):
-        table["size"][part], table["mtime"][part] = zip(*stats, strict=True)
+        for field, values in zip(STAT, zip(*stats, strict=True), strict=True):
+            table[field][part] = values
 
     kept_names, kept = load(root)
     before = np.append(kept, np.zeros(1, RECORD))[positions(names, kept_names)]  # zeros for new names
     pixels = before["width"].astype(np.int64) * before["height"]
-    known = (before["size"] == table["size"]) & (before["mtime"] == table["mtime"]) & (table["size"] > 0)
+    known = (before[STAT] == table[STAT]) & (table["size"] > 0)
     known &= (before["width"] > 0) & (before["height"] > 0) & (pixels <= Image.MAX_IMAGE_PIXELS)
     table[known] = before[known]
 
@@ -99,13 +111,14 @@ def in_threads(
             pool.shutdown(cancel_futures=True)
 
 
-def stat(path: str) -> tuple[int, int]:
-    """The size in bytes and the time of modification in ns; zeros for a file that open_image will then refuse."""
+def stat(path: str) -> tuple[int, int, int]:
+    """STAT: bytes, and times in ns; zeros for a file that open_image will then refuse."""
     try:
         result = os.stat(path)
     except OSError:
-        return 0, 0
-    return result.st_size, result.st_mtime_ns & (2**63 - 1)  # a time in the far future would not fit
+        return 0, 0, 0
+    # a time in the far future would not fit
+    return result.st_size, *(time & (2**63 - 1) for time in (result.st_mtime_ns, result.st_ctime_ns))
 
 
 def header(path: str) -> tuple[int, int, bool, str]:

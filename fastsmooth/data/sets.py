@@ -15,8 +15,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastsmooth.files import size_of
+from fastsmooth.processors import processors
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+SUFFIXES = ", ".join(sorted(EXTENSIONS))
+# by their names in small letters; what is hidden begins with a dot (.ipynb_checkpoints, .DS_Store, ._IMAGE.png)
+OF_SYSTEMS = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle",
+    "~snapshot", "$recycle.bin", "system volume information", "__pycache__",
+}  # fmt: skip
 LONGEST = 4000  # times its width: what a height may be, since a row of pixels grows thick when it is resized
 # opened refuses such images itself; catch_warnings would not do, as threads share the list of filters
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -51,6 +58,7 @@ class ImageSet:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    remarks: tuple[str, ...] = ()  # lines about what was found and may not be meant
 
     def fingerprint(self) -> str:
         """A hash of the labels, and of the pixels or file names, so that a run is not resumed on other data."""
@@ -113,39 +121,87 @@ def folder(config, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
         raise DataError(
             f"--data-dir {root} has no {missing}: --dataset {config.dataset} wants train/CLASS/IMAGE and the same beside it"
         )
-    classes = tuple(sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir()))
+    train, test = root / "train", found[0]
+    classes = tuple(sorted(entry.name for entry in listed(train) if entry.is_dir()))
     if len(classes) < 2:
-        raise DataError(f"{root / 'train'} has {len(classes)} class folders: at least two are needed")
-    test = scan(found[0], classes)
-    return ImageSet(scan(root / "train", classes), test, classes, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def scan(directory: Path, classes: tuple[str, ...]) -> Split:
-    """Every image file below DIRECTORY/CLASS, by class and then by path."""
-    extra = sorted({entry.name for entry in os.scandir(directory) if entry.is_dir()} - set(classes))
-    if extra:
-        raise DataError(f"{directory} has a class folder {extra[0]!r} that train/ has not: remove it or add it there")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        inside = [
-            os.path.join(base, file)
-            for base, _, files in os.walk(directory / name, onerror=refuse)
-            for file in files
-            if os.path.splitext(file)[1].lower() in EXTENSIONS
-        ]
-        paths += sorted(inside)
-        labels += [label] * len(inside)
-    if not paths:
+        raise DataError(f"{train} has {len(classes)} class folders: at least two are needed{flat(train)}")
+    inside, tested = ({name: images_of(part, name) for name in classes} for part in (train, test))
+    for part, by_class in ((train, inside), (test, tested)):
+        if not any(by_class.values()):
+            raise DataError(f"{part} has no images: looked for {SUFFIXES} in {len(classes)} class folders{flat(part)}")
+    empty = [name for name in classes if not inside[name]]
+    if empty:
         raise DataError(
-            f"{directory} has no images: looked for {', '.join(sorted(EXTENSIONS))} in {len(classes)} class folders"
+            f"{train / empty[0]} has no images{more(empty)}: put some there or remove the folder (looked for {SUFFIXES})"
         )
-    return Split(np.array(labels, dtype=np.int64), paths=tuple(paths))
+    for name in sorted(entry.name for entry in listed(test) if entry.is_dir()):
+        if name not in inside and images_of(test, name):
+            alike = next((f" (it has {c!r})" for c in classes if c.casefold() == name.casefold()), "")
+            raise DataError(f"{test} has a class folder {name!r} that train/ has not{alike}: remove it or add it there")
+    untested = [name for name in classes if not tested[name]]
+    remarks = (
+        [f"{test} has no images of class {untested[0]!r}{more(untested)}: they are never tested"] if untested else []
+    )
+    for part in (train, test):
+        if loose := sum(is_image(entry) for entry in listed(part)):
+            remarks.append(f"{part}: images that lie in no class folder are left out: {loose:,}")
+    return ImageSet(split_of(inside), split_of(tested), classes, IMAGENET_MEAN, IMAGENET_STD, tuple(remarks))
 
 
-def refuse(error: OSError) -> None:
-    """A folder that cannot be read is no empty one; one that is not there is."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def split_of(by_class: dict[str, list[str]]) -> Split:
+    labels = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class.values()])
+    return Split(labels, paths=tuple(path for paths in by_class.values() for path in paths))
+
+
+def images_of(part: Path, name: str) -> list[str]:
+    """The image files below PART/NAME in order, those in linked folders too. Raises DataError for a link that never ends."""
+    found: list[str] = []
+    waiting = [(str(part / name), (identity(part.parent), identity(part)))] if (part / name).is_dir() else []
+    while waiting:
+        folder, around = waiting.pop()
+        if (own := identity(folder)) in around:
+            raise DataError(f"{folder} leads back to a folder that it is in, without end: remove that link")
+        for entry in listed(folder):
+            if is_folder(entry):
+                waiting.append((entry.path, (*around, own)))
+            elif is_image(entry):
+                found.append(entry.path)
+    return sorted(found)
+
+
+def identity(folder: Path | str) -> tuple[int, int]:
+    """What a folder is, by whatever path one comes to it."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def listed(folder: Path | str) -> list[os.DirEntry]:
+    """What is in a folder, but for what is hidden or belongs to a system and not to the data set."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name[0] != "." and entry.name.lower() not in OF_SYSTEMS]
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is one, or a link to one."""
+    with contextlib.suppress(OSError):  # a link to itself is none
+        return entry.is_dir()
+    return False
+
+
+def is_image(entry: os.DirEntry) -> bool:
+    """Whether a file's name is an image's."""
+    return os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not is_folder(entry)
+
+
+def flat(part: Path) -> str:
+    """What to say of a folder without classes where its images lie in it themselves, as ImageNet's val/ comes."""
+    loose = any(map(is_image, listed(part)))
+    return f"; its images lie there without them: sort them into {part}/CLASS/" if loose else ""
+
+
+def more(names: list[str]) -> str:
+    """How many there are beside the first."""
+    return f" (nor {len(names) - 1:,} more)" if len(names) > 1 else ""
 
 
 def open_image(path: str) -> Image.Image:
@@ -196,11 +252,6 @@ def decode_all(
         for _ in pool.map(decode, range(len(split)), chunksize=64):
             pass
     return Split(split.labels, pixels)
-
-
-def processors() -> int:
-    """How many of the processors are this process's to use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 READERS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet, "folder": folder}

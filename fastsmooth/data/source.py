@@ -74,11 +74,13 @@ class Source:
         return None if self.index.plain[i] else self.by_pil(i, view)
 
     def by_pil(self, i: int, view: View) -> np.ndarray:
-        """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where PIL cannot read it."""
+        """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where there is none."""
         path = self.split.paths[i]
         (top, left, height, width), (tall, wide), (down, right) = view
         try:
-            image = open_image(path).crop((left, top, left + width, top + height))
+            image = open_image(path)
+            self.index.check(i, path, image.size)
+            image = image.crop((left, top, left + width, top + height))
         except DataError as error:
             self.bad.report(path, str(error))
             return self._black()

@@ -13,9 +13,9 @@ from torchvision.io import ImageReadMode, decode_image
 
 from fastsmooth.data.augment import View
 from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.encoded import JPEG
 from fastsmooth.data.source import Source
 
-JPEG = b"\xff\xd8\xff"  # how they begin
 AT_ONCE = 2  # chunks in the pool's hands: one being made, one for the threads that are done with it
 
 
@@ -73,18 +73,20 @@ class ThreadsEngine:
         """Write the view of sample i into `to`, uint8 [size, size, 3]."""
         pixels = self.source.given(i, view)
         if pixels is None:
-            pixels = self._fast(self.source.split.paths[i], view)
+            pixels = self._fast(i, view)
         to[...] = self.source.by_pil(i, view) if pixels is None else pixels
 
-    def _fast(self, path: str, view: View) -> np.ndarray | None:
-        """The view by torchvision's decoder; None for a file that it is not to read: PIL does, or finds the words."""
+    def _fast(self, i: int, view: View) -> np.ndarray | None:
+        """The view of sample i by torchvision's decoder; None where it is not to read the file: PIL does, or finds the words."""
         (top, left, height, width), scaled, (down, right) = view
         try:
-            encoded = np.fromfile(path, dtype=np.uint8)
+            encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
             if encoded[: len(JPEG)].tobytes() != JPEG:  # a damaged PNG would end the process (torchvision 0.29.1)
                 return None
             image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
         except (RuntimeError, OSError):
+            return None
+        if tuple(image.shape[1:]) != (self.source.index.height[i], self.source.index.width[i]):
             return None
         image = image[None, :, top : top + height, left : left + width]
         image = F.interpolate(image, scaled, mode="bilinear", antialias=True)[0].numpy().transpose(1, 2, 0)

@@ -45,7 +45,7 @@ class Images(Dataset):
     """
 
     def __init__(self, source: Source):
-        self.split, self.kind, self.size = source.split, source.kind, source.size
+        self.split, self.index, self.kind, self.size = source.split, source.index, source.kind, source.size
 
     def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
         index, box, drawn = item
@@ -61,7 +61,9 @@ class Images(Dataset):
     def open(self, index: int) -> Image.Image:
         if self.split.pixels is not None:
             return Image.fromarray(self.split.pixels[index])
-        return open_image(self.split.paths[index])
+        image = open_image(self.split.paths[index])
+        self.index.check(index, self.split.paths[index], image.size)
+        return image
 
 
 def collate(images: list[tuple[np.ndarray, str | None]]) -> tuple[Tensor | None, dict[int, str]]:

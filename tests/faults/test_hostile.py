@@ -531,11 +531,12 @@ def images(here: Path) -> Path:
 
 
 LOOPS = {  # where the link is, where it leads, and how many images there are to train on, 0 where it is refused
-    "a class in itself": ("train/ant/loop", "../ant", 4),
-    "the tree in itself": ("train/ant/loop", "../..", 4),
-    "a folder of a link": ("train/ant/x/y", "../x", 4),
-    "a class that is the tree": ("train/loop", "..", 12),
+    "a class in itself": ("train/ant/loop", "../ant", 0),
+    "the tree in itself": ("train/ant/loop", "../..", 0),
+    "a folder of a link": ("train/ant/x/y", "../x", 0),
+    "a class that is the tree": ("train/loop", "..", 0),
     "a class that is itself": ("train/loop", "loop", 0),
+    "a folder that is linked, not a loop": ("train/ant/more", "../bee", 6),
     "an image that is itself": ("train/ant/2.jpg", "2.jpg", 0),
     "two images that are each other": ("train/ant/2.jpg", "3.jpg", 0),
     "a split that is itself": ("test", "test", 4),

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import CPU, LOADERS, encoded, tree
+from images import CPU, LOADERS, encoded, every_batch, tree
 from PIL import Image
 from torchvision import transforms as T
 
 from fastsmooth.config import resolve
 from fastsmooth.data import DataError, open_data
+from fastsmooth.data.order import permutation
 from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 32
@@ -217,6 +219,140 @@ def test_a_folder_that_is_called_like_an_image_is_a_folder(tmp_path, loader, wor
     assert len(found) == 3 and not lines
     inside = os.fsencode(root / "train/ant/x.jpg/inside.png")
     assert (found[1] - pil_view(inside)).abs().mean() <= TOLERANCE[loader] + EXACT
+
+
+# Files that change, and files that are damaged -----------------------------------------------------------------------
+
+INDEXED = [pair for pair in LOADERS if pair[0] != "resident"]  # which decodes everything once, at the start
+
+
+def replaced(path: Path, content: bytes, disguised: bool) -> None:
+    """Another image in the file's place; disguised: of as many bytes and the same time of modification."""
+    before = os.stat(path)
+    if disguised:
+        content += bytes(before.st_size - len(content))  # behind what a decoder reads
+    path.with_name("new").write_bytes(content)
+    os.replace(path.with_name("new"), path)
+    if disguised:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("disguised", [False, True], ids=["as it comes", "of the same bytes and time"])
+@pytest.mark.parametrize("augment", ["none", "resized-crop-flip"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(("loader", "workers"), INDEXED)
+def test_an_image_that_is_replaced_by_one_of_another_size_under_a_run_is_bad(
+    tmp_path, loader, workers, kind, augment, disguised, cases
+):
+    few = (loader != "torch" or workers == 0) and (kind == "JPEG" or augment == "none")
+    if cases("images replaced under a run by others of another size", 1, int(few)) == 0:
+        pytest.skip("with --full")
+    suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
+    files = {
+        f"{split}/{c}/{k}.{suffix}": encoded(picture(), kind) for split in ("train", "val") for c in "ab" for k in "12"
+    }
+    root = tree(tmp_path / "images", files)
+    given = {"dataset": "folder", "data_dir": str(root), "loader": loader, "image_size": SIZE, "augment": augment}
+    given |= {"workers": workers, "chunk": 2}
+    lines: list[str] = []
+    train = open_data(resolve(given), CPU).train
+    black = open_data(resolve(given | {"on_bad_image": "zeros"}), CPU, lines.append).train
+    before = every_batch(black, 2, epoch=1)
+    path = root / f"train/b/1.{suffix}"
+    replaced(path, encoded(picture(30, 40), kind), disguised)
+    with pytest.raises(DataError) as error:
+        every_batch(train, 2, epoch=1)
+    assert str(error.value) == (
+        f"{path}: 30 x 40 pixels, which was 60 x 44 when the run began: put the old image back, or start a new run; "
+        "or serve it black with --on-bad-image zeros"
+    )
+    after = every_batch(black, 2, epoch=1)
+    assert (
+        len(lines) == 1 and lines[0].startswith(f"{path}: 30 x 40 pixels") and lines[0].endswith("it is served black")
+    )
+    order = permutation(0, 1, 4).tolist()
+    for place, (old, new) in enumerate(
+        zip(*(torch.cat([x for x, _ in passed]) for passed in (before, after)), strict=True)
+    ):
+        if order[place] == 2:
+            assert pixels_of(new).abs().max() <= EXACT
+        else:
+            assert torch.equal(old, new)
+    # what is started now reads the new image, whatever is kept of the old one
+    fresh = open_data(resolve(given | {"augment": "none"}), CPU).train
+    ((x, _),) = fresh.batches([torch.tensor([2])])
+    assert (pixels_of(x)[0] - pil_view(os.fsencode(path))).abs().mean() <= TOLERANCE[loader] + EXACT
+
+
+def whole(rng: np.random.Generator) -> bytes:
+    """A JPEG of some kind."""
+    image = picture(int(rng.integers(40, 90)), int(rng.integers(40, 90)))
+    options = {"progressive": bool(rng.integers(2)), "restart_marker_blocks": int(rng.integers(2)) * 3}
+    return jpeg(image.convert("L") if rng.integers(4) == 0 else image, **options)
+
+
+def cut(content: bytearray, at: int, rng) -> bytearray:
+    return content[:at]
+
+
+def without_end(content: bytearray, at: int, rng) -> bytearray:
+    return content[:-2] + bytes(int(rng.integers(3)))
+
+
+def flipped(content: bytearray, at: int, rng) -> bytearray:
+    for k in rng.integers(2, len(content), int(rng.integers(1, 20))):
+        content[k] ^= 1 << int(rng.integers(8))
+    return content
+
+
+def zeroed(content: bytearray, at: int, rng) -> bytearray:
+    end = min(len(content), at + int(rng.integers(1, 600)))
+    return content[:at] + bytes(end - at) + content[end:]
+
+
+def shortened(content: bytearray, at: int, rng) -> bytearray:
+    return content[:at] + content[at + int(rng.integers(1, 200)) :]
+
+
+def with_marker(content: bytearray, at: int, rng) -> bytearray:
+    """A marker where none belongs: the rest of the pixels is grey to DALI, and broken to others."""
+    return content[:at] + bytes([0xFF, int(rng.integers(1, 255))]) + content[at + 2 :]
+
+
+def with_second_frame(content: bytearray, at: int, rng) -> bytearray:
+    return content[:-2] + b"\xff\xc0"
+
+
+DAMAGE = (cut, without_end, flipped, zeroed, shortened, with_marker, with_second_frame)
+
+
+@pytest.mark.parametrize(("loader", "workers"), INDEXED)
+def test_every_loader_finds_the_same_damaged_jpegs_bad(tmp_path, loader, workers, cases, imagenet_folder):
+    number = cases("damaged JPEGs, loader by loader", 449, 56 * (loader != "torch"))
+    if number == 0:
+        pytest.skip("with --full: PyTorch's DataLoader decodes as this test does")
+    rng = np.random.default_rng(3)
+    photos = sorted(imagenet_folder.glob("train/*/*"))[:: max(1, 128 * 7 // number)]
+    files: dict[str, Image.Image | bytes] = {f"val/{c}/1.png": picture() for c in "ab"} | {"train/b/1.png": picture()}
+    for k in range(number):
+        content = bytearray(photos[k // 7 % len(photos)].read_bytes() if k % 14 >= 7 and number > 100 else whole(rng))
+        at = int(rng.integers(len(content) // 3, len(content) - 2))
+        files[f"train/a/{k:03}.jpg"] = bytes(DAMAGE[k % 7](content, at, rng))
+    root = tree(tmp_path / "images", files)
+    bad, good = {}, {}
+    for k in range(number):
+        path = root / f"train/a/{k:03}.jpg"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                good[k] = pil_view(os.fsencode(path))
+        except Exception as error:  # PIL's decoders do not agree on a type
+            bad[str(path)] = error
+    found, _, reasons = read(root, loader, workers, "zeros")
+    assert reasons.keys() == bad.keys()
+    assert len(bad) > number // 4 and len(good) > number // 4
+    for k, expected in good.items():
+        assert (found[k] - expected).abs().mean() <= 1, (k, DAMAGE[k % 7])  # a photo brought to SIZE differs by 0.2
 
 
 def test_black_images_are_counted_in_the_summary_of_a_run(tmp_path, monkeypatch, cases):
