@@ -481,7 +481,8 @@ def setting(c: Config) -> tuple[str, str, str | None, float | None, float]:
 
 def setting_of(c: Config) -> str:
     """The same in words, with what keeps published constants from it."""
-    words = f"{c.optimizer} with {c.model} on {c.dataset} at lr {c.lr:g}" + (f", beta {c.beta:g}" if c.momentum else "")
+    network = f" with {c.model}" if c.model else ""  # of a folder's images before they are looked at
+    words = f"{c.optimizer}{network} on {c.dataset} at lr {c.lr:g}" + (f", beta {c.beta:g}" if c.momentum else "")
     others = [f"{flag(name)} {getattr(c, name)}" for name, value in PUBLISHED_WITH.items() if getattr(c, name) != value]
     return " ".join([words, *others]) if setting(c) in PUBLISHED else words
 

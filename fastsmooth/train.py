@@ -656,12 +656,8 @@ def check_steps(c: Config, schedule: Schedule, n: int) -> None:
 
 def measured(c: Config, schedule: Schedule, n: int) -> dict[int, int]:
     """The batch size at each of --steps at which --mode sampling measures."""
-    sizes, done = {}, 0
-    for point, updates in zip(schedule.points(), schedule.updates(n, c.drop_last), strict=True):
-        if c.mode == "sampling":
-            sizes |= {step: point.batch_size for step in c.steps if done <= step < done + updates}
-        done += updates
-    return sizes
+    steps = c.steps if c.mode == "sampling" else ()
+    return {step: schedule.batch_size(schedule.epoch_of(step, n, c.drop_last)) for step in steps}
 
 
 def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
@@ -751,8 +747,8 @@ def in_training_mode(c: Config, schedule: Schedule, n: int) -> Iterator[tuple[st
         yield "the last chunk of the full gradient", n % size, []
     unit, amount = c.limit or ("updates", max(c.steps) if c.mode == "sampling" else math.inf)
     done = {"epochs": 0, "updates": 0, "samples": 0}
-    for point in schedule.points():
-        size, rest = point.batch_size, n % point.batch_size
+    for size in (size for epochs, size in schedule.stages() for _ in range(epochs)):
+        rest = n % size
         batches = [("a batch", size, n // size, [])]
         if rest and not c.drop_last:
             batches.append(("the last batch of an epoch", rest, 1, ["--drop-last"]))

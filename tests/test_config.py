@@ -670,7 +670,7 @@ def test_a_run_finds_its_images_from_any_directory(tmp_path, monkeypatch):
     """Where they lay, should that still be; else where the flag says, from here."""
     (tmp_path / "home" / "images").mkdir(parents=True)
     (tmp_path / "away" / "images").mkdir(parents=True)
-    run = save(tmp_path / "home" / "run", config("--dataset", "folder", "--data-dir", "images"))
+    run = save(tmp_path / "home" / "run", config("--dataset", "folder", "--data-dir", "images", "--image-size", 32))
     (run / "env.json").write_text(json.dumps({"data_dir": str(tmp_path / "home" / "images")}))
     monkeypatch.chdir(tmp_path / "away")
     assert (
