@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 DALI = 'nvidia-dali-cuda130; platform_system == "Linux"'
 PLOT = ["matplotlib>=3.8"]
@@ -25,7 +25,7 @@ setup(
         "bench": ["opacus>=1.5", "backpack-for-pytorch>=1.7"],
         "all": [DALI, "timm>=1.0", *PLOT, *TEST],
     },
-    packages=["fastsmooth", "fastsmooth.data", "fastsmooth.report", "fastsmooth.kernels"],
+    packages=[*find_packages(include=["fastsmooth", "fastsmooth.*"]), "fastsmooth.kernels"],
     entry_points={"console_scripts": ["fastsmooth = fastsmooth.__main__:entry"]},
     package_dir={"fastsmooth.kernels": "kernels"},
     package_data={

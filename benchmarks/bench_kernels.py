@@ -42,7 +42,7 @@ from fastsmooth import models
 from fastsmooth.kernels import backend
 from fastsmooth.kernels.persample_noise import persample_noise, persample_noise_ref
 from fastsmooth.kernels.update import update
-from fastsmooth.step import keep_freed_memory
+from fastsmooth.training.step import keep_freed_memory
 
 CLASSES, LR, BETA, NU = 100, 0.1, 0.9, 0.7
 YARDSTICK_BYTES = 512 << 20  # of each of the two buffers

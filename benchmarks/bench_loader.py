@@ -46,11 +46,14 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks import bench_train, originals, timing
 from benchmarks.timing import Measured, Variant
-from fastsmooth import config as configs
 from fastsmooth import data
-from fastsmooth.data import dali
-from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD, DataError, ImageSet, Split
-from fastsmooth.step import keep_freed_memory
+from fastsmooth.cli import config as configs
+from fastsmooth.cli import flags as flag_types
+from fastsmooth.cli import parse as parsing
+from fastsmooth.data.engines import dali
+from fastsmooth.data.images import DataError, ImageSet, Split
+from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
+from fastsmooth.training.step import keep_freed_memory
 
 WORKERS = 2  # of every variant: processes or threads
 EPOCHS = 1_000_000  # of a stream: more than any window reaches
@@ -177,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
             bench(case, images, names, report)
 
         cases = timing.selected(p, args, CASES, QUICK)
-        return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, configs.ConfigError))
+        return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, flag_types.ConfigError))
 
 
 def version_of_dali() -> str | None:
@@ -252,7 +255,7 @@ def config_of(loader: str, images: Images, name: str) -> configs.Config:
         flags += ["--data-dir", images.path]
     if loader != "resident":
         flags += ["--workers", str(WORKERS)]
-    return configs.resolve(configs.parse(flags).given)
+    return configs.resolve(parsing.parse(flags).given)
 
 
 # The variants: each is made in a process of its own ------------------------------------------------------------------

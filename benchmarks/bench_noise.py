@@ -57,11 +57,13 @@ from benchmarks import timing
 from benchmarks.bench_train import Ours
 from benchmarks.originals import OriginalsFullGradient
 from benchmarks.timing import Measured, Variant, VariantError
-from fastsmooth import config as configs
-from fastsmooth import measure, models
-from fastsmooth.data.sets import Split
-from fastsmooth.persample import sample_norms
-from fastsmooth.step import keep_freed_memory
+from fastsmooth import models
+from fastsmooth.cli import config as configs
+from fastsmooth.cli import parse as parsing
+from fastsmooth.data.images import Split
+from fastsmooth.noise import gradients
+from fastsmooth.noise.persample import sample_norms
+from fastsmooth.training.step import keep_freed_memory
 
 CLASSES, SIZE = 100, 32
 LR = 1e-3  # small, since all steps are on the same batch
@@ -465,13 +467,13 @@ class OursFullGradient(Ours):
     def __init__(self, case: FullCase, compile: str):
         flags = f"--dataset cifar100 --model {case.model} --mode sampling --bn eval --loader resident --device cpu"
         flags += f" --compile {compile}"
-        c = configs.resolve(configs.parse(flags.split()).given)
+        c = configs.resolve(parsing.parse(flags.split()).given)
         self.scratch = tempfile.TemporaryDirectory()
         self.run = self._prepare(c, random_images(case.images))
         self.point = self.run.schedule(0)
 
     def __call__(self) -> None:
-        with measure.undisturbed(self.run.model, self.run.config.bn):
+        with gradients.undisturbed(self.run.model, self.run.config.bn):
             self.found = self.run.full_gradient(self.point)
 
     def check(self) -> None:

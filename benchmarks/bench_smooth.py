@@ -23,10 +23,10 @@ import torch
 
 from benchmarks import timing
 from benchmarks.timing import Variant
-from fastsmooth import smooth
+from fastsmooth.smooth import graduated
 
 TESTS = ("test_smooth.py",)
-FUNCTION = smooth.LANDSCAPES["rastrigin"]
+FUNCTION = graduated.LANDSCAPES["rastrigin"]
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Ours:
 
     def __init__(self, case: Case):
         torch.set_num_threads(1)  # as fastsmooth.smooth does it
-        self.x = smooth.starts(FUNCTION, case.dim, [0])
-        self.perturb = smooth.normal(case.dim, case.draws, [0])
+        self.x = graduated.starts(FUNCTION, case.dim, [0])
+        self.perturb = graduated.normal(case.dim, case.draws, [0])
 
     def __call__(self) -> None:
-        smooth.descend(FUNCTION, self.x, [1.0], 1, self.perturb)
+        graduated.descend(FUNCTION, self.x, [1.0], 1, self.perturb)
 
 
 class Loop:
@@ -88,7 +88,7 @@ class Loop:
 
     def __init__(self, case: Case):
         self.case, self.random = case, np.random.default_rng(0)
-        self.x = smooth.starts(FUNCTION, case.dim, [0])[0].numpy()
+        self.x = graduated.starts(FUNCTION, case.dim, [0])[0].numpy()
 
     def __call__(self) -> None:
         loop_run(self.x, [1.0], 1, self.case.draws, self.random)
@@ -103,9 +103,9 @@ def differences(f: Callable[[np.ndarray], float], x: np.ndarray) -> np.ndarray:
     gradient = np.zeros_like(x)
     for i in range(len(x)):
         behind, ahead = x.copy(), x.copy()
-        behind[i] -= smooth.STEP
-        ahead[i] += smooth.STEP
-        gradient[i] = (f(ahead) - f(behind)) / (2 * smooth.STEP)
+        behind[i] -= graduated.STEP
+        ahead[i] += graduated.STEP
+        gradient[i] = (f(ahead) - f(behind)) / (2 * graduated.STEP)
     return gradient
 
 
@@ -126,10 +126,10 @@ def loop_run(x: np.ndarray, deltas: Iterable[float], steps: int, draws: int, ran
 def statistics(case: Case) -> dict[str, Any]:
     """The last values of short runs from the same starts with draws of their own, and their difference in pairs."""
     seeds = range(1, case.runs + 1)
-    deltas = smooth.nice(1.0, 0.01, case.run_rounds)
-    start = smooth.starts(FUNCTION, case.dim, seeds)
-    perturb = smooth.normal(case.dim, case.draws, seeds)
-    ours = smooth.descend(FUNCTION, start, deltas, case.run_steps, perturb)[-1].tolist()
+    deltas = graduated.nice(1.0, 0.01, case.run_rounds)
+    start = graduated.starts(FUNCTION, case.dim, seeds)
+    perturb = graduated.normal(case.dim, case.draws, seeds)
+    ours = graduated.descend(FUNCTION, start, deltas, case.run_steps, perturb)[-1].tolist()
     loop = [
         loop_run(x, deltas, case.run_steps, case.draws, np.random.default_rng(seed))
         for seed, x in zip(seeds, start.numpy(), strict=True)

@@ -33,19 +33,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import timing
 from benchmarks.originals import CIFAR100_MEAN, CIFAR100_STD, Originals
 from benchmarks.timing import Measured, Variant
-from fastsmooth import config as configs
 from fastsmooth import data, models
-from fastsmooth.checkpoint import Checkpoints
-from fastsmooth.clock import Clock
-from fastsmooth.data.sets import DataError, ImageSet, Split, decode_all
+from fastsmooth.cli import config as configs
+from fastsmooth.cli import flags as flag_types
+from fastsmooth.cli import parse as parsing
+from fastsmooth.cli.progress import Progress
+from fastsmooth.data.images import DataError, ImageSet, Split, decode_all
 from fastsmooth.data.source import BadImages
-from fastsmooth.log import RunFolder, Tracker, environment
 from fastsmooth.messages import warn
-from fastsmooth.modes import Run
 from fastsmooth.optim import NoisySGD
-from fastsmooth.progress import Progress
+from fastsmooth.runfolder.checkpoint import Checkpoints
+from fastsmooth.runfolder.machine import environment
+from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.write import RunFolder
 from fastsmooth.schedule import Point, Schedule, Smoothing
-from fastsmooth.step import Step, keep_freed_memory
+from fastsmooth.training.clock import Clock
+from fastsmooth.training.loop import Run
+from fastsmooth.training.step import Step, keep_freed_memory
 
 CLASSES, SIZE, LR = 100, 32, 0.1
 TRAIN_IMAGES, TEST_IMAGES = 50_000, 1_000
@@ -93,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             bench(case, images, {"originals", *args.variants}, report)
 
         cases = QUICK if args.quick else CASES
-        return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, configs.ConfigError))
+        return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, flag_types.ConfigError))
 
 
 def bench(case: Case, images: str, names: set[str], report: timing.Report) -> None:
@@ -164,7 +168,7 @@ class Ours:
 
     def __init__(self, case: Case, images: str):
         flags = f"--dataset cifar100 --model {case.model} --batchsize {case.batch_size} --lr {LR} --loader resident"
-        c = configs.resolve(configs.parse([*flags.split(), "--device", "cpu", "--compile", self.compile]).given)
+        c = configs.resolve(parsing.parse([*flags.split(), "--device", "cpu", "--compile", self.compile]).given)
         self.scratch = tempfile.TemporaryDirectory()
         self.run = self._prepare(c, load_images(images))
         self.laps = {"data": 0.0, "gradient": 0.0, "update": 0.0}

@@ -28,12 +28,13 @@ import torch
 
 from benchmarks import timing
 from fastsmooth.data.chunks import ChunkedLoader, Segment
-from fastsmooth.data.dali import DaliEngine, Decoder
+from fastsmooth.data.engines.dali import DaliEngine, Decoder
+from fastsmooth.data.engines.threads import ThreadsEngine
+from fastsmooth.data.images import Split
 from fastsmooth.data.index import Index, read_index
 from fastsmooth.data.order import permutation
-from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD, Split
+from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
 from fastsmooth.data.source import BadImages, Source
-from fastsmooth.data.threads import ThreadsEngine
 from fastsmooth.processors import processors
 
 FILES, SIZE, BATCH, ROUNDS = 4096, 224, 256, 2

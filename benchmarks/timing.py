@@ -468,7 +468,7 @@ class Report:
 
 def header(bench: str, argv: list[str]) -> dict[str, Any]:
     """Machine, versions, commit and command."""
-    from fastsmooth.log import environment
+    from fastsmooth.runfolder.machine import environment
 
     env = environment()
     machine = ("processor", "cpus", "threads", "gpu", "platform")

@@ -16,10 +16,10 @@ from fastsmooth.names import hint
 
 COMMANDS = {  # name: its module, what it does
     "train": ("fastsmooth.train", "train or measure one image classifier"),
-    "sweep": ("fastsmooth.sweep", "many runs: grids, seeds, Slurm, Ray"),
+    "sweep": ("fastsmooth.sweep.__main__", "many runs: grids, seeds, Slurm, Ray"),
     "sharpness": ("fastsmooth.sharpness", "how sharp the minima of saved runs are"),
     "report": ("fastsmooth.report.__main__", "tables, figures and one HTML page of any runs"),
-    "smooth": ("fastsmooth.smooth", "explicit smoothing of known functions"),
+    "smooth": ("fastsmooth.smooth.__main__", "explicit smoothing of known functions"),
 }
 
 

@@ -134,7 +134,6 @@ FLAGS = spread({
     "--tensorboard --tb --use-tensorboard --writer --mlflow --comet --neptune --csv --log-csv": "metrics.jsonl in the run folder holds every row; --wandb-mode sends them to Weights & Biases too",
     "-c --cfg --config-file --config-path --cfg-path --yaml --yaml-file --params --hparams --opts --args-file": "--config",
 })  # fmt: skip
-
 # The same of the values of a flag. An answer that is no value of the flag says why there is none.
 VALUES = {
     "--method": spread({

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
 from argparse import SUPPRESS, BooleanOptionalAction
-from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +21,14 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in fastsmooth.train, before torch is imported
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from fastsmooth import config as configs
 from fastsmooth import data, models
-from fastsmooth.checkpoint import CheckpointError, Checkpoints
-from fastsmooth.config import Config, ConfigError
+from fastsmooth.cli import flags as flag_types
+from fastsmooth.cli import parse as parsing
+from fastsmooth.cli.config import Config
+from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data.order import in_order
-from fastsmooth.estimators import Estimate
-from fastsmooth.files import finite, read_object
-from fastsmooth.kernels.backend import wide_dtype
-from fastsmooth.log import RunFolder, RunFolderError
-from fastsmooth.measure import undisturbed
 from fastsmooth.messages import (
     BAD_INPUT,
     DONE,
@@ -50,7 +43,11 @@ from fastsmooth.messages import (
     tell,
     warn,
 )
+from fastsmooth.noise.sharpness import ALGORITHMS, Setting, Sharpness, average, sharpness
 from fastsmooth.processors import keep_within_quota
+from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
+from fastsmooth.runfolder.files import finite, read_object
+from fastsmooth.runfolder.write import RunFolder, RunFolderError
 from fastsmooth.terminal import Table, columns
 
 PUBLISHED_RHO = {"m_apgd_linf": 0.0002}
@@ -60,255 +57,6 @@ SCANNED_RHO = {  # by the authors of the algorithms
     "m_apgd_l2": "0.25 0.5 1 2",
     "m_apgd_linf": "0.0005 0.001 0.002 0.004",
 }
-MIX = 0.75  # of the new point in the next iterate; the rest is the iterate before the present one
-MIN_IMPROVED = 0.75  # of the iterations since the last checkpoint, or the step is halved
-NEWTON_STEPS = 16  # of a projection: 8 are enough where |w| spans three decades, 13 where it spans eight
-
-
-# The loss as a function of the perturbation ---------------------------------------------------------------------------
-
-
-class Landscape:
-    """Loss and error of one batch at the weights w + d. The model's own parameters are never written.
-
-    d [P] is one vector over all trainable parameters, in their order.
-    """
-
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, normalize_logits: bool):
-        self.model, self.x, self.y, self.normalize_logits = model, x, y, normalize_logits
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = torch.cat([p.detach().flatten() for p in self.parameters.values()])
-
-    def climb(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        """values(d) and the gradient of the loss [P]."""
-        with torch.enable_grad():
-            d = d.detach().requires_grad_()
-            values = self._values(d)
-            (gradient,) = torch.autograd.grad(values[0], d)
-        return values.detach(), gradient
-
-    @torch.no_grad()
-    def values(self, d: Tensor) -> Tensor:
-        """[2]: the mean cross-entropy and the share of samples that are wrong."""
-        return self._values(d)
-
-    def _values(self, d: Tensor) -> Tensor:
-        parts = (self.weights + d).split([p.numel() for p in self.parameters.values()])
-        moved = {name: part.view(p.shape) for (name, p), part in zip(self.parameters.items(), parts, strict=True)}
-        # wide, since sharpness is a small difference of losses
-        logits = torch.func.functional_call(self.model, moved, (self.x,)).to(wide_dtype(d.device))
-        if self.normalize_logits:
-            logits = normalized(logits)
-        wrong = (logits.argmax(dim=1) != self.y).to(logits.dtype).mean()
-        return torch.stack([F.cross_entropy(logits, self.y), wrong])
-
-
-def normalized(logits: Tensor) -> Tensor:
-    """Each row [C] without its mean and of length 1, so that the scale of the logits does not count."""
-    logits = logits - logits.mean(dim=1, keepdim=True)
-    return logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
-
-
-# Where the perturbation may be ----------------------------------------------------------------------------------------
-
-
-class Box:
-    """|d_i| <= rho s_i for every coordinate, with the scale s: |w| [P] if adaptive, else 1."""
-
-    def __init__(self, scale: Tensor, rho: float):
-        self.scale, self.rho = scale, rho
-
-    def noise(self, like: Tensor, generator: Generator) -> Tensor:
-        """Uniform in the box."""
-        uniform = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-        return self.rho * (2 * uniform - 1) * self.scale
-
-    def step(self, d: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
-        return d + size * gradient.sign() * self.scale
-
-    def project(self, d: Tensor) -> Tensor:
-        bound = self.rho * self.scale
-        return d.clamp(-bound, bound)
-
-
-class Ellipsoid:
-    """||d / s||_2 <= rho, with the scale s of Box: a ball unless adaptive."""
-
-    def __init__(self, scale: Tensor, rho: float):
-        self.scale, self.rho = scale, rho
-        squares = scale.to(wide_dtype(scale.device)).square()
-        self.squares = squares.clamp_min(
-            torch.finfo(squares.dtype).tiny
-        )  # a weight of 0 does not move, and 0 / 0 is no 0
-
-    def noise(self, like: Tensor, generator: Generator) -> Tensor:
-        """Normal with standard deviation rho s in every coordinate, so of length rho sqrt(P): not in the ellipsoid."""
-        normal = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-        return self.rho * normal * self.scale
-
-    def step(self, d: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
-        return d + size / (gradient.norm() + 1e-12) * gradient * self.scale
-
-    def project(self, d: Tensor) -> Tensor:
-        """The nearest point: d s^2 / (s^2 + t) for the t >= 0 at which it is on the surface.
-
-        1 / ||d s / (s^2 + t)|| is concave in t, so that Newton's method ends there from any t below. The originals bisect
-        until the length is within 1e-5 of rho, 5 % of the published rho.
-        """
-        moved = d.to(self.squares.dtype) * self.scale
-        t = (moved.norm() / self.rho - self.squares.max()).clamp_min(0)  # there the length is rho or more
-        for _ in range(NEWTON_STEPS):
-            r = moved / (self.squares + t)
-            length = r.norm()
-            slope = (r.square() / (self.squares + t)).sum()
-            rise = (length / self.rho - 1) * length.square() / slope
-            t = t + torch.where(slope > 0, rise, 0).clamp_min(0)
-        length = (moved / (self.squares + t)).norm()
-        # what rounding left outside the surface is brought onto it
-        return (d * (self.squares / (self.squares + t)) * (self.rho / length).clamp_max(1)).to(d.dtype)
-
-
-Region = Box | Ellipsoid
-
-
-# The algorithms -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured, but for rho and the images."""
-
-    algorithm: str = "m_apgd_linf"
-    adaptive: bool = True
-    normalize_logits: bool = False
-    n_iters: int = 20  # draws, for the averages
-    restarts: int = 1
-    step_size_mult: float = 1.0
-    random_start: bool = False
-    seed: int = 0
-
-
-# Each gives the values [k, 2] of one batch at k perturbations, whose mean counts, from those at none.
-Search = Callable[[Landscape, Region, Setting, Generator, Tensor], Tensor]
-
-
-def average(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
-    """Random perturbations, one an iteration."""
-    return torch.stack([f.values(region.noise(f.weights, generator)) for _ in range(setting.n_iters)])
-
-
-def worst(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
-    """The largest loss that any restart finds, [1, 2]."""
-    found = torch.stack([ascend(f, region, setting, generator, clean) for _ in range(setting.restarts)])
-    return found.index_select(0, found[:, :1].argmax(dim=0))
-
-
-def ascend(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
-    """The values [2] at the largest loss that APGD meets (Croce and Hein 2020, as coded by Andriushchenko et al. 2023).
-
-    d_{k+1} = 0.75 P(d_k + step) + 0.25 d_{k-1}. Two things differ from that code. Where the step is halved, d goes back to
-    the best one so far with the weights, which the code resets alone. Random starts, which lie outside an ellipsoid and
-    whose quarter would stay in the first iterate, are projected. Nothing waits for the device.
-    """
-    start = region.noise(f.weights, generator) if setting.random_start else torch.zeros_like(f.weights)
-    d = before = best_d = region.project(start)
-    values, gradient = f.climb(d)
-    best, best_gradient = clean, gradient
-    size = 2 * region.rho * setting.step_size_mult * torch.ones_like(clean[0])
-    improved, last = torch.zeros_like(size), 0
-    turns = checkpoints(setting.n_iters)
-    for i in range(setting.n_iters):
-        d, before = MIX * region.project(region.step(d, gradient, size)) + (1 - MIX) * before, d
-        # the gradient serves the next iteration; the last has none
-        values, gradient = f.climb(d) if i + 1 < setting.n_iters else (f.values(d), gradient)
-        better = values[0] > best[0]
-        best = torch.where(better, values, best)
-        best_d, best_gradient = torch.where(better, d, best_d), torch.where(better, gradient, best_gradient)
-        improved = improved + better
-        if i in turns:
-            # the code's other reason, a best loss that did not change, is that of no improvement at all
-            stalled = improved < MIN_IMPROVED * (i - last)
-            size = torch.where(stalled, size / 2, size)
-            d, gradient = torch.where(stalled, best_d, d), torch.where(stalled, best_gradient, gradient)
-            improved, last = torch.zeros_like(size), i
-    return best
-
-
-def checkpoints(n_iters: int) -> list[int]:
-    """The iterations, counted from 0, after which the step may be halved; 20: 5, 9, 12, 15, 16, 18, 19 and one never reached."""
-    shares, found = [0.0, 0.22], [0, math.ceil(n_iters * 0.22)]
-    while found[-1] < n_iters and found[-1] != found[-2]:
-        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-        found.append(math.ceil(shares[-1] * n_iters))
-    return found[1:]
-
-
-ALGORITHMS: dict[str, tuple[Search, type[Region]]] = {
-    "avg_l2": (average, Ellipsoid),
-    "avg_linf": (average, Box),
-    "m_apgd_l2": (worst, Ellipsoid),
-    "m_apgd_linf": (worst, Box),
-}
-
-
-@dataclass(frozen=True)
-class Sharpness:
-    """The mean rise of the loss over batches, in nats, at one rho."""
-
-    rho: float
-    value: float
-    error: float | None  # the standard error over batches; None for one batch
-    draw_error: float | None  # of the averages: the part of it that more draws would lower
-    error_increase: float  # of the share of wrong samples, at the same perturbations
-    clean_loss: float
-    per_batch: list[float]
-
-
-def sharpness(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], setting: Setting, rhos: Iterable[float]
-) -> list[Sharpness]:
-    """The sharpness of `model` in eval mode on batches (x [m, 3, H, W], y [m]), one for each rho, each as if it were alone.
-
-    Random numbers come from the setting's seed alone (on a GPU they are others than on a CPU). Parameters, buffers,
-    gradients, modes and random state are bit for bit what they were.
-    """
-    search, shape = ALGORITHMS[setting.algorithm]
-    rhos, regions, found, clean = list(rhos), [], [], []
-    with undisturbed(model, "eval"):
-        for x, y in batches:
-            f = Landscape(model, x, y, setting.normalize_logits)
-            if not regions:
-                scale = f.weights.abs() if setting.adaptive else torch.ones_like(f.weights[0])
-                regions = [shape(scale, rho) for rho in rhos]
-                generators = [Generator(x.device).manual_seed(setting.seed) for _ in rhos]
-            clean.append(f.values(torch.zeros_like(f.weights)))
-            moved = [search(f, r, setting, g, clean[-1]) for r, g in zip(regions, generators, strict=True)]
-            found.append(torch.stack(moved))
-    unmoved = torch.stack(clean)  # [batches, 2]
-    rises = torch.stack(found, dim=1) - unmoved[:, None]  # [rhos, batches, draws, 2]
-    return [summary(rho, rise, unmoved) for rho, rise in zip(rhos, rises.cpu(), strict=True)]
-
-
-def summary(rho: float, rises: Tensor, clean: Tensor) -> Sharpness:
-    """From the rises of loss and error [batches, draws, 2] and what they rise from [batches, 2]."""
-    count, draws, _ = rises.shape
-    per_batch = rises[..., 0].mean(dim=1)
-    mean = Estimate.mean(per_batch.tolist())
-    draw_error = None
-    if draws > 1:
-        draw_error = (rises[..., 0].var(dim=1).sum() / draws).sqrt().item() / count
-    return Sharpness(
-        rho,
-        mean.value,
-        mean.error,
-        draw_error,
-        rises[..., 1].mean().item(),
-        clean[:, 0].mean().item(),
-        per_batch.tolist(),
-    )
-
-
-# The command line -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -342,8 +90,8 @@ class Request:
         return ", ".join(words) + "; value +- standard error over batches"
 
 
-def parser() -> configs.Parser:
-    p = configs.Parser(
+def parser() -> flag_types.Parser:
+    p = flag_types.Parser(
         prog=command("sharpness"),
         usage="%(prog)s RUN... [flags]",
         description="Sharpness at the newest checkpoint of run folders. Without flags: as arXiv 2311.08745 reports it.",
@@ -352,22 +100,22 @@ def parser() -> configs.Parser:
     d = Setting()
     add = p.add_argument
     # fmt: off
-    add("runs", nargs="*", metavar="RUN", type=configs.text, help="run folders that fastsmooth.train wrote")
+    add("runs", nargs="*", metavar="RUN", type=flag_types.text, help="run folders that fastsmooth.train wrote")
     add("--algorithm", default=d.algorithm, choices=ALGORITHMS, metavar="NAME", help=f"{' '.join(ALGORITHMS)} ({d.algorithm})")
-    add("--rho", nargs="+", type=configs.positive, metavar="X", help="how far weights move, measured for each X by itself. avg_l2: standard deviation of every coordinate; avg_linf, m_apgd_linf: bound of every coordinate; m_apgd_l2: L2 length of the whole; adaptive: of each in units of |w| (0.0002 for m_apgd_linf)")
+    add("--rho", nargs="+", type=flag_types.positive, metavar="X", help="how far weights move, measured for each X by itself. avg_l2: standard deviation of every coordinate; avg_linf, m_apgd_linf: bound of every coordinate; m_apgd_l2: L2 length of the whole; adaptive: of each in units of |w| (0.0002 for m_apgd_linf)")
     add("--adaptive", default=d.adaptive, action=BooleanOptionalAction, help="in units of each weight's size, as published (on)")
     add("--normalize-logits", action="store_true", help="logits without their mean and of length 1")
-    add("--n-iters", default=d.n_iters, type=configs.whole(1), metavar="N", help=f"m_apgd: iterations; avg: draws ({d.n_iters})")
-    add("--restarts", "--n-restarts", default=d.restarts, type=configs.whole(1), metavar="N", help=f"m_apgd: the worst of N random starts ({d.restarts})")
-    add("--step-size-mult", default=d.step_size_mult, type=configs.positive, metavar="X", help="m_apgd: the first step in units of 2 rho (1)")
+    add("--n-iters", default=d.n_iters, type=flag_types.whole(1), metavar="N", help=f"m_apgd: iterations; avg: draws ({d.n_iters})")
+    add("--restarts", "--n-restarts", default=d.restarts, type=flag_types.whole(1), metavar="N", help=f"m_apgd: the worst of N random starts ({d.restarts})")
+    add("--step-size-mult", default=d.step_size_mult, type=flag_types.positive, metavar="X", help="m_apgd: the first step in units of 2 rho (1)")
     add("--random-start", "--sharpness-rand-init", action="store_true", help="m_apgd: start at a random perturbation")
-    add("--samples", "--n-eval-sharpness", default=1024, type=configs.whole(1), metavar="N", help="the first N images (1024)")
-    add("--batch", "--bs-sharpness", default=128, type=configs.whole(1), metavar="M", help="images a batch, each perturbed for itself: the m of m-sharpness (128)")
+    add("--samples", "--n-eval-sharpness", default=1024, type=flag_types.whole(1), metavar="N", help="the first N images (1024)")
+    add("--batch", "--bs-sharpness", default=128, type=flag_types.whole(1), metavar="M", help="images a batch, each perturbed for itself: the m of m-sharpness (128)")
     add("--test", "--sharpness-on-test-set", action="store_true", help="on test images")
     add("--augment", "--data-augm-sharpness", action="store_true", help="augmented as the run trained, by the numbers of epoch --seed")
-    add("--seed", default=d.seed, type=configs.whole(0, 2**32 - 1), metavar="N", help=f"of draws, random starts and augmentation ({d.seed})")
-    add("--device", default="auto", type=configs.device, metavar="DEV", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    add("--data-dir", type=configs.text, metavar="DIR", help="where the run's images are now (as in its config.json)")
+    add("--seed", default=d.seed, type=flag_types.whole(0, 2**32 - 1), metavar="N", help=f"of draws, random starts and augmentation ({d.seed})")
+    add("--device", default="auto", type=flag_types.device, metavar="DEV", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    add("--data-dir", type=flag_types.text, metavar="DIR", help="where the run's images are now (as in its config.json)")
     add("--json", action="store_true", help="one JSON object a result")
     add("-h", "--help", action="store_true", default=SUPPRESS, help="this page")
     # fmt: on
@@ -376,7 +124,7 @@ def parser() -> configs.Parser:
 
 def parse(argv: list[str]) -> Request | None:
     """The request of a command line; None where it asks for help. Raises ConfigError."""
-    given = vars(parser().parse_args([configs.plain(word) for word in argv]))
+    given = vars(parser().parse_args([flag_types.plain(word) for word in argv]))
     if given.pop("help", False):
         return None
     setting = Setting(**{f.name: given.pop(f.name) for f in dataclasses.fields(Setting)})
@@ -478,13 +226,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-# A run ----------------------------------------------------------------------------------------------------------------
-
-
 def measure_run(path: Path, request: Request, device: torch.device) -> list[dict[str, Any]]:
     """The entries of one run, one for each rho, after they are written to its sharpness.json and metrics.jsonl."""
     started = time.perf_counter()
-    c = configs.read_saved(path)
+    c = parsing.read_saved(path)
     earlier = earlier_results(path)
     with closing(RunFolder(path)) as folder:  # nobody goes on with the run meanwhile
         images = open_images(path, c, request, device)

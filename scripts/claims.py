@@ -29,10 +29,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastsmooth import critical
-from fastsmooth.config import ConfigError, Parser, exact
+from fastsmooth.cli.flags import ConfigError, Parser
 from fastsmooth.messages import BAD_INPUT, DONE, end_with, say, tell
-from fastsmooth.runs import SavedRun, find_runs, read_run
+from fastsmooth.runfolder.numbers import exact
+from fastsmooth.runfolder.read import SavedRun, find_runs, read_run
+from fastsmooth.sweep import critical
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = 10  # classes of claim c: all images of so few are learnt by heart in some tens of epochs, after which gradients fall

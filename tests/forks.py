@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 
-from fastsmooth.log import TIMES, read_rows, read_status
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import TIMES, read_rows
 
 # One warm process that has imported everything and computed nothing; its forks start in milliseconds.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastsmooth.train", "fastsmooth.modes", "fastsmooth.models", "torchvision", "forks"])
+SERVER.set_forkserver_preload(
+    ["fastsmooth.train", "fastsmooth.training.modes", "fastsmooth.models", "torchvision", "forks"]
+)
 STORES: list = []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastsmooth.config import resolve
+from fastsmooth.cli.config import resolve
 from fastsmooth.data import open_data
 from fastsmooth.data.order import permutation
 

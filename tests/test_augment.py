@@ -13,10 +13,10 @@ from torchvision.transforms import functional as TF
 
 from fastsmooth.data import augment
 from fastsmooth.data.chunks import ChunkedLoader
-from fastsmooth.data.resident import ResidentLoader
-from fastsmooth.data.sets import Split
+from fastsmooth.data.engines.resident import ResidentLoader
+from fastsmooth.data.engines.torchloader import TorchEngine
+from fastsmooth.data.images import Split
 from fastsmooth.data.source import BadImages, Source
-from fastsmooth.data.torchloader import TorchEngine
 from fastsmooth.kernels.augment import sources_ref
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torchvision import transforms
 from benchmarks import bench_loader, bench_train, timing
 from benchmarks.bench_loader import Change, Images, ResizeCase, Serve, ServeCase
 from benchmarks.timing import Measured, Window
-from fastsmooth.data import dali
+from fastsmooth.data.engines import dali
 from tests.test_benchmarks import ROW
 
 OURS = {"cifar": ("resident", "dali", "threads", "torch"), "imagenet": ("dali", "threads", "torch")}

@@ -22,7 +22,7 @@ from benchmarks.timing import Measured, Variant, Window
 from fastsmooth import models
 from fastsmooth.kernels.backend import FORMS
 from fastsmooth.optim import NoisySGD
-from fastsmooth.step import Step
+from fastsmooth.training.step import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = ["bench", "case", "variant", "median_s", "per_s", "ratio", "ratio_to", "mem_ratio", "rounds", "quiet"]

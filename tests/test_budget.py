@@ -7,11 +7,14 @@ import re
 import pytest
 from exact import EXACT
 
-from fastsmooth import modes
-from fastsmooth.config import ConfigError, parse, resolve
-from fastsmooth.log import read_rows
+from fastsmooth.cli.config import resolve
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.parse import parse
+from fastsmooth.runfolder.write import read_rows
 from fastsmooth.schedule import Schedule, Smoothing
-from fastsmooth.train import main, make_schedule, within_budget
+from fastsmooth.train import main
+from fastsmooth.training import loop
+from fastsmooth.training.plan import make_schedule, within_budget
 
 IMAGES = 1437
 
@@ -145,11 +148,11 @@ def test_a_run_that_is_stopped_at_its_last_update_goes_on_to_the_same_end(tmp_pa
             raise Killed
         return end_epoch(run, point)
 
-    end_epoch = modes.Run.end_epoch
-    monkeypatch.setattr(modes.Run, "end_epoch", die)
+    end_epoch = loop.Run.end_epoch
+    monkeypatch.setattr(loop.Run, "end_epoch", die)
     with pytest.raises(Killed):
         main([*EXACT, *flags, "--out", str(tmp_path / "killed")])
-    monkeypatch.setattr(modes.Run, "end_epoch", end_epoch)
+    monkeypatch.setattr(loop.Run, "end_epoch", end_epoch)
     rows = train(tmp_path / "killed", "--resume")
     assert [row["test_loss"] for row in rows if row["kind"] == "epoch"] == [
         row["test_loss"] for row in whole if row["kind"] == "epoch"

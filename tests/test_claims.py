@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_critical import run
 
-from fastsmooth.critical import analyse
+from fastsmooth.sweep.critical import analyse
 
 SPEC = importlib.util.spec_from_file_location("claims", Path(__file__).parent.parent / "scripts" / "claims.py")
 claims = importlib.util.module_from_spec(SPEC)

@@ -11,9 +11,11 @@ import setuptools
 from said import refused, said
 
 from fastsmooth import __main__ as every
-from fastsmooth import __version__, sharpness, smooth, sweep, train
+from fastsmooth import __version__, sharpness, train
 from fastsmooth.messages import command
 from fastsmooth.report import __main__ as report
+from fastsmooth.smooth import __main__ as smooth
+from fastsmooth.sweep import __main__ as sweep
 
 ROOT = Path(__file__).parent.parent
 CALLED = {  # sys.argv[0] as Python sets it: how a command is called then

@@ -11,25 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fastsmooth.config import (
-    FIELDS,
-    FREE_ON_RESUME,
-    RESOLVED_ONCE,
-    SETS,
-    Config,
-    ConfigError,
-    as_before,
-    exact,
-    fitted,
-    flag,
-    idle,
-    parse,
-    parser,
-    read_saved,
-    resolve,
-    resumed,
-    shown,
-)
+from fastsmooth.cli.config import FIELDS, FREE_ON_RESUME, RESOLVED_ONCE, Config, fitted, flag, idle, resolve, shown
+from fastsmooth.cli.facts import SETS
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.parse import as_before, parse, parser, read_saved, resumed
+from fastsmooth.runfolder.numbers import exact
 
 HINTS = typing.get_type_hints(Config)
 ROOT = Path(__file__).parents[1]
@@ -168,8 +154,8 @@ def test_requests_are_told_apart_from_fields():
 
 def test_answers_come_before_torch_is_imported():
     code = (
-        "import sys, fastsmooth.config as c, fastsmooth.schedule; c.resolve(c.parse(['--lr', '1']).given);"
-        "c.parser().format_help(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+        "import sys, fastsmooth.cli.config as c, fastsmooth.cli.parse as p, fastsmooth.schedule; c.resolve(p.parse(['--lr', '1']).given);"
+        "p.parser().format_help(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

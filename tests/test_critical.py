@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastsmooth.critical import analyse
 from fastsmooth.report.crossings import steps_curve
-from fastsmooth.runs import SavedRun
+from fastsmooth.runfolder.read import SavedRun
+from fastsmooth.sweep.critical import analyse
 
 # T(b) decoded from the published figure (arXiv 2402.02325) of SHB, ResNet-18 on CIFAR-100, lr 0.1, beta 0.9, at eps 0.5, 0.7, 1.0 (None: not printed to the update)
 PUBLISHED = {

@@ -12,7 +12,8 @@ from images import HAS_DALI, LOADERS, epoch_batches, every_batch, one_line, open
 from PIL import Image
 from torchvision import transforms as T
 
-from fastsmooth.data import DataError, dali, sets
+from fastsmooth.data import DataError, sets
+from fastsmooth.data.engines import dali
 
 ROOT = Path(__file__).parents[1]
 

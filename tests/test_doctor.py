@@ -19,9 +19,9 @@ import torch
 import torchvision
 from images import encoded, noise, solid, tree
 
-from fastsmooth import sweep
-from fastsmooth.data import index, sets
+from fastsmooth.data import images, index
 from fastsmooth.data.cifar import OFFICIAL
+from fastsmooth.sweep import grid
 from fastsmooth.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -351,7 +351,7 @@ def test_all_threads_decode_and_each_image_is_decoded_once(tmp_path, check, monk
     tree(
         tmp_path, {f"{split}/{name}/{i}.png": solid() for split in ("train", "val") for name in "ab" for i in range(20)}
     )
-    meeting, seen, real = threading.Barrier(3), [], sets.open_image
+    meeting, seen, real = threading.Barrier(3), [], images.open_image
 
     def open_image(path):
         seen.append(path)
@@ -359,7 +359,7 @@ def test_all_threads_decode_and_each_image_is_decoded_once(tmp_path, check, monk
             meeting.wait(timeout=10)
         return real(path)
 
-    monkeypatch.setattr(sets, "open_image", open_image)
+    monkeypatch.setattr(images, "open_image", open_image)
     assert check(*folder(tmp_path), "--workers", "3")[0] == 0
     assert sorted(seen) == sorted(str(path) for path in tmp_path.rglob("*.png"))
 
@@ -373,7 +373,7 @@ def test_ctrl_c_ends_it_without_a_word(tmp_path, check, monkeypatch):
         time.sleep(0.001)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sets, "open_image", open_image)
+    monkeypatch.setattr(images, "open_image", open_image)
     assert check(*folder(tmp_path), "--workers", "2") == (130, [], "")
     assert len(seen) < 20
 
@@ -441,5 +441,5 @@ def test_neither_is_asked_for_in_a_file(tmp_path, capsys, line):
 
 
 def test_a_sweep_takes_neither():
-    known = {name for action in sweep.parser()._actions for name in action.option_strings}
+    known = {name for action in grid.parser()._actions for name in action.option_strings}
     assert "--lr" in known and not known & {"--doctor", "--check-data"}

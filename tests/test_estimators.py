@@ -9,9 +9,10 @@ import torch
 from torch import multiprocessing
 from torch.nn import functional as F
 
-from fastsmooth import estimators, models
-from fastsmooth.estimators import Estimate, across_ranks, between, per_sample, sampled
-from fastsmooth.persample import sample_norms
+from fastsmooth import models
+from fastsmooth.noise import estimators
+from fastsmooth.noise.estimators import Estimate, across_ranks, between, per_sample, sampled
+from fastsmooth.noise.persample import sample_norms
 
 N, P, REPETITIONS = 40, 6, 2000
 

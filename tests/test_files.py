@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from fastsmooth import files
-from fastsmooth.log import RunFolder, RunFolderError, check_unused
+from fastsmooth.runfolder import files
+from fastsmooth.runfolder.write import RunFolder, RunFolderError, check_unused
 
 ROOT = Path(__file__).parent.parent
 # What opens a file to write it, or puts one in the place of another, and where: anything else goes through files.replace.
 WRITERS = {
     ("files.py", "open O_CREAT"): "the one function",
     ("files.py", "os.replace"): "the one function",
-    ("log.py", "open O_CREAT"): "the lock, which is empty",
-    ("log.py", "open"): "metrics.jsonl, to which rows are added",
+    ("write.py", "open O_CREAT"): "the lock, which is empty",
+    ("write.py", "open"): "metrics.jsonl, to which rows are added",
     ("messages.py", "mkstemp"): "a traceback, into a file of its own",
     ("messages.py", "write_text"): "the same",
     ("cifar.py", "open"): "the part of a download, which goes on where it stopped and is named once its sum is right",
     ("checkpoint.py", "save"): "into memory",
     ("index.py", "savez"): "into memory",
-    ("smooth.py", "savefig"): "into memory",
+    ("figures.py", "savefig"): "into memory",
     ("pdf.py", "print_pdf"): "into memory",
     ("modes.py", "open"): "rows of many MB that are written as they come, and named when they are whole",
     ("native.py", "os.replace"): "the kernels import nothing of the package",

@@ -18,8 +18,8 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 
-from fastsmooth.config import resolve
-from fastsmooth.data import DataError, augment, open_data, sets
+from fastsmooth.cli.config import resolve
+from fastsmooth.data import DataError, augment, images, open_data, sets
 from fastsmooth.data.order import in_order, permutation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -335,7 +335,7 @@ def test_a_file_name_that_is_not_utf8_is_read_and_named(tmp_path, loader, worker
 def test_reading_files_in_threads_leaves_the_list_of_warning_filters_alone(cifar_folder):
     paths = tuple(map(str, sorted(cifar_folder.glob("train/*/*.png"))))
     before = list(warnings.filters)
-    sets.decode_all(sets.Split(np.zeros(len(paths), np.int64), paths=paths), 32, lambda image: image, pytest.fail)
+    images.decode_all(images.Split(np.zeros(len(paths), np.int64), paths=paths), 32, lambda image: image, pytest.fail)
     assert warnings.filters == before
 
 

@@ -11,11 +11,13 @@ from test_persample import MODELS, model_and_batch, rows_of, rows_of_batch, set_
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastsmooth import estimators, measure, models, modes
-from fastsmooth.log import TIMES, read_rows
-from fastsmooth.persample import sample_norms
-from fastsmooth.tails import BLOCK, NoiseStatistics
+from fastsmooth import models
+from fastsmooth.noise import estimators, gradients
+from fastsmooth.noise.persample import sample_norms
+from fastsmooth.noise.tails import BLOCK, NoiseStatistics
+from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.train import main
+from fastsmooth.training import loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 DEVICE = torch.device("cuda")
@@ -143,8 +145,8 @@ def test_the_full_gradient_is_that_of_a_cpu(bn, norm):
     x, y = torch.randn(60, 3, 8, 8, dtype=torch.float64), torch.randint(10, (60,))
 
     def full(model, x, y):
-        with measure.undisturbed(model, bn):
-            return measure.full_gradient(model, zip(x.split(25), y.split(25), strict=True), 60)
+        with gradients.undisturbed(model, bn):
+            return gradients.full_gradient(model, zip(x.split(25), y.split(25), strict=True), 60)
 
     exact = full(model, x, y)
     for g, e in zip(full(*on_the_gpu(model, x, y)), exact, strict=True):
@@ -243,19 +245,19 @@ def points_of(out: Path) -> list[dict]:
 
 def test_chunks_are_halved_until_they_fit(tmp_path, monkeypatch):
     whole = points_of(run(tmp_path / "whole", *SAMPLING, "--steps", "0", "1"))
-    gradient, limit = measure.batch_gradient, 100
+    gradient, limit = gradients.batch_gradient, 100
 
     def small(model, x, y, loss=None):
         if len(y) > limit:
             raise torch.OutOfMemoryError
         return gradient(model, x, y, loss)
 
-    monkeypatch.setattr(measure, "batch_gradient", small)
+    monkeypatch.setattr(gradients, "batch_gradient", small)
     halved = points_of(run(tmp_path / "halved", *SAMPLING, "--steps", "0", "1"))
-    chunk = modes.EVAL_CHUNK[DEVICE.type]
+    chunk = loop.EVAL_CHUNK[DEVICE.type]
     while chunk > limit:
         chunk //= 2
-    assert [p["chunk"] for p in whole] == [modes.EVAL_CHUNK[DEVICE.type]] * 2
+    assert [p["chunk"] for p in whole] == [loop.EVAL_CHUNK[DEVICE.type]] * 2
     assert [p["chunk"] for p in halved] == [chunk] * 2
     assert halved[0]["full_grad_norm"] == pytest.approx(whole[0]["full_grad_norm"], rel=1e-5)
 
@@ -263,7 +265,7 @@ def test_chunks_are_halved_until_they_fit(tmp_path, monkeypatch):
 def with_memory(spare: int, full: Callable) -> Callable:
     """modes.Run.full_gradient with `spare` bytes beyond what the process holds by then."""
 
-    def limited(live: modes.Run, point) -> list[Tensor]:
+    def limited(live: loop.Run, point) -> list[Tensor]:
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare) / total)
@@ -278,7 +280,7 @@ def with_memory(spare: int, full: Callable) -> Callable:
 def test_chunks_are_halved_where_the_memory_ends(tmp_path, monkeypatch):
     """After a few updates, by which time what libraries keep for themselves is there."""
     whole = points_of(run(tmp_path / "whole", *SAMPLING, "--steps", "3"))
-    monkeypatch.setattr(modes.Run, "full_gradient", with_memory(64 << 20, modes.Run.full_gradient))
+    monkeypatch.setattr(loop.Run, "full_gradient", with_memory(64 << 20, loop.Run.full_gradient))
     halved = points_of(run(tmp_path / "halved", *SAMPLING, "--steps", "3"))
-    assert 1 <= halved[0]["chunk"] < whole[0]["chunk"] == modes.EVAL_CHUNK["cuda"]
+    assert 1 <= halved[0]["chunk"] < whole[0]["chunk"] == loop.EVAL_CHUNK["cuda"]
     assert halved[0]["full_grad_norm"] == pytest.approx(whole[0]["full_grad_norm"], rel=1e-4)

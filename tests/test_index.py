@@ -14,7 +14,7 @@ import pytest
 from images import encoded, noise, solid, tree
 from PIL import Image
 
-from fastsmooth.data import index, sets
+from fastsmooth.data import images, index
 from fastsmooth.data.index import read_index
 
 SIZE = (40, 24)
@@ -120,7 +120,7 @@ NOT_PLAIN = {
 )
 def test_a_header_gives_the_stored_size_and_whether_the_file_is_plain(tmp_path, name, content, plain):
     root = tree(tmp_path / "tree", {name: content})
-    assert sets.open_image(str(root / name)).size == SIZE
+    assert images.open_image(str(root / name)).size == SIZE
     for _ in range(2):  # read, then kept
         found = indexed(root)
         assert sizes(found) == [SIZE] and found.size.tolist() == [len(content)]
@@ -163,8 +163,8 @@ BAD = {
 def refused(root: Path, name: str, reason: str) -> None:
     """The file is bad, its neighbours are not, and open_image would say the same."""
     tree(root, {"a-good-one.png": solid(), "z-good-one.png": solid()})
-    with pytest.raises(sets.DataError) as error:
-        sets.open_image(str(root / name))
+    with pytest.raises(images.DataError) as error:
+        images.open_image(str(root / name))
     for _ in range(2):  # read, then kept
         found = read_index([str(root / n) for n in ("a-good-one.png", name, "z-good-one.png")], str(root))
         assert found.bad == {1: str(error.value)}

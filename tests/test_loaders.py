@@ -15,13 +15,13 @@ from archives import extracted
 from images import CPU, HAS_DALI, LOADERS, encoded, every_batch, one_line, opened, tree
 from PIL import Image
 
-from fastsmooth.config import resolve
-from fastsmooth.data import DataError, Stream, augment, make_engine, open_data, sets
+from fastsmooth.cli.config import resolve
+from fastsmooth.data import DataError, Stream, augment, images, make_engine, open_data, sets
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Job, Segment, jobs, normalisation
+from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.order import permutation
-from fastsmooth.data.resident import ResidentLoader
 from fastsmooth.data.source import BadImages, Source
-from fastsmooth.log import read_rows
+from fastsmooth.runfolder.write import read_rows
 from fastsmooth.train import main
 
 MEAN, STD = sets.IMAGENET_MEAN, sets.IMAGENET_STD
@@ -176,7 +176,7 @@ def real_pixels(tmp_path_factory) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["crop-flip", "crop-flip-rotate"])
 def test_images_in_memory_get_pils_pixels(real_pixels, kind):
-    split, index = sets.Split(np.zeros(4096, np.int64), real_pixels), torch.arange(4096)
+    split, index = images.Split(np.zeros(4096, np.int64), real_pixels), torch.arange(4096)
     rows = augment.draw(kind, 32, 9, 4, index).tolist()
     made = [augment.crop_flip_rotate(Image.fromarray(a), row, 32) for a, row in zip(real_pixels, rows, strict=True)]
     expected = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from forks import codes, logs, start, start_ranks
 
-from fastsmooth.log import read_status
+from fastsmooth.runfolder.read import read_status
 
 
 def limit_forward(samples: int) -> None:
     """A forward pass of more samples asks for more memory than any machine has."""
-    from fastsmooth import step
+    from fastsmooth.training import step
 
     forward = step.Step._plain_forward
 

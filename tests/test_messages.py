@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 from said import one_line, said
 
-from fastsmooth import log, messages, sharpness, smooth, sweep, train
-from fastsmooth.files import replace
+from fastsmooth import messages, sharpness, train
 from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, UNEXPECTED, CannotWrite, failure
 from fastsmooth.report import __main__ as report
+from fastsmooth.runfolder import write as runfolder
+from fastsmooth.runfolder.files import replace
+from fastsmooth.smooth import __main__ as smooth
+from fastsmooth.sweep import __main__ as sweep
+from fastsmooth.sweep import machines, store
+from fastsmooth.sweep import table as tables
 
 PRODUCTS = {
     "the plan": ["fastsmooth.train", "--plan"],
@@ -77,9 +82,9 @@ def test_what_is_said_beside_the_work_may_be_lost(stream):
 @pytest.mark.parametrize("stream", GONE, indirect=True)
 def test_the_table_of_a_sweep_survives_its_reader(stream, monkeypatch, tmp_path):
     pytest.importorskip("rich")
-    monkeypatch.setattr(sweep, "on_terminal", lambda stream: True)
-    run = sweep.Planned("lr=1", ("--lr=1",), {})
-    table = sweep.Table(tmp_path, [run, run], 1)
+    monkeypatch.setattr(tables, "on_terminal", lambda stream: True)
+    run = store.Planned("lr=1", ("--lr=1",), {})
+    table = tables.Table(tmp_path, [run, run], 1)
     assert table.live is not None
     table.show([run])
     table.drawn = 0
@@ -105,7 +110,7 @@ def test_what_was_ignored_at_the_start_stays_ignored():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts with &
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with sweep.Stop() as stop:
+        with machines.Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.received is None
@@ -208,7 +213,7 @@ def test_a_file_that_cannot_be_replaced_is_named(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastsmooth.files.os.fsync", full)
+    monkeypatch.setattr("fastsmooth.runfolder.files.os.fsync", full)
     with pytest.raises(CannotWrite, match="No space left") as caught:
         replace(tmp_path / "status.json", b"{}")
     assert caught.value.filename == str(tmp_path / "status.json") and not list(tmp_path.iterdir())
@@ -225,7 +230,7 @@ def test_the_exit_codes_are_those_of_the_readme():
 
 
 def test_a_metrics_file_that_is_removed_or_replaced_is_written_again(tmp_path, capsys):
-    folder = log.RunFolder(tmp_path)
+    folder = runfolder.RunFolder(tmp_path)
     path = tmp_path / "metrics.jsonl"
     for harm in (path.unlink, lambda: (path.unlink(), path.write_text("other"))):
         folder.row("step", {"step": 1})
@@ -235,7 +240,7 @@ def test_a_metrics_file_that_is_removed_or_replaced_is_written_again(tmp_path, c
         folder.row("step", {"step": 2})
         assert folder.sync() > size and path.read_bytes().startswith(whole)
         assert "was removed or replaced under the run" in one_warning(capsys)
-    assert [row["step"] for row in log.read_rows(tmp_path)] == [1, 2, 1, 2]
+    assert [row["step"] for row in runfolder.read_rows(tmp_path)] == [1, 2, 1, 2]
     folder.sync()
     assert not capsys.readouterr().err
     os.truncate(path, 5)

@@ -15,15 +15,18 @@ from images import epoch_batches
 from torch import nn
 from torch.nn import functional as F
 
-from fastsmooth import measure, models, modes
-from fastsmooth.config import resolve
+from fastsmooth import models
+from fastsmooth.cli.config import resolve
 from fastsmooth.data import open_data
 from fastsmooth.data.order import in_order, permutation, reordered, subset
-from fastsmooth.estimators import Estimate
-from fastsmooth.log import TIMES, read_rows, read_status
-from fastsmooth.measure import NormRecord
+from fastsmooth.noise import gradients
+from fastsmooth.noise.estimators import Estimate
+from fastsmooth.noise.threshold import NormRecord
 from fastsmooth.optim import NoisySGD
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.train import main
+from fastsmooth.training import loop
 
 CPU = torch.device("cpu")
 
@@ -45,7 +48,7 @@ def linear_model(features: int = 5, classes: int = 3) -> nn.Module:
 
 def drawn(model, batch):
     """draw -> the gradient of the mini-batch (x, y) = batch(draw)."""
-    return lambda draw: measure.batch_gradient(model, *batch(draw))
+    return lambda draw: gradients.batch_gradient(model, *batch(draw))
 
 
 def there(full):
@@ -71,11 +74,11 @@ def test_a_measurement_leaves_no_trace(bn):
     before = [t.clone() for t in (*model.parameters(), *model.buffers(), torch.get_rng_state())]
     grads = [p.grad.clone() for p in model.parameters()]
     buffers = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
-    with measure.undisturbed(model, bn):
+    with gradients.undisturbed(model, bn):
         assert model.training == model[1].training == (bn == "train")
-        full = measure.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])], 20)
+        full = gradients.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])], 20)
         gradient = drawn(model, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]))
-        measure.direction_noise(optimizer, gradient, 4, there(full), 3, 20)
+        gradients.direction_noise(optimizer, gradient, 4, there(full), 3, 20)
     after = (*model.parameters(), *model.buffers(), torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
@@ -88,7 +91,7 @@ def test_the_full_gradient_weights_every_chunk_by_its_true_size(chunk):
     model = noisy_model().double().eval()
     x, y = torch.randn(20, 3, 8, 8, dtype=torch.float64), torch.randint(0, 10, (20,))
     F.cross_entropy(model(x), y).backward()
-    full = measure.full_gradient(model, zip(x.split(chunk), y.split(chunk), strict=True), 20)
+    full = gradients.full_gradient(model, zip(x.split(chunk), y.split(chunk), strict=True), 20)
     for p, g in zip(model.parameters(), full, strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-10, atol=1e-14)
 
@@ -99,9 +102,9 @@ def test_the_full_gradient_is_summed_in_float64():
     chunks = list(zip(x.split(7), y.split(7), strict=True))
     expected = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
     for part in chunks:
-        for e, g in zip(expected, measure.batch_gradient(model, *part), strict=True):
+        for e, g in zip(expected, gradients.batch_gradient(model, *part), strict=True):
             e += g.double() * (len(part[1]) / 300)
-    for g, e in zip(measure.full_gradient(model, chunks, 300), expected, strict=True):
+    for g, e in zip(gradients.full_gradient(model, chunks, 300), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-15)
 
 
@@ -115,11 +118,11 @@ def test_the_chunks_of_a_float32_network_do_not_show_in_eval_mode(chunk):
     with torch.no_grad():
         model(x)  # running statistics of real images
     exact = copy.deepcopy(model).double().eval()
-    expected = torch.cat([g.flatten() for g in measure.batch_gradient(exact, x.double(), y)])
+    expected = torch.cat([g.flatten() for g in gradients.batch_gradient(exact, x.double(), y)])
     model.eval()
 
     def error(size):
-        full = measure.full_gradient(model, zip(x.split(size), y.split(size), strict=True), 250)
+        full = gradients.full_gradient(model, zip(x.split(size), y.split(size), strict=True), 250)
         return (torch.cat([g.flatten() for g in full]) - expected).norm() / expected.norm()
 
     assert error(chunk) <= 2 * error(250) < 1e-5
@@ -134,8 +137,8 @@ def test_batchnorm_in_train_mode_uses_the_chunks_own_statistics():
         model.zero_grad()
         F.cross_entropy(model(x[part]), y[part]).backward()
         expected = [e + p.grad / 2 for e, p in zip(expected, model.parameters(), strict=True)]
-    with measure.undisturbed(model, "train"):
-        full = measure.full_gradient(model, [(x[:10], y[:10]), (x[10:], y[10:])], 20)
+    with gradients.undisturbed(model, "train"):
+        full = gradients.full_gradient(model, [(x[:10], y[:10]), (x[10:], y[10:])], 20)
     for g, e in zip(full, expected, strict=True):
         torch.testing.assert_close(g.float(), e, rtol=1e-4, atol=1e-6)
 
@@ -144,7 +147,7 @@ def per_sample_variance(model, x, y) -> float:
     """C^2 = (1/N) sum ||g_i - mean||^2, one backward a sample."""
     rows = torch.stack(
         [
-            torch.cat([g.flatten() for g in measure.batch_gradient(model, x[i : i + 1], y[i : i + 1])])
+            torch.cat([g.flatten() for g in gradients.batch_gradient(model, x[i : i + 1], y[i : i + 1])])
             for i in range(len(x))
         ]
     )
@@ -158,9 +161,9 @@ def test_c2_sampled_is_unbiased_for_batches_without_replacement(batch):
     x, y = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
     subsets = [list(s) for s in itertools.combinations(range(n), batch)]
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
-    full = measure.full_gradient(model, [(x, y)], n)
+    full = gradients.full_gradient(model, [(x, y)], n)
     gradient = drawn(model, lambda i: (x[subsets[i]], y[subsets[i]]))
-    noise = measure.direction_noise(optimizer, gradient, batch, there(full), len(subsets), n)
+    noise = gradients.direction_noise(optimizer, gradient, batch, there(full), len(subsets), n)
     assert noise.grad_variance().value == pytest.approx(per_sample_variance(model, x, y), rel=1e-10)
     assert noise.noise_norms == pytest.approx(noise.grad_noise_norms)
 
@@ -171,14 +174,14 @@ def test_c2_sampled_agrees_with_the_per_sample_variance_within_its_error():
     model = models.build("resnet8", 10, "group").double()
     x, y = next(data.train.batches([torch.arange(300)]))
     x = x.double()
-    full = measure.full_gradient(model, [(x, y)], 300)
+    full = gradients.full_gradient(model, [(x, y)], 300)
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
 
     def batch(i):
         index = subset(0, 5, i, 300, 20)
         return x[index], y[index]
 
-    c2 = measure.direction_noise(optimizer, drawn(model, batch), 20, there(full), 60, 300).grad_variance()
+    c2 = gradients.direction_noise(optimizer, drawn(model, batch), 20, there(full), 60, 300).grad_variance()
     assert abs(c2.value - per_sample_variance(model, x, y)) < 4 * c2.error
     assert c2.error < 0.2 * c2.value
 
@@ -192,10 +195,10 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
         model.zero_grad()
         F.cross_entropy(model(x[:7]), y[:7]).backward()
         optimizer.step()
-    full = measure.full_gradient(model, [(x, y)], n)
+    full = gradients.full_gradient(model, [(x, y)], n)
     kept = []
     gradient = drawn(model, lambda i: (x[7:15], y[7:15]))
-    noise = measure.direction_noise(optimizer, gradient, 8, there(full), 2, n, lambda i, w: kept.append(w))
+    noise = gradients.direction_noise(optimizer, gradient, 8, there(full), 2, n, lambda i, w: kept.append(w))
     before = [p.detach().clone() for p in model.parameters()]
     model.zero_grad()
     F.cross_entropy(model(x[7:15]), y[7:15]).backward()
@@ -245,7 +248,7 @@ def test_no_draw_waits_for_the_device(monkeypatch):
     model, n = linear_model(), 30
     x, y = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
-    full = measure.full_gradient(model, [(x, y)], n)
+    full = gradients.full_gradient(model, [(x, y)], n)
     reads, counts = [], []
     item, tolist = torch.Tensor.item, torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "item", lambda t: reads.append(1) or item(t))
@@ -253,7 +256,7 @@ def test_no_draw_waits_for_the_device(monkeypatch):
     for draws in (2, 9):
         reads.clear()
         gradient = drawn(model, lambda i: (x[i : i + 4], y[i : i + 4]))
-        measure.direction_noise(optimizer, gradient, 4, there(full), draws, n)
+        gradients.direction_noise(optimizer, gradient, 4, there(full), draws, n)
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0
 
@@ -437,7 +440,7 @@ def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
         plain = Plain()
         for index in batches[:6] if history == 0 else history_batches(history, 6):
             plain.update(index)
-        chunks = subset(0, 6, measure.FULL_GRADIENT_DRAW, 1437, 1437).split(300)
+        chunks = subset(0, 6, gradients.FULL_GRADIENT_DRAW, 1437, 1437).split(300)
         parts = [torch._foreach_mul(plain.gradient(chunk), len(chunk) / 1437) for chunk in chunks]
         full = [sum(pieces) for pieces in zip(*parts, strict=True)]
         full_norm = math.sqrt(sum(g.double().square().sum().item() for g in full))
@@ -482,7 +485,7 @@ def test_a_history_draws_from_what_the_epoch_has_left():
 def test_the_first_history_is_the_run_itself(flags, tmp_path, monkeypatch):
     """Bit for bit, from the middle of an epoch over its edge; every other history ends elsewhere."""
     ends, places = [], []
-    ahead, updates = modes.Run.ahead, modes.Run.updates
+    ahead, updates = loop.Run.ahead, loop.Run.updates
 
     def flat(live):
         buffers = [s["momentum_buffer"] for s in live.step.optimizer.state.values()]
@@ -502,8 +505,8 @@ def test_the_first_history_is_the_run_itself(flags, tmp_path, monkeypatch):
                 ends.append(flat(live))
             yield batch
 
-    monkeypatch.setattr(modes.Run, "ahead", watched)
-    monkeypatch.setattr(modes.Run, "updates", watching)
+    monkeypatch.setattr(loop.Run, "ahead", watched)
+    monkeypatch.setattr(loop.Run, "updates", watching)
     line = "--mode sampling --lr 0.02 --steps 95 --beta 0.5 --draws 3 --epochs 4"
     run(tmp_path, *EXACT, *line.split(), *flags)
     first, *others, own = ends
@@ -566,7 +569,7 @@ def test_what_was_measured_is_said_in_words(tmp_path, capsys):
 def test_a_measurement_that_is_asked_to_stop_saves_and_is_made_again(draw, tmp_path, monkeypatch):
     flags = [*SEVERAL, "--beta", "0.3", "--batchsize", "100", "--steps", "20"]
     undisturbed = run(tmp_path, *flags, name="undisturbed")
-    follow = modes.Run._follow
+    follow = loop.Run._follow
     calls = 0
 
     def stopping(live, stream, updates):
@@ -576,7 +579,7 @@ def test_a_measurement_that_is_asked_to_stop_saves_and_is_made_again(draw, tmp_p
         calls += 1
         follow(live, stream, updates)
 
-    monkeypatch.setattr(modes.Run, "_follow", stopping)
+    monkeypatch.setattr(loop.Run, "_follow", stopping)
     out = tmp_path / "out"
     assert main([*flags, "--out", str(out)]) == 75
     assert read_status(out)["state"] == "preempted" and read_status(out)["step"] == 14
@@ -637,14 +640,14 @@ def test_a_run_interrupted_between_its_measurements_neither_loses_nor_repeats_on
     """Checkpoints at every 7th update: some points are in one and kept, others are measured again."""
     flags = [*SEVERAL, "--beta", "0.3", "--steps", "10", "25", "40", "--checkpoint-every", "7"]
     undisturbed = run(tmp_path, *flags, name="undisturbed")
-    after_update = modes.Run.after_update
+    after_update = loop.Run.after_update
 
     def interrupted(live, point):
         if live.update == stop:
             raise KeyboardInterrupt
         after_update(live, point)
 
-    monkeypatch.setattr(modes.Run, "after_update", interrupted)
+    monkeypatch.setattr(loop.Run, "after_update", interrupted)
     out = tmp_path / "out"
     assert main([*flags, "--out", str(out)]) == 130
     assert [p["step"] for p in points_of(out)] == [step for step in (10, 25) if step < stop]
@@ -686,7 +689,7 @@ def test_neither_draws_nor_chunks_compile_again(bn, precision, graphs, tmp_path)
 def test_a_chunk_that_does_not_fit_in_memory_is_halved(tmp_path, monkeypatch):
     flags = ["--mode", "sampling", "--steps", "0", "1", "--draws", "2", "--bn", "eval"]
     whole = points_of(run(tmp_path, *flags, name="whole"))
-    sizes, gradient = [], measure.batch_gradient
+    sizes, gradient = [], gradients.batch_gradient
 
     def small(model, x, y, *rest):
         sizes.append(len(y))
@@ -694,9 +697,9 @@ def test_a_chunk_that_does_not_fit_in_memory_is_halved(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError
         return gradient(model, x, y, *rest)
 
-    monkeypatch.setattr(measure, "batch_gradient", small)
+    monkeypatch.setattr(gradients, "batch_gradient", small)
     halved = points_of(run(tmp_path, *flags, name="halved"))
-    first = modes.EVAL_CHUNK["cpu"]
+    first = loop.EVAL_CHUNK["cpu"]
     assert [p["chunk"] for p in whole] == [first] * 2 and [p["chunk"] for p in halved] == [first // 8] * 2
     assert [sizes.count(first // part) for part in (1, 2, 4)] == [1, 1, 1]  # what did not fit is not tried again
     assert halved[0]["full_grad_norm"] == pytest.approx(whole[0]["full_grad_norm"], rel=1e-5)
@@ -709,6 +712,6 @@ def test_a_training_batch_is_never_divided(tmp_path, monkeypatch, capsys):
         sizes.append(len(given[2]))
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(measure, "batch_gradient", full)
+    monkeypatch.setattr(gradients, "batch_gradient", full)
     assert main(["--mode", "sampling", "--steps", "0", "--out", str(tmp_path / "run")]) == 2
     assert "lower --batchsize" in capsys.readouterr().err and sizes == [32]

@@ -5,10 +5,15 @@ import re
 import pytest
 from said import refused
 
-from fastsmooth import sweep, train
-from fastsmooth.config import FIELDS, METHODS, OPTIMIZERS, SETS, ConfigError, parse, parser, resolve
+from fastsmooth import train
+from fastsmooth.cli.config import FIELDS, METHODS, OPTIMIZERS, resolve
+from fastsmooth.cli.facts import SETS
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.parse import parse, parser
 from fastsmooth.models import BUILDERS, ModelError, build
 from fastsmooth.names import FLAGS, VALUES, about_flag, bare, hint
+from fastsmooth.sweep import __main__ as sweep
+from fastsmooth.sweep import grid
 
 KNOWN = [name for action in parser()._actions for name in action.option_strings]
 # The flags of other trainers, as their programs and manuals list them.
@@ -147,12 +152,12 @@ def test_momentum_is_a_name_of_beta_everywhere(tmp_path):
     (tmp_path / "f.toml").write_text('momentum = 0.5\noptimizer = "shb"\n')
     found = resolve(parse(["--config", str(tmp_path / "f.toml")]).given)
     assert (found.beta, found.momentum, "momentum" in found.to_json()) == (0.5, 0.5, False)
-    own = vars(sweep.parser().parse_args(["--momentum", "0.5", "0.9", "--optimizer", "shb"]))
-    assert [run.flags for run in sweep.grid_runs(own, {}, tmp_path)] == [
+    own = vars(grid.parser().parse_args(["--momentum", "0.5", "0.9", "--optimizer", "shb"]))
+    assert [run.flags for run in grid.grid_runs(own, {}, tmp_path)] == [
         ("--optimizer=shb", "--beta=0.5"), ("--optimizer=shb", "--beta=0.9"),
     ]  # fmt: skip
     (tmp_path / "g.toml").write_text('optimizer = "shb"\n[[grid]]\nmomentum = [0.5, 0.9]\n')
-    runs = sweep.grid_runs({}, {"grid": str(tmp_path / "g.toml")}, tmp_path)
+    runs = grid.grid_runs({}, {"grid": str(tmp_path / "g.toml")}, tmp_path)
     assert [run.differs for run in runs] == [{"beta": 0.5}, {"beta": 0.9}]
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fastsmooth import models
 from fastsmooth.kernels.persample_noise import persample_noise_ref
-from fastsmooth.persample import NotCovered, sample_norms
+from fastsmooth.noise.persample import NotCovered, sample_norms
 
 CLASSES = 7
 

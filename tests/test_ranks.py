@@ -23,10 +23,11 @@ from forks import (
 from torch.nn import functional as F
 
 from fastsmooth import data, models
-from fastsmooth.config import resolve
+from fastsmooth.cli.config import resolve
 from fastsmooth.data.order import permutation
-from fastsmooth.log import read_rows, read_status
-from fastsmooth.syncnorm import convert
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import read_rows
+from fastsmooth.training.syncnorm import convert
 
 CPU = torch.device("cpu")
 SHORT = ["--epochs", "1", "--log-every", "1"]

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from fastsmooth.report import chart, page
+from fastsmooth.figures import chart
+from fastsmooth.report import page
 from fastsmooth.report.__main__ import main
-from fastsmooth.runs import find_runs, read_run
+from fastsmooth.runfolder.read import find_runs, read_run
 
 HOSTILE = (
     "<script>alert(1)</script>", "\" onload='alert(1)' x=\"", "]]></style></title>--><svg onload=alert(1)>", "a\n\r\tb\x00\x1b[31m\u202ec",
@@ -123,7 +124,7 @@ def figures_of(*runs: Path) -> dict:
 def no_pdf(request, monkeypatch):
     """Figures as PDF cost seconds: only the tests of them write them."""
     if "pdf" not in request.node.name:
-        monkeypatch.setattr("fastsmooth.report.pdf.available", lambda: False)
+        monkeypatch.setattr("fastsmooth.figures.pdf.available", lambda: False)
 
 
 # Reading the page -------------------------------------------------------------------------------------------------------

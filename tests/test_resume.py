@@ -8,7 +8,7 @@ from forks import assert_same_run, finish, start, wait_for
 from images import noise, tree
 
 from fastsmooth import sharpness
-from fastsmooth.log import read_status
+from fastsmooth.runfolder.read import read_status
 from fastsmooth.train import main
 
 BASE = [*EXACT, "--epochs", "3", "--decay-epoch", "1", "--checkpoint-every", "7", "--log-every", "5"]

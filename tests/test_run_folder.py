@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from fastsmooth.checkpoint import CheckpointError, Checkpoints
-from fastsmooth.clock import Clock
-from fastsmooth.log import RunFolder, RunFolderError, claim, read_rows
-from fastsmooth.progress import span
+from fastsmooth.cli.progress import span
+from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
+from fastsmooth.runfolder.write import RunFolder, RunFolderError, claim, read_rows
+from fastsmooth.training.clock import Clock
 
 
 def state(value: float) -> dict:

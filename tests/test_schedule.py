@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastsmooth import config, schedule
+from fastsmooth import schedule
+from fastsmooth.cli import config as configs
 from fastsmooth.schedule import METHODS, Point, Schedule, Smoothing, balance
 
 EPOCHS = 200
@@ -53,8 +54,8 @@ def torch_lrs(make, epochs=EPOCHS):
 
 
 def test_config_and_schedule_know_the_same_methods():
-    assert tuple(METHODS) == config.METHODS
-    assert schedule.SOLVED == config.SOLVED == set(SOLVED)
+    assert tuple(METHODS) == configs.METHODS
+    assert schedule.SOLVED == configs.SOLVED == set(SOLVED)
 
 
 def test_constant_never_changes():

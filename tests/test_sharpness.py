@@ -15,21 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastsmooth import models
-from fastsmooth.checkpoint import Checkpoints
-from fastsmooth.config import read_saved, resolve
+from fastsmooth.cli.config import resolve
+from fastsmooth.cli.parse import read_saved
 from fastsmooth.data import open_data
-from fastsmooth.log import read_rows
-from fastsmooth.sharpness import (
-    ALGORITHMS,
-    Ellipsoid,
-    Landscape,
-    Setting,
-    checkpoints,
-    main,
-    open_images,
-    parse,
-    sharpness,
-)
+from fastsmooth.noise.sharpness import ALGORITHMS, Ellipsoid, Landscape, Setting, checkpoints, sharpness
+from fastsmooth.runfolder.checkpoint import Checkpoints
+from fastsmooth.runfolder.write import read_rows
+from fastsmooth.sharpness import main, open_images, parse
 from fastsmooth.train import main as train
 
 CPU = torch.device("cpu")
@@ -543,9 +535,7 @@ def test_a_failing_run_leaves_the_others_measured(run, tmp_path, capsys):
     assert [line.startswith("fastsmooth: error: ") for line in output.err.splitlines()] == [True, True]
 
 
-LOCKED = (
-    "import sys, pathlib; from fastsmooth.log import lock; lock(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
-)
+LOCKED = "import sys, pathlib; from fastsmooth.runfolder.write import lock; lock(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
 
 
 def test_a_run_that_is_being_written_is_refused(run, capsys):
@@ -631,7 +621,7 @@ def test_a_full_disk_is_said(run, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device", "sharpness.json")
 
-    monkeypatch.setattr("fastsmooth.log.RunFolder.write", full)
+    monkeypatch.setattr("fastsmooth.runfolder.write.RunFolder.write", full)
     assert main([str(run), *QUICK]) == 74
     refused(capsys, "cannot write sharpness.json: No space left on device")
 

@@ -10,8 +10,12 @@ import pytest
 import torch
 from scipy import integrate, special, stats
 
-from fastsmooth import smooth
-from fastsmooth.smooth import LANDSCAPES, NOISES, main, smooth_drop_wave, smooth_rastrigin
+from fastsmooth.smooth import __main__ as smooth
+from fastsmooth.smooth import figures, graduated, noises, smoothing, study
+from fastsmooth.smooth.__main__ import main
+from fastsmooth.smooth.graduated import LANDSCAPES
+from fastsmooth.smooth.noises import NOISES
+from fastsmooth.smooth.smoothing import smooth_drop_wave, smooth_rastrigin
 
 LAWS = {
     "normal": stats.norm(),
@@ -69,9 +73,9 @@ def test_draws_have_the_distribution_and_moments_are_its_own(name):
 
 def test_dawsons_integral_and_the_pareto_function_hold_far_out():
     t = np.geomspace(1e-6, 700, 500)
-    np.testing.assert_allclose(smooth.dawson(t), special.dawsn(t), rtol=0, atol=2e-15)
+    np.testing.assert_allclose(noises.dawson(t), special.dawsn(t), rtol=0, atol=2e-15)
     exact = np.exp(1j * t) + 1j * t * special.exp1(-1j * t)
-    np.testing.assert_allclose(smooth.pareto(t), exact, rtol=0, atol=2e-14)
+    np.testing.assert_allclose(noises.pareto(t), exact, rtol=0, atol=2e-14)
 
 
 # --- smoothed functions
@@ -83,7 +87,7 @@ def test_rastrigins_closed_form_is_the_expectation(name, delta):
     mean = NOISES[name].mean
     for shift in {0.0, mean}:
         found = smooth_rastrigin(X, delta, NOISES[name], shift)
-        exact = [expected(smooth.rastrigin, LAWS[name], x, delta, shift) for x in X]
+        exact = [expected(smoothing.rastrigin, LAWS[name], x, delta, shift) for x in X]
         np.testing.assert_allclose(found.values, exact, rtol=1e-11)
 
 
@@ -92,16 +96,16 @@ def test_rastrigins_closed_form_is_the_expectation(name, delta):
 def test_the_drop_waves_quadrature_is_the_expectation(name, delta):
     for shift in {0.0, NOISES[name].mean}:
         found = smooth_drop_wave(X, delta, NOISES[name], shift)
-        exact = [expected(smooth.drop_wave, LAWS[name], x, delta, shift) for x in X]
+        exact = [expected(smoothing.drop_wave, LAWS[name], x, delta, shift) for x in X]
         np.testing.assert_allclose(found.values, exact, rtol=0, atol=1e-12)
-        assert found.error <= smooth.TOLERANCE
+        assert found.error <= smoothing.TOLERANCE
 
 
 @pytest.mark.parametrize("name", NOISES)
 def test_draws_agree_within_four_standard_errors(name):
     u = NOISES[name].draw(np.random.default_rng(1), (200_000,))
     for delta in (0.05, 0.5):
-        draws = smooth.drop_wave(X[:, None] - delta * u)
+        draws = smoothing.drop_wave(X[:, None] - delta * u)
         error = draws.std(axis=1) / math.sqrt(len(u))
         assert (abs(draws.mean(axis=1) - smooth_drop_wave(X, delta, NOISES[name], 0).values) < 4 * error).all()
 
@@ -114,18 +118,18 @@ def test_a_tail_without_moments_has_its_exact_curve():
 
 def test_quadrature_that_does_not_settle_says_so():
     assert smooth_drop_wave(X, 100.0, NOISES["levy"], 0.0).error <= 1e-9
-    few = smooth.over_frequencies(X, 100.0, NOISES["pareto"], 64)
+    few = smoothing.over_frequencies(X, 100.0, NOISES["pareto"], 64)
     assert abs(few - smooth_drop_wave(X, 100.0, NOISES["pareto"], 0.0).values).max() > 1e-9
 
 
 @pytest.mark.parametrize("name", NOISES)
 def test_no_smoothing_leaves_the_function(name):
-    assert (smooth_rastrigin(X, 0, NOISES[name], 0).values == smooth.rastrigin(X)).all()
-    assert (smooth_drop_wave(X, 0, NOISES[name], 0).values == smooth.drop_wave(X)).all()
+    assert (smooth_rastrigin(X, 0, NOISES[name], 0).values == smoothing.rastrigin(X)).all()
+    assert (smooth_drop_wave(X, 0, NOISES[name], 0).values == smoothing.drop_wave(X)).all()
     # and a little leaves it almost, by the formulas
-    np.testing.assert_allclose(smooth_drop_wave(X, 1e-12, NOISES[name], 0).values, smooth.drop_wave(X), atol=1e-4)
+    np.testing.assert_allclose(smooth_drop_wave(X, 1e-12, NOISES[name], 0).values, smoothing.drop_wave(X), atol=1e-4)
     if name in LIGHT:
-        np.testing.assert_allclose(smooth_rastrigin(X, 1e-9, NOISES[name], 0).values, smooth.rastrigin(X), atol=1e-6)
+        np.testing.assert_allclose(smooth_rastrigin(X, 1e-9, NOISES[name], 0).values, smoothing.rastrigin(X), atol=1e-6)
 
 
 @pytest.mark.parametrize("delta", [0.25, 1.0, 3.0])
@@ -142,7 +146,7 @@ def test_noise_of_unit_variance_adds_delta_squared_to_x_squared(delta):
 def test_rastrigin_under_a_heavy_tail_is_undefined_and_no_number(name):
     found = smooth_rastrigin(X, 0.5, NOISES[name], 0)
     assert found.values is None and found.error is None and "undefined" in found.method
-    assert smooth.smooth_rastrigin_2d(X, 0.5, NOISES[name], 0).values is None
+    assert smoothing.smooth_rastrigin_2d(X, 0.5, NOISES[name], 0).values is None
 
 
 def test_centred_noise_does_not_move_the_minimum():
@@ -154,14 +158,14 @@ def test_centred_noise_does_not_move_the_minimum():
 def test_two_dimensions():
     x = np.linspace(-1, 1, 5)
     one = smooth_rastrigin(x, 0.5, NOISES["rayleigh"], 0).values
-    two = smooth.smooth_rastrigin_2d(x, 0.5, NOISES["rayleigh"], 0).values
+    two = smoothing.smooth_rastrigin_2d(x, 0.5, NOISES["rayleigh"], 0).values
     assert two[1, 3] == one[1] + one[3]
-    found = smooth.smooth_drop_wave_2d(x, 0.3, NOISES["levy"], 0.0, 5000, seed=3)
+    found = smoothing.smooth_drop_wave_2d(x, 0.3, NOISES["levy"], 0.0, 5000, seed=3)
     u = NOISES["levy"].draw(np.random.default_rng(3), (5000, 2))
-    draws = smooth.drop_wave(np.hypot(x[1] - 0.3 * u[:, 0], x[3] - 0.3 * u[:, 1]))
+    draws = smoothing.drop_wave(np.hypot(x[1] - 0.3 * u[:, 0], x[3] - 0.3 * u[:, 1]))
     assert found.values[1, 3] == pytest.approx(draws.mean())
     assert found.error >= draws.std(ddof=1) / math.sqrt(5000) * (1 - 1e-9)
-    other = smooth.smooth_drop_wave_2d(x, 0.3, NOISES["levy"], 0.0, 5000, seed=4)
+    other = smoothing.smooth_drop_wave_2d(x, 0.3, NOISES["levy"], 0.0, 5000, seed=4)
     assert abs(found.values - other.values).max() < 4 * math.hypot(found.error, other.error)
 
 
@@ -181,7 +185,7 @@ PUBLISHED = {
 
 def naive(f, x, lr, deltas, steps, noises):
     """Graduated optimization as published: a loop over perturbations and coordinates, two values of f for each."""
-    values, h = [], smooth.STEP
+    values, h = [], graduated.STEP
     for delta in deltas:
         for _ in range(steps):
             total, draws = np.zeros_like(x), next(noises)
@@ -199,11 +203,11 @@ def naive(f, x, lr, deltas, steps, noises):
 @pytest.mark.parametrize("name", LANDSCAPES)
 def test_graduated_optimization_equals_the_published_loop(name):
     """With one lr for all: with the largest ones rounding grows from step to step."""
-    f, deltas, seeds = replace(LANDSCAPES[name], lr=0.01), smooth.nice(1.0, 0.01, 3), range(2)
-    start = smooth.starts(f, 7, seeds)
-    found = smooth.descend(f, start, deltas, 2, smooth.normal(7, 5, seeds))
+    f, deltas, seeds = replace(LANDSCAPES[name], lr=0.01), graduated.nice(1.0, 0.01, 3), range(2)
+    start = graduated.starts(f, 7, seeds)
+    found = graduated.descend(f, start, deltas, 2, graduated.normal(7, 5, seeds))
     for s in seeds:
-        perturb = smooth.normal(7, 5, [s])
+        perturb = graduated.normal(7, 5, [s])
         noises = (perturb()[0].numpy() for _ in range(6))
         exact = naive(PUBLISHED[name], start[s].numpy(), f.lr, deltas, 2, noises)
         np.testing.assert_allclose(found[:, s], exact, rtol=1e-10, atol=1e-10)
@@ -211,10 +215,10 @@ def test_graduated_optimization_equals_the_published_loop(name):
 
 @pytest.mark.parametrize("name", LANDSCAPES)
 def test_gradients_are_autograds(name):
-    x = smooth.starts(LANDSCAPES[name], 50, [0, 1]).requires_grad_()
+    x = graduated.starts(LANDSCAPES[name], 50, [0, 1]).requires_grad_()
     (exact,) = torch.autograd.grad(LANDSCAPES[name](x).sum(), x)
     # the differences of f round by eps f / h
-    rounding = 1e-15 * LANDSCAPES[name](x).abs().max().item() / smooth.STEP
+    rounding = 1e-15 * LANDSCAPES[name](x).abs().max().item() / graduated.STEP
     np.testing.assert_allclose(LANDSCAPES[name].gradient(x.detach()), exact, rtol=1e-6, atol=1e-6 + 4 * rounding)
 
 
@@ -222,50 +226,50 @@ def test_every_function_is_least_at_zero():
     for name, f in LANDSCAPES.items():
         place = 420.96874635998202 if name == "schwefel" else 0.0
         assert f(torch.full((50,), place, dtype=torch.float64)).item() == pytest.approx(0, abs=1e-8)
-        assert (f(smooth.starts(f, 50, range(4))) > 0).all()
+        assert (f(graduated.starts(f, 50, range(4))) > 0).all()
 
 
 def test_schedules_run_from_the_first_delta_to_the_last():
-    for schedule in smooth.SCHEDULES.values():
+    for schedule in graduated.SCHEDULES.values():
         deltas = schedule(1.0, 0.01, 50)
         assert len(deltas) == 50 and deltas[0] == 1 and deltas[-1] == pytest.approx(0.01)
         assert schedule(0.5, 0.5, 1) == [0.5]
-    assert np.diff(smooth.nice(1.0, 0.01, 50)) == pytest.approx(-0.99 / 49)
-    geo = np.array(smooth.geo(1.0, 0.01, 50))
+    assert np.diff(graduated.nice(1.0, 0.01, 50)) == pytest.approx(-0.99 / 49)
+    geo = np.array(graduated.geo(1.0, 0.01, 50))
     assert geo[1:] / geo[:-1] == pytest.approx(0.01 ** (1 / 49))
 
 
 def test_a_seed_is_the_same_alone_and_among_others_and_in_groups(monkeypatch):
-    r = smooth.Request(seeds=3, rounds=2, steps=2, draws=20, dim_ego=6)
-    together = smooth.all_seeds(r, "ackley", "geo", "graduated")
-    monkeypatch.setattr(smooth, "BLOCK", 1)
-    assert torch.allclose(smooth.all_seeds(r, "ackley", "geo", "graduated"), together, rtol=1e-12)
+    r = study.Request(seeds=3, rounds=2, steps=2, draws=20, dim_ego=6)
+    together = study.all_seeds(r, "ackley", "geo", "graduated")
+    monkeypatch.setattr(study, "BLOCK", 1)
+    assert torch.allclose(study.all_seeds(r, "ackley", "geo", "graduated"), together, rtol=1e-12)
     assert len(set(together[0].tolist())) == 3
 
 
 def test_without_noise_it_is_gradient_descent_from_the_same_start():
     f, deltas = LANDSCAPES["rastrigin"], [1.0, 0.5]
-    x = smooth.starts(f, 5, [4])
-    found = smooth.descend(f, x, deltas, 3, smooth.nothing(5, 100, [4]))
+    x = graduated.starts(f, 5, [4])
+    found = graduated.descend(f, x, deltas, 3, graduated.nothing(5, 100, [4]))
     for delta in [1.0] * 3 + [0.5] * 3:
         x = x - f.lr * delta * (2 * x + 20 * math.pi * (2 * math.pi * x).sin())
     assert found[-1].item() == pytest.approx(f(x).item(), rel=1e-6)
 
 
 def test_smoothing_finds_what_plain_descent_does_not():
-    r = smooth.Request(seeds=2, rounds=10, steps=20, draws=50, dim_ego=10)
-    best = {m: smooth.all_seeds(r, "rastrigin", "nice", m).min(dim=0).values for m in smooth.METHODS}
+    r = study.Request(seeds=2, rounds=10, steps=20, draws=50, dim_ego=10)
+    best = {m: study.all_seeds(r, "rastrigin", "nice", m).min(dim=0).values for m in graduated.METHODS}
     assert (best["graduated"] < best["plain"] / 3).all()
 
 
 def test_a_result_is_mean_deviation_and_n_of_every_round():
     values = torch.tensor([[9.0, 5.0, 1.0], [4.0, 2.0, 6.0]])
-    found = smooth.Descent("ackley", "geo", "plain", values).summary()
+    found = graduated.Descent("ackley", "geo", "plain", values).summary()
     assert found["best"] == [4, 2, 1] and found["n"] == 3
     assert (found["mean_best"], found["sd_best"]) == pytest.approx((7 / 3, np.std([4, 2, 1], ddof=1)))
     assert found["mean_by_round"] == pytest.approx([5, 4]) and found["sd_by_round"] == pytest.approx([4, 2])
     assert (found["mean_last"], found["sd_last"]) == pytest.approx((4, 2))
-    alone = smooth.Descent("ackley", "geo", "plain", values[:, :1]).summary()
+    alone = graduated.Descent("ackley", "geo", "plain", values[:, :1]).summary()
     assert alone["sd_best"] is None and alone["sd_last"] is None and alone["sd_by_round"] == [None, None]
 
 
@@ -279,7 +283,7 @@ FEW_STEPS = ["--rounds", "2", "--steps", "2", "--draws", "5", "--dim-ego", "6", 
 @pytest.fixture
 def without_pdf(monkeypatch):
     """Most of the time of a figure goes into its PDF's fonts."""
-    monkeypatch.setattr(smooth, "save", lambda figure, stem: figure.savefig(stem.with_suffix(".svg")))
+    monkeypatch.setattr(figures, "save", lambda figure, stem: figure.savefig(stem.with_suffix(".svg")))
 
 
 def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
@@ -294,7 +298,7 @@ def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
         if (c["function"], c["tails"], c["delta"]) == ("rastrigin", "heavy", 0.5):
             assert c["values"] is None and "undefined" in c["method"]
         else:
-            assert len(c["values"]) == 41 and c["error"] <= smooth.TOLERANCE
+            assert len(c["values"]) == 41 and c["error"] <= smoothing.TOLERANCE
     assert len(found["graduated"]["results"]) == 2 * 2 and found["graduated"]["deltas"]["geo"] == [1, 0.01]
     names = {f"{stem}.{kind}" for stem in ("light", "heavy", "graduated") for kind in ("svg", "pdf")}
     assert {p.name for p in out.iterdir()} == names | {"smooth.json"}
@@ -373,10 +377,10 @@ def test_ctrl_c_is_no_traceback(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("columns", [1, 4])
 def test_the_legend_lies_within_the_figure(columns):
     """It was cut off on both sides of a figure of one panel."""
-    figure, axes = smooth.new_figure(1, columns)
+    figure, axes = figures.new_figure(1, columns)
     for label in ("nice, graduated", "nice, plain", "geo, graduated", "geo, plain"):
         axes[0, 0].plot([0, 1], label=label)
-    smooth.add_legend(figure, axes, 1.7)
+    figures.add_legend(figure, axes, 1.7)
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0

@@ -14,19 +14,22 @@ import pytest
 import torch
 from exact import EXACT
 
-from fastsmooth import sweep, train
-from fastsmooth.config import ConfigError
-from fastsmooth.log import TIMES, read_rows, read_status
+from fastsmooth import train
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import TIMES, read_rows
+from fastsmooth.sweep import __main__ as sweep
+from fastsmooth.sweep import grid, machines, store
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*EXACT, "--epochs", "1"]
 
 
-def planned(*flags: str, out: Path = Path("nowhere")) -> list[sweep.Planned]:
-    own_flags = sweep.parser().parse_args(sweep.expanded(flags))
+def planned(*flags: str, out: Path = Path("nowhere")) -> list[store.Planned]:
+    own_flags = grid.parser().parse_args(grid.expanded(flags))
     asked = vars(own_flags)
     own = {name: asked.pop(name) for name in list(asked) if name not in sweep.FIELDS}
-    return sweep.grid_runs(asked, own, out)
+    return grid.grid_runs(asked, own, out)
 
 
 def refusal(capsys, *flags: str) -> str:
@@ -70,13 +73,13 @@ def call(out: Path, *flags: str, **options) -> subprocess.Popen:
     ],
 )
 def test_ranges_are_written_out(word, values):
-    assert sweep.values_of(word) == values
+    assert grid.values_of(word) == values
 
 
 @pytest.mark.parametrize("word", ["8..4x2", "8..64x1", "8..64x0.5", "0..8x2", "1..5+0"])
 def test_ranges_that_do_not_grow_are_refused(word):
     with pytest.raises(ConfigError, match="not a range"):
-        sweep.values_of(word)
+        grid.values_of(word)
 
 
 def test_a_grid_is_every_combination_with_the_seeds_of_each_together():
@@ -103,7 +106,8 @@ def test_lists_and_switches_are_one_value():
 
 
 def test_the_flags_of_a_run_are_those_that_train_understands():
-    from fastsmooth.config import parse, resolve
+    from fastsmooth.cli.config import resolve
+    from fastsmooth.cli.parse import parse
 
     flags = [
         "--optimizer",
@@ -179,7 +183,7 @@ def test_no_two_runs_share_a_folder(folders, tmp_path):
     assert len(names) == len(folders)
     for run, folder in zip(runs, folders, strict=True):
         assert f"--data-dir={tmp_path}{folder}" in run.flags
-        assert len(f"{run.name}.log".encode()) <= 255 and sweep.planned(run.name, [], {}).name == run.name
+        assert len(f"{run.name}.log".encode()) <= 255 and store.planned(run.name, [], {}).name == run.name
     assert len({name.casefold() for name in names}) == len(folders)
 
 
@@ -196,13 +200,13 @@ def test_the_runs_of_a_sweep_keep_their_folders(tmp_path, monkeypatch):
     for added in ([], ["c/d", "a b"], ["a_b", "A/B", "a-b_1"]):
         flags += added
         assert sweep.main(["--out", str(out), *flags]) == 0
-        found = {run.flags: run.name for run in sweep.read_sweep(out)}
+        found = {run.flags: run.name for run in store.read_sweep(out)}
         assert names.items() <= found.items() and len(set(found.values())) == len(flags) - 7
         names = found
         assert "data-dir=a b" not in found.values()
     flags.reverse()
     assert sweep.main(["--out", str(out), *places(*flags[:-7])]) == 0
-    assert {run.flags: run.name for run in sweep.read_sweep(out)} == names
+    assert {run.flags: run.name for run in store.read_sweep(out)} == names
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ def test_a_folder_of_other_things_and_of_another_sweep_are_refused(tmp_path, cap
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "carry_out", lambda *args: 0)
-    script = "import sys, time; from fastsmooth.log import lock; lock(__import__('pathlib').Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+    script = "import sys, time; from fastsmooth.runfolder.write import lock; lock(__import__('pathlib').Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
@@ -298,7 +302,9 @@ def test_a_run_that_fails_is_reported_and_the_others_are_done(tmp_path):
     assert "lr=0.1  test acc" in shown
     states = [result["state"] for result in json.loads((tmp_path / "sweep" / "results.json").read_text())]
     assert states == ["diverged", "done", "failed to start"]
-    assert not sweep.unfinished(tmp_path / "sweep", sweep.read_sweep(tmp_path / "sweep")[0])  # it would diverge again
+    assert not machines.unfinished(
+        tmp_path / "sweep", store.read_sweep(tmp_path / "sweep")[0]
+    )  # it would diverge again
 
 
 def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path):
@@ -365,7 +371,7 @@ def watched_sweep(tmp_path: Path, monkeypatch) -> list:
             status(self.folder, "done")
             return 0
 
-    monkeypatch.setattr(sweep, "start", lambda out, run, *rest: Process(out / run.name))
+    monkeypatch.setattr(machines, "start", lambda out, run, *rest: Process(out / run.name))
     monkeypatch.setattr(sweep.time, "sleep", look)
     monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
     return seen
@@ -377,7 +383,7 @@ def fake_ray(out: Path, seen: list) -> types.SimpleNamespace:
     def wait(tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
         if seen or (out / "results.json").exists():
             sweep.time.sleep(timeout)  # which looks
-        runs = sweep.read_sweep(out)
+        runs = store.read_sweep(out)
         if read_status(out / runs[tasks[0]].name).get("state") == "running":
             status(out / runs[tasks[0]].name, "done")
             return tasks[:1], tasks[1:]
@@ -407,9 +413,9 @@ def test_results_are_written_seldom_where_that_takes_long(tmp_path, monkeypatch)
         if len(written) == 1:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweep, "write_json", write)
+    monkeypatch.setattr(store, "write_json", write)
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
-    results = sweep.Results(tmp_path, runs)
+    results = store.Results(tmp_path, runs)
     for second in range(600):
         results.show()
         now[0] += 1.0
@@ -425,7 +431,7 @@ def test_results_are_written_seldom_where_that_takes_long(tmp_path, monkeypatch)
         now[0] += 1.0
     assert len(written) == before
     with pytest.raises(OSError, match="No space"):
-        sweep.Results(tmp_path, runs).write(written.clear() or "not started")
+        store.Results(tmp_path, runs).write(written.clear() or "not started")
 
 
 @pytest.mark.full
@@ -497,7 +503,7 @@ def test_ray_does_the_same_runs(tmp_path):
     process = call(tmp_path / "sweep", *SHORT, "--lr", "0.05", "0.1", "--ray")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    for run in sweep.read_sweep(tmp_path / "sweep"):
+    for run in store.read_sweep(tmp_path / "sweep"):
         assert train.main([*run.flags, "--out", str(tmp_path / run.name)]) == 0
         assert outcome(tmp_path / "sweep" / run.name) == outcome(tmp_path / run.name)
 

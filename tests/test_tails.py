@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fastsmooth.tails import LEVELS, QQ, SHARES, NoiseStatistics
+from fastsmooth.noise.tails import LEVELS, QQ, SHARES, NoiseStatistics
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SINGLE = ("mean", "variance", "skewness", "excess_kurtosis", "ks_distance")

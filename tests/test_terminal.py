@@ -12,9 +12,13 @@ import pytest
 from said import said, screen, seen
 
 from fastsmooth import __main__ as every
-from fastsmooth import sharpness, smooth, sweep, train
-from fastsmooth.progress import Progress
+from fastsmooth import sharpness, train
+from fastsmooth.cli.progress import Progress
 from fastsmooth.report import __main__ as report
+from fastsmooth.smooth import __main__ as smooth
+from fastsmooth.sweep import __main__ as sweep
+from fastsmooth.sweep import store
+from fastsmooth.sweep import table as tables
 from fastsmooth.terminal import Fields, Table, cells, columns, wrapped
 
 WIDTHS = [60, 80, 100, 120]
@@ -117,7 +121,7 @@ PRINTED = {
 def test_what_is_printed_has_the_same_words_at_every_width(name, width, monkeypatch):
     """Those that it has in a file: no word is broken, none is lost."""
     if name == "the machine":
-        from fastsmooth import doctor
+        from fastsmooth.cli import doctor
 
         monkeypatch.setattr(doctor, "EXTRAS", ())
         monkeypatch.setattr(doctor, "memory", lambda: doctor.Row("memory", "some"))
@@ -169,10 +173,10 @@ def test_json_is_never_wrapped():
 def test_the_table_of_a_sweep_fits_and_breaks_no_name(tmp_path):
     pytest.importorskip("rich")
     names = [f"method=lr-batch_optimizer=nshb_lr=0.{k}_batchsize=128_seed={k}" for k in range(3)]
-    runs = [sweep.Planned(name, (), {}) for name in names]
+    runs = [store.Planned(name, (), {}) for name in names]
 
     def show(argv: list[str]) -> int:
-        table = sweep.Table(tmp_path, runs, 0)
+        table = tables.Table(tmp_path, runs, 0)
         table.show(runs)
         assert table.live is not None
         table.close()
@@ -186,7 +190,7 @@ def test_the_table_of_a_sweep_fits_and_breaks_no_name(tmp_path):
 
 def test_the_bar_fits_from_its_first_frame_to_its_last(monkeypatch):
     pytest.importorskip("rich")
-    monkeypatch.setattr("fastsmooth.progress.BAR_EVERY", -1.0)
+    monkeypatch.setattr("fastsmooth.cli.progress.BAR_EVERY", -1.0)
 
     class Point:
         lr, batch_size = 0.0123456789, 123_456

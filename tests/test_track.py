@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastsmooth import models
-from fastsmooth.config import resolve
+from fastsmooth.cli.config import resolve
 from fastsmooth.data import open_data
-from fastsmooth.log import TIMES, read_rows
-from fastsmooth.persample import NotCovered
+from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator
+from fastsmooth.noise.persample import NotCovered
+from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.schedule import Point, Smoothing
-from fastsmooth.track import Every, NoiseTracker, choose_estimator
 from fastsmooth.train import main
 
 CPU = torch.device("cpu")

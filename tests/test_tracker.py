@@ -15,9 +15,11 @@ from typing import NamedTuple
 import pytest
 from exact import EXACT
 
-from fastsmooth import modes
-from fastsmooth.log import TIMES, Tracker, read_rows, read_status
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.train import main
+from fastsmooth.training import loop
 
 FLAGS = [*EXACT, "--epochs", "2", "--log-every", "20"]
 
@@ -126,7 +128,7 @@ def assert_sent(history: list[dict], rows: list[dict]) -> None:
 def test_a_resumed_offline_run_is_one_run_that_one_command_sends(tmp_path, without, monkeypatch, capsys):
     """Two parts of one id, the second to be added to the first; the command that the run names finds both."""
     pytest.importorskip("wandb")
-    out, after = tmp_path / "a run's" / "run", modes.Run.after_update
+    out, after = tmp_path / "a run's" / "run", loop.Run.after_update
     flags = ["--out", str(out), "--wandb-mode", "offline"]
 
     def stopped(self, point):
@@ -134,7 +136,7 @@ def test_a_resumed_offline_run_is_one_run_that_one_command_sends(tmp_path, witho
         self.stop_asked = lambda: signal.SIGTERM if self.update >= 60 else 0
 
     with monkeypatch.context() as sabotage:
-        sabotage.setattr(modes.Run, "after_update", stopped)
+        sabotage.setattr(loop.Run, "after_update", stopped)
         assert main([*FLAGS, *flags]) == 75
     assert main(["--resume", *flags]) == 0
     assert results(out) == without

@@ -13,15 +13,20 @@ import torch
 from exact import EXACT
 from torch.nn import functional as F
 
-from fastsmooth import models, modes
-from fastsmooth.config import METHODS, SETS, read_saved, resolve
+from fastsmooth import models
+from fastsmooth.cli.config import METHODS, resolve
+from fastsmooth.cli.facts import SETS
+from fastsmooth.cli.parse import read_saved
 from fastsmooth.data import open_data
 from fastsmooth.kernels import native
-from fastsmooth.log import read_rows, read_status
 from fastsmooth.optim import NoisySGD
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import read_rows
 from fastsmooth.schedule import SOLVED
-from fastsmooth.step import Step
-from fastsmooth.train import main, make_schedule
+from fastsmooth.train import main
+from fastsmooth.training import loop
+from fastsmooth.training.plan import make_schedule
+from fastsmooth.training.step import Step
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -59,8 +64,8 @@ def test_every_method_trains_and_logs_the_points_of_its_schedule(method, tmp_pat
         used.append((run.epoch, group["lr"], group["momentum"], len(y)))
         return gradient(run, x, y)
 
-    gradient = modes.Run.gradient
-    monkeypatch.setattr(modes.Run, "gradient", spy)
+    gradient = loop.Run.gradient
+    monkeypatch.setattr(loop.Run, "gradient", spy)
     optimizer = "nshb" if method in SOLVED else "sgd"
     out = train(tmp_path / "run", "--method", method, "--optimizer", optimizer, "--epochs", "3")
     schedule = make_schedule(read_saved(out), 1437)
@@ -186,7 +191,7 @@ def test_a_diverged_run_stops_with_3_and_keeps_its_finite_checkpoint(tmp_path, c
 
 
 def test_a_disk_that_is_full_leaves_the_run_going_until_its_end(tmp_path, monkeypatch, capsys):
-    from fastsmooth.checkpoint import Checkpoints
+    from fastsmooth.runfolder.checkpoint import Checkpoints
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsmooth.data import augment, dali
+from fastsmooth.data import augment
 from fastsmooth.data.chunks import ChunkedLoader, Loader
-from fastsmooth.data.dali import DaliEngine, Decoder
+from fastsmooth.data.engines import dali
+from fastsmooth.data.engines.dali import DaliEngine, Decoder
+from fastsmooth.data.engines.resident import ResidentLoader
+from fastsmooth.data.engines.threads import ThreadsEngine
+from fastsmooth.data.engines.torchloader import TorchEngine
+from fastsmooth.data.images import DataError, ImageSet, Split, decode_all
 from fastsmooth.data.index import THREADS, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
-from fastsmooth.data.resident import ResidentLoader
-from fastsmooth.data.sets import READERS, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.sets import READERS
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
-from fastsmooth.data.threads import ThreadsEngine
-from fastsmooth.data.torchloader import TorchEngine
 from fastsmooth.messages import note
 from fastsmooth.processors import processors
 
@@ -49,7 +51,7 @@ class Data:
 def open_data(
     config, device: torch.device, say: Callable[[str], None] = note, sharing: int = 1, images: ImageSet | None = None
 ) -> Data:
-    """The data set of `config` (a resolved fastsmooth.config.Config) behind its loader. Raises DataError.
+    """The data set of `config` (a resolved fastsmooth.cli.config.Config) behind its loader. Raises DataError.
 
     `say` gets a line where reading takes long, what may not be meant as it is (a class that is never tested), and one for
     each image that cannot be read but may be black. `sharing`:
@@ -83,7 +85,7 @@ def open_data(
 
 
 def read_set(config) -> ImageSet:
-    """The data set of `config` (a resolved fastsmooth.config.Config). Raises DataError."""
+    """The data set of `config` (a resolved fastsmooth.cli.config.Config). Raises DataError."""
     try:
         return READERS[config.dataset](config)
     except OSError as error:

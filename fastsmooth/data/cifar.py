@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from torchvision import datasets
 
-from fastsmooth.data.sets import DataError, Split
-from fastsmooth.files import rename, sync
+from fastsmooth.data.images import DataError, Split
 from fastsmooth.messages import note_again
+from fastsmooth.runfolder.files import rename, sync
 
 OFFICIAL = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # address, file names and MD5 sums
 CHUNK = 1 << 20

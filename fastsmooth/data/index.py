@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastsmooth.data.sets import DataError, open_image, opened
-from fastsmooth.files import cache_folder, only_mine, read_file, replace
+from fastsmooth.data.images import DataError, open_image, opened
+from fastsmooth.runfolder.files import cache_folder, only_mine, read_file, replace
 
 VERSION = 2  # of the cache: another one whenever its fields change, or the meaning of plain
 # plain is a byte, since a bool that another program stored as 2 is not safe to compute with

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastsmooth.data import augment
 from fastsmooth.data.augment import View, Views
 from fastsmooth.data.chunks import Job
+from fastsmooth.data.images import DataError, Split, open_image
 from fastsmooth.data.index import Index
-from fastsmooth.data.sets import DataError, Split, open_image
 
 
 class BadImages:

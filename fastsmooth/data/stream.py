@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fastsmooth.data.chunks import Loader, Segment
+from fastsmooth.data.images import DataError
 from fastsmooth.data.order import permutation, reordered
-from fastsmooth.data.sets import DataError
 
 
 class Stream:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fastsmooth import config as configs
-from fastsmooth.files import replace
-from fastsmooth.log import RunFolderError, refusing
+from fastsmooth.cli import flags as flag_types
+from fastsmooth.figures import pdf, svg
+from fastsmooth.figures.chart import draw
 from fastsmooth.messages import DONE, command, end_with, exit_code, note, say
-from fastsmooth.report import page, pdf, svg
-from fastsmooth.report.chart import draw
-from fastsmooth.runs import RunError, find_runs, read_run
+from fastsmooth.report import page
+from fastsmooth.runfolder.files import replace
+from fastsmooth.runfolder.read import RunError, find_runs, read_run
+from fastsmooth.runfolder.write import RunFolderError, refusing
 
 
-def parser() -> configs.Parser:
-    p = configs.Parser(
+def parser() -> flag_types.Parser:
+    p = flag_types.Parser(
         prog=command("report"), description="Tables, figures and one HTML page out of runs of fastsmooth.train."
     )
     p.add_argument("runs", nargs="+", metavar="RUNS", type=Path, help="run folders, or folders that hold them")
     p.add_argument(
         "--out",
         metavar="DIR",
-        type=configs.text,
+        type=flag_types.text,
         default=".",
         help="where report.html and figures/ (SVG, PDF) are written; by default here",
     )
@@ -31,7 +32,7 @@ def parser() -> configs.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
-    refusals = (configs.ConfigError, RunError, RunFolderError)
+    refusals = (flag_types.ConfigError, RunError, RunFolderError)
     return exit_code(lambda: report(sys.argv[1:] if argv is None else argv), refusals)
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fastsmooth.config import exact
-from fastsmooth.critical import FLAT, Analysis, BatchResult, mean
+from fastsmooth.figures.chart import Curve, Figure, Mark, Panel, ordered_colors
 from fastsmooth.report import groups, noise
-from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors
 from fastsmooth.report.groups import Group, real
+from fastsmooth.runfolder.numbers import exact, mean
+from fastsmooth.sweep.critical import FLAT, Analysis, BatchResult
 
 GIVEN, SAMPLED = "C² of the configuration", "c2_sampled"
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fastsmooth.critical import mean
+from fastsmooth.figures.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
 from fastsmooth.report import groups
-from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
 from fastsmooth.report.groups import Group, Sample, real
-from fastsmooth.runs import SavedRun
+from fastsmooth.runfolder.numbers import mean
+from fastsmooth.runfolder.read import SavedRun
 
 FEW = 8  # series that one plot shows in colours of their own
 MANY = 13  # that it shows in ordered colours

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastsmooth.figures.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
 from fastsmooth.report import groups
-from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
 from fastsmooth.report.curves import FEW, MANY
 from fastsmooth.report.groups import Group, Sample, real
-from fastsmooth.runs import SavedRun
+from fastsmooth.runfolder.read import SavedRun
 
 WAYS = 4  # of measuring sharpness that are shown
 

@@ -12,10 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.config import FIELDS, SMALLEST
-from fastsmooth.critical import NO_RESULT, deviation, mean, number
-from fastsmooth.runs import SavedRun
+from fastsmooth.cli.config import FIELDS
+from fastsmooth.runfolder.numbers import SMALLEST, deviation, mean, number
+from fastsmooth.runfolder.read import SavedRun
 from fastsmooth.schedule import METHODS
+from fastsmooth.sweep.critical import NO_RESULT
 
 # What may differ between runs of one configuration: the seed, and what changes where or how fast a run goes, not where to.
 REPETITION = {"seed", "compile", "deterministic", "hw_decoder_load", "decoder_device_memory", "decoder_host_memory"}

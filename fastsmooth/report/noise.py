@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastsmooth.figures.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
 from fastsmooth.report import groups
-from fastsmooth.report.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
 from fastsmooth.report.curves import FEW, MANY, Facet, Line
 from fastsmooth.report.groups import Group, Sample, real
-from fastsmooth.runs import SavedRun
+from fastsmooth.runfolder.read import SavedRun
 
 INNER = 0.05  # standard deviations: bins nearer to 0 are shown as one
 OUTER = 10.0  # what lies beyond is not shown

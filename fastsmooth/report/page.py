@@ -8,13 +8,14 @@ from html import escape
 from pathlib import Path
 
 from fastsmooth import __version__
-from fastsmooth.config import exact
-from fastsmooth.critical import Analysis, analyse
-from fastsmooth.report import crossings, curves, grid, groups, noise, svg
-from fastsmooth.report.chart import COLORS, Drawing, Figure, draw
+from fastsmooth.figures import svg
+from fastsmooth.figures.chart import COLORS, Drawing, Figure, draw
+from fastsmooth.report import crossings, curves, grid, groups, noise
 from fastsmooth.report.curves import Facet
 from fastsmooth.report.groups import Group, Sample
-from fastsmooth.runs import SavedRun
+from fastsmooth.runfolder.numbers import exact
+from fastsmooth.runfolder.read import SavedRun
+from fastsmooth.sweep.critical import Analysis, analyse
 
 WIDE, NARROW = 544, 326  # pixels: two figures side by side in 1120, one on a phone of 360
 WIDE_LABELS, NARROW_LABELS = 150, 66  # of names beside the lines

@@ -15,7 +15,7 @@ from pathlib import Path
 
 def kill_in_save(point: str, number: int) -> None:
     """SIGKILL at a point of the `number`-th save."""
-    from fastsmooth import checkpoint
+    from fastsmooth.runfolder import checkpoint
 
     begun = 0
     save, opened, fsync, renamed, unlink = checkpoint.Checkpoints.save, os.fdopen, os.fsync, os.replace, Path.unlink
@@ -89,24 +89,24 @@ def stand_in(folder: str) -> None:
 
 def stop_after(update: int, then: int = signal.SIGTERM) -> None:
     """A signal to this process after an update."""
-    from fastsmooth import modes
+    from fastsmooth.training import loop
 
-    after = modes.Run.after_update
+    after = loop.Run.after_update
 
     def stopped(self, point):
         if self.update == update:
             os.kill(os.getpid(), then)
         after(self, point)
 
-    modes.Run.after_update = stopped
+    loop.Run.after_update = stopped
 
 
 def write_down_samples(folder: str, stop: int | None) -> None:
     """Every update's sample indices, a line each, in a file of this process; stop after update `stop`."""
-    from fastsmooth import modes
-    from fastsmooth.data import resident
+    from fastsmooth.data.engines import resident
+    from fastsmooth.training import loop
 
-    take, after = resident.ResidentReader.take, modes.Run.after_update
+    take, after = resident.ResidentReader.take, loop.Run.after_update
     taken: list[int] = []
     file = open(Path(folder) / f"{os.environ.get('RANK', '0')}-{os.getpid()}.jsonl", "w")  # noqa: SIM115
 
@@ -121,18 +121,18 @@ def write_down_samples(folder: str, stop: int | None) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         after(self, point)
 
-    resident.ResidentReader.take, modes.Run.after_update = taking, done
+    resident.ResidentReader.take, loop.Run.after_update = taking, done
 
 
 def poison(where: str, value: float, update: int, rank: int) -> None:
     """A value that is not finite in the loss, a gradient, a weight or an input of one process at one update."""
     import torch
 
-    from fastsmooth import modes, step
+    from fastsmooth.training import loop, step
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
-    gradient, forward = modes.Run.gradient, step.Step._plain_forward
+    gradient, forward = loop.Run.gradient, step.Step._plain_forward
     due = False
 
     def gradient_(self, x, y):
@@ -153,12 +153,12 @@ def poison(where: str, value: float, update: int, rank: int) -> None:
             loss.register_hook(lambda g: g * value)
         return (loss * value if due and where == "loss" else loss), correct
 
-    modes.Run.gradient, step.Step._plain_forward = gradient_, forward_
+    loop.Run.gradient, step.Step._plain_forward = gradient_, forward_
 
 
 def limit_files(size: int, after: int) -> None:
     """No file may grow beyond `size` bytes once `after` checkpoints are saved: what a full disk looks like."""
-    from fastsmooth import checkpoint
+    from fastsmooth.runfolder import checkpoint
 
     save = checkpoint.Checkpoints.save
     saved = 0
@@ -175,9 +175,9 @@ def limit_files(size: int, after: int) -> None:
 
 def watch_resources(path: str, every: int) -> None:
     """[update, resident kB, threads, open files] a line, every so many updates."""
-    from fastsmooth import modes
+    from fastsmooth.training import loop
 
-    after = modes.Run.after_update
+    after = loop.Run.after_update
     file = open(path, "w")  # noqa: SIM115
 
     def watched(self, point):
@@ -188,7 +188,7 @@ def watch_resources(path: str, every: int) -> None:
             row = [self.update, resident, threading.active_count(), len(os.listdir("/proc/self/fd"))]
             print(json.dumps([*row, int(status["Threads"])]), file=file, flush=True)
 
-    modes.Run.after_update = watched
+    loop.Run.after_update = watched
 
 
 def refuse_connections(path: str) -> None:
@@ -210,7 +210,8 @@ def ignore(number: int, update: int) -> None:
 
 def lose_reader(kind: str, update: int, then: int | None) -> None:
     """stdout and stderr lead to a pipe or a terminal, which is closed after an update; then a signal may come."""
-    from fastsmooth import messages, modes
+    from fastsmooth import messages
+    from fastsmooth.training import loop
 
     reader, writer = os.openpty() if kind == "terminal" else os.pipe()
     for stream in (1, 2):
@@ -226,7 +227,7 @@ def lose_reader(kind: str, update: int, then: int | None) -> None:
 
     thread = threading.Thread(target=read)
     thread.start()
-    after = modes.Run.after_update
+    after = loop.Run.after_update
 
     def lost(self, point):
         if self.update == update:
@@ -240,28 +241,31 @@ def lose_reader(kind: str, update: int, then: int | None) -> None:
                 os.kill(os.getpid(), then)
         after(self, point)
 
-    modes.Run.after_update = lost
+    loop.Run.after_update = lost
 
 
 def fail_at(place: str, error: str, update: int, rank: int) -> None:
     """An error that nobody foresees, on one process, the first time that the place is reached after an update."""
-    from fastsmooth import checkpoint, log, modes, progress, step
+    from fastsmooth.cli import progress
+    from fastsmooth.runfolder import checkpoint
+    from fastsmooth.runfolder import write as runfolder
+    from fastsmooth.training import loop, modes, step
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
     owner, name = {
-        "gradient": (modes.Run, "gradient"),
+        "gradient": (loop.Run, "gradient"),
         "update": (step.Step, "update"),
         "data": (modes.Stream, "rest_of_epoch"),
-        "row": (log.RunFolder, "row"),
+        "row": (runfolder.RunFolder, "row"),
         "checkpoint": (checkpoint.Checkpoints, "save"),
         "evaluation": (step.Step, "evaluate"),
         "progress": (progress.Progress, "update"),
-        "end": (modes.Run, "summary"),
+        "end": (loop.Run, "summary"),
     }[place]
     before = getattr(owner, name)
     done = 0
-    after = modes.Run.after_update
+    after = loop.Run.after_update
 
     def counted(self, point):
         nonlocal done
@@ -273,15 +277,15 @@ def fail_at(place: str, error: str, update: int, rank: int) -> None:
             raise {"KeyError": KeyError, "RuntimeError": RuntimeError, "SystemExit": SystemExit}[error]("nobody knew")
         return before(*args, **kwargs)
 
-    modes.Run.after_update = counted
+    loop.Run.after_update = counted
     setattr(owner, name, failing)
 
 
 def harm_metrics(how: str, update: int) -> None:
     """metrics.jsonl removed, replaced or cut, or the whole run folder removed, after an update."""
-    from fastsmooth import modes
+    from fastsmooth.training import loop
 
-    after = modes.Run.after_update
+    after = loop.Run.after_update
 
     def harmed(self, point):
         after(self, point)
@@ -296,7 +300,7 @@ def harm_metrics(how: str, update: int) -> None:
                 if how == "replaced":
                     path.write_text("{}\n")
 
-    modes.Run.after_update = harmed
+    loop.Run.after_update = harmed
 
 
 def limit_file_size(size: int) -> None:
@@ -306,11 +310,11 @@ def limit_file_size(size: int) -> None:
 
 def harm_workers(how: str, update: int) -> None:
     """What may happen to the processes of --loader torch after an update."""
-    from fastsmooth import modes
-    from fastsmooth.data import torchloader
+    from fastsmooth.data.engines import torchloader
+    from fastsmooth.training import loop
 
     torchloader.LIMIT = 3.0
-    after = modes.Run.after_update
+    after = loop.Run.after_update
 
     def harmed(self, point):
         after(self, point)
@@ -322,7 +326,7 @@ def harm_workers(how: str, update: int) -> None:
             for process in multiprocessing.active_children():
                 os.kill(process.pid, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "bus": signal.SIGBUS}[how])
 
-    modes.Run.after_update = harmed
+    loop.Run.after_update = harmed
 
 
 def allow_no_more_files() -> None:
@@ -335,36 +339,37 @@ def allow_no_more_files() -> None:
 
 def limit_open_files(update: int) -> None:
     """No more files can be opened after an update."""
-    from fastsmooth import modes
+    from fastsmooth.training import loop
 
-    after = modes.Run.after_update
+    after = loop.Run.after_update
 
     def limited(self, point):
         if self.update == update:
             allow_no_more_files()
         after(self, point)
 
-    modes.Run.after_update = limited
+    loop.Run.after_update = limited
 
 
 def elsewhere(what: str, stop: int | None) -> None:
     """Another machine, as far as a run can tell, on which it is stopped after update `stop`."""
     import torch
 
-    from fastsmooth import data, machine
+    from fastsmooth import data
     from fastsmooth.kernels import native
+    from fastsmooth.training import device
 
-    facts = machine.facts
+    facts = device.facts
     {
         "more threads": lambda: torch.set_num_threads(3),
         "no compiler": lambda: setattr(native, "library", lambda: None),
         "little memory": lambda: setattr(data, "fits", lambda *_: (False, "little memory")),
         "no DALI": lambda: setattr(data.dali, "available", lambda: False),
-        "DALI": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"loader": "dali"}),
-        "many processors": lambda: setattr(machine, "processors", lambda: 64),
-        "one processor": lambda: setattr(machine, "processors", lambda: 1),
-        "another torch": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"torch": "1.0"}),
-        "a GPU": lambda: setattr(machine, "facts", lambda *given: facts(*given) | {"device": "cuda", "gpu": "G1"}),
+        "DALI": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"loader": "dali"}),
+        "many processors": lambda: setattr(device, "processors", lambda: 64),
+        "one processor": lambda: setattr(device, "processors", lambda: 1),
+        "another torch": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"torch": "1.0"}),
+        "a GPU": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"device": "cuda", "gpu": "G1"}),
         "the same": lambda: None,
     }[what]()
     if stop is not None:

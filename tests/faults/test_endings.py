@@ -14,7 +14,7 @@ import saboteurs
 from exact import EXACT
 from forks import assert_same_run, codes, finish, logs, saved_steps, start, start_ranks
 
-from fastsmooth.log import read_status
+from fastsmooth.runfolder.read import read_status
 
 BASE = [*EXACT, "--batchsize", "80", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]
 LAST = 36  # updates

@@ -9,8 +9,10 @@ import saboteurs
 from exact import EXACT
 from forks import assert_same_bits, codes, final_state, finish, logs, start, start_ranks, without_times
 
-from fastsmooth import sharpness, sweep
-from fastsmooth.log import read_rows, read_status
+from fastsmooth import sharpness
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import read_rows
+from fastsmooth.sweep import grid, store
 
 BASE = [*EXACT, "--batchsize", "40", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]
 QUICK = ["--samples", "128", "--batch", "64", "--n-iters", "2"]
@@ -71,10 +73,10 @@ def test_no_run_of_a_sweep_is_lost_to_a_name(tmp_path, cases):
             known = [flags[0].removeprefix("--data-dir=") for flags in kept]
             chosen = known + [value for value in values if value not in known][: count - len(known)]
             rng.shuffle(chosen)
-            runs = sweep.named([{"data_dir": value} for value in chosen], out)
-            sweep.write_sweep(out, runs)
-            found = {run.flags: run.name for run in sweep.read_sweep(out)}
-            assert len(found) == len({sweep.same(name) for name in found.values()}) == len(chosen), case
+            runs = grid.named([{"data_dir": value} for value in chosen], out)
+            store.write_sweep(out, runs)
+            found = {run.flags: run.name for run in store.read_sweep(out)}
+            assert len(found) == len({grid.same(name) for name in found.values()}) == len(chosen), case
             assert kept.items() <= found.items(), case
             assert all(len(f"{name}.log".encode()) <= 255 and Path(name).name == name for name in found.values())
             kept = found

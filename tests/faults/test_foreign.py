@@ -14,10 +14,14 @@ from images import noise, tree
 from said import Said, said, screen, seen
 
 from fastsmooth import __main__ as every
-from fastsmooth import doctor, sharpness, smooth, sweep, train
+from fastsmooth import sharpness, train
+from fastsmooth.cli import doctor
+from fastsmooth.figures import pdf
 from fastsmooth.kernels import native
 from fastsmooth.report import __main__ as report
-from fastsmooth.report import pdf
+from fastsmooth.smooth import __main__ as smooth
+from fastsmooth.sweep import __main__ as sweep
+from fastsmooth.sweep import store
 
 ROOT = Path(__file__).parents[2]
 # A colour, the title of the window, a link, a C1 sequence, text from right to left, letters without width, one step back.
@@ -242,10 +246,10 @@ def test_the_table_of_a_sweep_shows_no_escape_sequence_of_a_state(cases):
     cases("escape sequences in names, on a terminal", 1, 1)
     pytest.importorskip("rich")
     saved_sweep()
-    runs = sweep.read_sweep(Path("s"))
+    runs = store.read_sweep(Path("s"))
 
     def table(argv: list[str]) -> int:
-        shown = sweep.Table(Path("s"), runs, 0)
+        shown = table.Table(Path("s"), runs, 0)
         shown.show(runs)
         shown.ended(runs[1])
         shown.close()

@@ -20,10 +20,11 @@ from images import HAS_DALI, noise, tree
 from said import refused, said
 from torchvision import datasets
 
-from fastsmooth import sharpness, sweep, train
+from fastsmooth import sharpness, train
 from fastsmooth.data import cifar
+from fastsmooth.figures import pdf
 from fastsmooth.report import __main__ as report
-from fastsmooth.report import pdf
+from fastsmooth.sweep import __main__ as sweep
 
 LOADERS = ["resident", "threads", "torch", *(["dali"] if HAS_DALI else [])]
 SECONDS = 20  # that no case may take

@@ -14,7 +14,7 @@ from images import CPU, LOADERS, encoded, every_batch, tree
 from PIL import Image
 from torchvision import transforms as T
 
-from fastsmooth.config import resolve
+from fastsmooth.cli.config import resolve
 from fastsmooth.data import DataError, open_data
 from fastsmooth.data.order import permutation
 from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD

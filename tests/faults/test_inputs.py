@@ -21,10 +21,14 @@ import pytest
 from images import noise, tree
 from said import Main, one_line, refused, said
 
-from fastsmooth import config as configs
-from fastsmooth import sharpness, smooth, sweep, train
+from fastsmooth import sharpness, train
+from fastsmooth.cli import config as configs
+from fastsmooth.cli import parse as parsing
+from fastsmooth.figures import pdf
 from fastsmooth.report import __main__ as report
-from fastsmooth.report import pdf
+from fastsmooth.smooth import __main__ as smooth
+from fastsmooth.sweep import __main__ as sweep
+from fastsmooth.sweep import grid
 
 COMMANDS: dict[str, Main] = {
     "train": train.main,
@@ -899,8 +903,8 @@ def random_line(rng: random.Random, parser, good: dict) -> list[str]:
 
 
 RANDOM = {  # the first words, with which nothing is trained or computed, and how many of all lines
-    "train": (["--plan"], configs.parser, 0.35),
-    "sweep": (["--plan", "--out", "o"], sweep.parser, 0.35),
+    "train": (["--plan"], parsing.parser, 0.35),
+    "sweep": (["--plan", "--out", "o"], grid.parser, 0.35),
     "sharpness": ([], sharpness.parser, 0.1),
     "report": ([], report.parser, 0.1),
     "smooth": ([], smooth.parser, 0.1),
@@ -1125,7 +1129,7 @@ REAL = [
 @pytest.mark.parametrize("line", REAL, ids=str)
 def test_a_real_process_says_one_line_and_exits_with_2(line, here, cases):
     cases("real processes", 1, 1)
-    root = Path(configs.__file__).parents[1]
+    root = Path(configs.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}"}
     done = subprocess.run(
         [sys.executable, "-m", *line], capture_output=True, env=environment, timeout=60, check=False, cwd=here

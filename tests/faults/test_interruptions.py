@@ -21,7 +21,8 @@ from forks import assert_same_run, codes, final_state, finish, logs, saved_steps
 
 from fastsmooth.data.order import permutation
 from fastsmooth.kernels import native
-from fastsmooth.log import read_rows, read_status
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import read_rows
 
 BASE = [*EXACT, "--batchsize", "40", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]
 STEPS = ["--decay-epoch", "1"]

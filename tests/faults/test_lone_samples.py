@@ -12,8 +12,10 @@ from said import refused, said
 from torch import nn
 
 from fastsmooth import data, models, train
-from fastsmooth.config import ConfigError, resolve
-from fastsmooth.data.sets import Split
+from fastsmooth.cli.config import resolve
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.data.images import Split
+from fastsmooth.training import build, plan
 
 WORDS = "BatchNorm cannot normalise a single value"
 
@@ -76,10 +78,10 @@ def random_flags(rng: random.Random) -> list[str]:
 
 def test_a_run_is_refused_just_when_it_would_meet_one_sample_alone(pooled, monkeypatch, cases):
     """Random command lines: with the check, and without it to the end."""
-    check, rng, seen = train.check_lone_samples, random.Random(1), {True: 0, False: 0}
+    check, rng, seen = build.check_lone_samples, random.Random(1), {True: 0, False: 0}
     for k in range(cases("one sample alone, random command lines", 200, 24)):
         flags = [*random_flags(rng), "--out", f"run-{k}"]
-        monkeypatch.setattr(train, "check_lone_samples", check)
+        monkeypatch.setattr(build, "check_lone_samples", check)
         # the first update is enough to know that it was not refused
         found = said(train.main, [*flags, "--max-time", "1e-9"])
         refusal = WORDS in found.err
@@ -88,7 +90,7 @@ def test_a_run_is_refused_just_when_it_would_meet_one_sample_alone(pooled, monke
             continue  # for another reason
         if refusal:
             assert found.code == 2 and len(found.err.splitlines()) == 1 and not Path(f"run-{k}").exists(), found
-        monkeypatch.setattr(train, "check_lone_samples", lambda *_: None)
+        monkeypatch.setattr(build, "check_lone_samples", lambda *_: None)
         try:
             met = said(train.main, [*flags, "--out", f"run-{k}-again"]).code != 0
         except ValueError as error:
@@ -124,7 +126,7 @@ def test_every_share_of_every_process_is_counted(sync_bn, cases):
         }
         given |= {"sync_bn": True} if sync_bn else {"micro_batch": rng.choice([None, 1, 2, 3, 5])}
         c = resolve({key: value for key, value in given.items() if value is not None and value is not False})
-        schedule = train.make_schedule(c, n)
+        schedule = plan.make_schedule(c, n)
         sizes = []
         for point in schedule.points():
             for at in range(0, n, point.batch_size):
@@ -133,7 +135,7 @@ def test_every_share_of_every_process_is_counted(sync_bn, cases):
                     joined = sync_bn and processes > 1
                     sizes += [len(order)] if joined else pieces(order, processes, c.micro_batch)
         try:
-            train.check_lone_samples(c, schedule, n, processes)
+            build.check_lone_samples(c, schedule, n, processes)
             refusal = ""
         except ConfigError as error:
             refusal = str(error)
@@ -183,8 +185,8 @@ def test_trying_one_image_changes_neither_the_model_nor_the_random_state(pooled)
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     c = resolve({"model": "pooled"})
     images = data.open_data(c, torch.device("cpu"))
-    assert train.try_model(c, model, images, torch) is False
-    assert train.try_model(c, models.build("resnet8", 10), images, torch) is True
+    assert build.try_model(c, model, images, torch) is False
+    assert build.try_model(c, models.build("resnet8", 10), images, torch) is True
     torch.manual_seed(3)
     nn.Sequential(Pooled(10), nn.Dropout(0.5))
     assert torch.equal(torch.get_rng_state(), state)

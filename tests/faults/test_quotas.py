@@ -96,7 +96,7 @@ os.sched_getaffinity = lambda pid: set(range(6))
 import torch
 torch.set_num_threads(6)
 from fastsmooth import train
-from fastsmooth.config import resolve
+from fastsmooth.cli.config import resolve
 from fastsmooth.data import open_data
 code = train.main(sys.argv[1:])
 print("THREADS", torch.get_num_threads(), code)
@@ -124,7 +124,7 @@ def test_pytorch_and_the_loaders_take_no_more_threads_than_the_quota_pays_for(tm
 
 
 def test_the_doctor_says_the_quota(monkeypatch):
-    from fastsmooth import doctor
+    from fastsmooth.cli import doctor
 
     monkeypatch.setattr(doctor, "quota", lambda: 2.5)
     monkeypatch.setattr(processors, "quota", lambda: 2.5)

@@ -16,8 +16,9 @@ import saboteurs
 from exact import EXACT
 from forks import assert_same_bits, assert_same_run, codes, final_state, finish, logs, saved_steps, start, without_times
 
-from fastsmooth.checkpoint import CheckpointError, Checkpoints
-from fastsmooth.log import read_rows, read_status
+from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
+from fastsmooth.runfolder.read import read_status
+from fastsmooth.runfolder.write import read_rows
 
 BASE = [*EXACT, "--batchsize", "40", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]
 HYBRID = [*BASE, "--method", "hybrid", "--decay-epoch", "1"]
@@ -173,9 +174,9 @@ def break_tracker(how: str) -> None:
 
         sys.modules["wandb"] = Broken("wandb")
         return
-    from fastsmooth import modes
+    from fastsmooth.training import loop
 
-    after = modes.Run.after_update
+    after = loop.Run.after_update
 
     def broken(self, point):
         after(self, point)
@@ -193,7 +194,7 @@ def break_tracker(how: str) -> None:
                     with path.open("ab") as file:
                         file.truncate(1 << 20)
 
-    modes.Run.after_update = broken
+    loop.Run.after_update = broken
 
 
 @pytest.mark.parametrize(

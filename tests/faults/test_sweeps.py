@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from forks import without_times
 
-from fastsmooth import sweep, train
-from fastsmooth.log import read_rows
-from fastsmooth.runs import read_run
+from fastsmooth import train
+from fastsmooth.runfolder.read import read_run
+from fastsmooth.runfolder.write import read_rows
+from fastsmooth.sweep import store
 
 SHORT = ["--epochs", "2", "--batchsize", "64", "--checkpoint-every", "5", "--device", "cpu"]
 
@@ -44,7 +45,7 @@ def test_a_sweep_killed_three_times_ends_with_the_results_of_one_that_was_not(tm
     process = call(out, *flags)
     shown, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    runs = sweep.read_sweep(out)
+    runs = store.read_sweep(out)
     results = json.loads((out / "results.json").read_text())
     assert len(runs) == len(results) == number
     assert shown.count("n 2") == number // 2 and "finished already" in shown

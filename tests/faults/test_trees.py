@@ -11,7 +11,7 @@ from said import refused, said
 from test_images import picture
 
 from fastsmooth import data
-from fastsmooth.config import resolve
+from fastsmooth.cli.config import resolve
 from fastsmooth.train import main
 
 RUN = ["--dataset", "folder", "--data-dir", "images", "--device", "cpu", "--batchsize", "2", "--epochs", "1"]

@@ -7,9 +7,10 @@ import pytest
 from said import refused, said, seen
 
 from fastsmooth import __main__ as every
-from fastsmooth import config as configs
-from fastsmooth import sweep, train
+from fastsmooth import train
+from fastsmooth.cli import config as configs
 from fastsmooth.names import FLAGS
+from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.terminal import cells
 
 

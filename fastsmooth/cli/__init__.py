@@ -1,0 +1,1 @@
+"""The command line of all commands: flags, what they mean together, and what a person sees."""

@@ -1,0 +1,90 @@
+"""Every image of a data set decoded once, so that a bad one is found before a run meets it: --check-data"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+
+from fastsmooth.cli.config import Config
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.messages import note, one_line, printable_path, show, warn
+from fastsmooth.processors import processors
+
+CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
+
+
+def check(c: Config) -> None:
+    """List the bad images of `c`'s data set on stdout, then count all. Raises ConfigError where some are bad."""
+    try:
+        from fastsmooth import data  # with PyTorch: it takes seconds
+    except Exception as error:  # of a broken installation, which may raise anything
+        raise ConfigError(f"no image can be read ({one_line(error)}): --doctor says what is missing") from None
+    started = time.perf_counter()
+    try:
+        images = data.read_set(c)
+    except data.DataError as error:
+        raise ConfigError(str(error)) from None
+    for line in images.remarks:
+        warn(line)
+    splits = {"train": images.train, "test": images.test}
+    total, bad, sizes = sum(map(len, splits.values())), 0, set()
+    for name, split in splits.items():
+        if split.paths is None:
+            sizes.add((split.pixels.shape[2], split.pixels.shape[1]))
+            continue
+        for path, width, height, wrong in looked_at(name, split.paths, c.workers or processors()):
+            if wrong:
+                bad += 1
+                show(f"{printable_path(path)}: {wrong}")
+            else:
+                sizes.add((width, height))
+    counted = [f"{len(split):,} {name}" for name, split in splits.items()]
+    by_class = [f"{name} {spread(split.labels, len(images.classes))}" for name, split in splits.items()]
+    show(
+        f"{c.dataset}: {' and '.join(counted)} images, {len(images.classes)} classes, {bad:,} bad; {extent(sizes)}; "
+        f"images a class: {', '.join(by_class)}; {time.perf_counter() - started:.1f} s"
+    )
+    if bad:
+        raise ConfigError(
+            f"{bad:,} of {total:,} images {'is' if bad == 1 else 'are'} bad: remove them, "
+            "or train with --on-bad-image zeros, which serves them black"
+        )
+
+
+def looked_at(name: str, paths: tuple[str, ...], threads: int):
+    """(path, width, height, what is wrong) of each file, in order; says on stderr how far it is."""
+    from fastsmooth.data.index import in_threads, load_formats
+
+    load_formats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, about images that it reads all the same
+        for part, found in in_threads(look, paths, f"decoding {name}", note, threads, CHUNK):
+            for path, facts in zip(paths[part], found, strict=True):
+                yield path, *facts
+
+
+def look(path: str) -> tuple[int, int, str]:
+    """Width and height in pixels, and what is wrong with the file, in words: nothing, or why it cannot be read."""
+    from fastsmooth.data.images import DataError, open_image
+
+    try:
+        return *open_image(path).size, ""
+    except DataError as error:
+        return 0, 0, error.reason
+
+
+def extent(sizes: set[tuple[int, int]]) -> str:
+    """The smallest and the largest image, by their pixels."""
+    if not sizes:
+        return "none could be read"
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    smallest, largest = (f"{width}x{height}" for width, height in (ordered[0], ordered[-1]))
+    return f"all {smallest} pixels" if len(sizes) == 1 else f"{smallest} to {largest} pixels"
+
+
+def spread(labels, classes: int) -> str:
+    """The fewest and the most images of a class."""
+    counts = Counter(labels.tolist())
+    fewest, most = (choose(counts[label] for label in range(classes)) for choose in (min, max))
+    return f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"

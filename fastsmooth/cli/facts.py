@@ -1,0 +1,81 @@
+"""What is known of the data sets before any of them is opened, and the constants that were published of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SMALLEST_IMAGE, LARGEST_IMAGE = 8, 1024  # pixels a side
+PAPER = {"epochs": 200, "lr": 0.1, "batch_size": 32, "min_epochs": 11, "steps": (10_000,)}
+CIFAR = PAPER | {"model": "resnet18", "image_size": 32}
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """Sizes that --plan needs, and the defaults a data set brings along."""
+
+    train: int | None  # images in the training split; None: only the folder knows
+    test: int | None
+    classes: int | None
+    defaults: dict[str, Any]
+
+
+SETS = {
+    "digits": SetFacts(
+        1437,
+        360,
+        10,
+        {
+            "model": "resnet8",
+            "image_size": 8,
+            "augment": "none",
+            "epochs": 15,
+            "lr": 0.1,
+            "batch_size": 32,
+            "min_epochs": 1,
+            "steps": (200,),
+        },
+    ),
+    "cifar10": SetFacts(50_000, 10_000, 10, CIFAR | {"augment": "crop-flip"}),
+    "cifar100": SetFacts(50_000, 10_000, 100, CIFAR | {"augment": "crop-flip-rotate"}),
+    "imagenet": SetFacts(
+        1_281_167,
+        50_000,
+        1000,
+        PAPER
+        | {
+            "model": "torchvision/resnet34",
+            "image_size": 224,
+            "augment": "resized-crop-flip",
+            "batch_size": 256,
+            "steps": (1000,),
+        },
+    ),
+    "folder": SetFacts(
+        None,
+        None,
+        None,
+        # what is None the images say, once they are there
+        PAPER | {"model": None, "image_size": None, "augment": None, "epochs": 20, "min_epochs": 1, "steps": (200,)},
+    ),
+}
+# The networks that images call for, by the largest size each is for, in pixels a side.
+NETWORKS = {16: "resnet20", 64: "resnet18", LARGEST_IMAGE: "torchvision/resnet34"}
+SMALL, USUAL = 64, 224  # images up to SMALL are taken as they are, others in steps of STEP up to USUAL
+STEP = 32
+# Published bounds (data set, optimizer, model, lr, momentum) -> (C^2, K^2), from critical batch sizes at eps 0.5; they say
+# nothing of another data set, network, learning rate or momentum.
+PUBLISHED = {
+    ("cifar100", "sgd", "resnet18", 0.1, 0.0): (1280.0, None),  # arXiv 2402.02325 and its reviews
+    ("cifar100", "shb", "resnet18", 0.1, 0.9): (
+        25.318,
+        1.77**2,
+    ),  # the same; its code (main.py at 1f49b05) has all digits
+    ("cifar100", "nshb", "resnet18", 0.1, 0.9): (128.0, 4.5**2),
+    ("cifar100", "sgd", "wrn-28-10", 0.1, 0.0): (10.0, None),
+    ("cifar100", "shb", "wrn-28-10", 0.1, 0.9): (0.79, 1.66**2),  # the code
+    ("cifar100", "nshb", "wrn-28-10", 0.1, 0.9): (1.0, 4.262**2),
+}
+# What else the published code trained with: another value is another gradient noise.
+PUBLISHED_WITH = {"augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0}
+PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}  # of the published code, some without effect

@@ -1,0 +1,251 @@
+"""Parsers of what flags and files say: numbers, times, names, TOML; argparse that raises, and guesses what was meant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from fastsmooth.messages import show
+from fastsmooth.names import about_flag, about_value, hint
+from fastsmooth.runfolder.files import read_file
+from fastsmooth.runfolder.numbers import LARGEST, SMALLEST
+from fastsmooth.terminal import columns
+
+LARGEST_TOML = 1 << 16  # bytes
+MOST_DOTS = 3000  # in a line of it: the time that a key takes grows with the square of its dots
+
+
+class ConfigError(ValueError):
+    """A flag, a file or a combination that cannot be run; the message says what and what to do."""
+
+
+def real(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False):
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
+            bound = f"at most {LARGEST:g}" if abs(value) > 1 else f"0 or at least {SMALLEST:g}"
+            raise argparse.ArgumentTypeError(f"{text} cannot be computed with: its size must be {bound}")
+        if value < low or value > high or (open_low and value == low) or (open_high and value == high):
+            bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
+            bounds += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(bounds)}")
+        return value
+
+    return parse
+
+
+def whole(low: int, high: int = 2**63 - 1):
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            most = "" if high == 2**63 - 1 else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least {low}{most}")
+        return value
+
+    return parse
+
+
+def duration(text: str) -> float:
+    """Seconds from "90", "45s", "30m" or "1.5h"."""
+    # with an exponent: config.json may hold 1e-05
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh]?)", text)
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 90, 45s, 30m or 1.5h")
+    return seconds
+
+
+def text(value: str) -> str:
+    if value.splitlines() != [value] or "\0" in value:  # every message that quotes it is one line
+        raise argparse.ArgumentTypeError("it holds a line break or a NUL character" if value else "it is empty")
+    try:
+        value.encode()  # nor could a page, a tracker or a terminal be told of it
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8: give another name") from None
+    return value
+
+
+def device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+def every(value: str) -> str:
+    if not re.fullmatch(r"every=[1-9]\d{0,8}(ep)?", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not every=N (updates) or every=Nep (epochs)")
+    return value
+
+
+def budget(value: str) -> str:
+    if not re.fullmatch(r"(epochs|updates|samples)=[1-9]\d{0,17}", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not epochs=N, updates=N or samples=N")
+    return value
+
+
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    parse: Callable[[str], Any] | None = None,
+    *,
+    names: Iterable[str] = (),
+    choices: Iterable[str] | None = None,
+    metavar: str | None = None,
+    many: bool = False,
+    only: tuple[str, set[str]] | None = None,
+) -> Any:
+    """A field of Config with what its flag needs. `only` names the field and values without which it has no effect."""
+    metadata = {
+        "group": group,
+        "help": help,
+        "parse": parse,
+        "names": tuple(names),
+        "choices": tuple(choices) if choices else None,
+        "metavar": metavar,
+        "many": many,
+        "only": only,
+    }
+    return field(default=default, metadata=metadata)
+
+
+positive = real(0, open_low=True)
+momentum = real(0, 1, open_high=True)
+WIDEST = 118  # columns of a page of help
+
+
+class Page(argparse.HelpFormatter):
+    """Help as wide as the terminal, in which no word is broken."""
+
+    def __init__(self, prog: str):
+        width = min(columns(sys.stdout) or WIDEST, WIDEST)
+        super().__init__(prog, max_help_position=min(30, width // 3), width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.wrap(" ".join(text.split()), width, **whole)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in self._split_lines(text, width - len(indent)))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting and says what was meant."""
+
+    several = ""  # what to say of several values where a flag takes one
+
+    def __init__(self, **options: Any):
+        super().__init__(**({"allow_abbrev": False, "formatter_class": Page} | options))
+
+    def parse_args(self, args: list[str], namespace: Any = None) -> argparse.Namespace:
+        for word in args:
+            if re.fullmatch(r"(--[^=]+=|-[^-]=?)--", word):  # argparse would give the flag an empty list
+                self.error(f"{word}: -- is no value")
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self.about(rest[0], args))
+        return found
+
+    def about(self, word: str, args: list[str]) -> str:
+        """What to say about a word that belongs to no flag."""
+        known = [name for action in self._actions for name in action.option_strings]
+        name = word.partition("=")[0]
+        if re.match(r"-[^\d.]", name):
+            return about_flag(name, known)
+        before = self.flag_before(word, args)
+        if before is not None:
+            takes = f"no value: {before.help}" if before.nargs == 0 else f"one value{self.several}"
+            return f"unexpected {word!r}: {before.option_strings[0]} takes {takes}"
+        if "--data-dir" in known and os.path.isdir(word):
+            return f"unexpected {word!r}: a folder of images is given as --dataset folder --data-dir {word}"
+        return f"unexpected {word!r}: {hint(name, known) or '--help lists the flags'}"
+
+    def flag_before(self, word: str, args: list[str]) -> argparse.Action | None:
+        """The flag after whose values the word stands; None where no flag is before it."""
+        action, room = None, 0.0
+        for arg in args:
+            name, equals, _ = arg.partition("=")
+            if name in self._option_string_actions:
+                action = self._option_string_actions[name]
+                room = 0 if equals else {None: 1, 0: 0}.get(action.nargs, math.inf)
+            elif room:
+                room -= 1
+            elif arg == word:
+                break
+        return action
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0]
+            raise argparse.ArgumentError(None, f"{name} {value}: {about_value(name, value, action.choices)}")
+
+    def print_help(self, file: Any = None) -> None:
+        show(*self.format_help().splitlines())
+
+    def error(self, message: str) -> None:
+        message = re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message)
+        message = re.sub(r"^the following arguments are required: (.*)", r"\1 is missing: --help says how", message)
+        message = re.sub(r"\S{200,}", lambda word: word[0][:100] + "…", message)
+        raise ConfigError(message.replace("\n", " "))
+
+
+def plain(word: str) -> str:
+    """--decay_epoch=3 as --decay-epoch=3."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def text_of(path: str, source: str) -> str:
+    """The text of a file of flags. Raises ConfigError, before it reads a file that is too large to be one."""
+    try:
+        return read_file(Path(path), LARGEST_TOML).decode()
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}: give a TOML file of flags") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: not a text file: give a TOML file of flags") from None
+
+
+def json_table(path: str, source: str) -> dict[str, Any]:
+    """What a JSON file of flags holds, less its nulls. Raises ConfigError."""
+    try:
+        table = json.loads(text_of(path, source))
+        return {key: value for key, value in table.items() if value is not None}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{source}: not JSON of flags: {error}: give the config.json of a run") from None
+
+
+def toml_table(path: str, source: str) -> dict[str, Any]:
+    """What a TOML file of flags holds. Raises ConfigError."""
+    content = text_of(path, source)
+    try:
+        if any(line.count(".") > MOST_DOTS for line in content.splitlines()):
+            raise RecursionError
+        table = tomllib.loads(content)
+        str(table)  # raises ValueError for more digits than Python writes: of a hexadecimal number it reads them
+        return table
+    except RecursionError:
+        raise ConfigError(
+            f"{source}: not TOML of flags: it is nested too deep: write plain lines such as lr = 0.1"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: not TOML: {error}") from None

@@ -1,0 +1,222 @@
+"""Command lines, files of flags and saved runs, read into the fields of a Config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsmooth.cli.config import FIELDS, FREE_ON_RESUME, RESOLVED_ONCE, Config, flag, resolve, shown, without_idle
+from fastsmooth.cli.facts import SETS
+from fastsmooth.cli.flags import ConfigError, Parser, json_table, plain, text, text_of, toml_table
+from fastsmooth.messages import command
+from fastsmooth.runfolder.files import read_file, read_object
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog=command("train"),
+        usage="%(prog)s [flags]",
+        description="Train or measure one image classifier; without flags, a small network on the digits that ship with it. "
+        "Defaults come with --dataset; the run prints what it uses.",
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    p.several = f"; {command('sweep')} does a run for each of several"
+    groups: dict[str, Any] = {}
+    for name, f in FIELDS.items():
+        meta = f.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = p.add_argument_group(meta["group"])
+        if isinstance(f.default, bool):
+            kind: dict[str, Any] = {"action": "store_true"}
+        else:
+            kind = {"metavar": meta["metavar"], "choices": meta["choices"], "type": meta["parse"]}
+            if meta["many"]:
+                kind |= {"nargs": "+"}
+        shown = meta["help"]
+        if not isinstance(f.default, bool | tuple) and f.default is not None and f.default != "auto":
+            shown += f" ({f.default})"
+        if meta["choices"] and meta["metavar"]:  # too many to stand in braces
+            shown += ": " + " ".join(meta["choices"])
+        names = [*meta["names"], "--" + name.replace("_", "-")]
+        names.sort(key=lambda word: (word != flag(name), len(word)))
+        groups[meta["group"]].add_argument(*names, dest=name, help=shown.replace("%", "%%"), **kind)
+    other = p.add_argument_group("other")
+    other.add_argument(
+        "--config",
+        metavar="FILE",
+        type=text,
+        help="a TOML file of flags, or config.json of a run; the command line overrides it",
+    )
+    other.add_argument("--plan", action="store_true", help="print the schedule and its cost, touch no data")
+    other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
+    other.add_argument(
+        "--doctor", action="store_true", help="say what is installed and usable here, and what is missing"
+    )
+    other.add_argument("--check-data", action="store_true", help="decode every image once and list the bad ones")
+    other.add_argument("-h", "--help", action="store_true", help="this page")
+    other.add_argument("--version", action="store_true", help="print the version")
+    return p
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for: the fields it gave, and what to do with them."""
+
+    given: dict[str, Any]
+    plan: bool = False
+    doctor: bool = False
+    check_data: bool = False
+    json: bool = False
+    help: bool = False
+    version: bool = False
+
+
+REQUESTS = {f.name for f in dataclasses.fields(Request)} - {"given"}  # flags that are no field of a Config
+
+
+def parse(argv: list[str]) -> Request:
+    """Flags (dashes and underscores alike) over the file that --config names. Raises ConfigError."""
+    p = parser()
+    values = vars(p.parse_args([plain(word) for word in argv]))
+    extra = {key: values.pop(key, False) for key in REQUESTS}
+    path = values.pop("config", None)
+    asked = [flag(key) for key in ("plan", "doctor", "check_data") if extra[key]]
+    if len(asked) > 1:
+        raise ConfigError(f"{asked[0]} and {asked[1]} do not go together: give one of them")
+    if extra["json"] and not extra["plan"]:
+        raise ConfigError("--json goes with --plan")
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    if path is not None:
+        lengths = {"epochs", "budget"}  # two ways to say one thing
+        read = {
+            name: value
+            for name, value in read_flags(p, path).items()
+            if not (name in lengths and lengths & given.keys())
+        }
+        given = read | given
+    return Request(given, **extra)
+
+
+def read_flags(p: Parser, path: str) -> dict[str, Any]:
+    """The flags in a TOML or JSON file, or those that a run was started with, out of its config.json."""
+    source = f"--config {path}"
+    if path.endswith(".json") or text_of(path, source).lstrip().startswith("{"):  # with which no TOML begins
+        table = json_table(path, source)
+        if "resume" in table:  # as every run's has, and no file of flags
+            return flags_of(at_home(saved_config(table, source), Path(path).parent))
+    else:
+        table = toml_table(path, source)
+    for key in table:
+        if key.replace("-", "_") in {"config", "resume"} | REQUESTS:
+            raise ConfigError(f"{source}: {key} belongs on the command line")
+    return from_table(p, table, source)
+
+
+def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields in a table read from a file, put through the same checks as flags."""
+    words: list[str] = []
+    absent: list[str] = []
+    for key, value in table.items():
+        name = "--" + key.replace("_", "-")
+        if not re.fullmatch(
+            r"[\w-]+", key, re.ASCII
+        ):  # argparse would split "lr=1", and take "" for the end of all flags
+            raise ConfigError(f"{source}: {key[:100]!r} is no flag: --help lists them")
+        if isinstance(value, dict):
+            raise ConfigError(f"{source}: [{key[:100]}] is a table: write plain lines such as lr = 0.1")
+        if isinstance(value, bool):
+            (words if value else absent).append(name)
+        elif isinstance(value, list):
+            words += [name, *map(str, value)]
+        else:
+            words.append(f"{name}={value}")
+    try:
+        p.parse_args(absent)  # false leaves a flag out, but only a flag that exists and takes no value
+        values = vars(p.parse_args(words))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+
+
+def read_saved(folder: Path) -> Config:
+    """The Config that a run folder was started with."""
+    path = folder / "config.json"
+    try:
+        saved = json.loads(read_file(path).decode())
+        given = {key: value for key, value in saved.items() if value is not None}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
+    return at_home(saved_config(given, str(path)), folder)
+
+
+def saved_config(given: dict[str, Any], source: str) -> Config:
+    """The Config in the table of a run's config.json. Raises ConfigError."""
+    filled = {*SETS["digits"].defaults, "decay_epoch", "draws"}  # by resolve(), for every data set
+    lacking = sorted(filled - given.keys())
+    if lacking:
+        raise ConfigError(f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
+    found = from_table(parser(), given, source)
+    stranger = next((name for name in found if name not in FIELDS), None)
+    if stranger:
+        raise ConfigError(f"{source} is damaged, so the run cannot be identified: {stranger} is no setting of a run")
+    return Config(**found)
+
+
+def at_home(c: Config, folder: Path) -> Config:
+    """`c` with its images where they lay when the run in `folder` was started, wherever this process was."""
+    home = (read_object(folder / "env.json") or {}).get("data_dir")
+    if isinstance(home, str) and home.isprintable() and os.path.isdir(home):
+        return dataclasses.replace(c, data_dir=home)
+    return c
+
+
+def flags_of(c: Config) -> dict[str, Any]:
+    """The fewest flags that make this Config, but for where it runs: what was given, as far as it can be told."""
+    left = {name: getattr(c, name) for name, f in FIELDS.items() if getattr(c, name) != f.default}
+    left = {name: value for name, value in left.items() if name not in ("out", "resume")}
+    if c.budget is not None:  # the images said how many epochs that is
+        steps = {"decay_epoch"} if c.decay_epoch == max(1, c.epochs // 5) else set()
+        left = {name: value for name, value in left.items() if name not in {"epochs"} | steps}
+    left = without_idle(left)
+    whole = resolve(left)
+    for name in list(left):
+        rest = {other: value for other, value in left.items() if other != name}
+        try:
+            left = rest if resolve(rest) == whole else left
+        except ConfigError:
+            continue
+    return left
+
+
+def resumed(given: dict[str, Any]) -> Config:
+    """The Config of the run in --out; flags that are given again must agree with what it was started with."""
+    if "out" not in given:
+        raise ConfigError("--resume needs --out DIR: the run folder to go on with")
+    saved = read_saved(Path(given["out"]))
+    if given.get("method") == "sampling":
+        given = {key: value for key, value in given.items() if key != "method"} | {"mode": "sampling"}
+    # what auto chose may give way to what is asked for
+    free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
+    for name, value in given.items():
+        before = getattr(saved, name)
+        if name not in free and value != before:
+            was = f"has {flag(name)} {shown(before)}, not {shown(value)}"
+            if before is None or before is False:
+                was = f"was started without {flag(name)}"
+            raise ConfigError(f"--resume: the run in {given['out']} {was}: leave the flag out, or start a new run")
+    return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in free})
+
+
+def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:
+    """`c` with what `auto` chose before, read from a checkpoint. Raises ConfigError where that is nothing it can choose."""
+    names = [name for name in RESOLVED_ONCE if getattr(c, name) == "auto" and name in chosen]
+    return dataclasses.replace(c, **from_table(parser(), {name: str(chosen[name]) for name in names}, source))

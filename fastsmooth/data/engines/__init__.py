@@ -1,0 +1,1 @@
+"""What makes chunks of images: a module an engine."""

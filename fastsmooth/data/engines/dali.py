@@ -1,0 +1,270 @@
+"""NVIDIA DALI as a decode and geometry engine, on the CPU or a GPU.
+
+DALI draws no number, reads no file and knows no batch size here: every chunk is fed to it, bytes, crop boxes, flips and
+angles. Its readers repeat samples, and its random operators depend on the batch size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastsmooth.data.augment import View, padding
+from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.encoded import plain_size
+from fastsmooth.data.images import DataError
+from fastsmooth.data.source import Source
+
+AT_ONCE = 2  # chunks that DALI works on
+
+
+def available() -> bool:
+    # PyTorch's CUDA wheels have a package `nvidia` too
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def require() -> None:
+    """Raises DataError, with the line that installs DALI, where it is missing."""
+    if available():
+        return
+    if sys.platform != "linux":
+        raise DataError("--loader dali needs NVIDIA DALI, which runs on Linux alone: use --loader threads")
+    package = "nvidia-dali-cuda120" if (torch.version.cuda or "13").startswith("12") else "nvidia-dali-cuda130"
+    raise DataError(f"--loader dali needs NVIDIA DALI: pip install {package}, or use --loader threads")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How a GPU decodes; DALI's own defaults."""
+
+    sliced: bool = False  # decode the crop box alone
+    hw_load: float = 0.65  # share of a chunk for the hardware JPEG decoder, where there is one
+    device_padding: int = 16 << 20  # bytes a decoder's device buffers begin with
+    host_padding: int = 8 << 20
+
+
+@dataclass
+class Prepared:
+    """A job with what DALI is fed, and the samples of which it is fed a stand-in."""
+
+    job: Job
+    feeds: dict[str, Any]
+    moves: Tensor | None = None
+    views: list[View] = field(default_factory=list)  # of files
+    given: dict[int, np.ndarray] = field(default_factory=dict)  # place in the chunk: pixels from elsewhere
+
+
+class DaliEngine:
+    """Chunks in host memory, or with a CUDA device on that device."""
+
+    ahead = True
+
+    def __init__(self, source: Source, chunk: int, threads: int, device: torch.device, decoder: Decoder):
+        require()
+        self.source, self.chunk, self.threads, self.device, self.decoder = source, chunk, threads, device, decoder
+        self.gpu = device.type == "cuda"
+        self.files = source.split.pixels is None
+        self.pixels = None if self.files else torch.from_numpy(source.split.pixels).to(device if self.gpu else "cpu")
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fastsmooth read")
+        self.idle: list[Any] = []  # pipelines
+
+    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+        pipe = self.idle.pop() if self.idle else self._pipeline(self.chunk)
+        waiting: deque[Prepared] = deque()
+        try:
+            for job in jobs:
+                waiting.append(self._prepare(job))
+                pipe = self._schedule(pipe, waiting[-1])
+                if len(waiting) == AT_ONCE:
+                    pipe, chunk = self._collect(pipe, waiting)
+                    yield chunk
+            while waiting:
+                pipe, chunk = self._collect(pipe, waiting)
+                yield chunk
+        except DataError:
+            pipe = None  # it has failed, or may have
+            raise
+        finally:  # DALI reads what `waiting` holds
+            if pipe is not None:
+                with contextlib.suppress(RuntimeError):
+                    for _ in waiting:
+                        result(pipe)
+                    self.idle.append(pipe)
+
+    def _schedule(self, pipe, prepared: Prepared):
+        """The pipeline, or None where it has failed."""
+        try:
+            if pipe is not None:
+                run(pipe, prepared.feeds)
+            return pipe
+        except RuntimeError:
+            return None
+
+    def _collect(self, pipe, waiting: deque[Prepared]):
+        """The pipeline, and the chunk that has waited longest. A chunk that DALI fails on is made sample by sample."""
+        prepared = waiting.popleft()
+        try:
+            if pipe is None:
+                raise RuntimeError("it failed before")
+            pixels = result(pipe)
+        except RuntimeError as error:
+            if not self.files:
+                raise DataError(f"DALI: {reason(error)}: use --loader resident") from None
+            pixels = self._one_by_one(prepared)
+            pipe = self._pipeline(self.chunk)  # one that has failed is of no use
+            for later in waiting:
+                pipe = self._schedule(pipe, later)
+        for k, given in prepared.given.items():
+            pixels[k] = torch.from_numpy(given)
+        return pipe, Chunk(prepared.job, pixels, prepared.moves)
+
+    def _one_by_one(self, prepared: Prepared) -> Tensor:
+        pixels, pipe = [], None
+        for k, i in enumerate(prepared.job.index.tolist()):
+            pipe = pipe or self._pipeline(1)
+            try:
+                run(pipe, {name: value[k : k + 1] for name, value in prepared.feeds.items()})
+                pixels.append(result(pipe))
+            except RuntimeError as error:
+                if "CUDA" in str(error) or "alloc" in str(error):
+                    raise DataError(f"DALI: {reason(error)}: lower --chunk, or use --loader threads") from None
+                pipe = None
+                pixels.append(torch.zeros(1, self.source.size, self.source.size, 3, dtype=torch.uint8))
+                prepared.given[k] = self.source.by_pil(i, prepared.views[k])
+        return torch.cat([p.to(self.device if self.gpu else "cpu") for p in pixels])
+
+    # What is fed ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, job: Job) -> Prepared:
+        return self._prepare_files(job) if self.files else self._prepare_pixels(job)
+
+    def _prepare_files(self, job: Job) -> Prepared:
+        source = self.source
+        drawn = source.drawn(job)
+        found = source.views(job, drawn)
+        prepared = Prepared(job, {}, source.moves(drawn), views=found.each())
+        encoded = list(self.pool.map(self._read, job.index.tolist(), prepared.views))
+        box, scaled, corner = (v.numpy().astype(np.int32) for v in found)
+        for k, read in enumerate(encoded):
+            if read.ndim > 1:  # pixels
+                prepared.given[k], encoded[k] = read, STAND_IN
+                box[k], scaled[k], corner[k] = (0, 0, 1, 1), source.size, 0
+        prepared.feeds = {"encoded": encoded, "start": np.ascontiguousarray(box[:, :2])}
+        prepared.feeds |= {
+            "shape": np.ascontiguousarray(box[:, 2:]),
+            "scaled": scaled.astype(np.float32),
+            "corner": corner,
+        }
+        return prepared
+
+    def _read(self, i: int, view: View) -> np.ndarray:
+        """The bytes of sample i, or where DALI is not to decode them its pixels, uint8 [size, size, 3]."""
+        pixels = self.source.given(i, view)
+        if pixels is not None:
+            return pixels
+        with contextlib.suppress(OSError):
+            encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
+            if plain_size(encoded.data) == (self.source.index.width[i], self.source.index.height[i]):
+                return encoded
+        return self.source.by_pil(i, view)  # or finds the words
+
+    def _prepare_pixels(self, job: Job) -> Prepared:
+        source, m = self.source, len(job.index)
+        drawn = source.drawn(job)
+        images = self.pixels.index_select(0, job.index.to(self.pixels.device))
+        if not self.gpu:
+            images = images.numpy()  # of a tensor DALI would ask PyTorch for its CUDA stream
+        if drawn is None:
+            start, flip, angle = np.zeros((m, 2)), np.zeros(m), np.zeros(m)
+        else:
+            start, flip, angle = drawn[:, :2].numpy() - padding(source.size), drawn[:, 2].numpy(), drawn[:, 3].numpy()
+        feeds = {"images": images, "start": start.astype(np.int32), "flip": flip.astype(np.int32)}
+        return Prepared(job, feeds | {"angle": angle.astype(np.float32)})
+
+    # The pipelines ----------------------------------------------------------------------------------------------------
+
+    def _pipeline(self, most: int):
+        """A pipeline for chunks of up to `most` samples."""
+        from nvidia.dali import Pipeline, fn, types
+
+        device_id = (self.device.index or 0) if self.gpu else None
+        # one in the queue: run() puts AT_ONCE in DALI's hands itself
+        pipe = Pipeline(most, self.threads, device_id, prefetch_queue_depth=1)
+        with pipe:
+            pipe.set_outputs(self._files_graph(fn, types) if self.files else self._pixels_graph(fn, types))
+        pipe.build()
+        return pipe
+
+    def _files_graph(self, fn, types):
+        size = self.source.size
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        start, shape, corner = (
+            fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape", "corner")
+        )
+        scaled = fn.external_source(name="scaled", dtype=types.FLOAT, ndim=1)
+        options = {"output_type": types.RGB, "adjust_orientation": False}  # as PIL and torchvision leave it
+        if self.gpu:
+            options |= {
+                "device": "mixed",
+                "hw_decoder_load": self.decoder.hw_load,
+                "device_memory_padding": self.decoder.device_padding,
+                "host_memory_padding": self.decoder.host_padding,
+            }
+        if self.gpu and not self.decoder.sliced:
+            images = fn.slice(fn.decoders.image(encoded, **options), start=start, shape=shape, axes=(0, 1))
+        else:
+            images = fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
+        images = fn.resize(images, size=scaled, interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.slice(images, start=corner, shape=[size, size], axes=(0, 1))
+
+    def _pixels_graph(self, fn, types):
+        size, device = self.source.size, "gpu" if self.gpu else "cpu"
+        images = fn.external_source(name="images", device=device, dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True)
+        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+        flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+        angle = fn.external_source(name="angle", dtype=types.FLOAT, ndim=0)
+        border = {"out_of_bounds_policy": "pad", "fill_values": 0}
+        images = fn.slice(images, start=start, shape=[size, size], axes=(0, 1), **border)
+        images = fn.flip(images, horizontal=flip)
+        return fn.rotate(images, angle=angle, interp_type=types.INTERP_NN, keep_size=True, fill_value=0)
+
+
+def stand_in() -> np.ndarray:
+    """The bytes of a JPEG of one pixel."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)
+
+
+STAND_IN = stand_in()
+
+
+def run(pipe, feeds: dict[str, Any]) -> None:
+    """Put a chunk into the pipeline's hands."""
+    for name, value in feeds.items():
+        pipe.feed_input(name, value)
+    pipe.schedule_run()
+
+
+def result(pipe) -> Tensor:
+    """uint8 [m, size, size, 3], of the chunk that was put in first; the memory is DALI's, and its own."""
+    (images,) = pipe.outputs()
+    return torch.from_dlpack(images.as_tensor())
+
+
+def reason(error: Exception) -> str:
+    """The telling line of what DALI raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith(("Error", "Assert"))), lines[0] if lines else "failed")

@@ -1,0 +1,252 @@
+"""PyTorch's DataLoader with PIL and torchvision's transforms, one image after the other: the reference of the engines."""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from fastsmooth.data import augment
+from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.images import DataError, open_image
+from fastsmooth.data.source import Source
+from fastsmooth.messages import one_line
+
+Item = tuple[int, list[int], list[float] | None]  # sample, the box of its view, the numbers that `draw` gave
+LIMIT = 300.0  # seconds that a chunk is waited for: many times what one takes on a slow disk
+LATE = "no chunk within"
+NO_ROOM = "/dev/shm is too small (docker run --shm-size=1g): fewer --workers or a smaller --chunk need less, --loader threads none"
+REMEDIES = (  # for what is found in the words of PyTorch or the system
+    ("Too many open files", "raise the limit (ulimit -n), or use --loader threads"),
+    (LATE, "does the disk or the network hang? a smaller --chunk is there sooner"),
+    ("SIGBUS", NO_ROOM),
+    ("Bus error", NO_ROOM),
+    ("</torch_", NO_ROOM),  # what PyTorch calls a piece of shared memory
+    ("No space left", NO_ROOM),
+    ("", "was the memory short? fewer --workers need less, --loader threads needs no processes"),
+)
+
+
+class Images(Dataset):
+    """One image at a time, decoded and augmented with the numbers that come with its index.
+
+    It is uint8 [size, size, 3] with None, or black with the reason, which the main process reports.
+    """
+
+    def __init__(self, source: Source):
+        self.split, self.index, self.kind, self.size = source.split, source.index, source.kind, source.size
+
+    def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
+        index, box, drawn = item
+        try:
+            image = self.open(index)
+        except DataError as error:
+            return np.zeros((self.size, self.size, 3), dtype=np.uint8), str(error)
+        if drawn is not None and self.kind == "resized-crop-flip":
+            return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size)), None
+        image = augment.evaluation_view(image, self.kind, self.size)
+        return np.asarray(image if drawn is None else augment.crop_flip_rotate(image, drawn, self.size)), None
+
+    def open(self, index: int) -> Image.Image:
+        if self.split.pixels is not None:
+            return Image.fromarray(self.split.pixels[index])
+        image = open_image(self.split.paths[index])
+        self.index.check(index, self.split.paths[index], image.size)
+        return image
+
+
+def collate(images: list[tuple[np.ndarray, str | None]]) -> tuple[Tensor | None, dict[int, str]]:
+    """uint8 [m, size, size, 3], and why some are black, by their place; no pixels where they cannot be handed over."""
+    arrays, reasons = zip(*images, strict=True)
+    pixels = torch.from_numpy(np.stack(arrays))
+    if get_worker_info() is not None:
+        try:
+            pixels.share_memory_()  # now: where the queue's thread cannot, it drops them, and they are waited for
+        except (RuntimeError, OSError) as error:
+            return None, {0: words(error)}
+    return pixels, {k: reason for k, reason in enumerate(reasons) if reason}
+
+
+def words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def lost(reason: str) -> ChildProcessError:
+    """What a run ends with, whose DataLoader cannot go on. Ends all processes: Python would wait for one that is stuck."""
+    ended = multiprocessing.connection.wait([process.sentinel for process in PROCESSES], 0 if LATE in reason else 1)
+    dead = [process for process in PROCESSES if process.sentinel in ended]
+    for process in dead:
+        process.join(1)  # its files are closed a moment before it is gone
+    code = next((process.exitcode for process in dead if process.exitcode), None)
+    if code is not None:  # that was first, whatever came of it
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        reason = f"one of them {how}"
+    for process in PROCESSES:
+        process.kill()
+    PROCESSES.clear()
+    reason = reason.partition(". ")[0].rstrip(".")  # PyTorch goes on with advice
+    remedy = next(remedy for part, remedy in REMEDIES if part in reason)
+    return ChildProcessError(f"the processes of --loader torch: {reason}: {remedy}")
+
+
+class Watch:
+    """What ends the wait for a DataLoader: PyTorch's handler of SIGCHLD, which raises RuntimeError, and a time limit.
+
+    The handler is in force for as long alone: elsewhere the error would be taken for that of whatever goes on. The limit is an
+    alarm, since PyTorch's own does not hold while a process that is stuck is asked for its memory.
+    """
+
+    died: Callable[[int, Any], None] | None = None  # PyTorch sets it once a process
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Around the start of a DataLoader, which may set the handler."""
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            yield
+        finally:
+            after = signal.getsignal(signal.SIGCHLD)
+            if after is not before and before is not None:
+                self.died = after
+                signal.signal(signal.SIGCHLD, before)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # which alone has handlers
+            yield
+            return
+        handlers = {signal.SIGALRM: late} | ({signal.SIGCHLD: self.died} if self.died else {})
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            signal.setitimer(signal.ITIMER_REAL, LIMIT)
+            if self.died:
+                self.died(signal.SIGCHLD, None)  # of those that were killed before
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def late(*_: object) -> None:
+    raise RuntimeError(f"{LATE} {LIMIT:g} s")
+
+
+WATCH = Watch()
+PROCESSES: weakref.WeakSet = weakref.WeakSet()  # of all DataLoaders
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """What a half-made DataLoader raises when it is freed says nothing of why it could not be made."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+class Items:
+    """What the DataLoader takes its lists of items from; exchanged before each pass."""
+
+    def __init__(self) -> None:
+        self.source: Iterable[list[Item]] = ()
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        return iter(self.source)
+
+
+class TorchEngine:
+    """Chunks by worker processes, each a chunk at a time; they are kept between passes."""
+
+    ahead = False
+
+    def __init__(self, source: Source, workers: int, pinned: bool):
+        self.source, self.workers, self.pinned = source, workers, pinned
+        self.images = Images(source)
+        self._items, self._loader, self._busy = Items(), None, False
+
+    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+        items, loader, kept = self._claim()
+        waiting: list[Job] = []  # what the DataLoader has drawn ahead
+
+        def drawn() -> Iterator[list[Item]]:
+            for job in jobs:
+                waiting.append(job)
+                yield self.items(job)
+
+        items.source = drawn()
+        try:
+            batches = self._started(loader)
+            while (made := self._next(batches)) is not None:
+                pixels, reasons = made
+                job = waiting.pop(0)
+                for k, reason in reasons.items():
+                    self.source.bad.report(self.source.split.paths[job.index[k]], reason)
+                yield Chunk(job, pixels, None)
+        finally:
+            items.source.close()  # suspended, it and the kept DataLoader hold each other, which stalls the garbage collector
+            self._busy = self._busy and not kept
+
+    def items(self, job: Job) -> list[Item]:
+        drawn = self.source.drawn(job)
+        numbers = [None] * len(job.index) if drawn is None else drawn.tolist()
+        boxes = self.source.views(job, drawn).box.tolist() if self.source.index else [None] * len(job.index)
+        return list(zip(job.index.tolist(), boxes, numbers, strict=True))
+
+    def _started(self, loader: DataLoader) -> Iterator:
+        """A pass over the DataLoader. Raises ChildProcessError where its processes cannot be started or do not answer."""
+        with without_remarks(), WATCH.started():
+            try:
+                with WATCH.waiting():
+                    batches = iter(loader)
+                PROCESSES.update(getattr(batches, "_workers", ()))
+                return batches
+            except (RuntimeError, OSError) as error:
+                reason = words(error)
+        raise lost(reason)
+
+    def _next(self, batches: Iterator) -> tuple[Tensor, dict[int, str]] | None:
+        """What the DataLoader gives next; None at its end. Raises ChildProcessError where a process is lost or silent."""
+        try:
+            with WATCH.waiting():
+                pixels, reasons = next(batches, (None, None))
+        except (RuntimeError, OSError) as error:
+            pixels, reasons = None, {0: words(error)}
+        if reasons is None:
+            return None
+        if pixels is None:
+            raise lost(reasons[0])
+        return pixels, reasons
+
+    def _claim(self) -> tuple[Items, DataLoader, bool]:
+        """The kept DataLoader, or one of its own for a pass inside another pass."""
+        if self._busy:
+            items = Items()
+            return items, self._make(items), False
+        if self._loader is None:
+            self._loader = self._make(self._items)
+        self._busy = True
+        return self._items, self._loader, True
+
+    def _make(self, items: Items) -> DataLoader:
+        return DataLoader(
+            self.images,
+            batch_sampler=items,
+            collate_fn=collate,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.pinned,
+            generator=torch.Generator(),  # without one of its own each pass would move the global random state
+        )

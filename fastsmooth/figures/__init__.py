@@ -1,0 +1,1 @@
+"""One way to draw: curves laid out as charts, written as SVG and PDF."""

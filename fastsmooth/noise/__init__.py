@@ -1,0 +1,1 @@
+"""What is measured of the gradient's noise, and of the loss around the weights, without a trainer."""

@@ -1,0 +1,154 @@
+"""Gradient noise by plain autograd: the full gradient, the mini-batch gradient, and the search-direction noise at one point.
+
+Everything is measured at one x_t, and parameters, buffers, gradients, optimizer state and random state are bit for bit
+afterwards what they were before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.noise.estimators import Estimate, sampled
+from fastsmooth.optim import NoisySGD
+
+# The draw whose order cuts the data into chunks; no direction has so high a number.
+FULL_GRADIENT_DRAW = 2**20
+
+
+@contextmanager
+def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
+    """Measure with BatchNorm's running statistics (`eval`) or those of the batch (anything else), leaving no trace.
+
+    `eval` is the whole model's evaluation mode; else it is in training mode, so dropout is on.
+    """
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    model.train(bn != "eval")
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
+    """Train inside, and have the parameters, their gradients and the optimizer back as they were, in the same memory."""
+    params = list(model.parameters())
+    values, grads = [p.detach().clone() for p in params], [p.grad for p in params]
+    try:
+        with optimizer.kept():
+            yield
+    finally:
+        with torch.no_grad():
+            for p, value, grad in zip(params, values, grads, strict=True):
+                p.copy_(value)
+                p.grad = grad
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# loss(x, y): the mean loss of the batch x [B, 3, H, W], y [B], 0-d, with its graph.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def batch_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None, share: float = 1.0
+) -> list[Tensor]:
+    """`share` times grad f_S at the model's parameters for the batch S = (x, y), one tensor a parameter.
+
+    `loss` is a compiled way to the model's mean cross-entropy, say; without it the model is called as it is.
+    """
+    value = F.cross_entropy(model(x), y) if loss is None else loss(x, y)
+    return list(torch.autograd.grad(value * share, trainable(model)))
+
+
+def full_gradient(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    n: int,
+    loss: Loss | None = None,
+    sizes: Iterable[int] | None = None,
+) -> list[Tensor]:
+    """The mean over chunks of their gradients, each weighted by its true share of the n samples, in float64.
+
+    `sizes`: of the chunks, where `batches` are parts of them.
+
+    With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in train mode it is the
+    expectation of the mini-batch gradient at the chunks' size.
+    """
+    wide = wide_dtype(next(model.parameters()).device)
+    total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
+    for (x, y), size in zip(batches, sizes or itertools.repeat(None), strict=False):
+        size = size or len(y)
+        # into float64 in place, so that only rounding within a chunk is that of float32
+        torch._foreach_add_(total, batch_gradient(model, x, y, loss, len(y) / size), alpha=size / n)
+    return total
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """The L2 norm over all coordinates of a list of tensors, 0-d."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+@dataclass(frozen=True)
+class DirectionNoise:
+    """||m_t - grad f(x_t)|| over independent draws, and what follows from it; each list has a number a draw."""
+
+    noise_norms: list[float]  # ||m - G||
+    grad_noise_norms: list[float]  # ||g - G||; the same numbers for sgd without weight decay
+    full_grad_norms: list[float]  # ||G||
+    batch_size: int
+    n: int
+    over: str  # what varies from draw to draw
+
+    def noise_norm(self) -> Estimate:
+        return Estimate.mean(self.noise_norms, self.over)
+
+    def full_grad_norm(self) -> Estimate:
+        return Estimate.mean(self.full_grad_norms, self.over)
+
+    def grad_variance(self) -> Estimate:
+        return sampled([w**2 for w in self.grad_noise_norms], self.batch_size, self.n, self.over)
+
+
+def direction_noise(
+    optimizer: NoisySGD,
+    gradient: Callable[[int], list[Tensor]],
+    batch_size: int,
+    at: Callable[[int], AbstractContextManager[list[Tensor]]],
+    draws: int,
+    n: int,
+    keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
+    over: str = "mini-batches drawn at one point",
+) -> DirectionNoise:
+    """Compare the direction m_t with the full gradient at the same parameters, `draws` times.
+
+    at(draw) goes to the point of a draw, with its momentum buffers, and gives the full gradient there: the same point for
+    all draws, or each time the end of another history. gradient(draw) is that of a mini-batch of `batch_size` out of n,
+    drawn there. Each noise vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. The
+    norms stay on the device until all draws are done. Call it inside `undisturbed`.
+    """
+    norms = []
+    for draw in range(draws):
+        with at(draw) as full:
+            grads = gradient(draw)
+            omega = torch._foreach_sub(optimizer.directions(grads), full)
+            norms.append(torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)]))
+            keep(draw, omega)
+    return DirectionNoise(*torch.stack(norms, dim=1).tolist(), batch_size, n, over)

@@ -1,0 +1,1 @@
+"""Many runs: python -m fastsmooth.sweep"""

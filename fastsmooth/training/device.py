@@ -1,0 +1,111 @@
+"""Where a run computes, and what its bits depend on besides the flags.
+
+Every checkpoint holds the latter. A run that goes on uses again what was chosen (config.RESOLVED_ONCE), takes over the
+number of threads where there are processors for it, and says in one line what is not as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from typing import Any
+
+from fastsmooth import __version__
+from fastsmooth.cli.config import RESOLVED_ONCE, Config, flag
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.messages import warn
+from fastsmooth.processors import processors
+from fastsmooth.runfolder.machine import processor
+from fastsmooth.schedule import Schedule
+
+
+def choose_kernels(c: Config, device, torch) -> str:
+    """The implementation of the kernels here, built now if need be; a fall-back is said in one line."""
+    from fastsmooth.kernels import backend
+
+    backend.use(c.kernels, device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = backend.choose(device, torch.float32)
+    if c.kernels not in ("auto", chosen):
+        needs = {"native": "a CPU and a C++ compiler (CXX, c++, g++ or clang++)", "triton": "an NVIDIA GPU and Triton"}
+        raise ConfigError(f"--kernels {c.kernels} needs {needs[c.kernels]}: give --kernels {chosen}")
+    for warning in caught:
+        warn(str(warning.message))
+    return chosen
+
+
+def pick_device(c: Config, torch):
+    name = c.device
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if processes > 1 and ":" in name:
+            raise ConfigError(f"--device {name} with {processes} processes: --device cuda gives each a GPU of its own")
+        if 0 < count < processes:
+            raise ConfigError(
+                f"{processes} processes on a machine with {count} GPUs: --nproc-per-node {count}, or --device cpu"
+            )
+        index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+        if not torch.cuda.is_available() or index >= count:
+            raise ConfigError(
+                f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: --device cpu"
+            )
+        name = f"cuda:{index}"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: this machine has no Apple GPU that PyTorch can use: --device cpu")
+    if c.precision == "tf32" and not name.startswith("cuda"):
+        raise ConfigError(f"--precision tf32 is a mode of NVIDIA GPUs: with --device {name} use fp32 or bf16")
+    return torch.device(name)
+
+
+def set_numerics(c: Config, schedule: Schedule, torch) -> None:
+    tf32 = c.precision == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    if c.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    # cuDNN's search for the fastest algorithm takes seconds at every new batch size (LOG.md)
+    same_batch = len(list(schedule.stages())) == 1
+    torch.backends.cudnn.benchmark = same_batch and not c.deterministic
+
+
+def device_name(device, torch) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
+
+
+def facts(device, processes: int) -> dict[str, Any]:
+    """What sums are added by, and in which order. Plain values, for a checkpoint."""
+    import torch
+    import torchvision
+
+    return {
+        "fastsmooth": __version__,
+        "torch": str(torch.__version__),  # a class of its own, which no checkpoint may hold
+        "torchvision": str(torchvision.__version__),
+        "processor": processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
+
+
+def take_over_threads(before: dict[str, Any]) -> None:
+    """As many threads of PyTorch as before, where this process has processors for them."""
+    import torch
+
+    count = before.get("threads")
+    if isinstance(count, int) and count != torch.get_num_threads() and 0 < count <= processors():
+        torch.set_num_threads(count)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs, in words; empty where nothing does, or nothing is known of before."""
+    named = {name: flag(name) if name in RESOLVED_ONCE else name for name in now}
+    differing = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{named[name]} {now[name]} instead of {before[name]}" for name in differing)
