@@ -170,7 +170,7 @@ def test_a_traceback_without_a_folder_is_in_a_temporary_file_and_without_one_its
 
 
 COMMANDS = {
-    "train": (train.main, ["--plan"], "make_schedule"),
+    "train": (train.main, ["--plan"], "print_plan"),
     "sweep": (sweep.main, ["--plan", "--out", "o", "--lr", "0.1"], "grid_runs"),
     "sharpness": (sharpness.main, ["run"], "pick_device"),
     "sharpness of a run": (sharpness.main, ["run", "--json"], "measure_run"),

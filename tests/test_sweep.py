@@ -372,8 +372,8 @@ def watched_sweep(tmp_path: Path, monkeypatch) -> list:
             return 0
 
     monkeypatch.setattr(machines, "start", lambda out, run, *rest: Process(out / run.name))
-    monkeypatch.setattr(sweep.time, "sleep", look)
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(store.time, "sleep", look)
+    monkeypatch.setattr(store.time, "monotonic", lambda: clock[0])
     return seen
 
 
@@ -382,7 +382,7 @@ def fake_ray(out: Path, seen: list) -> types.SimpleNamespace:
 
     def wait(tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
         if seen or (out / "results.json").exists():
-            sweep.time.sleep(timeout)  # which looks
+            store.time.sleep(timeout)  # which looks
         runs = store.read_sweep(out)
         if read_status(out / runs[tasks[0]].name).get("state") == "running":
             status(out / runs[tasks[0]].name, "done")
@@ -414,7 +414,7 @@ def test_results_are_written_seldom_where_that_takes_long(tmp_path, monkeypatch)
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "write_json", write)
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
     results = store.Results(tmp_path, runs)
     for second in range(600):
         results.show()

@@ -22,6 +22,7 @@ from fastsmooth.report import __main__ as report
 from fastsmooth.smooth import __main__ as smooth
 from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.sweep import store
+from fastsmooth.sweep import table as tables
 
 ROOT = Path(__file__).parents[2]
 # A colour, the title of the window, a link, a C1 sequence, text from right to left, letters without width, one step back.
@@ -249,7 +250,7 @@ def test_the_table_of_a_sweep_shows_no_escape_sequence_of_a_state(cases):
     runs = store.read_sweep(Path("s"))
 
     def table(argv: list[str]) -> int:
-        shown = table.Table(Path("s"), runs, 0)
+        shown = tables.Table(Path("s"), runs, 0)
         shown.show(runs)
         shown.ended(runs[1])
         shown.close()
