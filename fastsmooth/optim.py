@@ -1,11 +1,11 @@
-"""SGD, SHB, NSHB and QHM: one update with its forms named.
+"""The forms of the update (fastsmooth.forms) as one torch optimizer; kernels/update.py computes them.
 
     sgd    m = g                                       (momentum is not used)
     shb    m = beta m + g                              torch.optim.SGD(momentum=beta)
     nshb   m = beta m + (1 - beta) g                   no bias correction: the first direction is (1 - beta) g
     qhm    d = beta d + (1 - beta) g,  m = (1 - nu) g + nu d        (Ma and Yarats 2019)
 
-and then p -= lr m, from zero buffers, with g the gradient plus weight_decay p. kernels/update.py computes them.
+and then p -= lr m, from zero buffers, with g the gradient plus weight_decay p.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastsmooth.forms import form_named
 from fastsmooth.kernels import backend
-from fastsmooth.kernels.update import direction_ref, update
+from fastsmooth.kernels.update import Rule, direction_ref, update
 
 HYPERPARAMETERS = ("lr", "momentum", "nu", "weight_decay")
 
@@ -25,8 +26,9 @@ HYPERPARAMETERS = ("lr", "momentum", "nu", "weight_decay")
 class NoisySGD(torch.optim.Optimizer):
     """The four forms as one torch optimizer. lr and momentum change in place and leave the buffers alone.
 
-    Args: params, form (one of FORMS), lr, momentum (beta), nu (qhm alone), weight_decay. The state of a parameter is
-    its "momentum_buffer", as in torch.optim.SGD; sgd has none. Raises ValueError for values out of range.
+    Args: params, form (a row of fastsmooth.forms), lr, momentum (beta), nu (where the form uses it), weight_decay. The
+    state of a parameter is its "momentum_buffer", as in torch.optim.SGD; sgd has none. Raises ValueError for a form that is
+    no row and for values out of range.
 
     After a step `sq_norms` is [||g||^2, ||m_t||^2] over all parameters, float64 on their device, g without weight decay.
     """
@@ -40,14 +42,13 @@ class NoisySGD(torch.optim.Optimizer):
         nu: float = 1.0,
         weight_decay: float = 0.0,
     ):
-        backend.check_form(form)
+        self.form = form_named(form)
         if not (lr >= 0 and 0 <= momentum < 1 and 0 <= nu <= 1 and weight_decay >= 0):
             raise ValueError(f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}")
         defaults = {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay}
-        if form in ("sgd", "shb"):
-            defaults["dampening"] = 0.0  # without it torch.optim.SGD cannot go on from this state
+        if not self.form.has_buffer or self.form.coefficients(momentum, nu) == (1.0, 0.0, 1.0):
+            defaults["dampening"] = 0.0  # without it torch.optim.SGD, which this is, cannot go on from this state
         super().__init__(params, defaults)
-        self.form = form
         self.sq_norms: Tensor | None = None
         self._scalars: dict[int, tuple[list[float], list[Tensor]]] = {}
 
@@ -77,7 +78,7 @@ class NoisySGD(torch.optim.Optimizer):
     def _gather(self, group: dict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(params, gradients, buffers) of a group, the missing buffers made as zeros."""
         params = [p for p in group["params"] if p.grad is not None]
-        if self.form == "sgd":
+        if not self.form.has_buffer:
             return params, [p.grad for p in params], []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
@@ -85,17 +86,21 @@ class NoisySGD(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
         return params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
 
-    def _tensors(self, number: int, device: torch.device) -> list[Tensor]:
-        """The hyperparameters of a group as 0-d tensors, the same ones for as long as their values stay."""
-        group = self.param_groups[number]
-        values = [group[name] for name in HYPERPARAMETERS]
+    def _coefficients(self, group: dict) -> list[float]:
+        """The values of a Rule."""
+        lr, beta, nu, decay = (group[name] for name in HYPERPARAMETERS)
+        return [lr, beta, *self.form.coefficients(beta, nu), decay]
+
+    def _rule(self, number: int, device: torch.device) -> Rule:
+        """The coefficients of a group as 0-d tensors, the same ones for as long as their values stay."""
+        values = self._coefficients(self.param_groups[number])
         held, tensors = self._scalars.get(number, ([], []))
         if values != held:
             tensors = tensors or [backend.scalar(0.0, device) for _ in values]
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.fill_(value)
             self._scalars[number] = values, tensors
-        return tensors
+        return Rule(*tensors)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -107,7 +112,7 @@ class NoisySGD(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             params, grads, buffers = self._gather(group)
             if params:
-                found.append(update(params, grads, buffers, *self._tensors(number, params[0].device), self.form))
+                found.append(update(params, grads, buffers, self._rule(number, params[0].device), self.form.mixes))
         self.sq_norms = sum(found[1:], found[0]) if found else None
         return loss
 
@@ -128,9 +133,8 @@ class NoisySGD(torch.optim.Optimizer):
                 m = self.state.get(p, {}).get("momentum_buffer")
                 if m is not None:
                     m = m.clone()
-                elif self.form != "sgd":
+                elif self.form.has_buffer:
                     m = torch.zeros_like(p, dtype=wide)
-                rule = (group[name] for name in HYPERPARAMETERS[1:])
-                direction = direction_ref(p.to(wide), slope, m, *rule, self.form)
+                direction = direction_ref(p.to(wide), slope, m, *self._coefficients(group)[1:], self.form.mixes)
                 found.append(direction.clone() if direction is slope else direction)
         return found

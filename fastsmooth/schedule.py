@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from fastsmooth.forms import FORMS, Bound, Form, form_named
+
 INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and hybrid
 HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same factor of delta
 
@@ -41,13 +43,32 @@ def memory(momentum: float) -> int:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The noise model behind delta: the optimizer's form and the constants C^2 and K^2."""
+    """The noise model behind delta: the optimizer's form, a version of its bound, and the constants C^2 and K^2.
 
-    optimizer: str  # sgd, shb, nshb or qhm
+    Raises ValueError for a form or a version that is no row of fastsmooth.forms.
+    """
+
+    optimizer: str
     grad_variance: float = 1.0
     grad_norm_bound_sq: float = 1.0
     nu: float = 1.0
-    nshb_form: str = "v3"
+    version: str | None = None  # of the bound, where a form has several; None: the latest
+
+    def __post_init__(self) -> None:
+        form_named(self.optimizer).bound(self.version)
+
+    @property
+    def form(self) -> Form:
+        return FORMS[self.optimizer]
+
+    @property
+    def bound(self) -> Bound:
+        return self.form.bound(self.version)
+
+    @property
+    def weight(self) -> float:
+        """nu, which is 1 where the form has none."""
+        return self.nu if self.form.uses_nu else 1.0
 
     def degree(self, lr: float, batch_size: float, momentum: float) -> float:
         """delta, the degree of smoothing: lr times the bound on E||search direction - full gradient||."""
@@ -55,25 +76,11 @@ class Smoothing:
 
     def noise(self, batch_size: float, beta: float) -> float:
         """The bound psi^2 on E||m_t - grad f(x_t)||^2."""
-        variance = self.grad_variance / batch_size
-        if self.optimizer == "sgd":
-            return variance
-        if self.optimizer == "shb":
-            growth = (beta / (1 - beta)) ** 2 + beta  # beta (beta^2 - beta + 1) / (1 - beta)^2
-            return (1 + growth) * variance + growth * self.grad_norm_bound_sq
-        if self.optimizer == "nshb" and self.nshb_form == "v1":
-            return variance + 4 * beta**2 * (variance + self.grad_norm_bound_sq)
-        nu = 1.0 if self.optimizer == "nshb" else self.nu  # qhm: an interpolation of ours, exact at nu = 0 and 1
-        return (1 + nu * beta / (1 - beta)) * variance
+        return self.bound.noise(self.grad_variance / batch_size, self.grad_norm_bound_sq, beta, self.weight)
 
     def critical_factor(self, beta: float) -> float:
         """kappa in C^2 = b* eps^2 / (kappa lr), the estimate from the critical batch size b*."""
-        if self.optimizer == "sgd" or beta == 0:
-            return 1.0
-        if self.optimizer == "shb":
-            return 1 / (1 - beta) ** 2 + 1 / beta
-        nu = 1.0 if self.optimizer == "nshb" else self.nu
-        return 1 + nu * beta / (1 - beta)
+        return self.form.kappa(beta, self.weight) if beta > 0 else 1.0
 
     def solve_momentum(self, target: float, lr: float, batch_size: float, highest: float) -> float:
         """The beta in [0, highest] whose delta is `target`; the nearer end where no such beta exists.
@@ -102,24 +109,9 @@ class Smoothing:
     def momentum_near(self, psi: float, batch_size: float) -> float:
         """The beta at which the noise is psi^2, but for rounding; nan where the numbers are too large to tell."""
         variance = self.grad_variance / batch_size
-        bound = variance + self.grad_norm_bound_sq
-        excess = psi * psi - variance
-        if not 0 < excess < math.inf:
+        if not 0 < psi * psi - variance < math.inf:
             return math.nan
-        if self.optimizer == "shb":  # the root of (beta / (1 - beta))^2 + beta = u, by Newton's method from above
-            u = excess / bound
-            beta = min(math.sqrt(u) / (1 + math.sqrt(u)), 1 - 2**-53)
-            for _ in range(8):
-                odds = beta / (1 - beta)
-                step = (odds * odds + beta - u) / (2 * odds / (1 - beta) ** 2 + 1)
-                beta -= step
-                if abs(step) <= 1e-8 * beta:  # the next one would be its square
-                    break
-            return beta
-        if self.optimizer == "nshb" and self.nshb_form == "v1":
-            return math.sqrt(excess / (4 * bound))
-        nu = 1.0 if self.optimizer == "nshb" else self.nu
-        return excess / (nu * variance + excess)
+        return self.bound.momentum(psi * psi, variance, self.grad_norm_bound_sq, self.weight)
 
 
 @dataclass(frozen=True)
@@ -323,20 +315,23 @@ class Method:
     lr: Callable[[Schedule, int], float] = same_lr
     batch: Callable[[Schedule, int], float] = same_batch
     solves: str = ""
+    uses: str = ""  # the number that it takes beside the start: decay_epoch, power or gamma
 
 
 METHODS = {
     "constant": Method(),
-    "lr": Method(lr=partial(stepped_lr, factor=INV_SQRT2)),
-    "batch": Method(batch=partial(stepped_batch, factor=2)),
-    "hybrid": Method(lr=partial(stepped_lr, factor=HYBRID_LR), batch=partial(stepped_batch, factor=1.5)),
-    "poly": Method(lr=poly),
+    "lr": Method(lr=partial(stepped_lr, factor=INV_SQRT2), uses="decay_epoch"),
+    "batch": Method(batch=partial(stepped_batch, factor=2), uses="decay_epoch"),
+    "hybrid": Method(
+        lr=partial(stepped_lr, factor=HYBRID_LR), batch=partial(stepped_batch, factor=1.5), uses="decay_epoch"
+    ),
+    "poly": Method(lr=poly, uses="power"),
     "cosine": Method(lr=cosine),
-    "exp": Method(lr=exponential),
-    "beta": Method(solves="momentum"),
-    "lr-beta": Method(lr=half_of_decay, solves="momentum"),
-    "beta-batch": Method(batch=grown_batch, solves="momentum"),
-    "lr-batch": Method(batch=grown_batch, solves="lr"),
+    "exp": Method(lr=exponential, uses="gamma"),
+    "beta": Method(solves="momentum", uses="power"),
+    "lr-beta": Method(lr=half_of_decay, solves="momentum", uses="power"),
+    "beta-batch": Method(batch=grown_batch, solves="momentum", uses="power"),
+    "lr-batch": Method(batch=grown_batch, solves="lr", uses="power"),
 }
 SOLVED = {name for name, method in METHODS.items() if method.solves}
 STEPPED = {"batch", "hybrid"}  # whose batch a data set may be too small for

@@ -81,14 +81,14 @@ class Case(NamedTuple):
     """One configuration. The momentum is float32, and so are the parameters of persample_noise."""
 
     kernel: str
-    form: str
+    kind: str
     dtype: torch.dtype  # of the gradients, and of the parameters of update
     rows: int = 1
     aligned: bool = True  # addresses are divisible by 16; for persample_noise, P is by a vector of 16 bytes
 
     def __str__(self) -> str:
         rows = f" B={self.rows}" if self.kernel == "persample_noise" else ""
-        return f"{self.form} {DTYPES[self.dtype]}{rows}{'' if self.aligned else ' unaligned'}"
+        return f"{self.kind} {DTYPES[self.dtype]}{rows}{'' if self.aligned else ' unaligned'}"
 
     @property
     def gradient(self) -> str:
@@ -98,7 +98,7 @@ class Case(NamedTuple):
     def moved(self) -> dict[str, int]:
         """What is loaded and stored, with the bytes of an element."""
         p = {"p": self.dtype.itemsize if self.kernel == "update" else 4}
-        return p if self.form == "sgd" else p | {"m": 4}
+        return p if self.kind == "plain" else p | {"m": 4}
 
     @property
     def minimum(self) -> int:
@@ -106,12 +106,13 @@ class Case(NamedTuple):
         return self.rows * self.dtype.itemsize + 2 * sum(self.moved.values())
 
 
+KINDS = {"plain": update.PLAIN, "buffer": update.BUFFER, "mixed": update.MIXED}
 CASES = [
-    *(Case("update", form, dtype) for form in ("sgd", "shb", "qhm") for dtype in DTYPES),
-    Case("update", "shb", torch.float32, aligned=False),
-    *(Case("persample_noise", "shb", dtype, rows) for rows in (2, 8, 32, 64, 256, 1024) for dtype in DTYPES),
-    Case("persample_noise", "sgd", torch.float32, 64),
-    *(Case("persample_noise", "shb", torch.float32, rows, aligned=False) for rows in (64, 256, 1024)),
+    *(Case("update", kind, dtype) for kind in KINDS for dtype in DTYPES),
+    Case("update", "buffer", torch.float32, aligned=False),
+    *(Case("persample_noise", "buffer", dtype, rows) for rows in (2, 8, 32, 64, 256, 1024) for dtype in DTYPES),
+    Case("persample_noise", "plain", torch.float32, 64),
+    *(Case("persample_noise", "buffer", torch.float32, rows, aligned=False) for rows in (64, 256, 1024)),
 ]
 
 
@@ -127,8 +128,8 @@ class Launch(NamedTuple):
 
 
 def launch(case: Case) -> Launch:
-    scalars = dict.fromkeys(["lr", "beta", "nu", "decay"], "*fp64")
-    constants = {"wide": triton.language.float32, "form": case.form}
+    scalars = dict.fromkeys(["lr", "beta", "alpha", "fresh", "kept", "decay"], "*fp64")
+    constants = {"wide": triton.language.float32, "kind": KINDS[case.kind]}
     if case.kernel == "update":
         types = {"chunks": "*i64", "tensors": "*i64", **scalars, "sums": "*fp64"}
         constants |= {"dtype": triton.language.dtype(DTYPES[case.dtype]), "aligned": case.aligned}

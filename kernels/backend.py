@@ -15,15 +15,8 @@ from torch import Tensor
 
 from fastsmooth.kernels import native
 
-FORMS = ("sgd", "shb", "nshb", "qhm")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def check_form(form: str) -> None:
-    """Raises ValueError for a name that is not in FORMS."""
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
 
 
 _asked: dict[str, str] = {}  # device type -> implementation, where not the fastest

@@ -18,7 +18,7 @@
 
 namespace {
 
-enum Form : int { SGD, SHB, NSHB, QHM };
+enum Kind : int { PLAIN, BUFFER, MIXED };  // as in update.py
 
 struct bfloat16 {
     uint16_t bits;
@@ -46,20 +46,19 @@ inline void store(bfloat16* to, float x) {  // round to nearest, ties to even; a
 }
 
 template <class A> struct Rule {
-    A minus_lr, beta, alpha, nu, rest, decay;  // u = g + decay p; m = beta m + alpha u; direction rest u + nu m
-    Rule(int form, const double* const* at)  // of lr, beta, nu, decay
-        : minus_lr(A(-*at[0])), beta(A(*at[1])), alpha(A(form == SHB ? 1.0 : 1.0 - *at[1])), nu(A(*at[2])),
-          rest(A(1.0 - *at[2])), decay(A(*at[3])) {}
+    A minus_lr, beta, alpha, fresh, kept, decay;  // u = g + decay p; m = beta m + alpha u; direction fresh u + kept m
+    explicit Rule(const double* const* at)
+        : minus_lr(A(-*at[0])), beta(A(*at[1])), alpha(A(*at[2])), fresh(A(*at[3])), kept(A(*at[4])),
+          decay(A(*at[5])) {}
 };
 
 // One coordinate: moves p and m, returns the direction.
-template <int form, bool decayed, class T, class A>
+template <int kind, bool decayed, class T, class A>
 inline A move(const Rule<A>& rule, T* p, A* m, A g) {
     A x = load(*p), u = decayed ? std::fma(x, rule.decay, g) : g, direction = u;
-    if (form != SGD) {
-        A scaled = rule.beta * *m;
-        *m = direction = form == SHB ? scaled + u : std::fma(u, rule.alpha, scaled);
-        if (form == QHM) direction = std::fma(direction, rule.nu, u * rule.rest);
+    if (kind != PLAIN) {
+        *m = direction = std::fma(u, rule.alpha, rule.beta * *m);
+        if (kind == MIXED) direction = std::fma(direction, rule.kept, u * rule.fresh);
     }
     store(p, std::fma(direction, rule.minus_lr, x));
     return direction;
@@ -75,23 +74,23 @@ struct Chunk {
     int64_t tensor, start, end;
 };
 
-template <int form, bool decayed, class T, class A>
+template <int kind, bool decayed, class T, class A>
 void update_chunk(const Rule<A>& rule, T* p, const T* g, A* m, int64_t n, double* sums) {
     for (int64_t start = 0; start < n; start += SHORT) {
         A gg = 0, mm = 0;
 #pragma omp simd reduction(+ : gg, mm)
         for (int64_t i = start; i < std::min(n, start + SHORT); ++i) {
-            A slope = load(g[i]), direction = move<form, decayed>(rule, p + i, form == SGD ? nullptr : m + i, slope);
+            A slope = load(g[i]), direction = move<kind, decayed>(rule, p + i, kind == PLAIN ? nullptr : m + i, slope);
             gg += slope * slope;
-            if (form != SGD || decayed) mm += direction * direction;
+            if (kind != PLAIN || decayed) mm += direction * direction;
         }
         sums[0] += double(gg);
-        sums[1] += double(form != SGD || decayed ? mm : gg);
+        sums[1] += double(kind != PLAIN || decayed ? mm : gg);
     }
 }
 
 template <class T>
-void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const* gs, void* const* ms, int form,
+void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const* gs, void* const* ms, int kind,
             const double* const* scalars, int threads, double* out) {
     using A = typename Wide<T>::type;
     std::vector<Chunk> chunks;
@@ -99,13 +98,13 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
         for (int64_t start = 0; start < sizes[t]; start += UPDATE_CHUNK)
             chunks.push_back({t, start, std::min(sizes[t], start + UPDATE_CHUNK)});
     std::vector<double> sums(2 * chunks.size());
-    const Rule<A> rule(form, scalars);
+    const Rule<A> rule(scalars);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < int64_t(chunks.size()); ++c) {
         const Chunk& at = chunks[c];
         T* p = static_cast<T*>(ps[at.tensor]) + at.start;
         const T* g = static_cast<const T*>(gs[at.tensor]) + at.start;
-        A* m = form == SGD ? nullptr : static_cast<A*>(ms[at.tensor]) + at.start;
+        A* m = kind == PLAIN ? nullptr : static_cast<A*>(ms[at.tensor]) + at.start;
         int64_t n = at.end - at.start;
         double* to = &sums[2 * c];
 #define CASE(F)                                                              \
@@ -113,7 +112,7 @@ void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const*
         rule.decay != 0 ? update_chunk<F, true>(rule, p, g, m, n, to)        \
                         : update_chunk<F, false>(rule, p, g, m, n, to);      \
         break;
-        switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
+        switch (kind) { CASE(PLAIN) CASE(BUFFER) CASE(MIXED) }
 #undef CASE
     }
     out[0] = out[1] = 0;
@@ -169,12 +168,12 @@ void row_sums(const G* row, const A* near, const A* rest, int64_t n, double* noi
     }
 }
 
-template <int form, bool decayed, class T, class A>
+template <int kind, bool decayed, class T, class A>
 void move_block(const Rule<A>& rule, const A* near, const A* rest, T* p, A* m, int64_t n, double* sums) {
     double gg = 0, mm = 0, gm = 0;
 #pragma omp simd reduction(+ : gg, mm, gm)
     for (int64_t k = 0; k < n; ++k) {
-        A mean = near[k] + rest[k], direction = move<form, decayed>(rule, p + k, form == SGD ? nullptr : m + k, mean);
+        A mean = near[k] + rest[k], direction = move<kind, decayed>(rule, p + k, kind == PLAIN ? nullptr : m + k, mean);
         gg += double(mean) * mean;
         mm += double(direction) * direction;
         gm += double(direction) * mean;
@@ -185,7 +184,7 @@ void move_block(const Rule<A>& rule, const A* near, const A* rest, T* p, A* m, i
 }
 
 template <class G, class T>
-void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int form,
+void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int kind,
                      const double* const* scalars, int threads, double* noise, double* squares, double* out) {
     using A = typename Wide<T>::type;
     const int64_t block = std::clamp<int64_t>(CACHED / rows / 16 * 16, NARROW, 4096);
@@ -193,7 +192,7 @@ void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, vo
     const int64_t chunks = std::min(NOISE_CHUNKS, blocks), per_chunk = chunks ? (blocks + chunks - 1) / chunks : 0;
     const int64_t width = 2 * rows + 3;
     std::vector<double> sums(chunks * width, 0.0);
-    const Rule<A> rule(form, scalars);
+    const Rule<A> rule(scalars);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t c = 0; c < chunks; ++c) {
         double* to = &sums[c * width];
@@ -206,14 +205,14 @@ void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, vo
             for (int64_t i = 0; i < rows; ++i)
                 row_sums(g + i * columns, near.data(), rest.data(), n, to + i, to + rows + i);
             T* p = static_cast<T*>(ps) + start;
-            A* m = form == SGD ? nullptr : static_cast<A*>(ms) + start;
+            A* m = kind == PLAIN ? nullptr : static_cast<A*>(ms) + start;
             double* last = to + 2 * rows;
 #define CASE(F)                                                                                     \
     case F:                                                                                         \
         rule.decay != 0 ? move_block<F, true>(rule, near.data(), rest.data(), p, m, n, last)        \
                         : move_block<F, false>(rule, near.data(), rest.data(), p, m, n, last);      \
         break;
-            switch (form) { CASE(SGD) CASE(SHB) CASE(NSHB) CASE(QHM) }
+            switch (kind) { CASE(PLAIN) CASE(BUFFER) CASE(MIXED) }
 #undef CASE
         }
     }
@@ -608,18 +607,18 @@ void augment(int64_t count, int64_t size, const uint8_t* pixels, const int64_t* 
 
 #define UPDATE(NAME, T)                                                                                         \
     extern "C" void NAME(int64_t tensors, const int64_t* sizes, void* const* p, void* const* g, void* const* m, \
-                         int form, const double* const* scalars, int threads, double* out) {                    \
-        update<T>(tensors, sizes, p, g, m, form, scalars, threads, out);                                        \
+                         int kind, const double* const* scalars, int threads, double* out) {                    \
+        update<T>(tensors, sizes, p, g, m, kind, scalars, threads, out);                                        \
     }
 UPDATE(update_float32, float)
 UPDATE(update_float64, double)
 UPDATE(update_bfloat16, bfloat16)
 
 #define NOISE(NAME, G, T)                                                                                       \
-    extern "C" void NAME(int64_t rows, int64_t columns, const void* g, void* p, void* m, int form,              \
+    extern "C" void NAME(int64_t rows, int64_t columns, const void* g, void* p, void* m, int kind,              \
                          const double* const* scalars, int threads, double* noise, double* squares,             \
                          double* out) {                                                                         \
-        persample_noise<G, T>(rows, columns, g, p, m, form, scalars, threads, noise, squares, out);             \
+        persample_noise<G, T>(rows, columns, g, p, m, kind, scalars, threads, noise, squares, out);             \
     }
 NOISE(persample_noise_float32_float32, float, float)
 NOISE(persample_noise_float64_float64, double, double)

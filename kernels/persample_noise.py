@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from fastsmooth.kernels import backend, native
-from fastsmooth.kernels.backend import FORMS
-from fastsmooth.kernels.update import move_ref
+from fastsmooth.kernels.update import Rule, kind_of, move_ref
 
 try:
     import triton
@@ -47,9 +46,7 @@ class Noise(NamedTuple):
     sums: Tensor  # [3]: ||mean||^2, ||m_t||^2, <m_t, mean>, with m_t the direction that was applied
 
 
-def persample_noise_ref(
-    G: Tensor, p: Tensor, m: Tensor | None, lr: Tensor, momentum: Tensor, nu: Tensor, weight_decay: Tensor, form: str
-) -> Noise:
+def persample_noise_ref(G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixed: bool) -> Noise:
     """As `persample_noise`, in plain PyTorch."""
     wide = backend.wide_dtype(G.device)
     rows = G.to(backend.buffer_dtype(p.dtype))
@@ -57,7 +54,7 @@ def persample_noise_ref(
     rest = (rows - near).mean(dim=0)
     mean = near + rest
     noise = (rows - near - rest).to(wide).square().sum(dim=1)
-    direction = move_ref(p, mean, m, *(s.item() for s in (lr, momentum, nu, weight_decay)), form)
+    direction = move_ref(p, mean, m, rule, mixed)
     pairs = [(mean, mean), (direction, direction), (direction, mean)]
     sums = torch.stack([(x.to(wide) * y.to(wide)).sum() for x, y in pairs])
     return Noise(noise, rows.to(wide).square().sum(dim=1), sums)
@@ -115,16 +112,16 @@ if triton:
 
     @triton.jit
     def _persample_noise_kernel(
-        G, p, m, lr, beta, nu, decay,
+        G, p, m, lr, beta, alpha, fresh, kept, decay,
         row_sums,  # float64 [programs, 2, B]: of deviation^2, of G^2; zeros
         sums,  # float64 [programs, 3]: of mean^2, direction^2, direction mean
         B, length,  # P / VECTOR: Triton sees then that rows begin at whole vectors
-        wide: tl.constexpr, form: tl.constexpr, VECTOR: tl.constexpr,
+        wide: tl.constexpr, kind: tl.constexpr, VECTOR: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, whole: tl.constexpr, shared: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
         P = tl.cast(length, tl.int64) * VECTOR  # may pass 2^31
-        numbers = scalars(lr, beta, nu, decay, wide, form)
+        numbers = scalars(lr, beta, alpha, fresh, kept, decay, wide)
         share = (1.0 / B).to(wide)
         rows = tl.arange(0, ROWS)
         at_rows = row_sums + program * 2 * B + rows
@@ -168,13 +165,13 @@ if triton:
             mean = near + rest
             x = tl.load(p + columns, mask=inside, other=0.0)
             before = mean
-            if form != "sgd":
+            if kind > 0:
                 before = tl.load(m + columns, mask=inside, other=0.0)
             if shared:  # several threads hold a column: all have loaded before the one that stores it does
                 tl.debug_barrier()
-            moved, after, direction = move(x.to(wide), mean, before, numbers, form)
+            moved, after, direction = move(x.to(wide), mean, before, numbers, kind)
             tl.store(p + columns, moved.to(x.dtype), mask=inside)
-            if form != "sgd":
+            if kind > 0:
                 tl.store(m + columns, after, mask=inside)
             gg += _per_thread(mean * mean, VECTOR)
             mm += _per_thread(direction * direction, VECTOR)
@@ -187,7 +184,7 @@ if triton:
         tl.store(sums + 3 * program + 2, tl.sum(gm.to(tl.float64)))
 
 
-def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
+def _persample_noise_triton(G, p, m, rule, mixed) -> Noise:
     B, P = G.shape
     vector = 16 // G.dtype.itemsize
     cut = tile(B, G.dtype, aligned=P % vector == 0)
@@ -199,8 +196,8 @@ def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> No
     if programs:
         wide = tl.float64 if p.dtype == torch.float64 else tl.float32
         _persample_noise_kernel[(programs,)](
-            G, p, p if m is None else m, lr, momentum, nu, weight_decay, row_sums, sums, B, P // vector,
-            wide, form, vector, cut.ROWS, cut.COLUMNS, cut.whole, cut.shared, num_warps=cut.warps,
+            G, p, p if m is None else m, *rule, row_sums, sums, B, P // vector,
+            wide, kind_of(m is not None, mixed), vector, cut.ROWS, cut.COLUMNS, cut.whole, cut.shared, num_warps=cut.warps,
         )  # fmt: skip
     return Noise(row_sums[:, 0].sum(dim=0), row_sums[:, 1].sum(dim=0), sums.sum(dim=0))
 
@@ -208,13 +205,13 @@ def _persample_noise_triton(G, p, m, lr, momentum, nu, weight_decay, form) -> No
 # C++, and the choice -------------------------------------------------------------------------------------------------
 
 
-def _persample_noise_native(G, p, m, lr, momentum, nu, weight_decay, form) -> Noise:
+def _persample_noise_native(G, p, m, rule, mixed) -> Noise:
     function = native.function("persample_noise", G.dtype, p.dtype)
     found = Noise(*(torch.empty(n, dtype=torch.float64) for n in (len(G), len(G), 3)))
-    rule = [s.to("cpu", torch.float64) for s in (lr, momentum, nu, weight_decay)]
+    rule = [s.to("cpu", torch.float64) for s in rule]
     function(
         ctypes.c_int64(len(G)), ctypes.c_int64(len(p)),
-        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)), FORMS.index(form),
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)), kind_of(m is not None, mixed),
         native.addresses(rule), torch.get_num_threads(),
         *(ctypes.c_void_p(t.data_ptr()) for t in found),
     )  # fmt: skip
@@ -228,52 +225,49 @@ IMPLEMENTATIONS = {
 }
 
 
-def _persample_noise(G, p, m, lr, momentum, nu, weight_decay, form) -> tuple[Tensor, Tensor, Tensor]:
+def _persample_noise(G, p, m, rule, mixed) -> tuple[Tensor, Tensor, Tensor]:
     run = IMPLEMENTATIONS[backend.choose(G.device, p.dtype)]
     with torch.cuda.device_of(G):  # Triton launches on the current device
-        found = run(G, p, m, lr, momentum, nu, weight_decay, form)
+        found = run(G, p, m, Rule(*rule), mixed)
     torch.autograd.graph.increment_version([p] if m is None else [p, m])
     return tuple(found)
 
 
-def _fake(G, p, m, lr, momentum, nu, weight_decay, form) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(G, p, m, rule, mixed) -> tuple[Tensor, Tensor, Tensor]:
     wide = backend.wide_dtype(G.device)
     return G.new_empty(len(G), dtype=wide), G.new_empty(len(G), dtype=wide), G.new_empty(3, dtype=wide)
 
 
 _op = backend.custom_op(
     "persample_noise",
-    "(Tensor G, Tensor(a!) p, Tensor(b!)? m, Tensor lr, Tensor momentum, Tensor nu, Tensor weight_decay, str form)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor G, Tensor(a!) p, Tensor(b!)? m, Tensor[] rule, bool mixed) -> (Tensor, Tensor, Tensor)",
     _persample_noise,
     _fake,
 )
 
 
-def persample_noise(
-    G: Tensor, p: Tensor, m: Tensor | None, lr: Tensor, momentum: Tensor, nu: Tensor, weight_decay: Tensor, form: str
-) -> Noise:
-    """Noise of the rows of G, and one step of `form` ("sgd", "shb", "nshb", "qhm") along their mean, in place on p and m.
+def persample_noise(G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixed: bool = False) -> Noise:
+    """Noise of the rows of G, and one step along their mean, in place on p and m.
 
     Args:
         G: [B, P] with B at least 2, contiguous, float32 or bfloat16 (float64 with float64 p): a gradient a row.
         p: [P], the parameters in one tensor, float32, bfloat16 or float64.
-        m: [P], the momentum, float32 (float64 for float64 p); None for sgd.
-        lr, momentum, nu, weight_decay: 0-d float64 tensors, as in `update`.
+        m: [P], the momentum, float32 (float64 for float64 p); None where the direction is u.
+        rule, mixed: as in `update`.
 
     Returns:
         Noise(noise, squares, sums). Their sum over rows / (B - 1) estimates C^2, the variance of a row around the true
         gradient (E||g - grad f||^2). The same bits on every run.
 
     Raises:
-        ValueError: for fewer than two rows, an unknown form, or tensors of the wrong shape, dtype or memory order.
+        ValueError: for fewer than two rows, or tensors of the wrong shape, dtype or memory order.
     """
-    backend.check_form(form)
+    kind_of(m is not None, mixed)
     if G.ndim != 2 or len(G) < 2:
         raise ValueError(f"G has shape {list(G.shape)}: noise needs [B, P] with at least two rows")
-    vectors = [p] if form == "sgd" else [p, m]
-    if (m is None) != (form == "sgd") or any(v.shape != G.shape[1:] for v in vectors):
-        raise ValueError(f"p and m are [{G.shape[1]}] for this G, and m is None for sgd alone")
+    vectors = [p] if m is None else [p, m]
+    if any(v.shape != G.shape[1:] for v in vectors):
+        raise ValueError(f"p and m are [{G.shape[1]}] for this G")
     if not all(t.is_contiguous() for t in (G, *vectors)):
         raise ValueError("G, p and m must be contiguous: call .contiguous() first")
     wanted = backend.buffer_dtype(p.dtype)
@@ -283,4 +277,4 @@ def persample_noise(
             f"G is {G.dtype}, p {p.dtype}, m {None if m is None else m.dtype}: "
             f"G must be {' or '.join(sorted(map(str, allowed)))} and m {wanted}"
         )
-    return Noise(*_op(G, p, m, lr, momentum, nu, weight_decay, form))
+    return Noise(*_op(G, p, m, list(rule), mixed))

@@ -1,7 +1,7 @@
-"""The SGD, SHB, NSHB and QHM update of all parameters in one pass, with the squared norms that a log wants.
+"""The update of all parameters in one pass, with the squared norms that a log wants.
 
-One rule covers the four forms: u = g + decay p, m = beta m + alpha u, p -= lr ((1 - nu) u + nu m), with alpha = 1 for shb
-and 1 - beta for nshb and qhm, nu = 1 for shb and nshb, and no m for sgd.
+One rule, whose coefficients come in: u = g + decay p, m = beta m + alpha u, p -= lr (fresh u + kept m). Without m it is
+p -= lr u; and where the direction is m itself, which is told apart (`mixed`), there is no product with fresh and kept.
 
 A launch covers a list of tensors through a table of their addresses, not one flat buffer: autograd puts each gradient
 into memory of its own, and copying them together would cost 8 bytes a parameter more. Bytes a parameter in float32: 12
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsmooth.kernels import backend, native
-from fastsmooth.kernels.backend import FORMS
 
 try:
     import triton
@@ -26,45 +26,64 @@ except ImportError:  # no triton outside Linux: backend.choose never names it th
     triton = None
 
 
+class Rule(NamedTuple):
+    """The coefficients, 0-d float64 tensors (backend.scalar), so that a new value compiles nothing anew."""
+
+    lr: Tensor
+    beta: Tensor
+    alpha: Tensor
+    fresh: Tensor
+    kept: Tensor
+    weight_decay: Tensor
+
+
+# What is compiled for itself: without a buffer, along the buffer, along a mixture of gradient and buffer.
+PLAIN, BUFFER, MIXED = range(3)
+
+
+def kind_of(has_buffer: bool, mixed: bool) -> int:
+    """Raises ValueError for a mixture with a buffer that is not there."""
+    if mixed and not has_buffer:
+        raise ValueError("a mixed direction needs buffers")
+    return MIXED if mixed else BUFFER if has_buffer else PLAIN
+
+
 def direction_ref(
-    x: Tensor, slope: Tensor, m: Tensor | None, beta: float, nu: float, decay: float, form: str
+    x: Tensor,
+    slope: Tensor,
+    m: Tensor | None,
+    beta: float,
+    alpha: float,
+    fresh: float,
+    kept: float,
+    decay: float,
+    mixed: bool,
 ) -> Tensor:
     """The direction m_t for one tensor x and its gradient `slope`; moves m alone. All in one dtype."""
     direction = u = slope.add(x, alpha=decay) if decay else slope
-    if form != "sgd":
-        direction = m.mul_(beta).add_(u, alpha=1.0 if form == "shb" else 1 - beta)
-    if form == "qhm":
-        direction = (u * (1 - nu)).add_(direction, alpha=nu)
+    if m is not None:
+        direction = m.mul_(beta).add_(u, alpha=alpha)
+    if mixed:
+        direction = (u * fresh).add_(direction, alpha=kept)
     return direction
 
 
-def move_ref(
-    p: Tensor, slope: Tensor, m: Tensor | None, lr: float, beta: float, nu: float, decay: float, form: str
-) -> Tensor:
+def move_ref(p: Tensor, slope: Tensor, m: Tensor | None, rule: Rule, mixed: bool) -> Tensor:
     """Move p, of any dtype, and m along the direction, which is returned in the dtype of `slope`."""
+    lr, *coefficients = (s.item() for s in rule)
     x = p.to(slope.dtype)
-    direction = direction_ref(x, slope, m, beta, nu, decay, form)
+    direction = direction_ref(x, slope, m, *coefficients, mixed)
     p.copy_(x.add(direction, alpha=-lr))
     return direction
 
 
-def update_ref(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    lr: Tensor,
-    momentum: Tensor,
-    nu: Tensor,
-    weight_decay: Tensor,
-    form: str,
-) -> Tensor:
+def update_ref(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool) -> Tensor:
     """As `update`, in plain PyTorch, one tensor after the other."""
-    scalars = [s.item() for s in (lr, momentum, nu, weight_decay)]
     wide = backend.wide_dtype(params[0].device)
     squares = torch.zeros(2, dtype=wide, device=params[0].device)
     for p, g, m in zip(params, grads, buffers or [None] * len(params), strict=True):
         slope = g.to(backend.buffer_dtype(p.dtype))
-        direction = move_ref(p, slope, m, *scalars, form)
+        direction = move_ref(p, slope, m, rule, mixed)
         squares += torch.stack([slope.to(wide).square().sum(), direction.to(wide).square().sum()])
     return squares
 
@@ -86,36 +105,35 @@ if triton:
         return found
 
     @triton.jit
-    def scalars(lr, beta, nu, decay, wide: tl.constexpr, form: tl.constexpr):
-        """(-lr, beta, alpha, nu, 1 - nu, decay) in the arithmetic's dtype, from float64 in memory."""
-        beta, nu = tl.load(beta), tl.load(nu)
-        alpha = tl.full([], 1.0, tl.float64) if form == "shb" else 1.0 - beta
-        decay = tl.load(decay).to(wide)
-        return (-tl.load(lr)).to(wide), beta.to(wide), alpha.to(wide), nu.to(wide), (1.0 - nu).to(wide), decay
+    def scalars(lr, beta, alpha, fresh, kept, decay, wide: tl.constexpr):
+        """(-lr, beta, alpha, fresh, kept, decay) in the arithmetic's dtype, from float64 in memory."""
+        minus_lr, decay = (-tl.load(lr)).to(wide), tl.load(decay).to(wide)
+        beta, alpha = tl.load(beta).to(wide), tl.load(alpha).to(wide)
+        return minus_lr, beta, alpha, tl.load(fresh).to(wide), tl.load(kept).to(wide), decay
 
     @triton.jit
-    def move(x, slope, m, scalars, form: tl.constexpr):
-        """(x and m after the update, direction); sgd gives m back as it is."""
-        minus_lr, beta, alpha, nu, rest, decay = scalars
+    def move(x, slope, m, scalars, kind: tl.constexpr):
+        """(x and m after the update, direction); without a buffer m is given back as it is."""
+        minus_lr, beta, alpha, fresh, kept, decay = scalars
         u = slope + decay * x
         direction = u
-        if form != "sgd":
+        if kind > 0:  # PLAIN
             m = m * beta + u * alpha
             direction = m
-            if form == "qhm":
-                direction = u * rest + m * nu
+            if kind > 1:  # BUFFER
+                direction = u * fresh + m * kept
         return x + minus_lr * direction, m, direction
 
     @triton.jit
-    def _update_block(p_at, g_at, m_at, mask, scalars, wide: tl.constexpr, form: tl.constexpr):
+    def _update_block(p_at, g_at, m_at, mask, scalars, wide: tl.constexpr, kind: tl.constexpr):
         slope = _load(g_at, mask).to(wide)
         x = _load(p_at, mask)
         m = slope
-        if form != "sgd":
+        if kind > 0:
             m = _load(m_at, mask)
-        moved, m, direction = move(x.to(wide), slope, m, scalars, form)
+        moved, m, direction = move(x.to(wide), slope, m, scalars, kind)
         tl.store(p_at, moved.to(x.dtype), mask=mask)
-        if form != "sgd":
+        if kind > 0:
             tl.store(m_at, m, mask=mask)
         return slope * slope, direction * direction
 
@@ -123,9 +141,9 @@ if triton:
     def _update_kernel(
         chunks,  # int64 [programs, 2]: tensor, first parameter
         tensors,  # int64 [tensors, 4]: parameters, addresses of p, g and m
-        lr, beta, nu, decay,  # float64 scalars
+        lr, beta, alpha, fresh, kept, decay,  # float64 scalars
         sums,  # float64 [programs, 2]: of gradient^2, of direction^2
-        dtype: tl.constexpr, wide: tl.constexpr, form: tl.constexpr, aligned: tl.constexpr,
+        dtype: tl.constexpr, wide: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr,
         BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0).to(tl.int64)
@@ -138,15 +156,15 @@ if triton:
         if aligned:
             p, g, m = tl.multiple_of(p, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16)
             start = tl.multiple_of(start, 16)
-        numbers = scalars(lr, beta, nu, decay, wide, form)
+        numbers = scalars(lr, beta, alpha, fresh, kept, decay, wide)
         gg = tl.zeros([BLOCK], wide)
         mm = tl.zeros([BLOCK], wide)
         for block in range(BLOCKS):
             at = start + block * BLOCK + tl.arange(0, BLOCK)
             if start + (block + 1) * BLOCK <= size:  # whole: without a mask the accesses are 128 bits wide
-                g2, m2 = _update_block(p + at, g + at, m + at, None, numbers, wide, form)
+                g2, m2 = _update_block(p + at, g + at, m + at, None, numbers, wide, kind)
             else:
-                g2, m2 = _update_block(p + at, g + at, m + at, at < size, numbers, wide, form)
+                g2, m2 = _update_block(p + at, g + at, m + at, at < size, numbers, wide, kind)
             gg += g2
             mm += m2
         tl.store(sums + 2 * program, tl.sum(gg.to(tl.float64)))
@@ -166,17 +184,17 @@ def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
-def _update_triton(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
+def _update_triton(params, grads, buffers, rule, mixed) -> Tensor:
     device, dtype = params[0].device, params[0].dtype
     chunks = _chunks(tuple(p.numel() for p in params), device)
-    places = [params, grads, buffers or params]  # sgd has no m: an address that is never used
+    places = [params, grads, buffers or params]  # without m an address that is never used
     rows = tuple((p.numel(), *(ts[i].data_ptr() for ts in places)) for i, p in enumerate(params))
     aligned = not any(address % 16 for row in rows for address in row[1:])
     sums = torch.zeros(len(chunks), 2, dtype=torch.float64, device=device)
     if len(chunks):
         types = [getattr(tl, str(t).removeprefix("torch.")) for t in (dtype, backend.buffer_dtype(dtype))]
         _update_kernel[(len(chunks),)](
-            chunks, _table(rows, device), lr, momentum, nu, weight_decay, sums, *types, form, aligned, BLOCK, BLOCKS,
+            chunks, _table(rows, device), *rule, sums, *types, kind_of(bool(buffers), mixed), aligned, BLOCK, BLOCKS,
             num_warps=WARPS,
         )  # fmt: skip
     return sums.sum(dim=0)
@@ -185,13 +203,13 @@ def _update_triton(params, grads, buffers, lr, momentum, nu, weight_decay, form)
 # C++, and the choice -------------------------------------------------------------------------------------------------
 
 
-def _update_native(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
+def _update_native(params, grads, buffers, rule, mixed) -> Tensor:
     function = native.function("update", params[0].dtype)
     sizes = (ctypes.c_int64 * len(params))(*[p.numel() for p in params])
-    rule = [s.to("cpu", torch.float64) for s in (lr, momentum, nu, weight_decay)]
+    rule = [s.to("cpu", torch.float64) for s in rule]
     squares = torch.empty(2, dtype=torch.float64)
     function(
-        ctypes.c_int64(len(params)), sizes, *map(native.addresses, (params, grads, buffers)), FORMS.index(form),
+        ctypes.c_int64(len(params)), sizes, *map(native.addresses, (params, grads, buffers)), kind_of(bool(buffers), mixed),
         native.addresses(rule), torch.get_num_threads(),
         ctypes.c_void_p(squares.data_ptr()),
     )  # fmt: skip
@@ -201,7 +219,7 @@ def _update_native(params, grads, buffers, lr, momentum, nu, weight_decay, form)
 IMPLEMENTATIONS = {"triton": _update_triton, "native": _update_native, "reference": update_ref}
 
 
-def _update(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Tensor:
+def _update(params, grads, buffers, rule, mixed) -> Tensor:
     device = params[0].device
     squares = torch.zeros(2, dtype=backend.wide_dtype(device), device=device)
     for dtype in dict.fromkeys(p.dtype for p in params):
@@ -210,7 +228,7 @@ def _update(params, grads, buffers, lr, momentum, nu, weight_decay, form) -> Ten
         ms = [buffers[i] for i in some] if buffers else []
         run = IMPLEMENTATIONS[backend.choose(device, dtype)]
         with torch.cuda.device_of(params[0]):  # Triton launches on the current device
-            squares += run([params[i] for i in some], slopes, ms, lr, momentum, nu, weight_decay, form)
+            squares += run([params[i] for i in some], slopes, ms, Rule(*rule), mixed)
     torch.autograd.graph.increment_version([*params, *buffers])
     return squares
 
@@ -227,42 +245,35 @@ def is_dense(t: Tensor) -> bool:
 
 _op = backend.custom_op(
     "update",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor lr, Tensor momentum, Tensor nu,"
-    " Tensor weight_decay, str form) -> Tensor",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor[] rule, bool mixed) -> Tensor",
     _update,
     lambda params, *others: params[0].new_empty(2, dtype=backend.wide_dtype(params[0].device)),
 )
 
 
-def update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    lr: Tensor,
-    momentum: Tensor,
-    nu: Tensor,
-    weight_decay: Tensor,
-    form: str,
-) -> Tensor:
-    """One step of `form` ("sgd", "shb", "nshb", "qhm") in place on params and buffers.
+def update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool = False) -> Tensor:
+    """One step in place on params and buffers: m = beta m + alpha u, p -= lr (fresh u + kept m), with u = g + decay p.
 
     Args:
         params, grads: tensors of any shape, as many of one as of the other, a gradient with its parameter's shape and
             dtype: float32, bfloat16 or float64 (others go through plain PyTorch). Parameters are dense in memory.
-        buffers: the momentum, float32 (float64 for float64 parameters), with the parameter's shape and strides; [] for sgd.
-        lr, momentum, nu, weight_decay: 0-d float64 tensors (backend.scalar), so that a new value compiles nothing anew.
-            nu matters to qhm alone, momentum not to sgd.
+        buffers: the momentum, float32 (float64 for float64 parameters), with the parameter's shape and strides; [] where the direction is u, and
+            only lr and weight_decay matter.
+        rule: the coefficients.
+        mixed: whether fresh and kept matter; else the direction is m.
 
     Returns:
         float64 [2] on the parameters' device: the squared norm of the gradient (without weight decay) and that of the
         direction m_t which was applied. The same bits on every run.
 
     Raises:
-        ValueError: for an unknown form, or for tensors that do not belong together.
+        ValueError: for tensors that do not belong together.
     """
-    backend.check_form(form)
-    if not params or len(grads) != len(params) or len(buffers) != (len(params) if form != "sgd" else 0):
-        raise ValueError(f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit {form}")
+    kind_of(bool(buffers), mixed)
+    if not params or len(grads) != len(params) or len(buffers) not in (0, len(params)):
+        raise ValueError(
+            f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit together"
+        )
     for p, g in zip(params, grads, strict=True):
         if g.shape != p.shape or g.dtype != p.dtype:
             raise ValueError(f"a gradient {list(g.shape)} of {g.dtype} for a parameter {list(p.shape)} of {p.dtype}")
@@ -274,4 +285,4 @@ def update(
                 f"a momentum {list(m.shape)} of {m.dtype} for a parameter {list(p.shape)} of {p.dtype}: "
                 f"it has the parameter's shape and strides, in {backend.buffer_dtype(p.dtype)}"
             )
-    return _op(params, grads, buffers, lr, momentum, nu, weight_decay, form)
+    return _op(params, grads, buffers, list(rule), mixed)

@@ -6,12 +6,14 @@ import pytest
 from said import refused
 
 from fastsmooth import train
-from fastsmooth.cli.config import FIELDS, METHODS, OPTIMIZERS, resolve
+from fastsmooth.cli.config import FIELDS, resolve
 from fastsmooth.cli.facts import SETS
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.parse import parse, parser
+from fastsmooth.forms import FORMS
 from fastsmooth.models import BUILDERS, ModelError, build
 from fastsmooth.names import FLAGS, VALUES, about_flag, bare, hint
+from fastsmooth.schedule import METHODS
 from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.sweep import grid
 
@@ -108,7 +110,7 @@ def test_answers_about_values_are_values_or_say_why_there_is_none(flag):
 
 
 @pytest.mark.parametrize(
-    "names", [KNOWN, METHODS, OPTIMIZERS, tuple(SETS), tuple(BUILDERS)], ids=lambda names: names[-1]
+    "names", [KNOWN, tuple(METHODS), tuple(FORMS), tuple(SETS), tuple(BUILDERS)], ids=lambda names: names[-1]
 )
 def test_a_slip_of_one_letter_is_understood_and_no_name_is_taken_for_another(names):
     """A letter left out, doubled or wrong in a name of five letters or more; the case and signs of any."""

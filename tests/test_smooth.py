@@ -258,7 +258,7 @@ def test_without_noise_it_is_gradient_descent_from_the_same_start():
 
 def test_smoothing_finds_what_plain_descent_does_not():
     r = study.Request(seeds=2, rounds=10, steps=20, draws=50, dim_ego=10)
-    best = {m: study.all_seeds(r, "rastrigin", "nice", m).min(dim=0).values for m in graduated.METHODS}
+    best = {m: study.all_seeds(r, "rastrigin", "nice", m).min(dim=0).values for m in graduated.DESCENTS}
     assert (best["graduated"] < best["plain"] / 3).all()
 
 

@@ -14,7 +14,7 @@ from exact import EXACT
 from torch.nn import functional as F
 
 from fastsmooth import models
-from fastsmooth.cli.config import METHODS, resolve
+from fastsmooth.cli.config import resolve
 from fastsmooth.cli.facts import SETS
 from fastsmooth.cli.parse import read_saved
 from fastsmooth.data import open_data
@@ -22,7 +22,7 @@ from fastsmooth.kernels import native
 from fastsmooth.optim import NoisySGD
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.runfolder.write import read_rows
-from fastsmooth.schedule import SOLVED
+from fastsmooth.schedule import METHODS, SOLVED
 from fastsmooth.train import main
 from fastsmooth.training import loop
 from fastsmooth.training.plan import make_schedule

@@ -6,6 +6,7 @@ Nothing here imports torch, so that --help, --plan and every refusal answer at o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +35,24 @@ from fastsmooth.cli.flags import (
     text,
     whole,
 )
+from fastsmooth.forms import FORMS
+from fastsmooth.schedule import METHODS, SOLVED
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
-METHODS = (
-    "constant", "lr", "batch", "hybrid", "poly", "cosine", "exp", "beta", "lr-beta", "beta-batch", "lr-batch",
-)  # fmt: skip
-SOLVED = {"beta", "lr-beta", "beta-batch", "lr-batch"}  # methods that solve for a target delta
-BETA_METHODS = {"beta", "lr-beta", "beta-batch"}
-OPTIMIZERS = ("sgd", "shb", "nshb", "qhm")
+BETA_METHODS = {name for name, method in METHODS.items() if method.solves == "momentum"}
+WITH_BUFFER = {name for name, form in FORMS.items() if form.has_buffer}
+WITH_NU = {name for name, form in FORMS.items() if form.uses_nu}
+WITH_K2 = {name for name, form in FORMS.items() if any(bound.uses_k2 for bound in form.bounds.values())}
+WITH_VERSIONS = {name for name, form in FORMS.items() if len(form.bounds) > 1}
 MODES = ("normal", "critical", "sampling")
 AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
 CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
 MEMORY_SETS = {"cifar10", "cifar100", "imagenet", "folder"}
+
+
+def using(name: str) -> set[str]:
+    """The methods that take this number."""
+    return {method for method, row in METHODS.items() if row.uses == name}
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,17 @@ class Config:
     budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or samples=N", budget, metavar="WHAT=N")
     lr: float | None = option(None, "schedule", "learning rate at the start", positive, metavar="X")
     batch_size: int | None = option(None, "schedule", "batch size at the start", whole(1), names=("-b", "--batchsize"), metavar="N")
-    decay_epoch: int | None = option(None, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", {"lr", "batch", "hybrid"}))
-    power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", {"poly"} | SOLVED))
-    gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", {"exp"}))
+    decay_epoch: int | None = option(None, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
+    power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", using("power")))
+    gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", using("gamma")))
     c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X")
-    k2: float | None = option(None, "schedule", "squared gradient norm K^2 behind delta", real(0), metavar="X", only=("optimizer", {"shb", "nshb"}))
-    nshb_delta: str = option("v3", "schedule", "published form of the NSHB delta", choices=("v1", "v3"), only=("optimizer", {"nshb"}))
+    k2: float | None = option(None, "schedule", "squared gradient norm K^2 behind delta", real(0), metavar="X", only=("optimizer", WITH_K2))
+    nshb_delta: str = option("v3", "schedule", "published form of the NSHB delta", choices=sorted(FORMS["nshb"].bounds), only=("optimizer", WITH_VERSIONS))
     compat: str = option("none", "schedule", "original: the published code's shifted indices", choices=("none", "original"))
 
-    optimizer: str = option("sgd", "optimizer", "update rule", choices=OPTIMIZERS)
-    beta: float = option(0.9, "optimizer", "momentum", momentum, names=("--beta1", "--momentum"), metavar="X", only=("optimizer", {"shb", "nshb", "qhm"}))
-    nu: float = option(0.5, "optimizer", "mixing factor of qhm", real(0, 1), metavar="X", only=("optimizer", {"qhm"}))
+    optimizer: str = option("sgd", "optimizer", "update rule", choices=FORMS)
+    beta: float = option(0.9, "optimizer", "momentum", momentum, names=("--beta1", "--momentum"), metavar="X", only=("optimizer", WITH_BUFFER))
+    nu: float = option(0.5, "optimizer", "mixing factor of qhm", real(0, 1), metavar="X", only=("optimizer", WITH_NU))
     weight_decay: float = option(0.0, "optimizer", "L2 penalty added to the gradient", real(0), metavar="X")
 
     mode: str = option("normal", "measure", "train, find first crossings, or sample noise", choices=MODES)
@@ -124,7 +131,12 @@ class Config:
     @property
     def momentum(self) -> float:
         """The optimizer's momentum at the start: beta, or 0 for plain SGD."""
-        return 0.0 if self.optimizer == "sgd" else self.beta
+        return self.beta if FORMS[self.optimizer].has_buffer else 0.0
+
+    @property
+    def bound_version(self) -> str | None:
+        """Of the noise bound behind delta, where the optimizer has several."""
+        return self.nshb_delta if self.optimizer in WITH_VERSIONS else None
 
     @property
     def images(self) -> int | None:
@@ -169,8 +181,8 @@ def check(c: Config) -> None:
         raise ConfigError(
             f"--batchsize {c.batch_size} exceeds the {c.images} training images of {c.dataset}: lower --batchsize"
         )
-    if c.method in BETA_METHODS and c.optimizer == "sgd":
-        raise ConfigError(f"--method {c.method} changes the momentum: choose --optimizer shb, nshb or qhm")
+    if c.method in BETA_METHODS and c.optimizer not in WITH_BUFFER:
+        raise ConfigError(f"--method {c.method} changes the momentum: choose --optimizer {listed(WITH_BUFFER)}")
     if c.method in BETA_METHODS and c.beta == 0:
         raise ConfigError(f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise --beta")
     if c.mode == "critical" and c.method != "constant":
@@ -235,7 +247,7 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
     if values["image_size"] is not None:
         values = suited(values)
     # of sgd the directions of one point, with momentum those of histories, each with a full gradient of its own
-    momentum = 0.0 if values.get("optimizer", "sgd") == "sgd" else values.get("beta", 0.9)
+    momentum = values.get("beta", 0.9) if values.get("optimizer", "sgd") in WITH_BUFFER else 0.0
     values.setdefault("draws", 8 if momentum else 16)
     if follows_augmentation(values.get("mode", "normal"), momentum, values["augment"]):
         values["measure_augment"] = True
@@ -303,7 +315,13 @@ def setting_of(c: Config) -> str:
 
 
 def uses_k2(c: Config) -> bool:
-    return c.optimizer == "shb" or (c.optimizer == "nshb" and c.nshb_delta == "v1")
+    return FORMS[c.optimizer].bound(c.bound_version).uses_k2
+
+
+def listed(names: Iterable[str]) -> str:
+    """In words, in the order of their table: shb, nshb or qhm."""
+    *most, last = [name for name in FORMS if name in names]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def idle(given: dict[str, Any], c: Config) -> list[str]:

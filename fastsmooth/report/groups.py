@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.cli.config import FIELDS
+from fastsmooth.cli.config import FIELDS, MODES
+from fastsmooth.forms import FORMS
 from fastsmooth.runfolder.numbers import SMALLEST, deviation, mean, number
 from fastsmooth.runfolder.read import SavedRun
 from fastsmooth.schedule import METHODS
@@ -29,7 +30,7 @@ SPOKEN = (
 )  # fmt: skip
 BARE = {"dataset", "data", "model", "optimizer", "budget"}  # their values speak for themselves
 WORDS = {"batch_size": "batch", "c2": "C²", "k2": "K²"}
-KNOWN = {name: i for i, name in enumerate((*METHODS, "sgd", "shb", "nshb", "qhm", "normal", "critical", "sampling"))}
+KNOWN = {name: i for i, name in enumerate((*METHODS, *FORMS, *MODES))}
 LONGEST = 48  # characters of a value that are shown
 
 

@@ -130,7 +130,7 @@ def nothing(dim: int, draws: int, seeds: Iterable[int]) -> Perturb:
     return lambda: zeros
 
 
-METHODS: dict[str, Callable[[int, int, Iterable[int]], Perturb]] = {"graduated": normal, "plain": nothing}
+DESCENTS: dict[str, Callable[[int, int, Iterable[int]], Perturb]] = {"graduated": normal, "plain": nothing}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from fastsmooth.messages import say
-from fastsmooth.smooth.graduated import LANDSCAPES, METHODS, SCHEDULES, Descent, descend, starts
+from fastsmooth.smooth.graduated import DESCENTS, LANDSCAPES, SCHEDULES, Descent, descend, starts
 from fastsmooth.smooth.noises import NOISES, Noise
 from fastsmooth.smooth.smoothing import (
     BLOCK,
@@ -141,7 +141,7 @@ def graduated(r: Request) -> Iterator[Descent]:
     say(table.heading(columns(sys.stdout)))
     for function in r.functions:
         for schedule in r.schedules:
-            for method in METHODS:
+            for method in DESCENTS:
                 found = Descent(function, schedule, method, all_seeds(r, function, schedule, method))
                 numbers = [*mean_and_sd(found.values[-1]), *mean_and_sd(found.best)]
                 say(table.row([function, schedule, method, *numbers, f"{r.seeds}"], columns(sys.stdout)))
@@ -160,6 +160,6 @@ def all_seeds(r: Request, function: str, schedule: str, method: str) -> Tensor:
     found = []
     for first in range(r.seed, r.seed + r.seeds, together):
         seeds = range(first, min(first + together, r.seed + r.seeds))
-        perturb = METHODS[method](r.dim_ego, r.draws, seeds)
+        perturb = DESCENTS[method](r.dim_ego, r.draws, seeds)
         found.append(descend(f, starts(f, r.dim_ego, seeds), deltas, r.steps, perturb))
     return torch.cat(found, dim=1)

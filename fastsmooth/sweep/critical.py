@@ -16,6 +16,7 @@ from typing import Any
 
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
+from fastsmooth.forms import FORMS
 from fastsmooth.messages import say, warn
 from fastsmooth.runfolder.numbers import LARGEST, SMALLEST, deviation, exact, mean, number
 from fastsmooth.runfolder.read import SavedRun, read_run, read_status
@@ -229,7 +230,7 @@ def sound(run: SavedRun) -> bool:
         and 0 <= c["momentum"] < 1
         and number(run.config.get("lr"))
         and run.config["lr"] > 0
-        and run.config.get("optimizer") in ("sgd", "shb", "nshb", "qhm")
+        and run.config.get("optimizer") in FORMS
     )
 
 

@@ -18,7 +18,7 @@ from fastsmooth.terminal import Table, columns
 
 def make_schedule(c: Config, images: int | None) -> Schedule:
     """The schedule that `c` describes over `images` training images."""
-    smoothing = Smoothing(c.optimizer, c.c2 or 1.0, 1.0 if c.k2 is None else c.k2, c.nu, c.nshb_delta)
+    smoothing = Smoothing(c.optimizer, c.c2 or 1.0, 1.0 if c.k2 is None else c.k2, c.nu, c.bound_version)
     start = Point(c.lr, c.batch_size, c.momentum)
     shifted = c.compat == "original"
     return Schedule(c.method, c.epochs, start, smoothing, c.decay_epoch, c.power, c.gamma, images, shifted)
