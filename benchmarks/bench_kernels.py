@@ -39,9 +39,11 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.timing import Measured, Variant
 from fastsmooth import models
+from fastsmooth.forms import FORMS
 from fastsmooth.kernels import backend
 from fastsmooth.kernels.persample_noise import persample_noise, persample_noise_ref
-from fastsmooth.kernels.update import update
+from fastsmooth.kernels.update import Rule, update
+from fastsmooth.optim import coefficients
 from fastsmooth.training.step import keep_freed_memory
 
 CLASSES, LR, BETA, NU = 100, 0.1, 0.9, 0.7
@@ -119,7 +121,7 @@ class NoiseCase:
 
 RESNET18 = 11_220_144  # its parameters, padded to whole multiples of 16 as rows of a buffer would be
 CASES = (
-    *(UpdateCase("resnet18", form) for form in backend.FORMS),
+    *(UpdateCase("resnet18", form) for form in FORMS),
     NoiseCase(2, RESNET18, steps=8),
     NoiseCase(8, RESNET18, steps=4),
     NoiseCase(32, RESNET18, steps=4),
@@ -199,6 +201,12 @@ def scalars(device: torch.device, *values: float) -> list[Tensor]:
     return [backend.scalar(value, device) for value in values]
 
 
+def rule_of(form: str, device: torch.device) -> tuple[Rule, bool]:
+    """The coefficients of a form and whether its direction is mixed, for a kernel."""
+    row = FORMS[form]
+    return Rule(*scalars(device, *coefficients(row, LR, BETA, NU, 0.0))), row.mixes
+
+
 class UpdateStep(Timed):
     """A variant of UPDATES over random tensors of the case's shapes, from zero momentum."""
 
@@ -222,8 +230,8 @@ class UpdateStep(Timed):
 
 
 def update_ours(s: UpdateStep) -> Callable[[], Any]:
-    rule = scalars(s.device, LR, BETA, NU, 0.0)
-    return lambda: update(s.params, s.grads, s.buffers, *rule, s.case.form)
+    rule = rule_of(s.case.form, s.device)
+    return lambda: update(s.params, s.grads, s.buffers, *rule)
 
 
 def update_loop(s: UpdateStep) -> Callable[[], Any]:
@@ -333,13 +341,13 @@ def exact_sums(G: Tensor) -> Tensor:
 
 
 def noise_ours(s: NoiseStep) -> Callable[[], Any]:
-    rule = scalars(s.device, LR, BETA, NU, 0.0)
-    return lambda: persample_noise(s.G, s.p, s.m, *rule, s.case.form)
+    rule = rule_of(s.case.form, s.device)
+    return lambda: persample_noise(s.G, s.p, s.m, *rule)
 
 
 def noise_eager(s: NoiseStep) -> Callable[[], Any]:
-    rule = scalars(s.device, LR, BETA, NU, 0.0)
-    return lambda: persample_noise_ref(s.G, s.p, s.m, *rule, s.case.form)
+    rule = rule_of(s.case.form, s.device)
+    return lambda: persample_noise_ref(s.G, s.p, s.m, *rule)
 
 
 def noise_float32(G: Tensor, p: Tensor, m: Tensor, lr: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from fastsmooth.kernels import backend
 from fastsmooth.kernels import persample_noise as noise
 from fastsmooth.kernels.persample_noise import Tile
+from fastsmooth.kernels.update import Rule
 
 RESNET18 = 11_220_144
 # rows, columns, dtype: about the parameters of ResNet-18, fewer where its rows would not fit
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, run in (("copy", partial(y.copy_, x)), ("in place", partial(y.mul_, 1.0))):
         print(f"{name} {2 * x.nbytes / do_bench(run, return_mode='median') / 1e6:.0f} GB/s")
     del x, y, run
-    rule = [backend.scalar(value, device) for value in (0.1, 0.9, 0.7, 0.0)]
+    rule = Rule(*(backend.scalar(value, device) for value in (0.1, 0.9, 1.0, 0.0, 1.0, 0.0)))  # heavy ball
     for rows, columns, dtype in CASES:
         G = torch.randn(rows, columns, device=device).to(dtype)
         w, m = torch.randn(columns, device=device), torch.zeros(columns, device=device)
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             if time.monotonic() - began > args.seconds:
                 return 0
             with mock.patch.object(noise, "tile", lambda *given, cut=cut, **named: cut):
-                run = partial(noise._persample_noise_triton, G, w, m, *rule, "shb")
+                run = partial(noise._persample_noise_triton, G, w, m, rule, False)
                 ms = do_bench(run, warmup=5, rep=40, return_mode="median")
             name = f"B={rows} {str(dtype).removeprefix('torch.')} P={columns} {'now' if cut == now else 'other'}"
             print(f"{name} {cut}: {ms * 1e3:.0f} us {least / ms / 1e6:.0f} GB/s", flush=True)

@@ -16,11 +16,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastsmooth.forms import form_named
+from fastsmooth.forms import Form, form_named
 from fastsmooth.kernels import backend
 from fastsmooth.kernels.update import Rule, direction_ref, update
 
 HYPERPARAMETERS = ("lr", "momentum", "nu", "weight_decay")
+
+
+def coefficients(form: Form, lr: float, momentum: float, nu: float, weight_decay: float) -> list[float]:
+    """The values of a kernel's Rule."""
+    return [lr, momentum, *form.coefficients(momentum, nu), weight_decay]
 
 
 class NoisySGD(torch.optim.Optimizer):
@@ -87,9 +92,7 @@ class NoisySGD(torch.optim.Optimizer):
         return params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
 
     def _coefficients(self, group: dict) -> list[float]:
-        """The values of a Rule."""
-        lr, beta, nu, decay = (group[name] for name in HYPERPARAMETERS)
-        return [lr, beta, *self.form.coefficients(beta, nu), decay]
+        return coefficients(self.form, *(group[name] for name in HYPERPARAMETERS))
 
     def _rule(self, number: int, device: torch.device) -> Rule:
         """The coefficients of a group as 0-d tensors, the same ones for as long as their values stay."""

@@ -106,9 +106,9 @@ class Case(NamedTuple):
         return self.rows * self.dtype.itemsize + 2 * sum(self.moved.values())
 
 
-KINDS = {"plain": update.PLAIN, "buffer": update.BUFFER, "mixed": update.MIXED}
+DIRECTIONS = {"plain": update.PLAIN, "buffer": update.BUFFER, "mixed": update.MIXED}
 CASES = [
-    *(Case("update", kind, dtype) for kind in KINDS for dtype in DTYPES),
+    *(Case("update", kind, dtype) for kind in DIRECTIONS for dtype in DTYPES),
     Case("update", "buffer", torch.float32, aligned=False),
     *(Case("persample_noise", "buffer", dtype, rows) for rows in (2, 8, 32, 64, 256, 1024) for dtype in DTYPES),
     Case("persample_noise", "plain", torch.float32, 64),
@@ -129,7 +129,7 @@ class Launch(NamedTuple):
 
 def launch(case: Case) -> Launch:
     scalars = dict.fromkeys(["lr", "beta", "alpha", "fresh", "kept", "decay"], "*fp64")
-    constants = {"wide": triton.language.float32, "kind": KINDS[case.kind]}
+    constants = {"wide": triton.language.float32, "kind": DIRECTIONS[case.kind]}
     if case.kernel == "update":
         types = {"chunks": "*i64", "tensors": "*i64", **scalars, "sums": "*fp64"}
         constants |= {"dtype": triton.language.dtype(DTYPES[case.dtype]), "aligned": case.aligned}

@@ -20,7 +20,7 @@ from benchmarks.bench_train import Case, ConvShape
 from benchmarks.originals import Originals
 from benchmarks.timing import Measured, Variant, Window
 from fastsmooth import models
-from fastsmooth.kernels.backend import FORMS
+from fastsmooth.forms import FORMS
 from fastsmooth.optim import NoisySGD
 from fastsmooth.training.step import Step
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastsmooth.kernels.backend import FORMS
+from fastsmooth.forms import FORMS
 from fastsmooth.optim import NoisySGD
 
 SHAPES = [(3, 5, 7), (1,), (), (129,), (0, 4), (33, 17)]  # odd sizes, size one, no axis, nothing
