@@ -150,7 +150,7 @@ def test_reading_finds_whose_addresses_they_are_and_what_is_masked():
 @needs_triton
 def test_a_loop_that_moves_no_whole_tile_is_not_counted():
     code = aot.parse(LOOP, ["chunks", "tensors", "lr", "beta"], 0x210)
-    case = aot.Case("update", "sgd", torch.float32)
+    case = aot.Case("update", "plain", torch.float32)
     with pytest.raises(aot.Refusal, match="count"):
         aot.traffic(case, code)
     gradients = next(a for a in code.accesses if a.tensor == "g")
