@@ -543,11 +543,12 @@ def measured_function(run: Run, chunk: int) -> str:
     """In words: the function of the parameters whose full gradient is taken."""
     c = run.config
     images = f"augmented as in the epoch ({c.augment})" if c.measure_augment else "not augmented"
-    how = (
-        f"training mode: BatchNorm with the statistics of {chunk} samples at a time"
-        if c.bn == "train"
-        else "evaluation mode: BatchNorm with running statistics"
-    )
+    how, statistics = "evaluation mode", "running statistics"
+    if c.bn == "train":
+        share = chunk if run.step.joined else -(-chunk // run.ranks.world)
+        how, statistics = "training mode", f"the statistics of {min(share, c.micro_batch or share)} samples at a time"
+    if run.step.normalises_batches:
+        how += f": BatchNorm with {statistics}"
     return f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the model in {how}"
 
 
@@ -641,6 +642,7 @@ def measure_noise(run: Run, step: int, replayed: int) -> None:
     tails = statistics.summary()
     seconds = round(time.perf_counter() - started, 3)
     run.noise_points.append(at_step | values | norms | {"statistics": tails, "seconds": seconds})
+    run.progress.restart_clock(run.samples)  # what is told of the speed is that of training
 
 
 def report_noise(run: Run, point: Point) -> None:

@@ -225,11 +225,21 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
     missed = schedule.largest_miss()
     if missed and not (c.assumed and configs.uses_k2(c)):
         epoch, target, reached = missed
-        why = "the momentum cannot fall below 0" if c.method in SOLVED else "the optimizer or the data set sets a floor"
         found.append(
-            f"--method {c.method} saturates: at epoch {epoch} its target delta is {target:.4g}, reached {reached:.4g} ({why})"
+            f"--method {c.method} misses its target: at epoch {epoch} that is delta {target:.4g}, reached {reached:.4g} "
+            f"({why_missed(c, schedule, epoch)})"
         )
     return found
+
+
+def why_missed(c: Config, schedule: Schedule, epoch: int) -> str:
+    if c.method in SOLVED:
+        return "the momentum cannot fall below 0"
+    if schedule.batch_size(epoch) == schedule.largest_batch:
+        return "no batch exceeds the data set"
+    if configs.uses_k2(c):
+        return "a part of the optimizer's bound does not fall with the batch"
+    return "the published code grows the batch an epoch late" if schedule.shifted else "a batch is a whole number"
 
 
 # A run --------------------------------------------------------------------------------------------------------------
@@ -817,8 +827,8 @@ def introduce(c: Config, live, parameters: int, decided: str) -> None:
         say(decided)
     say(f"{live.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
     if ranks.world > 1:
-        normed = "over all of them" if c.sync_bn else "for each by itself"
-        say(f"{ranks.world} processes share every batch; BatchNorm's statistics are {normed}")
+        normed = f"; BatchNorm's statistics are {'over all of them' if c.sync_bn else 'for each by itself'}"
+        say(f"{ranks.world} processes share every batch{normed * live.step.normalises_batches}")
     if c.micro_batch and live.step.normalises_batches:
         say(
             f"--micro-batch {c.micro_batch}: BatchNorm sees {c.micro_batch} samples at a time, so this is another gradient"

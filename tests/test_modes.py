@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -560,6 +561,28 @@ def test_what_was_measured_is_said_in_words(tmp_path, capsys):
     assert "training mode: BatchNorm with the statistics of 32 samples" in later["function"]
     said = capsys.readouterr().out
     assert later["function"] in said and f"standard errors over {later['se_over']}" in said
+
+
+def test_the_function_is_named_by_what_batchnorm_sees(tmp_path):
+    flags = ["--mode", "sampling", "--steps", "0", "--draws", "2"]
+    ways = {"whole": [], "parts": ["--micro-batch", "8"], "none": ["--norm", "group"]}
+    said = {how: points_of(run(tmp_path, *flags, *more, name=how))[0]["function"] for how, more in ways.items()}
+    assert said["whole"].endswith("training mode: BatchNorm with the statistics of 32 samples at a time")
+    assert said["parts"].endswith("training mode: BatchNorm with the statistics of 8 samples at a time")
+    assert said["none"].endswith("the model in training mode")
+
+
+def test_a_measurement_is_no_part_of_the_speed_that_is_told(tmp_path, monkeypatch):
+    measure_noise, clocks = modes.measure_noise, []
+
+    def watched(live, step, replayed):
+        began = time.monotonic()
+        measure_noise(live, step, replayed)
+        clocks.append((live.progress.started - began, live.progress.begun_at, live.samples))
+
+    monkeypatch.setattr(modes, "measure_noise", watched)
+    run(tmp_path, "--mode", "sampling", "--steps", "0", "3", "--draws", "2")
+    assert all(started > 0 and begun == samples for started, begun, samples in clocks) and len(clocks) == 2
 
 
 @pytest.mark.parametrize("draw", [0, 1])
