@@ -433,11 +433,14 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     states = results.write(NOT_STARTED if stop.received else NO_START)
     if stop.received:
         say(f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the same command goes on")
-        return INTERRUPTED if stop.received == "SIGINT" else PREEMPTED
+        return stop.code
     summarise(out, runs)
     found = [read_run(out / run.name) for run, state in zip(runs, states, strict=True) if state == "done"]
     if any(run.critical for run in found):
         sample_at_best(out, found, own, stop)
+    if stop.received:
+        say(f"stopped by {stop.received}: all runs done but those that sample; the same command goes on")
+        return stop.code
     failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
     for run, state in failed:
         reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
@@ -450,6 +453,11 @@ class Stop:
 
     def __init__(self):
         self.received: str | None = None
+
+    @property
+    def code(self) -> int:
+        """The exit code of a sweep that was stopped."""
+        return INTERRUPTED if self.received == "SIGINT" else PREEMPTED
 
     def __enter__(self) -> Stop:
         self._before = on_stop(self._note)
@@ -782,7 +790,8 @@ def sampling_runs(curves: list[critical.Analysis], found: list[SavedRun]) -> lis
         if aim is None:
             continue
         of_group = [r for r in found if critical.sound(r) and critical.settings(r.config) == aim.group]
-        run = next(r for r in of_group if r.critical["batch_size"] == aim.best)
+        of_batch = [r for r in of_group if r.critical["batch_size"] == aim.best]
+        run = min(of_batch, key=lambda r: r.critical["seed"])
         step = next(b.steps[0] for b in aim.batches if b.batch_size == aim.best)
         runs.append((curve, sampling_run(run, step)))
     return runs
@@ -791,7 +800,10 @@ def sampling_runs(curves: list[critical.Analysis], found: list[SavedRun]) -> lis
 def sampling_run(run: SavedRun, step: int) -> Planned:
     """The run again, up to the point from which update `step` was made, where the noise is sampled."""
     left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget", "out", "resume", "max_time"}
+    left_out |= {"track_noise", "estimator"}
     saved = configs.read_saved(run.path)
+    if saved.bn != "eval" or saved.momentum:  # a direction has no other mode than training then
+        left_out.add("bn")
     given = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved) if f.name not in left_out}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     given |= {"mode": "sampling", "steps": (step - 1,)}

@@ -14,9 +14,11 @@ import pytest
 import torch
 from exact import EXACT
 
-from fastsmooth import sweep, train
+from fastsmooth import config as configs
+from fastsmooth import critical, sweep, train
 from fastsmooth.config import ConfigError
 from fastsmooth.log import TIMES, read_rows, read_status
+from fastsmooth.runs import SavedRun
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*EXACT, "--epochs", "1"]
@@ -441,6 +443,53 @@ def test_the_critical_batch_size_comes_with_a_sampled_variance(tmp_path):
     assert curve["c2_sampled"] > 0 and curve["c2_sampled_se"] > 0
     assert curve["sampled_step"] == best["steps"][0] - 1
     assert f"b* {curve['best']}" in shown and "c2_sampled" in shown
+
+
+def crossed(folder: Path, step: int, *flags: str) -> SavedRun:
+    """A finished run of --mode critical that was below eps 1 from an update on."""
+    c = configs.resolve(configs.parse(["--mode", "critical", "--eps", "1", *flags]).given)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(c.to_json()))
+    about = {"batch_size": c.batch_size, "seed": c.seed, "momentum": c.momentum}
+    found = about | {"crossings": {"1": {"step": step, "samples": step * c.batch_size, "censored": False}}}
+    return SavedRun(folder, c.to_json(), status={"state": "done"}, critical=found)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "nshb", "--criterion", "full-grad", "--bn", "eval"],
+        ["--criterion", "full-grad", "--bn", "eval"],
+        ["--track-noise", "every=50", "--bn", "frozen"],
+        ["--optimizer", "shb", "--augment", "crop-flip", "--track-noise", "every=1ep", "--estimator", "micro-batch"],
+    ],
+)
+def test_the_noise_at_the_best_batch_can_be_sampled_however_crossings_were_found(flags, tmp_path):
+    run = crossed(tmp_path / "run", 50, *flags)
+    c = configs.resolve(configs.parse(list(sweep.sampling_run(run, 50).flags)).given)
+    assert (
+        c.mode == "sampling" and c.steps == (49,) and c.track_noise is None and c.optimizer == run.config["optimizer"]
+    )
+    assert c.bn == ("eval" if flags == ["--criterion", "full-grad", "--bn", "eval"] else "train")
+
+
+def test_the_noise_is_sampled_in_the_run_that_crossed_at_that_update(tmp_path):
+    runs = [crossed(tmp_path / f"{seed}", 50 + seed, "--seed", f"{seed}") for seed in (3, 1, 2)]
+    ((_, run),) = sweep.sampling_runs(critical.analyse(runs), runs)
+    assert {"--seed=1", "--steps"} < {*run.flags} and "50" in run.flags
+
+
+def test_a_sweep_that_is_stopped_while_it_samples_ends_as_stopped(tmp_path, monkeypatch, capsys):
+    def done(out, runs, own, stop, results):
+        for run in runs:
+            crossed(out / run.name, 50)
+            status(out / run.name, "done")
+            (out / run.name / "critical.json").write_text('{"crossings": {}}')
+
+    monkeypatch.setattr(sweep, "on_this_machine", done)
+    monkeypatch.setattr(sweep, "sample_at_best", lambda out, found, own, stop: setattr(stop, "received", "SIGTERM"))
+    assert sweep.main(["--out", str(tmp_path / "sweep"), "--critical", "--eps", "1"]) == 75
+    assert "stopped by SIGTERM" in capsys.readouterr().out
 
 
 # Slurm and Ray --------------------------------------------------------------------------------------------------------
