@@ -563,7 +563,7 @@ def sampling(run: Run) -> None:
     reach, last = memory(c.momentum), max(c.steps)
     if reach:
         run.progress.say(
-            f"each of {c.draws} directions is that of a history of its own: {reach} updates replayed, then a pass over the "
+            f"each of {c.draws} directions is that of a history of its own: up to {reach} updates replayed, then a pass over the "
             "training images, at each of --steps"
         )
     for x, y, point in run.updates():
