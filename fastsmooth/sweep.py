@@ -441,11 +441,16 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     if stop.received:
         say(f"stopped by {stop.received}: all runs done but those that sample; the same command goes on")
         return stop.code
+    return SOME_FAILED if name_failed(out, runs, states) else DONE
+
+
+def name_failed(out: Path, runs: list[Planned], states: list[str]) -> bool:
+    """Say which runs are not done, and why; whether there are any."""
     failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
     for run, state in failed:
         reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
         note(f"{state}: {run.name}: {reason}")
-    return SOME_FAILED if failed else DONE
+    return bool(failed)
 
 
 class Stop:
@@ -752,7 +757,9 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
         say(f"sampling C2 at b* in {len(runs)} more runs")
         results = Results(folder, runs)
         on_this_machine(folder, runs, own, stop, results)
-        results.write(NO_START)
+        states = results.write(NOT_STARTED if stop.received else NO_START)
+        if not stop.received:
+            name_failed(folder, runs, states)
     entries = []
     for curve in curves:
         entry = curve.to_json() | {"c2_sampled": None, "c2_sampled_se": None}

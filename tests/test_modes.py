@@ -24,6 +24,7 @@ from fastsmooth.estimators import Estimate
 from fastsmooth.log import TIMES, read_rows, read_status
 from fastsmooth.measure import NormRecord
 from fastsmooth.optim import NoisySGD
+from fastsmooth.ranks import Ranks
 from fastsmooth.train import main
 
 CPU = torch.device("cpu")
@@ -463,6 +464,13 @@ def history_batches(history: int, updates: int) -> list[torch.Tensor]:
     orders = [reordered(permutation(0, e, 1437), 0, 0, 0, history, e) for e in range(2)]
     assert all(torch.equal(order.sort().values, whole) for order in orders)
     return [batch for order in orders for batch in order.split(300)][:updates]
+
+
+def test_no_two_processes_drop_the_same_units_in_their_histories():
+    places = [(history, Ranks(rank, 3)) for history in range(1, 9) for rank in range(3)]
+    seeds = {modes.history_seed(seed, update, *place) for seed in range(3) for update in (0, 9) for place in places}
+    assert len(seeds) == 3 * 2 * len(places)
+    assert modes.history_seed(5, 2, 1, Ranks()) == (7 + 0x9E3779B97F4A7C15) % 2**63
 
 
 def test_a_history_draws_from_what_the_epoch_has_left():

@@ -479,6 +479,20 @@ def test_the_noise_is_sampled_in_the_run_that_crossed_at_that_update(tmp_path):
     assert {"--seed=1", "--steps"} < {*run.flags} and "50" in run.flags
 
 
+def test_a_run_that_cannot_be_sampled_is_said_with_the_reason(tmp_path, monkeypatch, capsys):
+    runs = [crossed(tmp_path / "run", 50)]
+
+    def refused(out, runs, *_):
+        (out / "logs").mkdir()
+        (out / "logs" / f"{runs[0].name}.log").write_text("fastsmooth: error: the batch is the whole training set\n")
+
+    monkeypatch.setattr(sweep, "on_this_machine", refused)
+    sweep.sample_at_best(tmp_path, runs, {}, sweep.Stop())
+    assert capsys.readouterr().err == "failed to start: run: fastsmooth: error: the batch is the whole training set\n"
+    (curve,) = json.loads((tmp_path / "critical.json").read_text())["curves"]
+    assert curve["best"] == 32 and curve["c2_sampled"] is None
+
+
 def test_a_sweep_that_is_stopped_while_it_samples_ends_as_stopped(tmp_path, monkeypatch, capsys):
     def done(out, runs, own, stop, results):
         for run in runs:
