@@ -21,7 +21,7 @@ from fastsmooth.schedule import Smoothing
 WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
 NO_RESULT = {
     "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers", "chunk", "loader",
-    "checkpoint_every", "log_every", "track_noise", "estimator", "device", "kernels", "decay_epoch", "epochs", "budget", "max_updates",
+    "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "device", "kernels", "decay_epoch", "epochs", "budget",
 }  # fmt: skip
 FLAT = (
     0.1  # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published as very flat

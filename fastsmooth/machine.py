@@ -6,6 +6,7 @@ threads where there are processors for it, and says in one line what is not as i
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -15,7 +16,7 @@ import torchvision
 from fastsmooth import __version__
 from fastsmooth.config import RESOLVED_ONCE, flag
 from fastsmooth.log import processor
-from fastsmooth.processors import processors
+from fastsmooth.processors import THREADS, processors
 
 
 def facts(device: torch.device, processes: int) -> dict[str, Any]:
@@ -33,8 +34,10 @@ def facts(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 def take_over_threads(before: dict[str, Any]) -> None:
-    """As many threads of PyTorch as before, where this process has processors for them."""
+    """As many threads of PyTorch as before, where the user says no number and this process has processors for them."""
     count = before.get("threads")
+    if any(os.environ.get(name) for name in THREADS):
+        return
     if isinstance(count, int) and count != torch.get_num_threads() and 0 < count <= processors():
         torch.set_num_threads(count)
 

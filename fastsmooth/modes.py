@@ -517,17 +517,17 @@ def full_gradient_norm(run: Run, point: Point) -> Tensor:
 
 def report_crossings(run: Run, per_epoch: int, every: int) -> None:
     c, n, batch = run.config, len(run.data.train), run.schedule.start.batch_size
-    # the first update that may count; a mean that is at most eps there may have been so at any update before
+    # the first update that may count; a mean that is at most eps there may have been so at any update before, if there is one
     earliest = -(-(run.record.ignore + 1) // every) * every
     crossings: dict[str, Any] = {}
     for eps, step in zip(c.eps, run.record.crossings(), strict=True):
         epochs, rest = divmod(step, per_epoch)
         served = n - n % batch if c.drop_last else n
         samples = epochs * served + rest * batch
-        entry = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples, "censored": step == earliest}
+        entry = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples, "censored": step == earliest > 1}
         crossings[exact(eps)] = entry if step else None
         found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
-        if step == earliest:
+        if step == earliest > 1:
             found += ", the first that counts, so no crossing: it may have been there before (--min-epochs, --eps)"
         run.progress.say(f"eps {exact(eps)}: {found}")
     about = {
@@ -551,7 +551,8 @@ def measured_function(run: Run, chunk: int) -> str:
     how, statistics = "evaluation mode", "running statistics"
     if c.bn == "train":
         share = chunk if run.step.joined else -(-chunk // run.ranks.world)
-        how, statistics = "training mode", f"the statistics of {min(share, c.micro_batch or share)} samples at a time"
+        how = "training mode"
+        statistics = f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one order of the images"
     if run.step.normalises_batches:
         how += f": BatchNorm with {statistics}"
     return f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the model in {how}"

@@ -436,12 +436,13 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
         return stop.code
     summarise(out, runs)
     found = [read_run(out / run.name) for run, state in zip(runs, states, strict=True) if state == "done"]
+    failed = name_failed(out, runs, states)
     if any(run.critical for run in found):
-        sample_at_best(out, found, own, stop)
+        failed |= sample_at_best(out, found, own, stop)
     if stop.received:
         say(f"stopped by {stop.received}: all runs done but those that sample; the same command goes on")
         return stop.code
-    return SOME_FAILED if name_failed(out, runs, states) else DONE
+    return SOME_FAILED if failed else DONE
 
 
 def name_failed(out: Path, runs: list[Planned], states: list[str]) -> bool:
@@ -743,8 +744,12 @@ def summarise(out: Path, runs: list[Planned]) -> None:
 # The critical batch size ----------------------------------------------------------------------------------------------
 
 
-def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: Stop) -> None:
-    """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps was reached."""
+def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: Stop) -> bool:
+    """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps was reached.
+
+    Whether any of the runs that sample failed.
+    """
+    failed = False
     curves = critical.analyse(found)
     folder = out / "sampled"
     folder.mkdir(exist_ok=True)
@@ -759,7 +764,7 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
         on_this_machine(folder, runs, own, stop, results)
         states = results.write(NOT_STARTED if stop.received else NO_START)
         if not stop.received:
-            name_failed(folder, runs, states)
+            failed = name_failed(folder, runs, states)
     entries = []
     for curve in curves:
         entry = curve.to_json() | {"c2_sampled": None, "c2_sampled_se": None}
@@ -768,6 +773,7 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
         entries.append(entry)
         print_curve(curve, entry)
     write_json(out / "critical.json", {"curves": entries})
+    return failed
 
 
 def sampled_point(run: SavedRun) -> dict[str, Any]:

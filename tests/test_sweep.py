@@ -487,23 +487,28 @@ def test_a_run_that_cannot_be_sampled_is_said_with_the_reason(tmp_path, monkeypa
         (out / "logs" / f"{runs[0].name}.log").write_text("fastsmooth: error: the batch is the whole training set\n")
 
     monkeypatch.setattr(sweep, "on_this_machine", refused)
-    sweep.sample_at_best(tmp_path, runs, {}, sweep.Stop())
+    assert sweep.sample_at_best(tmp_path, runs, {}, sweep.Stop()) is True
     assert capsys.readouterr().err == "failed to start: run: fastsmooth: error: the batch is the whole training set\n"
     (curve,) = json.loads((tmp_path / "critical.json").read_text())["curves"]
     assert curve["best"] == 32 and curve["c2_sampled"] is None
 
 
-def test_a_sweep_that_is_stopped_while_it_samples_ends_as_stopped(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("received, failed, code", [("SIGTERM", False, 75), (None, True, 1), (None, False, 0)])
+def test_how_the_runs_at_b_star_end_is_how_the_sweep_ends(received, failed, code, tmp_path, monkeypatch, capsys):
     def done(out, runs, own, stop, results):
         for run in runs:
             crossed(out / run.name, 50)
             status(out / run.name, "done")
             (out / run.name / "critical.json").write_text('{"crossings": {}}')
 
+    def sample(out, found, own, stop):
+        stop.received = received
+        return failed
+
     monkeypatch.setattr(sweep, "on_this_machine", done)
-    monkeypatch.setattr(sweep, "sample_at_best", lambda out, found, own, stop: setattr(stop, "received", "SIGTERM"))
-    assert sweep.main(["--out", str(tmp_path / "sweep"), "--critical", "--eps", "1"]) == 75
-    assert "stopped by SIGTERM" in capsys.readouterr().out
+    monkeypatch.setattr(sweep, "sample_at_best", sample)
+    assert sweep.main(["--out", str(tmp_path / "sweep"), "--critical", "--eps", "1"]) == code
+    assert ("stopped by SIGTERM" in capsys.readouterr().out) == (code == 75)
 
 
 # Slurm and Ray --------------------------------------------------------------------------------------------------------
