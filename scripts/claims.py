@@ -132,9 +132,10 @@ def critical_batch_exists(runs: list[SavedRun]) -> Found:
 
 
 def convex(curve: critical.Analysis) -> str:
-    """The second differences of the mean N over equal steps of log b."""
+    """The second differences of the mean N over equal steps of log b, which a batch without an N between others breaks."""
     reached = [b for b in curve.batches if b.sfo_mean is not None]
-    if len(reached) < 4 or any(b.n < 2 for b in reached):
+    whole = [b for b in curve.batches if b.batch_size in range(reached[0].batch_size, reached[-1].batch_size + 1)] if reached else []
+    if len(reached) < max(4, len(whole)) or any(b.n < 2 for b in reached):
         return UNDECIDED
     n, e = [b.sfo_mean for b in reached], [b.sfo_sd / math.sqrt(b.n) for b in reached]
     middle = range(1, len(n) - 1)
@@ -150,7 +151,7 @@ def inside(curve: critical.Analysis) -> str:
     if best is None or best in (reached[0], reached[-1]):
         return UNDECIDED
     ends = [
-        (end.sfo_mean - best.sfo_mean, math.hypot(end.sfo_sd, best.sfo_sd) / math.sqrt(best.n))
+        (end.sfo_mean - best.sfo_mean, math.hypot(end.sfo_sd / math.sqrt(end.n), best.sfo_sd / math.sqrt(best.n)))
         for end in (reached[0], reached[-1])
     ]
     return verdict(*(above(value, error) for value, error in ends))

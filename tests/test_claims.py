@@ -44,6 +44,14 @@ def test_censored_batches_decide_nothing():
     assert claims.convex(found) == "is not resolved" and found.censored == [512]
 
 
+def test_a_batch_without_a_mean_between_others_decides_nothing():
+    """Without it the differences are not over equal steps of log b."""
+    steps = {32: (8100, 8150), 64: (1800, 1820), 128: (1010, 1020), 256: (700, 710), 512: (900, 910)}
+    assert claims.convex(curve(steps)) == "holds"
+    assert claims.convex(curve(steps | {128: (1010, None)})) == "is not resolved"
+    assert claims.convex(curve(steps | {512: (900, None)})) == "holds"  # the four that are left are in one piece
+
+
 def test_b_star_on_one_batch_for_all_thresholds_does_not_fall():
     assert claims.falling([64, 64]) == "is not resolved"
     assert claims.falling([128, 64]) == "holds" and claims.falling([64, 128]) == "fails"

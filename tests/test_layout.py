@@ -16,13 +16,14 @@ ALLOWED = {
     "messages": set(),
     "processors": set(),
     "names": set(),
-    "schedule": set(),
+    "forms": {"names"},
+    "schedule": {"forms"},
     "ranks": set(),
     "figures": set(),
     "runfolder": set(),
     "models": {"names"},
-    "optim": {"kernels"},
-    "cli": {"runfolder", "names", "processors", "data", "kernels"},  # the last two to examine them
+    "optim": {"forms", "kernels"},
+    "cli": {"forms", "schedule", "runfolder", "names", "processors", "data", "kernels"},  # the last two to examine them
     "data": {"kernels", "runfolder", "processors"},
     "noise": {"kernels", "schedule", "ranks", "optim"},
     "training": {
@@ -30,9 +31,9 @@ ALLOWED = {
     },
     "train": {"training", "noise", "data", "models", "ranks", "cli", "runfolder", "processors"},
     "sharpness": {"noise", "data", "models", "cli", "runfolder", "processors"},
-    "sweep": {"cli", "runfolder", "schedule", "processors"},
+    "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},
     "smooth": {"cli", "runfolder", "processors"},
-    "report": {"figures", "cli", "runfolder", "schedule", "sweep"},
+    "report": {"figures", "cli", "forms", "runfolder", "schedule", "sweep"},
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -23,10 +24,11 @@ from fastsmooth.noise import gradients
 from fastsmooth.noise.estimators import Estimate
 from fastsmooth.noise.threshold import NormRecord
 from fastsmooth.optim import NoisySGD
+from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.train import main
-from fastsmooth.training import loop
+from fastsmooth.training import loop, modes
 
 CPU = torch.device("cpu")
 
@@ -358,6 +360,12 @@ def test_a_mean_that_is_below_eps_when_counting_begins_is_censored(how, first, t
     assert "the first that counts" in capsys.readouterr().out
 
 
+def test_a_crossing_at_the_very_first_update_is_none_that_was_there_before(tmp_path):
+    found = run(tmp_path, "--mode", "critical", "--epochs", "1", "--min-epochs", "0", "--log-every", "5", "--eps", "1e9")
+    (found,) = json.loads((found / "critical.json").read_text())["crossings"].values()
+    assert (found["step"], found["censored"]) == (1, False)
+
+
 def test_a_crossing_after_counting_has_begun_is_not_censored(tmp_path):
     out = run(tmp_path, "--mode", "critical", "--epochs", "4", "--eps", "1.6")
     (found,) = json.loads((out / "critical.json").read_text())["crossings"].values()
@@ -467,6 +475,13 @@ def history_batches(history: int, updates: int) -> list[torch.Tensor]:
     return [batch for order in orders for batch in order.split(300)][:updates]
 
 
+def test_no_two_processes_drop_the_same_units_in_their_histories():
+    places = [(history, Ranks(rank, 3)) for history in range(1, 9) for rank in range(3)]
+    seeds = {loop.history_seed(seed, update, *place) for seed in range(3) for update in (0, 9) for place in places}
+    assert len(seeds) == 3 * 2 * len(places)
+    assert loop.history_seed(5, 2, 1, Ranks()) == (7 + 0x9E3779B97F4A7C15) % 2**63
+
+
 def test_a_history_draws_from_what_the_epoch_has_left():
     order = permutation(0, 3, 1437)
     assert torch.equal(reordered(order, 600, 0, 47, 0, 0), order)
@@ -563,6 +578,28 @@ def test_what_was_measured_is_said_in_words(tmp_path, capsys):
     assert "training mode: BatchNorm with the statistics of 32 samples" in later["function"]
     said = capsys.readouterr().out
     assert later["function"] in said and f"standard errors over {later['se_over']}" in said
+
+
+def test_the_function_is_named_by_what_batchnorm_sees(tmp_path):
+    flags = ["--mode", "sampling", "--steps", "0", "--draws", "2"]
+    ways = {"whole": [], "parts": ["--micro-batch", "8"], "none": ["--norm", "group"]}
+    said = {how: points_of(run(tmp_path, *flags, *more, name=how))[0]["function"] for how, more in ways.items()}
+    assert said["whole"].endswith("training mode: BatchNorm with the statistics of 32 samples at a time, in one order of the images")
+    assert said["parts"].endswith("training mode: BatchNorm with the statistics of 8 samples at a time, in one order of the images")
+    assert said["none"].endswith("the model in training mode")
+
+
+def test_a_measurement_is_no_part_of_the_speed_that_is_told(tmp_path, monkeypatch):
+    measure_noise, clocks = modes.measure_noise, []
+
+    def watched(live, step, replayed):
+        began = time.monotonic()
+        measure_noise(live, step, replayed)
+        clocks.append((live.progress.started - began, live.progress.begun_at, live.samples))
+
+    monkeypatch.setattr(modes, "measure_noise", watched)
+    run(tmp_path, "--mode", "sampling", "--steps", "0", "3", "--draws", "2")
+    assert all(started > 0 and begun == samples for started, begun, samples in clocks) and len(clocks) == 2
 
 
 @pytest.mark.parametrize("draw", [0, 1])

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from fastsmooth.figures import chart
-from fastsmooth.report import page
+from fastsmooth.report import groups, noise, page
 from fastsmooth.report.__main__ import main
 from fastsmooth.runfolder.read import find_runs, read_run
 
@@ -79,7 +79,13 @@ def critical_folder(path: Path, batch: int, seed: int, **settings) -> Path:
 
 def noise_folder(path: Path, batch: int, seed: int = 0, **settings) -> Path:
     point = {"step": 50, "epoch": 2, "lr": 0.1, "batch_size": batch, "noise_norm": 8.0 / batch**0.5 * (1 + 0.01 * seed)}
-    point |= {"noise_norm_se": 0.01, "full_grad_norm": 0.4, "c2_sampled": 64.0, "c2_sampled_se": 2.0}
+    point |= {
+        "noise_norm_se": 0.01,
+        "full_grad_norm": 0.4,
+        "full_grad_norm_se": 0.02,
+        "c2_sampled": 64.0,
+        "c2_sampled_se": 2.0,
+    }
     edges = [0.01 * 1.5**i for i in range(16)]
     counts = [int(5000 * math.exp(-(e**2) / 2)) for e in edges[1:]]
     hill = [{"share": s, "value": 3.0 + s, "error": 0.1} for s in (0.05, 0.01, 0.001)]
@@ -382,6 +388,12 @@ def test_one_seeds_noise_has_the_error_of_its_draws(tmp_path):
     for name, value, error in (("noise-norm", 8 / 8**0.5, 0.01), ("noise-c2", 64.0, 2.0)):
         curve = figures_of(tmp_path)[name].panels[0].curves[-1]
         assert curve.bars[0] == pytest.approx((8, value - error, value + error))
+
+
+def test_the_table_of_noise_has_every_error_that_the_run_found(tmp_path):
+    noise_folder(tmp_path / "run", 8)
+    cells = dict(noise.summary(groups.group([read_run(tmp_path / "run")])[0]))
+    assert cells["‖m − ∇f‖"][1] == 0.01 and cells["‖∇f‖"] == (0.4, 0.02) and cells["c2_sampled"] == (64.0, 2.0)
 
 
 def test_the_histogram_is_a_density_in_standard_deviations(tmp_path):

@@ -15,11 +15,13 @@ import torch
 from exact import EXACT
 
 from fastsmooth import train
+from fastsmooth.cli.config import resolve
 from fastsmooth.cli.flags import ConfigError
-from fastsmooth.runfolder.read import read_status
+from fastsmooth.cli.parse import parse
+from fastsmooth.runfolder.read import SavedRun, read_status
 from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.sweep import __main__ as sweep
-from fastsmooth.sweep import grid, machines, store
+from fastsmooth.sweep import critical, grid, machines, store
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*EXACT, "--epochs", "1"]
@@ -447,6 +449,72 @@ def test_the_critical_batch_size_comes_with_a_sampled_variance(tmp_path):
     assert curve["c2_sampled"] > 0 and curve["c2_sampled_se"] > 0
     assert curve["sampled_step"] == best["steps"][0] - 1
     assert f"b* {curve['best']}" in shown and "c2_sampled" in shown
+
+
+def crossed(folder: Path, step: int, *flags: str) -> SavedRun:
+    """A finished run of --mode critical that was below eps 1 from an update on."""
+    c = resolve(parse(["--mode", "critical", "--eps", "1", *flags]).given)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(c.to_json()))
+    about = {"batch_size": c.batch_size, "seed": c.seed, "momentum": c.momentum}
+    found = about | {"crossings": {"1": {"step": step, "samples": step * c.batch_size, "censored": False}}}
+    return SavedRun(folder, c.to_json(), status={"state": "done"}, critical=found)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "nshb", "--criterion", "full-grad", "--bn", "eval"],
+        ["--criterion", "full-grad", "--bn", "eval"],
+        ["--track-noise", "every=50", "--bn", "frozen"],
+        ["--optimizer", "shb", "--augment", "crop-flip", "--track-noise", "every=1ep", "--estimator", "micro-batch"],
+    ],
+)
+def test_the_noise_at_the_best_batch_can_be_sampled_however_crossings_were_found(flags, tmp_path):
+    run = crossed(tmp_path / "run", 50, *flags)
+    c = resolve(parse(list(critical.sampling_run(run, 50).flags)).given)
+    assert (
+        c.mode == "sampling" and c.steps == (49,) and c.track_noise is None and c.optimizer == run.config["optimizer"]
+    )
+    assert c.bn == ("eval" if flags == ["--criterion", "full-grad", "--bn", "eval"] else "train")
+
+
+def test_the_noise_is_sampled_in_the_run_that_crossed_at_that_update(tmp_path):
+    runs = [crossed(tmp_path / f"{seed}", 50 + seed, "--seed", f"{seed}") for seed in (3, 1, 2)]
+    ((_, run),) = critical.sampling_runs(critical.analyse(runs), runs)
+    assert {"--seed=1", "--steps"} < {*run.flags} and "50" in run.flags
+
+
+def test_a_run_that_cannot_be_sampled_is_said_with_the_reason(tmp_path, monkeypatch, capsys):
+    runs = [crossed(tmp_path / "run", 50)]
+
+    def refused(out, runs, *_):
+        (out / "logs").mkdir()
+        (out / "logs" / f"{runs[0].name}.log").write_text("fastsmooth: error: the batch is the whole training set\n")
+
+    monkeypatch.setattr(critical, "on_this_machine", refused)
+    assert critical.sample_at_best(tmp_path, runs, {}, machines.Stop()) is True
+    assert capsys.readouterr().err == "failed to start: run: fastsmooth: error: the batch is the whole training set\n"
+    (curve,) = json.loads((tmp_path / "critical.json").read_text())["curves"]
+    assert curve["best"] == 32 and curve["c2_sampled"] is None
+
+
+@pytest.mark.parametrize("received, failed, code", [("SIGTERM", False, 75), (None, True, 1), (None, False, 0)])
+def test_how_the_runs_at_b_star_end_is_how_the_sweep_ends(received, failed, code, tmp_path, monkeypatch, capsys):
+    def done(out, runs, own, stop, results):
+        for run in runs:
+            crossed(out / run.name, 50)
+            status(out / run.name, "done")
+            (out / run.name / "critical.json").write_text('{"crossings": {}}')
+
+    def sample(out, found, own, stop):
+        stop.received = received
+        return failed
+
+    monkeypatch.setattr(sweep, "on_this_machine", done)
+    monkeypatch.setattr(sweep, "sample_at_best", sample)
+    assert sweep.main(["--out", str(tmp_path / "sweep"), "--critical", "--eps", "1"]) == code
+    assert ("stopped by SIGTERM" in capsys.readouterr().out) == (code == 75)
 
 
 # Slurm and Ray --------------------------------------------------------------------------------------------------------

@@ -207,7 +207,22 @@ def test_a_disk_that_is_full_leaves_the_run_going_until_its_end(tmp_path, monkey
 def test_a_saturating_schedule_warns_with_target_and_reached_delta(capsys):
     flags = ["--plan", "--dataset", "cifar100", "--method", "beta", "--optimizer", "shb", "--batchsize", "16"]
     assert main(flags) == 0
-    assert "saturates: at epoch 199 its target delta is" in capsys.readouterr().out
+    assert "misses its target: at epoch 199 that is delta" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--method", "beta", "--optimizer", "shb", "--batchsize", "16"], "the momentum cannot fall below 0"),
+        (["--method", "batch", "--optimizer", "shb"], "a part of the optimizer's bound does not fall with the batch"),
+        (["--method", "batch", "--batchsize", "10000"], "no batch exceeds the data set"),
+        (["--method", "hybrid", "--batchsize", "3"], "a batch is a whole number"),
+        (["--method", "batch", "--compat", "original"], "the published code grows the batch an epoch late"),
+    ],
+)
+def test_why_a_schedule_misses_its_target_is_said(flags, why, capsys):
+    assert main(["--plan", "--dataset", "cifar100", *flags]) == 0
+    assert f"({why})" in capsys.readouterr().out
 
 
 def test_the_plan_prints_every_epoch(capsys):

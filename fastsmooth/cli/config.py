@@ -164,9 +164,9 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-# What may differ between the two halves of an interrupted run: nothing that changes a bit of its result.
 # Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it again.
 RESOLVED_ONCE = ("device", "loader", "compile", "kernels", "estimator")
+# What may differ between the two halves of an interrupted run: nothing that changes a bit of its result.
 FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers"}
 
 

@@ -21,7 +21,7 @@ from fastsmooth.sweep.critical import NO_RESULT
 
 # What may differ between runs of one configuration: the seed, and what changes where or how fast a run goes, not where to.
 REPETITION = {"seed", "compile", "deterministic", "hw_decoder_load", "decoder_device_memory", "decoder_host_memory"}
-REPETITION |= NO_RESULT - {"epochs", "decay_epoch", "budget", "max_updates"}
+REPETITION |= NO_RESULT - {"epochs", "decay_epoch", "budget"}
 
 # In names: these whenever they differ, others only where these leave two configurations with one name.
 SPOKEN = (

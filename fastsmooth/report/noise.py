@@ -235,7 +235,7 @@ def summary(g: Group) -> list[tuple[str, tuple[float, float | None] | None]]:
     return [
         ("update", pair(number(at, "step"), None)),
         ("‖m − ∇f‖", pair(number(at, "noise_norm"), number(at, "noise_norm_se"))),
-        ("‖∇f‖", pair(number(at, "full_grad_norm"), None)),
+        ("‖∇f‖", pair(number(at, "full_grad_norm"), number(at, "full_grad_norm_se"))),
         ("c2_sampled", pair(number(at, "c2_sampled"), number(at, "c2_sampled_se"))),
         ("excess kurtosis", of("statistics", "excess_kurtosis")),
         ("KS distance", of("statistics", "ks_distance")),

@@ -15,15 +15,15 @@ from typing import Any
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli.config import FIELDS
 from fastsmooth.cli.flags import ConfigError
-from fastsmooth.messages import DONE, INTERRUPTED, PREEMPTED, SOME_FAILED, end_with, exit_code, note, say, show
+from fastsmooth.messages import DONE, SOME_FAILED, end_with, exit_code, say, show
 from fastsmooth.runfolder.files import clean
-from fastsmooth.runfolder.read import RunError, read_run, read_status
+from fastsmooth.runfolder.read import RunError, read_run
 from fastsmooth.runfolder.write import RunFolderError, lock, refusing
 from fastsmooth.sweep.critical import sample_at_best
 from fastsmooth.sweep.grid import expanded, grid_runs, parser, refuse_seeds
 from fastsmooth.sweep.machines import Stop, do_run, on_ray, on_this_machine, write_slurm
 from fastsmooth.sweep.store import NO_START, NOT_STARTED, Planned, Results, read_sweep, write_sweep
-from fastsmooth.sweep.table import last_line, summarise
+from fastsmooth.sweep.table import name_failed, summarise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,15 +82,15 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     states = results.write(NOT_STARTED if stop.received else NO_START)
     if stop.received:
         say(f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the same command goes on")
-        return INTERRUPTED if stop.received == "SIGINT" else PREEMPTED
+        return stop.code
     summarise(out, runs)
     found = [read_run(out / run.name) for run, state in zip(runs, states, strict=True) if state == "done"]
+    failed = name_failed(out, runs, states)
     if any(run.critical for run in found):
-        sample_at_best(out, found, own, stop)
-    failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
-    for run, state in failed:
-        reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
-        note(f"{state}: {run.name}: {reason}")
+        failed |= sample_at_best(out, found, own, stop)
+    if stop.received:
+        say(f"stopped by {stop.received}: all runs done but those that sample; the same command goes on")
+        return stop.code
     return SOME_FAILED if failed else DONE
 
 

@@ -21,16 +21,16 @@ from fastsmooth.messages import say, warn
 from fastsmooth.runfolder.numbers import LARGEST, SMALLEST, deviation, exact, mean, number
 from fastsmooth.runfolder.read import SavedRun, read_run, read_status
 from fastsmooth.schedule import Smoothing
-from fastsmooth.sweep import critical
 from fastsmooth.sweep.grid import apart, words
 from fastsmooth.sweep.machines import Stop, on_this_machine
-from fastsmooth.sweep.store import NO_START, Planned, Results, write_json
+from fastsmooth.sweep.store import NO_START, NOT_STARTED, Planned, Results, write_json
+from fastsmooth.sweep.table import name_failed
 
 # What does not tell groups apart: the axis, the repetition, what cannot change a result, and constants that only scale delta.
 WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
 NO_RESULT = {
     "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers", "chunk", "loader",
-    "checkpoint_every", "log_every", "track_noise", "estimator", "device", "kernels", "decay_epoch", "epochs", "budget", "max_updates",
+    "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "device", "kernels", "decay_epoch", "epochs", "budget",
 }  # fmt: skip
 FLAT = (
     0.1  # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published as very flat
@@ -245,9 +245,13 @@ def crossing(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(number(value.get(key)) for key in ("step", "samples")))
 
 
-def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: Stop) -> None:
-    """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps was reached."""
-    curves = critical.analyse(found)
+def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: Stop) -> bool:
+    """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps was reached.
+
+    Whether any of the runs that sample failed.
+    """
+    failed = False
+    curves = analyse(found)
     folder = out / "sampled"
     folder.mkdir(exist_ok=True)
     sampled = sampling_runs(curves, found)
@@ -259,7 +263,9 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
         say(f"sampling C2 at b* in {len(runs)} more runs")
         results = Results(folder, runs)
         on_this_machine(folder, runs, own, stop, results)
-        results.write(NO_START)
+        states = results.write(NOT_STARTED if stop.received else NO_START)
+        if not stop.received:
+            failed = name_failed(folder, runs, states)
     entries = []
     for curve in curves:
         entry = curve.to_json() | {"c2_sampled": None, "c2_sampled_se": None}
@@ -268,6 +274,7 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
         entries.append(entry)
         print_curve(curve, entry)
     write_json(out / "critical.json", {"curves": entries})
+    return failed
 
 
 def sampled_point(run: SavedRun) -> dict[str, Any]:
@@ -285,10 +292,10 @@ def sampled_point(run: SavedRun) -> dict[str, Any]:
     return {}
 
 
-def sampling_runs(curves: list[critical.Analysis], found: list[SavedRun]) -> list[tuple[critical.Analysis, Planned]]:
+def sampling_runs(curves: list[Analysis], found: list[SavedRun]) -> list[tuple[Analysis, Planned]]:
     """For every curve the run that samples the noise at b*, where its first seed crossed the smallest eps that has a b*."""
     runs = []
-    lowest: dict[str, critical.Analysis] = {}
+    lowest: dict[str, Analysis] = {}
     for curve in sorted(curves, key=lambda curve: -curve.eps):
         if curve.best is not None:
             lowest[repr(curve.group)] = curve
@@ -296,8 +303,9 @@ def sampling_runs(curves: list[critical.Analysis], found: list[SavedRun]) -> lis
         aim = lowest.get(repr(curve.group))
         if aim is None:
             continue
-        of_group = [r for r in found if critical.sound(r) and critical.settings(r.config) == aim.group]
-        run = next(r for r in of_group if r.critical["batch_size"] == aim.best)
+        of_group = [r for r in found if sound(r) and settings(r.config) == aim.group]
+        of_batch = [r for r in of_group if r.critical["batch_size"] == aim.best]
+        run = min(of_batch, key=lambda r: r.critical["seed"])
         step = next(b.steps[0] for b in aim.batches if b.batch_size == aim.best)
         runs.append((curve, sampling_run(run, step)))
     return runs
@@ -306,14 +314,17 @@ def sampling_runs(curves: list[critical.Analysis], found: list[SavedRun]) -> lis
 def sampling_run(run: SavedRun, step: int) -> Planned:
     """The run again, up to the point from which update `step` was made, where the noise is sampled."""
     left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget", "out", "resume", "max_time"}
+    left_out |= {"track_noise", "estimator"}
     saved = parsing.read_saved(run.path)
+    if saved.bn != "eval" or saved.momentum:  # a direction has no other mode than training then
+        left_out.add("bn")
     given = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved) if f.name not in left_out}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     given |= {"mode": "sampling", "steps": (step - 1,)}
     return Planned(run.path.name, tuple(words(configs.without_idle(given))), {})
 
 
-def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
+def print_curve(curve: Analysis, entry: dict[str, Any]) -> None:
     about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {exact(curve.eps)}"
     without = f"; left out, since censored at the first update that counts: b {', '.join(map(str, curve.censored))}"
     without *= bool(curve.censored)
@@ -324,7 +335,7 @@ def print_curve(curve: critical.Analysis, entry: dict[str, Any]) -> None:
     edge = "; the floor reaches the edge of what was tried, so b* may lie outside" if curve.at_edge else ""
     sampled = entry["c2_sampled"]
     say(
-        f"{about}: b* {curve.best} (N within {critical.FLAT:.0%} from {low} to {high}{edge}{without}), "
+        f"{about}: b* {curve.best} (N within {FLAT:.0%} from {low} to {high}{edge}{without}), "
         f"c2_critical {curve.c2_critical:.4g} ({curve.c2_range[0]:.4g} to {curve.c2_range[1]:.4g})"
         + (f", k2 {curve.k2:.4g}" if curve.k2 is not None else "")
         + (f", c2_sampled {sampled:.4g} +- {entry['c2_sampled_se']:.2g}" if sampled is not None else "")

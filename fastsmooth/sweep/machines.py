@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsmooth.cli.flags import ConfigError
-from fastsmooth.messages import DONE, PREEMPTED, on_stop, say
+from fastsmooth.messages import DONE, INTERRUPTED, PREEMPTED, on_stop, say
 from fastsmooth.processors import processors
 from fastsmooth.runfolder.files import replace
 from fastsmooth.runfolder.read import read_status
@@ -73,6 +73,11 @@ class Stop:
 
     def __init__(self):
         self.received: str | None = None
+
+    @property
+    def code(self) -> int:
+        """The exit code of a sweep that was stopped."""
+        return INTERRUPTED if self.received == "SIGINT" else PREEMPTED
 
     def __enter__(self) -> Stop:
         self._before = on_stop(self._note)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastsmooth.cli import config as configs
 from fastsmooth.cli.config import flag
-from fastsmooth.messages import Harmless, on_terminal, printable, say
+from fastsmooth.messages import Harmless, note, on_terminal, printable, say
 from fastsmooth.runfolder.files import size_of
 from fastsmooth.runfolder.numbers import deviation as deviation_of
 from fastsmooth.runfolder.numbers import mean, number
@@ -92,6 +92,15 @@ def last_epoch(folder: Path) -> dict[str, Any]:
             except (ValueError, RecursionError):
                 continue
     return {}
+
+
+def name_failed(out: Path, runs: list[Planned], states: list[str]) -> bool:
+    """Say which runs are not done, and why; whether there are any."""
+    failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
+    for run, state in failed:
+        reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
+        note(f"{state}: {run.name}: {reason}")
+    return bool(failed)
 
 
 def last_line(path: Path) -> str:

@@ -353,8 +353,8 @@ def introduce(c: Config, live, parameters: int, decided: str) -> None:
         say(decided)
     say(f"{live.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
     if ranks.world > 1:
-        normed = "over all of them" if c.sync_bn else "for each by itself"
-        say(f"{ranks.world} processes share every batch; BatchNorm's statistics are {normed}")
+        normed = f"; BatchNorm's statistics are {'over all of them' if c.sync_bn else 'for each by itself'}"
+        say(f"{ranks.world} processes share every batch{normed * live.step.normalises_batches}")
     if c.micro_batch and live.step.normalises_batches:
         say(
             f"--micro-batch {c.micro_batch}: BatchNorm sees {c.micro_batch} samples at a time, so this is another gradient"

@@ -15,7 +15,7 @@ from fastsmooth import __version__
 from fastsmooth.cli.config import RESOLVED_ONCE, Config, flag
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import warn
-from fastsmooth.processors import processors
+from fastsmooth.processors import THREADS, processors
 from fastsmooth.runfolder.machine import processor
 from fastsmooth.schedule import Schedule
 
@@ -96,10 +96,12 @@ def facts(device, processes: int) -> dict[str, Any]:
 
 
 def take_over_threads(before: dict[str, Any]) -> None:
-    """As many threads of PyTorch as before, where this process has processors for them."""
+    """As many threads of PyTorch as before, where the user says no number and this process has processors for them."""
     import torch
 
     count = before.get("threads")
+    if any(os.environ.get(name) for name in THREADS):
+        return
     if isinstance(count, int) and count != torch.get_num_threads() and 0 < count <= processors():
         torch.set_num_threads(count)
 

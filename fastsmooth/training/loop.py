@@ -354,7 +354,7 @@ class Run:
         try:
             with gradients.unmoved(self.model, self.step.optimizer), gradients.undisturbed(self.model, "train"):
                 if history:
-                    torch.manual_seed((self.config.seed + history * 0x9E3779B97F4A7C15 + self.update) % 2**63)
+                    torch.manual_seed(history_seed(self.config.seed, self.update, history, self.ranks))
                 self._follow(stream, updates)
                 self.update += updates
                 self.epoch = self.schedule.epoch_of(self.update, len(self.data.train), self.config.drop_last)
@@ -463,3 +463,8 @@ class Run:
             "compiled_graphs": self.step.compiled_graphs,
             "bad_images": len(set().union(*self.ranks.gather(sorted(self.data.bad.reasons)))),
         }
+
+
+def history_seed(seed: int, update: int, history: int, ranks: Ranks) -> int:
+    """That of a history's dropout: another one for each history of each process."""
+    return (seed + update + (history * ranks.world + ranks.rank) * 0x9E3779B97F4A7C15) % 2**63

@@ -58,17 +58,17 @@ def full_gradient_norm(run: Run, point: Point) -> Tensor:
 
 def report_crossings(run: Run, per_epoch: int, every: int) -> None:
     c, n, batch = run.config, len(run.data.train), run.schedule.start.batch_size
-    # the first update that may count; a mean that is at most eps there may have been so at any update before
+    # the first update that may count; a mean that is at most eps there may have been so at any update before, if there is one
     earliest = -(-(run.record.ignore + 1) // every) * every
     crossings: dict[str, Any] = {}
     for eps, step in zip(c.eps, run.record.crossings(), strict=True):
         epochs, rest = divmod(step, per_epoch)
         served = n - n % batch if c.drop_last else n
         samples = epochs * served + rest * batch
-        entry = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples, "censored": step == earliest}
+        entry = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples, "censored": step == earliest > 1}
         crossings[exact(eps)] = entry if step else None
         found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
-        if step == earliest:
+        if step == earliest > 1:
             found += ", the first that counts, so no crossing: it may have been there before (--min-epochs, --eps)"
         run.progress.say(f"eps {exact(eps)}: {found}")
     about = {
@@ -89,11 +89,13 @@ def measured_function(run: Run, chunk: int) -> str:
     """In words: the function of the parameters whose full gradient is taken."""
     c = run.config
     images = f"augmented as in the epoch ({c.augment})" if c.measure_augment else "not augmented"
-    how = (
-        f"training mode: BatchNorm with the statistics of {chunk} samples at a time"
-        if c.bn == "train"
-        else "evaluation mode: BatchNorm with running statistics"
-    )
+    how, statistics = "evaluation mode", "running statistics"
+    if c.bn == "train":
+        share = chunk if run.step.joined else -(-chunk // run.ranks.world)
+        how = "training mode"
+        statistics = f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one order of the images"
+    if run.step.normalises_batches:
+        how += f": BatchNorm with {statistics}"
     return f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the model in {how}"
 
 
@@ -108,7 +110,7 @@ def sampling(run: Run) -> None:
     reach, last = memory(c.momentum), max(c.steps)
     if reach:
         run.progress.say(
-            f"each of {c.draws} directions is that of a history of its own: {reach} updates replayed, then a pass over the "
+            f"each of {c.draws} directions is that of a history of its own: up to {reach} updates replayed, then a pass over the "
             "training images, at each of --steps"
         )
     for x, y, point in run.updates():
@@ -187,6 +189,7 @@ def measure_noise(run: Run, step: int, replayed: int) -> None:
     tails = statistics.summary()
     seconds = round(time.perf_counter() - started, 3)
     run.noise_points.append(at_step | values | norms | {"statistics": tails, "seconds": seconds})
+    run.progress.restart_clock(run.samples)  # what is told of the speed is that of training
 
 
 def report_noise(run: Run, point: Point) -> None:

@@ -161,11 +161,21 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
     missed = schedule.largest_miss()
     if missed and not (c.assumed and configs.uses_k2(c)):
         epoch, target, reached = missed
-        why = "the momentum cannot fall below 0" if c.method in SOLVED else "the optimizer or the data set sets a floor"
         found.append(
-            f"--method {c.method} saturates: at epoch {epoch} its target delta is {target:.4g}, reached {reached:.4g} ({why})"
+            f"--method {c.method} misses its target: at epoch {epoch} that is delta {target:.4g}, reached {reached:.4g} "
+            f"({why_missed(c, schedule, epoch)})"
         )
     return found
+
+
+def why_missed(c: Config, schedule: Schedule, epoch: int) -> str:
+    if c.method in SOLVED:
+        return "the momentum cannot fall below 0"
+    if schedule.batch_size(epoch) == schedule.largest_batch:
+        return "no batch exceeds the data set"
+    if configs.uses_k2(c):
+        return "a part of the optimizer's bound does not fall with the batch"
+    return "the published code grows the batch an epoch late" if schedule.shifted else "a batch is a whole number"
 
 
 def check_steps(c: Config, schedule: Schedule, n: int) -> None:

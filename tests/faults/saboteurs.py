@@ -357,17 +357,29 @@ def elsewhere(what: str, stop: int | None) -> None:
 
     from fastsmooth import data
     from fastsmooth.kernels import native
+    from fastsmooth.processors import THREADS
     from fastsmooth.training import device
 
     facts = device.facts
+
+    def processors(count: int, threads: int | None = None) -> None:
+        """So many, of which the user names `threads`, or leaves their number to PyTorch."""
+        device.processors = lambda: count
+        for name in THREADS:
+            os.environ.pop(name, None)
+        if threads is not None:
+            os.environ[THREADS[0]] = str(threads)
+            torch.set_num_threads(threads)
+
     {
         "more threads": lambda: torch.set_num_threads(3),
         "no compiler": lambda: setattr(native, "library", lambda: None),
         "little memory": lambda: setattr(data, "fits", lambda *_: (False, "little memory")),
         "no DALI": lambda: setattr(data.dali, "available", lambda: False),
         "DALI": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"loader": "dali"}),
-        "many processors": lambda: setattr(device, "processors", lambda: 64),
-        "one processor": lambda: setattr(device, "processors", lambda: 1),
+        "many processors": lambda: processors(64),
+        "many processors, of which the user names one": lambda: processors(64, threads=1),
+        "one processor": lambda: processors(1),
         "another torch": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"torch": "1.0"}),
         "a GPU": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"device": "cuda", "gpu": "G1"}),
         "the same": lambda: None,

@@ -261,6 +261,13 @@ def test_what_auto_chose_is_kept_on_another_machine(name, tmp_path, cases):
 
 OTHERWISE = {  # the machines, flags on resume, exit code, and words of the one line on stderr
     "fewer processors": ("more threads", "one processor", [], 0, ["threads 1 instead of 3", "bits may differ"]),
+    "as many threads as the user says": (
+        "more threads",
+        "many processors, of which the user names one",
+        [],
+        0,
+        ["threads 1 instead of 3", "bits may differ"],
+    ),
     "another PyTorch": ("another torch", "the same", [], 0, ["torch ", "instead of 1.0", "bits may differ"]),
     "no compiler": (
         "the same",
