@@ -134,7 +134,11 @@ def critical_batch_exists(runs: list[SavedRun]) -> Found:
 def convex(curve: critical.Analysis) -> str:
     """The second differences of the mean N over equal steps of log b, which a batch without an N between others breaks."""
     reached = [b for b in curve.batches if b.sfo_mean is not None]
-    whole = [b for b in curve.batches if b.batch_size in range(reached[0].batch_size, reached[-1].batch_size + 1)] if reached else []
+    whole = (
+        [b for b in curve.batches if b.batch_size in range(reached[0].batch_size, reached[-1].batch_size + 1)]
+        if reached
+        else []
+    )
     if len(reached) < max(4, len(whole)) or any(b.n < 2 for b in reached):
         return UNDECIDED
     n, e = [b.sfo_mean for b in reached], [b.sfo_sd / math.sqrt(b.n) for b in reached]

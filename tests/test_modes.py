@@ -361,7 +361,9 @@ def test_a_mean_that_is_below_eps_when_counting_begins_is_censored(how, first, t
 
 
 def test_a_crossing_at_the_very_first_update_is_none_that_was_there_before(tmp_path):
-    found = run(tmp_path, "--mode", "critical", "--epochs", "1", "--min-epochs", "0", "--log-every", "5", "--eps", "1e9")
+    found = run(
+        tmp_path, "--mode", "critical", "--epochs", "1", "--min-epochs", "0", "--log-every", "5", "--eps", "1e9"
+    )
     (found,) = json.loads((found / "critical.json").read_text())["crossings"].values()
     assert (found["step"], found["censored"]) == (1, False)
 
@@ -584,8 +586,12 @@ def test_the_function_is_named_by_what_batchnorm_sees(tmp_path):
     flags = ["--mode", "sampling", "--steps", "0", "--draws", "2"]
     ways = {"whole": [], "parts": ["--micro-batch", "8"], "none": ["--norm", "group"]}
     said = {how: points_of(run(tmp_path, *flags, *more, name=how))[0]["function"] for how, more in ways.items()}
-    assert said["whole"].endswith("training mode: BatchNorm with the statistics of 32 samples at a time, in one order of the images")
-    assert said["parts"].endswith("training mode: BatchNorm with the statistics of 8 samples at a time, in one order of the images")
+    assert said["whole"].endswith(
+        "training mode: BatchNorm with the statistics of 32 samples at a time, in one order of the images"
+    )
+    assert said["parts"].endswith(
+        "training mode: BatchNorm with the statistics of 8 samples at a time, in one order of the images"
+    )
     assert said["none"].endswith("the model in training mode")
 
 

@@ -107,7 +107,9 @@ def steps_curve(a: Analysis, color: str) -> list[Curve]:
     bars = tuple((float(b.batch_size), float(min(b.reached)), float(max(b.reached))) for b in full if b.n > 1)
     marks = [Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} updates") for point in line]
     alone = [
-        Mark(float(b.batch_size), float(t), "ring", "one seed: others are censored or not there") for b in partly(a) for t in b.reached
+        Mark(float(b.batch_size), float(t), "ring", "one seed: others are censored or not there")
+        for b in partly(a)
+        for t in b.reached
     ]
     marks += [*alone, *bounds(a, lambda b, t: float(t))]
     return [Curve(color, line, bars=bars, marks=tuple(marks), label=f"ε {exact(a.eps)}", width=1.5)]
