@@ -93,7 +93,9 @@ def measured_function(run: Run, chunk: int) -> str:
     if c.bn == "train":
         share = chunk if run.step.joined else -(-chunk // run.ranks.world)
         how = "training mode"
-        statistics = f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one order of the images"
+        statistics = (
+            f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one order of the images"
+        )
     if run.step.normalises_batches:
         how += f": BatchNorm with {statistics}"
     return f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the model in {how}"
