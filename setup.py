@@ -9,7 +9,8 @@ TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "rich>=13", "scipy>=1.11
 setup(
     name="fastsmooth",
     version="0.1.0",
-    description="Train image classifiers under noise schedules and measure how far SGD noise smooths the loss",
+    description="Train image classifiers under noise schedules and measure how far SGD noise "
+    "smooths the loss",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",

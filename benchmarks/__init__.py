@@ -1,1 +1,2 @@
-"""A regular package, since Opacus installs one of the same name, which would hide a folder without this file."""
+"""A regular package, since Opacus installs one of the same name, which would hide a folder without
+this file."""

@@ -1,23 +1,30 @@
-"""The kernels beside PyTorch's own ways to the same result: python -m benchmarks.bench_kernels [--quick] [--device cuda]
+"""The kernels beside PyTorch's own ways to the same result: python -m benchmarks.bench_kernels
+[--quick] [--device cuda]
 
-Case update/<model>/<form> is one optimizer step over the network's tensors with random gradients, in float32. Variants:
+Case update/<model>/<form> is one optimizer step over the network's tensors with random gradients,
+in float32. Variants:
 
-    ours             kernels/update.py, which also returns the squared norms of gradient and direction
-    loop             the published code's loop: buf.mul_(beta).add_(g), p.add_(buf, alpha=-lr), tensor by tensor
+    ours             kernels/update.py, which also returns the squared norms of gradient and
+                     direction
+    loop             the published code's loop: buf.mul_(beta).add_(g), p.add_(buf, alpha=-lr),
+                     tensor by tensor
     foreach, fused   torch.optim.SGD(foreach=True) and (fused=True), which know sgd and shb alone
-    compiled         torch.compile of the update's arithmetic with lr, beta and nu as 0-d tensors, without the norms
+    compiled         torch.compile of the update's arithmetic with lr, beta and nu as 0-d tensors,
+                     without the norms
     compiled_norms   the same with both norms: what ours computes
 
-Case persample_noise/B<rows> is one shb step along the mean of B rows, with the noise of each row. Variants:
+Case persample_noise/B<rows> is one shb step along the mean of B rows, with the noise of each row.
+Variants:
 
     ours             kernels/persample_noise.py
     eager            persample_noise_ref: mean in two parts, sums in float64
     eager_float32    the shortest formulation in plain PyTorch, all of it in float32
     compiled         torch.compile of that
 
-Beside them runs a yardstick: a copy of memory much larger than any cache, and a change of it in place, both counted as read
-plus write. The kernels change parameters in place. On a CPU a copy is no ceiling for that: it also reads the lines that it
-overwrites, uncounted, where a change in place does not.
+Beside them runs a yardstick: a copy of memory much larger than any cache, and a change of it in
+place, both counted as read plus write. The kernels change parameters in place. On a CPU a copy is
+no ceiling for that: it also reads the lines that it overwrites, uncounted, where a change in place
+does not.
 
 On a GPU a step ends with torch.cuda.synchronize(), so that the time to launch it is in it.
 """
@@ -88,7 +95,11 @@ class UpdateCase:
         return "foreach" if self.form in ("sgd", "shb") else "loop"
 
     def variants(self, device: str) -> list[Variant]:
-        names = [name for name in UPDATES if self.ratio_to == "foreach" or name not in ("foreach", "fused")]
+        names = [
+            name
+            for name in UPDATES
+            if self.ratio_to == "foreach" or name not in ("foreach", "fused")
+        ]
         return [Variant(name, UpdateStep, (self, name, device)) for name in names]
 
 
@@ -115,17 +126,20 @@ class NoiseCase:
         return 4 * self.rows + 16
 
     def variants(self, device: str) -> list[Variant]:
-        steps = {"eager": 1, "eager_float32": 1} if device == "cpu" else {}  # seconds each for many rows
+        # seconds each for many rows
+        steps = {"eager": 1, "eager_float32": 1} if device == "cpu" else {}
         return [Variant(name, NoiseStep, (self, name, device), steps.get(name)) for name in NOISES]
 
 
-RESNET18 = 11_220_144  # its parameters, padded to whole multiples of 16 as rows of a buffer would be
+# its parameters, padded to whole multiples of 16 as rows of a buffer would be
+RESNET18 = 11_220_144
 CASES = (
     *(UpdateCase("resnet18", form) for form in FORMS),
     NoiseCase(2, RESNET18, steps=8),
     NoiseCase(8, RESNET18, steps=4),
     NoiseCase(32, RESNET18, steps=4),
-    NoiseCase(128, RESNET18 // 64 * 16, steps=4),  # a quarter of the columns: 1.4 GB of rows, as with 32
+    # a quarter of the columns: 1.4 GB of rows, as with 32
+    NoiseCase(128, RESNET18 // 64 * 16, steps=4),
 )
 QUICK = (
     UpdateCase("resnet8", "shb", steps=2, rounds=2, budget=0.0, yardstick_bytes=1 << 20),
@@ -136,23 +150,36 @@ QUICK = (
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     p = timing.arguments("The kernels beside PyTorch's own ways to the same result.")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda where there is one",
+    )
     timing.add_selection(p, (case.name for case in CASES), (*UPDATES, *NOISES))
     args = p.parse_args(argv)
     cases = timing.selected(p, args, CASES, QUICK)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: this machine has no GPU that PyTorch can use: leave it out")
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = (
+        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     report = timing.Report("bench_kernels", argv, args.json, args.out)
     report.header["about"]["device"] = device
     names = set(args.variants)
-    return timing.run_cases(report, args.quick, TESTS, cases, lambda case: bench(case, device, names, report))
+    return timing.run_cases(
+        report, args.quick, TESTS, cases, lambda case: bench(case, device, names, report)
+    )
 
 
-def bench(case: UpdateCase | NoiseCase, device: str, names: set[str], report: timing.Report) -> None:
+def bench(
+    case: UpdateCase | NoiseCase, device: str, names: set[str], report: timing.Report
+) -> None:
     variants = [v for v in case.variants(device) if v.name in names | {case.ratio_to}]
     variants.append(Variant("yardstick", Yardstick, (case.yardstick_bytes, device)))
-    steps, budget = (case.steps, case.budget) if device == "cpu" else (case.steps * GPU_STEPS, GPU_BUDGET)
+    steps, budget = (
+        (case.steps, case.budget) if device == "cpu" else (case.steps * GPU_STEPS, GPU_BUDGET)
+    )
     found = timing.measure(variants, steps, case.rounds, budget=budget, say=report.say)
     timing.require_measured(case.name, found, {case.ratio_to, "yardstick"})
     yardstick = found.pop("yardstick")
@@ -160,16 +187,21 @@ def bench(case: UpdateCase | NoiseCase, device: str, names: set[str], report: ti
     for row in result:
         row |= distribution(found[row["variant"]], case.parameters * case.bytes_a_parameter)
     about = explain(case, found, yardstick)
-    for line in [f"{case.name} on {device}", *timing.table(result, "params", found), *describe(about, result)]:
+    for line in [
+        f"{case.name} on {device}",
+        *timing.table(result, "params", found),
+        *describe(about, result),
+    ]:
         report.say(line)
     report.add(case.name, result, about)
 
 
-# The variants of update: each is made in a process of its own --------------------------------------------------------
+# The variants of update: each is made in a process of its own
 
 
 class Timed:
-    """`run` on a device, waited for. One call is one step; `found` is what the last one returned."""
+    """`run` on a device, waited for. One call is one step; `found` is what the last one
+    returned."""
 
     run: Callable[[], Any]
 
@@ -180,7 +212,8 @@ class Timed:
         self.scratch: tempfile.TemporaryDirectory | None = None
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """torch.compile from an empty cache, so that the first step compiles and says what that costs."""
+        """torch.compile from an empty cache, so that the first step compiles and says what that
+        costs."""
         self.scratch = tempfile.TemporaryDirectory()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.scratch.name
         return torch.compile(function, fullgraph=True)
@@ -218,7 +251,9 @@ class UpdateStep(Timed):
 
     def _random(self, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(shape, generator=generator).to(self.device) for shape in self.case.shapes]
+        return [
+            torch.randn(shape, generator=generator).to(self.device) for shape in self.case.shapes
+        ]
 
     def check(self) -> None:
         for p, start, g in zip(self.params, self._random(seed=0), self.grads, strict=True):
@@ -254,11 +289,19 @@ def update_loop(s: UpdateStep) -> Callable[[], Any]:
 def update_optimizer(s: UpdateStep, **implementation: bool) -> Callable[[], Any]:
     for p, g in zip(s.params, s.grads, strict=True):
         p.grad = g
-    return torch.optim.SGD(s.params, lr=LR, momentum=BETA if s.buffers else 0.0, **implementation).step
+    return torch.optim.SGD(
+        s.params, lr=LR, momentum=BETA if s.buffers else 0.0, **implementation
+    ).step
 
 
 def descend(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: Tensor, beta: Tensor, nu: Tensor, form: str
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    lr: Tensor,
+    beta: Tensor,
+    nu: Tensor,
+    form: str,
 ) -> list[Tensor]:
     """The update's arithmetic in plain PyTorch, without weight decay; returns the directions."""
     directions = []
@@ -283,7 +326,9 @@ def descend_with_norms(params: list[Tensor], grads: list[Tensor], *given: Any) -
     return torch.stack([sum(t.square().sum() for t in ts) for ts in (grads, directions)])
 
 
-def update_compiled(s: UpdateStep, function: Callable[..., Any] = descend_alone) -> Callable[[], Any]:
+def update_compiled(
+    s: UpdateStep, function: Callable[..., Any] = descend_alone
+) -> Callable[[], Any]:
     rule, compiled = scalars(s.device, LR, BETA, NU), s.compile(function)
     return lambda: compiled(s.params, s.grads, s.buffers, *rule, s.case.form)
 
@@ -298,7 +343,7 @@ UPDATES: dict[str, Callable[[UpdateStep], Callable[[], Any]]] = {
 }
 
 
-# The variants of persample_noise -------------------------------------------------------------------------------------
+# The variants of persample_noise
 
 
 class NoiseStep(Timed):
@@ -314,20 +359,28 @@ class NoiseStep(Timed):
         self.sums: Tensor | None = None
 
     def _start(self) -> Tensor:
-        return torch.randn(self.case.parameters, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return torch.randn(self.case.parameters, generator=torch.Generator().manual_seed(0)).to(
+            self.device
+        )
 
     def check(self) -> None:
         if self.sums is None:
             self.sums = exact_sums(self.G)
         noise, squares = self.sums
         width, mean_square = BLOCK // len(self.G), 0.0
-        for G, p, start in zip(*(t.split(width, dim=-1) for t in (self.G, self.p, self._start())), strict=True):
+        for G, p, start in zip(
+            *(t.split(width, dim=-1) for t in (self.G, self.p, self._start())), strict=True
+        ):
             mean, size = (t.mean(dim=0, dtype=torch.float64) for t in (G, G.abs()))
             require_moved(p, start, mean, self.case.form, self.steps, size, len(G))
             mean_square = mean_square + mean.square().sum()
         _, direction = travelled(self.case.form, self.steps)
-        sums = mean_square * torch.tensor([1.0, direction**2, direction], dtype=torch.float64, device=self.device)
-        for name, found, exact in zip(("noise", "squares", "sums"), self.found, (noise, squares, sums), strict=True):
+        sums = mean_square * torch.tensor(
+            [1.0, direction**2, direction], dtype=torch.float64, device=self.device
+        )
+        for name, found, exact in zip(
+            ("noise", "squares", "sums"), self.found, (noise, squares, sums), strict=True
+        ):
             require_close(name, found, exact)
 
 
@@ -350,8 +403,11 @@ def noise_eager(s: NoiseStep) -> Callable[[], Any]:
     return lambda: persample_noise_ref(s.G, s.p, s.m, *rule)
 
 
-def noise_float32(G: Tensor, p: Tensor, m: Tensor, lr: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(noise, squares, sums) of persample_noise, and its shb step, in as few words as PyTorch needs."""
+def noise_float32(
+    G: Tensor, p: Tensor, m: Tensor, lr: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(noise, squares, sums) of persample_noise, and its shb step, in as few words as PyTorch
+    needs."""
     mean = G.mean(dim=0)
     noise = (G - mean).square().sum(dim=1)
     m.mul_(beta).add_(mean)
@@ -373,12 +429,13 @@ NOISES: dict[str, Callable[[NoiseStep], Callable[[], Any]]] = {
 }
 
 
-# Whether a variant computes what it should ---------------------------------------------------------------------------
+# Whether a variant computes what it should
 
 
 @functools.cache
 def travelled(form: str, steps: int) -> tuple[float, float]:
-    """(sum of the directions, the last direction) of `steps` steps from zero momentum, where the gradient is always 1."""
+    """(sum of the directions, the last direction) of `steps` steps from zero momentum, where the
+    gradient is always 1."""
     m = direction = total = 0.0
     for _ in range(steps):
         m = BETA * m + (1.0 if form == "shb" else 1 - BETA)
@@ -388,29 +445,41 @@ def travelled(form: str, steps: int) -> tuple[float, float]:
 
 
 def require_moved(
-    p: Tensor, start: Tensor, g: Tensor, form: str, steps: int, size: Tensor | None = None, terms: int = 1
+    p: Tensor,
+    start: Tensor,
+    g: Tensor,
+    form: str,
+    steps: int,
+    size: Tensor | None = None,
+    terms: int = 1,
 ) -> None:
-    """Raises FloatingPointError unless p is `steps` steps along g away from `start`, but for float32's rounding.
+    """Raises FloatingPointError unless p is `steps` steps along g away from `start`, but for
+    float32's rounding.
 
-    g is float64. Where the variant has it from a sum of `terms`, `size` is the same sum of their magnitudes.
+    g is float64. Where the variant has it from a sum of `terms`, `size` is the same sum of their
+    magnitudes.
     """
     far, size = LR * travelled(form, steps)[0], g.abs() if size is None else size
     error = (p.double() - (start.double() - far * g)).abs()
-    # every step rounds p, and every term the sum; lr and the direction, a sum of 1 / (1 - beta) terms, are in the 32
+    # every step rounds p, and every term the sum; lr and the direction, a sum of 1 / (1 - beta)
+    # terms, are in the 32
     roundings = steps + terms + 32
     bound = roundings * torch.finfo(torch.float32).eps * (start.double().abs() + far * size)
     if not (error <= bound).all():
-        raise FloatingPointError(f"parameters after {steps} steps of {form} are {error.max().item():.3g} off")
+        raise FloatingPointError(
+            f"parameters after {steps} steps of {form} are {error.max().item():.3g} off"
+        )
 
 
 def require_close(name: str, found: Tensor, exact: Tensor) -> None:
-    """Raises FloatingPointError for a relative error above 1e-5: sums of millions of terms, in float32 where not ours."""
+    """Raises FloatingPointError for a relative error above 1e-5: sums of millions of terms, in
+    float32 where not ours."""
     error = ((found.double() - exact).abs() / exact.abs()).max().item()
     if not error <= 1e-5:
         raise FloatingPointError(f"{name}: a relative error of {error:.3g}")
 
 
-# The yardstick, and what the rows say beside it ----------------------------------------------------------------------
+# The yardstick, and what the rows say beside it
 
 
 class Yardstick:
@@ -437,17 +506,30 @@ def distribution(measured: Measured, size: int) -> dict[str, float]:
     return found | {"gb_s": rounded(size / measured.seconds() / 1e9)}
 
 
-def explain(case: UpdateCase | NoiseCase, found: dict[str, Measured], yardstick: Measured) -> dict[str, Any]:
-    """The least bytes that a step moves, and how near to the machine's bandwidth each variant comes with them."""
+def explain(
+    case: UpdateCase | NoiseCase, found: dict[str, Measured], yardstick: Measured
+) -> dict[str, Any]:
+    """The least bytes that a step moves, and how near to the machine's bandwidth each variant comes
+    with them."""
     size = case.parameters * case.bytes_a_parameter
-    about: dict[str, Any] = {"parameters": case.parameters, "bytes_a_parameter": case.bytes_a_parameter, "bytes": size}
-    bandwidth = {part: 2 * case.yardstick_bytes / yardstick.lap(part) / 1e9 for part in ("copy", "in_place")}
+    about: dict[str, Any] = {
+        "parameters": case.parameters,
+        "bytes_a_parameter": case.bytes_a_parameter,
+        "bytes": size,
+    }
+    bandwidth = {
+        part: 2 * case.yardstick_bytes / yardstick.lap(part) / 1e9 for part in ("copy", "in_place")
+    }
     about |= {f"{part}_gb_s": rounded(value) for part, value in bandwidth.items()}
-    about["yardstick_quiet"] = f"{len(yardstick.quiet)} of {len(yardstick.windows)}" if yardstick.knows_load() else None
+    about["yardstick_quiet"] = (
+        f"{len(yardstick.quiet)} of {len(yardstick.windows)}" if yardstick.knows_load() else None
+    )
     about["variants"] = {}
     for name, m in found.items():
         rate, peak = size / m.seconds() / 1e9, m.peak_bytes()
-        about["variants"][name] = {f"of_{part}": rounded(rate / value) for part, value in bandwidth.items()}
+        about["variants"][name] = {
+            f"of_{part}": rounded(rate / value) for part, value in bandwidth.items()
+        }
         about["variants"][name]["peak_mb"] = None if peak is None else round(peak / 1e6)
         about["variants"][name]["first_step_s"] = rounded(m.first_step)
     return about
@@ -456,13 +538,21 @@ def explain(case: UpdateCase | NoiseCase, found: dict[str, Measured], yardstick:
 def describe(about: dict[str, Any], result: list[dict[str, Any]]) -> list[str]:
     quiet = f" (quiet windows: {about['yardstick_quiet']})" if about["yardstick_quiet"] else ""
     lines = [
-        f"  bytes: {about['bytes_a_parameter']} a parameter, {about['bytes'] / 1e6:,.1f} MB a step at least; read and "
-        f"write bandwidth of this machine: copy {about['copy_gb_s']:g} GB/s, in place {about['in_place_gb_s']:g} GB/s{quiet}"
+        f"  bytes: {about['bytes_a_parameter']} a parameter, {about['bytes'] / 1e6:,.1f} MB a step "
+        "at least; read and "
+        f"write bandwidth of this machine: copy {about['copy_gb_s']:g} GB/s, in place "
+        f"{about['in_place_gb_s']:g} GB/s{quiet}"
     ]
     for row in result:
-        b, (p20, p50, p80) = about["variants"][row["variant"]], (row[f"p{q}_s"] * 1e3 for q in (20, 50, 80))
+        b, (p20, p50, p80) = (
+            about["variants"][row["variant"]],
+            (row[f"p{q}_s"] * 1e3 for q in (20, 50, 80)),
+        )
         line = f"  {row['variant']}: {row['gb_s']:.4g} GB/s, {b['of_copy']:.0%} of copy bandwidth"
-        line += f" ({b['of_in_place']:.0%} of in-place); p20 {p20:.4g}, p50 {p50:.4g}, p80 {p80:.4g} ms; first step {b['first_step_s']:.3g} s"
+        line += (
+            f" ({b['of_in_place']:.0%} of in-place); p20 {p20:.4g}, p50 {p50:.4g}, p80 {p80:.4g} "
+            f"ms; first step {b['first_step_s']:.3g} s"
+        )
         if b["peak_mb"] is not None:
             line += f"; peak {b['peak_mb']:,} MB"
         lines.append(line)

@@ -1,23 +1,29 @@
-"""Images a second that our loaders serve, beside the published DataLoader: python -m benchmarks.bench_loader [--quick]
+"""Images a second that our loaders serve, beside the published DataLoader: python -m
+benchmarks.bench_loader [--quick]
 
-Every variant gives what a trainer gets, float32 normalised images and labels on the CPU, and nothing is done with them.
+Every variant gives what a trainer gets, float32 normalised images and labels on the CPU, and
+nothing is done with them.
 
-    originals   torchvision's per-sample PIL transforms in the two worker processes of a DataLoader. The workers are
-                kept from epoch to epoch, as the published code does not, so that their start is no part of these cases
+    originals   torchvision's per-sample PIL transforms in the two worker processes of a DataLoader.
+                The workers are kept from epoch to epoch, as the published code does not, so that
+                their start is no part of these cases
     resident    ours, all images in memory (CIFAR alone)
     dali        ours, NVIDIA DALI; left out where it is not installed
     threads     ours, torchvision's decoders in two threads
-    torch       ours, our transforms in two worker processes: the reference that the tests compare the others with
+    torch       ours, our transforms in two worker processes: the reference that the tests compare
+                the others with
 
-Case cifar/b<batch> crops, flips and rotates 32x32 images, imagenet/b<batch> decodes JPEG files and cuts random crops of
-224x224 out of them. A window begins when nothing is left of what was made ahead of time while others ran, and goes on
-over the ends of epochs. Beside images a second: CPU seconds of the process and its workers, and the peak memory of the
-process without its workers, which favours the originals and torch.
+Case cifar/b<batch> crops, flips and rotates 32x32 images, imagenet/b<batch> decodes JPEG files and
+cuts random crops of 224x224 out of them. A window begins when nothing is left of what was made
+ahead of time while others ran, and goes on over the ends of epochs. Beside images a second: CPU
+seconds of the process and its workers, and the peak memory of the process without its workers,
+which favours the originals and torch.
 
-Case resize/<set> changes the batch size in the middle of an epoch, and looks at the first batch after that: it must
-have the new size, and median_s is its time, extra_s what it takes beyond the next batches of that size. Before each of
-these the benchmark waits until the loader has nothing left to do, as it has while a trainer computes. The originals
-change the size as the published code does, with a new DataLoader.
+Case resize/<set> changes the batch size in the middle of an epoch, and looks at the first batch
+after that: it must have the new size, and median_s is its time, extra_s what it takes beyond the
+next batches of that size. Before each of these the benchmark waits until the loader has nothing
+left to do, as it has while a trainer computes. The originals change the size as the published code
+does, with a new DataLoader.
 """
 
 from __future__ import annotations
@@ -58,15 +64,23 @@ from fastsmooth.training.step import keep_freed_memory
 WORKERS = 2  # of every variant: processes or threads
 EPOCHS = 1_000_000  # of a stream: more than any window reaches
 CIFAR_IMAGES, TEST_IMAGES = 50_000, 1_000
-FILES, PIXELS, QUALITY = 128, (500, 375), 90  # of the JPEG files made: how many, width and height, how good
-LISTED = 2048  # JPEG files in an epoch at the least: the same ones are listed as often as that takes
+# of the JPEG files made: how many, width and height, how good
+FILES, PIXELS, QUALITY = 128, (500, 375), 90
+# JPEG files in an epoch at the least: the same ones are listed as often as that takes
+LISTED = 2048
 VARIANTS = {
     "cifar": ("originals", "resident", "dali", "threads", "torch"),
     "imagenet": ("originals", "dali", "threads", "torch"),
 }
 SIZES = {"cifar": 32, "imagenet": 224}
-# Steps of a window where not those of its case: whole epochs of the fast, and of torch, whose chunks come in pairs
-STEPS = {("cifar", "resident"): 25, ("cifar", "threads"): 10, ("cifar", "dali"): 5, ("cifar", "torch"): 5}
+# Steps of a window where not those of its case: whole epochs of the fast, and of torch, whose
+# chunks come in pairs
+STEPS = {
+    ("cifar", "resident"): 25,
+    ("cifar", "threads"): 10,
+    ("cifar", "dali"): 5,
+    ("cifar", "torch"): 5,
+}
 TESTS = ("test_augment.py", "test_loaders.py", "test_kernels_augment.py")
 
 # What is aimed at, over the originals
@@ -88,7 +102,8 @@ MORE_MB, EXTRA_MS = 250, 0.5
 
 @dataclass(frozen=True)
 class Images:
-    """Where the images of a set are: a file of bench_train.write_images, or a tree, its files listed `copies` times."""
+    """Where the images of a set are: a file of bench_train.write_images, or a tree, its files
+    listed `copies` times."""
 
     path: str
     cache: str  # a folder for what is kept of them
@@ -97,7 +112,8 @@ class Images:
 
 @dataclass(frozen=True)
 class ServeCase:
-    """Batches of one size. A step is as many whole batches as are needed, all steps together, for `images` each."""
+    """Batches of one size. A step is as many whole batches as are needed, all steps together, for
+    `images` each."""
 
     set: str
     batch_size: int
@@ -115,12 +131,15 @@ class ServeCase:
     def variants(self, names: Iterable[str], images: Images) -> list[Variant]:
         fast = {} if self.tiny else STEPS
         kept = [name for name in VARIANTS[self.set] if name in names]
-        return [Variant(name, serve, (self, name, images), fast.get((self.set, name))) for name in kept]
+        return [
+            Variant(name, serve, (self, name, images), fast.get((self.set, name))) for name in kept
+        ]
 
 
 @dataclass(frozen=True)
 class ResizeCase:
-    """A step is a change of the batch size from `batch_size` to twice that and back; a window is one step."""
+    """A step is a change of the batch size from `batch_size` to twice that and back; a window is
+    one step."""
 
     set: str
     batch_size: int
@@ -142,7 +161,8 @@ class ResizeCase:
 # What is made ahead of time is up to six chunks, of 512 images or 64 files: the lead is longer.
 CASES = (
     *(ServeCase("cifar", batch, images=10_000, lead=2) for batch in (32, 128)),
-    ServeCase("cifar", 1024, images=10_000, lead=2, steps=2),  # of ten batches, which two workers end two at a time
+    # of ten batches, which two workers end two at a time
+    ServeCase("cifar", 1024, images=10_000, lead=2, steps=2),
     ServeCase("imagenet", 64, images=640, lead=1),
     ResizeCase("cifar", 128),
     ResizeCase("imagenet", 8),
@@ -157,12 +177,25 @@ QUICK = (
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    p = timing.arguments("Images a second that our loaders serve, beside the DataLoader of the published code.")
-    p.add_argument("--data-dir", metavar="DIR", help="CIFAR: DIR/train/CLASS/*.png of 100 classes, not random pixels")
-    p.add_argument("--imagenet-dir", metavar="DIR", help="ImageNet: DIR/train and DIR/val, not JPEG files made here")
-    timing.add_selection(p, (case.name for case in CASES), (name for names in VARIANTS.values() for name in names))
+    p = timing.arguments(
+        "Images a second that our loaders serve, beside the DataLoader of the published code."
+    )
+    p.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="CIFAR: DIR/train/CLASS/*.png of 100 classes, not random pixels",
+    )
+    p.add_argument(
+        "--imagenet-dir",
+        metavar="DIR",
+        help="ImageNet: DIR/train and DIR/val, not JPEG files made here",
+    )
+    timing.add_selection(
+        p, (case.name for case in CASES), (name for names in VARIANTS.values() for name in names)
+    )
     args = p.parse_args(argv)
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # for the variants' processes, as fastsmooth.train has it
+    # for the variants' processes, as fastsmooth.train has it
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     report = timing.Report("bench_loader", argv, args.json, args.out)
     names = {"originals", *args.variants}
     report.header["about"]["dali"] = version_of_dali()
@@ -174,20 +207,26 @@ def main(argv: list[str] | None = None) -> int:
         def bench_one(case: ServeCase | ResizeCase) -> None:
             if case.set == "cifar":
                 count = 400 if case.tiny else CIFAR_IMAGES
-                images = Images(bench_train.write_images(Path(scratch), count, args.data_dir, report), scratch)
+                images = Images(
+                    bench_train.write_images(Path(scratch), count, args.data_dir, report), scratch
+                )
             else:
                 images = find_files(Path(scratch), args.imagenet_dir, case.tiny, report)
             bench(case, images, names, report)
 
         cases = timing.selected(p, args, CASES, QUICK)
-        return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, flag_types.ConfigError))
+        return timing.run_cases(
+            report, args.quick, TESTS, cases, bench_one, (DataError, flag_types.ConfigError)
+        )
 
 
 def version_of_dali() -> str | None:
     return importlib.import_module("nvidia.dali").__version__ if dali.available() else None
 
 
-def bench(case: ServeCase | ResizeCase, images: Images, names: set[str], report: timing.Report) -> None:
+def bench(
+    case: ServeCase | ResizeCase, images: Images, names: set[str], report: timing.Report
+) -> None:
     report.say(case.name)
     about: dict[str, Any] = {"not_measured": []}
 
@@ -195,7 +234,9 @@ def bench(case: ServeCase | ResizeCase, images: Images, names: set[str], report:
         about["not_measured"].append(line)
         report.say(f"  {line}")
 
-    found = timing.measure(case.variants(names, images), case.steps, case.rounds, case.lead, case.budget, leave_out)
+    found = timing.measure(
+        case.variants(names, images), case.steps, case.rounds, case.lead, case.budget, leave_out
+    )
     timing.require_measured(case.name, found, {"originals"})
     summary = served if isinstance(case, ServeCase) else changed
     found, result, lines = summary(case, found, about)
@@ -204,11 +245,14 @@ def bench(case: ServeCase | ResizeCase, images: Images, names: set[str], report:
     report.add(case.name, result, about)
 
 
-# The images ----------------------------------------------------------------------------------------------------------
+# The images
 
 
-def find_files(scratch: Path, imagenet_dir: str | None, tiny: bool, report: timing.Report) -> Images:
-    """The tree of --imagenet-dir, or one that is made; its training images are listed often enough for an epoch."""
+def find_files(
+    scratch: Path, imagenet_dir: str | None, tiny: bool, report: timing.Report
+) -> Images:
+    """The tree of --imagenet-dir, or one that is made; its training images are listed often enough
+    for an epoch."""
     root = Path(imagenet_dir or scratch / "imagenet")
     if imagenet_dir is None and not root.exists():
         make_files(root, FILES // 8 if tiny else FILES)
@@ -217,7 +261,10 @@ def find_files(scratch: Path, imagenet_dir: str | None, tiny: bool, report: timi
     copies = -(-(64 if tiny else LISTED) // count)
     width, height = PIXELS
     what = f"JPEG files made of smooth colours, {width}x{height}, quality {QUALITY}"
-    source = f"{count:,} {what if imagenet_dir is None else 'files of --imagenet-dir'}, each {copies} times in an epoch"
+    source = (
+        f"{count:,} {what if imagenet_dir is None else 'files of --imagenet-dir'}, each {copies} "
+        "times in an epoch"
+    )
     if report.header["about"].get("imagenet") != source:
         report.header["about"]["imagenet"] = source
         report.say(source)
@@ -230,27 +277,41 @@ def make_files(root: Path, count: int) -> None:
     for i in range(count):
         few = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
         encoded = io.BytesIO()
-        Image.fromarray(few).resize(PIXELS, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=QUALITY)
+        Image.fromarray(few).resize(PIXELS, Image.Resampling.BICUBIC).save(
+            encoded, "JPEG", quality=QUALITY
+        )
         for split in ("train", "val") if i < 8 else ("train",):
             path = root / split / f"class{i % 8}" / f"{i:03}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded.getvalue())
 
 
-def image_set(images: Images, config: configs.Config, reader: Callable[[configs.Config], ImageSet]) -> ImageSet:
-    """What stands in for `reader`: the images of the file for CIFAR-100, its own files `copies` times for ImageNet."""
+def image_set(
+    images: Images, config: configs.Config, reader: Callable[[configs.Config], ImageSet]
+) -> ImageSet:
+    """What stands in for `reader`: the images of the file for CIFAR-100, its own files `copies`
+    times for ImageNet."""
     if config.dataset == "cifar100":
         split = bench_train.load_images(images.path)
         test = Split(split.labels[:TEST_IMAGES], split.pixels[:TEST_IMAGES])
         classes = tuple(map(str, range(bench_train.CLASSES)))
         return ImageSet(split, test, classes, originals.CIFAR100_MEAN, originals.CIFAR100_STD)
     files = reader(config)
-    train = Split(np.tile(files.train.labels, images.copies), paths=files.train.paths * images.copies)
+    train = Split(
+        np.tile(files.train.labels, images.copies), paths=files.train.paths * images.copies
+    )
     return replace(files, train=train)
 
 
 def config_of(loader: str, images: Images, name: str) -> configs.Config:
-    flags = ["--dataset", "cifar100" if name == "cifar" else "imagenet", "--loader", loader, "--device", "cpu"]
+    flags = [
+        "--dataset",
+        "cifar100" if name == "cifar" else "imagenet",
+        "--loader",
+        loader,
+        "--device",
+        "cpu",
+    ]
     if name == "imagenet":
         flags += ["--data-dir", images.path]
     if loader != "resident":
@@ -258,7 +319,7 @@ def config_of(loader: str, images: Images, name: str) -> configs.Config:
     return configs.resolve(parsing.parse(flags).given)
 
 
-# The variants: each is made in a process of its own ------------------------------------------------------------------
+# The variants: each is made in a process of its own
 
 
 class Ours:
@@ -330,7 +391,11 @@ def cifar(images: Images) -> Dataset:
 
 
 def imagenet(images: Images) -> Dataset:
-    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    steps = [
+        transforms.RandomResizedCrop(224),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+    ]
     steps.append(transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD))
     dataset = ImageFolder(os.path.join(images.path, "train"), transforms.Compose(steps))
     dataset.samples *= images.copies
@@ -358,7 +423,8 @@ def fork_workers() -> None:
 
 
 class Serve:
-    """One call is a step of a ServeCase. `laps` counts images and this process's own CPU seconds."""
+    """One call is a step of a ServeCase. `laps` counts images and this process's own CPU
+    seconds."""
 
     def __init__(self, case: ServeCase, source: Ours | Originals):
         self.case, self.source = case, source
@@ -381,7 +447,8 @@ class Serve:
 
 
 class Change:
-    """One call is a step of a ResizeCase. `laps` sums the seconds of the first batch and of one of the next."""
+    """One call is a step of a ResizeCase. `laps` sums the seconds of the first batch and of one of
+    the next."""
 
     NEXT = 3  # batches of the new size, after the first
 
@@ -423,24 +490,31 @@ def check(batch: tuple[Tensor, Tensor], name: str) -> None:
     x, y = batch
     wanted = (len(y), 3, SIZES[name], SIZES[name])
     if (x.shape, x.dtype, x.device.type, y.dtype) != (wanted, torch.float32, "cpu", torch.int64):
-        raise ValueError(f"{list(x.shape)} of {x.dtype} on {x.device}, labels of {y.dtype}: no batch for a trainer")
+        raise ValueError(
+            f"{list(x.shape)} of {x.dtype} on {x.device}, labels of {y.dtype}: no batch for a "
+            "trainer"
+        )
     if not x.isfinite().all() or x.std() < 0.1:
         raise ValueError("the images are not finite, or all of one colour")
 
 
-# What was found ------------------------------------------------------------------------------------------------------
+# What was found
 
 Summary = tuple[dict[str, Measured], list[dict[str, Any]], list[str]]
 
 
-def timed(found: dict[str, Measured], seconds: Callable[[timing.Window], float]) -> dict[str, Measured]:
+def timed(
+    found: dict[str, Measured], seconds: Callable[[timing.Window], float]
+) -> dict[str, Measured]:
     return {
-        name: Measured(m.first_step, [replace(w, seconds=seconds(w)) for w in m.windows]) for name, m in found.items()
+        name: Measured(m.first_step, [replace(w, seconds=seconds(w)) for w in m.windows])
+        for name, m in found.items()
     }
 
 
 def served(case: ServeCase, found: dict[str, Measured], about: dict[str, Any]) -> Summary:
-    """Measured and rows a batch, the rows with CPU seconds and memory beside them, and the lines below their table."""
+    """Measured and rows a batch, the rows with CPU seconds and memory beside them, and the lines
+    below their table."""
     found = timed(found, lambda w: w.seconds / w.laps["images"] * case.batch_size)
     result = timing.rows("bench_loader", case.name, found, "originals", case.batch_size)
     about["variants"] = {name: first_and_peak(m) for name, m in found.items()}
@@ -456,7 +530,11 @@ def served(case: ServeCase, found: dict[str, Measured], about: dict[str, Any]) -
 
 
 def cpu_per_1000(m: Measured) -> float | None:
-    known = [1000 * (w.laps["cpu"] + w.helpers_cpu) / w.laps["images"] for w in m.counted if w.helpers_cpu is not None]
+    known = [
+        1000 * (w.laps["cpu"] + w.helpers_cpu) / w.laps["images"]
+        for w in m.counted
+        if w.helpers_cpu is not None
+    ]
     return rounded(median(known)) if known else None
 
 
@@ -465,11 +543,15 @@ def facts(row: dict[str, Any], base: dict[str, Any]) -> list[str]:
     cpu, more = row["cpu_s_per_1000"], row["over_originals_mb"]
     words = []
     if row is not base:
-        words.append(f"{1 / row['ratio']:.3g} times the originals' images a second{aim(FASTER, key, '{:g}')}")
+        words.append(
+            f"{1 / row['ratio']:.3g} times the originals' images a second{aim(FASTER, key, '{:g}')}"
+        )
     if cpu is not None:
         words.append(f"CPU {cpu:.3g} s per 1,000 images")
     if cpu and row is not base:
-        words[-1] += f", 1/{base['cpu_s_per_1000'] / cpu:.3g} of theirs{aim(LESS_CPU, key, '1/{:g}')}"
+        words[-1] += (
+            f", 1/{base['cpu_s_per_1000'] / cpu:.3g} of theirs{aim(LESS_CPU, key, '1/{:g}')}"
+        )
     if more is not None and row is not base:
         words.append(f"peak memory {more:+,} MB (target: under +{MORE_MB})")
     return words
@@ -485,7 +567,9 @@ def changed(case: ResizeCase, found: dict[str, Measured], about: dict[str, Any])
     about["sizes"] = [case.batch_size, 2 * case.batch_size]
     found = timed(found, lambda w: w.laps["first"])
     result = timing.rows("bench_loader", case.name, found, "originals", 2 * case.batch_size)
-    lines = [f"  the first batch after a change from {case.batch_size} to {2 * case.batch_size} images:"]
+    lines = [
+        f"  the first batch after a change from {case.batch_size} to {2 * case.batch_size} images:"
+    ]
     for row in result:
         windows = found[row["variant"]].counted
         row["next_s"] = rounded(median(w.laps["next"] for w in windows))
@@ -498,7 +582,10 @@ def changed(case: ResizeCase, found: dict[str, Measured], about: dict[str, Any])
 
 def first_and_peak(m: Measured) -> dict[str, Any]:
     peak = m.peak_bytes()
-    return {"peak_mb": None if peak is None else round(peak / 1e6), "first_step_s": rounded(m.first_step)}
+    return {
+        "peak_mb": None if peak is None else round(peak / 1e6),
+        "first_step_s": rounded(m.first_step),
+    }
 
 
 rounded = timing.rounded

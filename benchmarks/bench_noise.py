@@ -1,35 +1,42 @@
-"""What gradient noise costs, ours beside other libraries: python -m benchmarks.bench_noise [--quick] [--device cuda]
+"""What gradient noise costs, ours beside other libraries: python -m benchmarks.bench_noise
+[--quick] [--device cuda]
 
-Case persample/<model>/<norm>/b<batch> is a training step, forward, backward and an update of torch.optim.SGD with
-momentum, that also finds the squared gradient norm of every sample. <norm> is group (GroupNorm) or batch (BatchNorm in
-evaluation mode, with the batch's own statistics as running statistics). Every variant has the same weights and images, in
-channels-last order but for Opacus and vmap, and must find in float64 what one backward pass a sample does. Variants:
+Case persample/<model>/<norm>/b<batch> is a training step, forward, backward and an update of
+torch.optim.SGD with momentum, that also finds the squared gradient norm of every sample. <norm> is
+group (GroupNorm) or batch (BatchNorm in evaluation mode, with the batch's own statistics as running
+statistics). Every variant has the same weights and images, in channels-last order but for Opacus
+and vmap, and must find in float64 what one backward pass a sample does. Variants:
 
     plain            the step alone
     ours             fastsmooth.persample.sample_norms
     ours_inner       the same, with ||g_i - g||^2 of every sample too
     opacus           Opacus, GradSampleModule: the gradients of all samples, materialised
-    opacus_ghost     Opacus, GradSampleModuleFastGradientClipping: norms layer by layer (ghost norms in linear layers alone)
+    opacus_ghost     Opacus, GradSampleModuleFastGradientClipping: norms layer by layer (ghost norms
+                     in linear layers alone)
     backpack         BackPACK, BatchL2Grad
-    vmap             torch.func: vmap of grad over 8 samples at a time, their norms and their sum kept
+    vmap             torch.func: vmap of grad over 8 samples at a time, their norms and their sum
+                     kept
     loop             one backward pass a sample
 
 Case fullgrad/<model> is the gradient over all of 10,000 random images. Variants:
 
     ours             --mode sampling --bn eval, from the resident loader
     ours_compiled    the same with --compile on
-    originals        the published code's way (originals.py): in training mode, which moves the running statistics
+    originals        the published code's way (originals.py): in training mode, which moves the
+                     running statistics
     originals_eval   the same in evaluation mode, as ours
 
-A library that cannot run on a case is left out with its own words; one that finds other norms ends the benchmark.
+A library that cannot run on a case is left out with its own words; one that finds other norms ends
+the benchmark.
 
-mem_ratio is of the process's resident memory, Python and its libraries included; alloc_ratio is of what PyTorch's allocator
-holds at the peak of a step beyond weights, momentum and images, without what C++ code allocates for itself, as oneDNN and
-our kernels do block by block.
+mem_ratio is of the process's resident memory, Python and its libraries included; alloc_ratio is of
+what PyTorch's allocator holds at the peak of a step beyond weights, momentum and images, without
+what C++ code allocates for itself, as oneDNN and our kernels do block by block.
 
-On a GPU, where the cases persample alone run, a step ends with torch.cuda.synchronize(), float32 is no TF32 and both ratios
-are of the memory that PyTorch's allocator holds there: mem_ratio of all of it, alloc_ratio as above. tests/test_gpu.py is
-not run first, as the tests are on a CPU: gpu_check.sh has run it, and here every variant is compared in float64 all the same.
+On a GPU, where the cases persample alone run, a step ends with torch.cuda.synchronize(), float32 is
+no TF32 and both ratios are of the memory that PyTorch's allocator holds there: mem_ratio of all of
+it, alloc_ratio as above. tests/test_gpu.py is not run first, as the tests are on a CPU:
+gpu_check.sh has run it, and here every variant is compared in float64 all the same.
 """
 
 from __future__ import annotations
@@ -71,9 +78,11 @@ VMAP_CHUNK, ORIGINALS_CHUNK = 8, 1000
 GPU_STEPS = 10  # times the steps of a window, which are that much shorter on a GPU
 GPU_BUDGET = 10.0  # seconds for all rounds of a case there
 CHECKED = 8  # images of the batch in float64, which takes many times as long
-NORM_FLOP, NOISE_FLOP = 2, 5  # a value of a sample's gradient: square and add; also subtract the mean, square and add
-# Relative, of the squared norm of each sample. In float32 the variants' forward passes round differently, and where a ReLU's
-# input is that near to zero its gradient jumps: up to 1e-3 of a squared norm, in whichever way it is computed.
+# a value of a sample's gradient: square and add; also subtract the mean, square and add
+NORM_FLOP, NOISE_FLOP = 2, 5
+# Relative, of the squared norm of each sample. In float32 the variants' forward passes round
+# differently, and where a ReLU's input is that near to zero its gradient jumps: up to 1e-3 of a
+# squared norm, in whichever way it is computed.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
 PEERS = ("opacus", "backpack-for-pytorch")  # the extra "bench"
 TESTS = ("test_persample.py", "test_conv_noise.py", "test_modes.py")
@@ -105,10 +114,15 @@ class NormCase:
     def variants(self, names: Iterable[str]) -> list[Variant]:
         exact = one_by_one(self, torch.float32, self.batch_size)
         kept = [name for name in self.names or NORMS if name in names]
-        return [Variant(name, NormStep, (self, name, exact), 1 if name in SLOW else None) for name in kept]
+        return [
+            Variant(name, NormStep, (self, name, exact), 1 if name in SLOW else None)
+            for name in kept
+        ]
 
     def on_gpu(self) -> NormCase:
-        return replace(self, device="cuda", steps=self.steps * GPU_STEPS, budget=min(self.budget, GPU_BUDGET))
+        return replace(
+            self, device="cuda", steps=self.steps * GPU_STEPS, budget=min(self.budget, GPU_BUDGET)
+        )
 
 
 @dataclass(frozen=True)
@@ -151,8 +165,12 @@ QUICK = (
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    p = timing.arguments("What gradient noise costs beside a plain training step, ours and other libraries'.")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the cases persample alone")
+    p = timing.arguments(
+        "What gradient noise costs beside a plain training step, ours and other libraries'."
+    )
+    p.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the cases persample alone"
+    )
     timing.add_selection(p, (case.name for case in CASES), (*NORMS, *FULLS))
     args = p.parse_args(argv)
     cases, tests = timing.selected(p, args, CASES, QUICK), TESTS
@@ -162,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         cases, tests = [case.on_gpu() for case in cases if isinstance(case, NormCase)], ()
     report = timing.Report("bench_noise", argv, args.json, args.out)
     report.header["about"] |= {"peers": versions_of_peers(), "device": args.device}
-    return timing.run_cases(report, args.quick, tests, cases, lambda case: bench(case, set(args.variants), report))
+    return timing.run_cases(
+        report, args.quick, tests, cases, lambda case: bench(case, set(args.variants), report)
+    )
 
 
 def versions_of_peers() -> dict[str, str | None]:
@@ -190,7 +210,9 @@ def bench(case: NormCase | FullCase, names: set[str], report: timing.Report) -> 
         variants = those_that_agree(case, variants, about["variants"], leave_out)
     found = timing.measure(variants, case.steps, case.rounds, case.lead, case.budget, leave_out)
     timing.require_measured(case.name, found, needed)
-    about["variants"] = {name: about["variants"][name] | first_and_peak(m) for name, m in found.items()}
+    about["variants"] = {
+        name: about["variants"][name] | first_and_peak(m) for name, m in found.items()
+    }
     result = timing.rows("bench_noise", case.name, found, case.ratio_to, case.units)
     lines = timing.table(result, "images", found)
     if isinstance(case, NormCase):
@@ -204,15 +226,19 @@ def bench(case: NormCase | FullCase, names: set[str], report: timing.Report) -> 
 
 def first_and_peak(m: Measured) -> dict[str, Any]:
     peak = m.peak_bytes()
-    return {"peak_mb": None if peak is None else round(peak / 1e6), "first_step_s": rounded(m.first_step)}
+    return {
+        "peak_mb": None if peak is None else round(peak / 1e6),
+        "first_step_s": rounded(m.first_step),
+    }
 
 
-# The obvious way, which every variant is compared with ---------------------------------------------------------------
+# The obvious way, which every variant is compared with
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Of the mean loss of a batch at the initial weights, with g its gradient and g_i those of the samples."""
+    """Of the mean loss of a batch at the initial weights, with g its gradient and g_i those of the
+    samples."""
 
     squares: list[float]  # ||g_i||^2
     noise: list[float]  # ||g_i - g||^2
@@ -225,7 +251,9 @@ def one_by_one(case: NormCase, dtype: torch.dtype, count: int) -> Exact:
     params = list(model.parameters())
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), params)])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x), y), params)]
+        )
 
     mean = gradient(x, y)
     squares, noise = [], []
@@ -243,7 +271,8 @@ def square(t: Tensor) -> float:
 def model_and_batch(
     case: NormCase, memory_format: torch.memory_format, dtype: torch.dtype, count: int
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network and the first `count` images of the batch: the same numbers in every memory format, dtype and device."""
+    """The network and the first `count` images of the batch: the same numbers in every memory
+    format, dtype and device."""
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
         backend.fp32_precision = "ieee"  # as fastsmooth.train has it
     torch.manual_seed(0)
@@ -258,7 +287,8 @@ def model_and_batch(
 
 @torch.no_grad()
 def set_running_statistics(model: nn.Module, x: Tensor) -> None:
-    """Those of the batch x, so that evaluation mode normalises as training would; leaves the model in evaluation mode."""
+    """Those of the batch x, so that evaluation mode normalises as training would; leaves the model
+    in evaluation mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -266,15 +296,19 @@ def set_running_statistics(model: nn.Module, x: Tensor) -> None:
     model.eval()
 
 
-# The variants of persample: each is made in a process of its own -----------------------------------------------------
+# The variants of persample: each is made in a process of its own
 
 
 class NormStep:
-    """A variant of NORMS: one call is a training step on as many images as `exact` has, which the first is compared with."""
+    """A variant of NORMS: one call is a training step on as many images as `exact` has, which the
+    first is compared with."""
 
-    def __init__(self, case: NormCase, variant: str, exact: Exact, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, case: NormCase, variant: str, exact: Exact, dtype: torch.dtype = torch.float32
+    ):
         keep_freed_memory()  # as fastsmooth.train does it, for every variant
-        torch.backends.cudnn.benchmark = dtype == torch.float32  # so too; one step in float64 gains nothing by it
+        # so too; one step in float64 gains nothing by it
+        torch.backends.cudnn.benchmark = dtype == torch.float32
         self.exact, self.dtype = exact, dtype
         memory_format = torch.contiguous_format if variant in CONTIGUOUS else torch.channels_last
         self.model, self.x, self.y = model_and_batch(case, memory_format, dtype, len(exact.squares))
@@ -303,14 +337,20 @@ class NormStep:
         """The largest relative error of what the first step found, over all samples."""
         errors = []
         for name, found in self.first.items():
-            found, exact = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (found, getattr(self.exact, name)))
+            found, exact = (
+                torch.as_tensor(v, dtype=torch.float64).cpu()
+                for v in (found, getattr(self.exact, name))
+            )
             errors.append(((found - exact).abs() / exact).max())
         return torch.stack(errors).max().item()  # NaN if any is
 
     def check(self) -> None:
-        """Raises FloatingPointError where the first step found something else, or the weights are no longer finite."""
+        """Raises FloatingPointError where the first step found something else, or the weights are
+        no longer finite."""
         if not self.error() <= TOLERANCE[self.dtype]:
-            raise FloatingPointError(f"a relative error of {self.error():.3g} beside one backward pass a sample")
+            raise FloatingPointError(
+                f"a relative error of {self.error():.3g} beside one backward pass a sample"
+            )
         if not all(p.isfinite().all() for p in self.params):
             raise FloatingPointError("the weights are not finite")
 
@@ -378,14 +418,18 @@ def backpack(s: NormStep) -> Gradient:
             criterion(model(s.x), s.y).backward()
         missed = [name for name, p in model.named_parameters() if not hasattr(p, "batch_l2")]
         if missed:
-            raise NotImplementedError(f"BackPACK finds no norms of {missed[0]}: no BatchL2Grad for its layer")
-        return {"squares": sum(p.batch_l2 for p in s.params) * len(s.y) ** 2}  # of the mean loss's gradients
+            raise NotImplementedError(
+                f"BackPACK finds no norms of {missed[0]}: no BatchL2Grad for its layer"
+            )
+        # of the mean loss's gradients
+        return {"squares": sum(p.batch_l2 for p in s.params) * len(s.y) ** 2}
 
     return gradient
 
 
 def vmapped(s: NormStep) -> Gradient:
-    params = {name: p.detach() for name, p in s.model.named_parameters()}  # the optimizer changes them in place
+    # the optimizer changes them in place
+    params = {name: p.detach() for name, p in s.model.named_parameters()}
 
     def loss_of_one(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.func.functional_call(s.model, params, x[None]), y[None])
@@ -420,7 +464,8 @@ def loop(s: NormStep) -> Gradient:
 
 
 def ignore_warnings() -> None:
-    """Of libraries that warn of their own hooks for every model; what they get wrong is found by check()."""
+    """Of libraries that warn of their own hooks for every model; what they get wrong is found by
+    check()."""
     warnings.simplefilter("ignore", UserWarning)
 
 
@@ -447,12 +492,12 @@ NORMS: dict[str, Callable[[NormStep], Gradient]] = {
     "loop": loop,
 }
 SLOW = {"opacus", "opacus_ghost", "backpack", "vmap", "loop"}  # several times a plain step
-# Opacus 1.6 reads activations as if they were contiguous: the squared norms of channels-last ones are up to 80 % off. vmap is
-# a little faster so.
+# Opacus 1.6 reads activations as if they were contiguous: the squared norms of channels-last ones
+# are up to 80 % off. vmap is a little faster so.
 CONTIGUOUS = {"opacus", "opacus_ghost", "vmap"}
 
 
-# The variants of fullgrad --------------------------------------------------------------------------------------------
+# The variants of fullgrad
 
 
 def random_images(count: int) -> Split:
@@ -465,7 +510,10 @@ class OursFullGradient(Ours):
     """The full gradient of the run that fastsmooth.train prepares for --mode sampling."""
 
     def __init__(self, case: FullCase, compile: str):
-        flags = f"--dataset cifar100 --model {case.model} --mode sampling --bn eval --loader resident --device cpu"
+        flags = (
+            f"--dataset cifar100 --model {case.model} --mode sampling --bn eval --loader resident "
+            "--device cpu"
+        )
         flags += f" --compile {compile}"
         c = configs.resolve(parsing.parse(flags.split()).given)
         self.scratch = tempfile.TemporaryDirectory()
@@ -487,7 +535,8 @@ class Originals(OriginalsFullGradient):
         net = models.build(case.model, CLASSES).train(training)
         super().__init__(net, images.pixels, images.labels, ORIGINALS_CHUNK)
         if sys.platform == "linux":
-            # a script's workers are forked there; this process was spawned, and would spawn its own at every pass
+            # a script's workers are forked there; this process was spawned, and would spawn its own
+            # at every pass
             self.loader.multiprocessing_context = "fork"
 
     def __call__(self) -> None:
@@ -510,20 +559,27 @@ FULLS: dict[str, Callable[[FullCase], Callable[[], Any]]] = {
 }
 
 
-# Whether the variants agree, and what a step of each holds: in a process that measures no time ------------------------
+# Whether the variants agree, and what a step of each holds: in a process that measures no time
 
 
 def apart(function: Callable[[Variant], Any], variants: list[Variant]) -> list[Any]:
-    """function(variant) of each, in a process of its own, so that nothing of it is in this one's children or memory."""
+    """function(variant) of each, in a process of its own, so that nothing of it is in this one's
+    children or memory."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=quieten_profiler) as pool:
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=context, initializer=quieten_profiler
+    ) as pool:
         return list(pool.map(function, variants))
 
 
 def those_that_agree(
-    case: NormCase, variants: list[Variant], about: dict[str, dict[str, Any]], leave_out: Callable[[str], None]
+    case: NormCase,
+    variants: list[Variant],
+    about: dict[str, dict[str, Any]],
+    leave_out: Callable[[str], None],
 ) -> list[Variant]:
-    """Leaves out what cannot run on this network; raises VariantError where a variant finds other norms in float64."""
+    """Leaves out what cannot run on this network; raises VariantError where a variant finds other
+    norms in float64."""
     exact = one_by_one(case, torch.float64, min(CHECKED, case.batch_size))
     checks = [Variant(v.name, NormStep, (case, v.name, exact, torch.float64)) for v in variants]
     kept, wrong = [], []
@@ -551,11 +607,15 @@ def error_or_reason(variant: Variant) -> float | str:
 
 
 def add_allocations(
-    case: NormCase, variants: list[Variant], result: list[dict[str, Any]], about: dict[str, dict[str, Any]]
+    case: NormCase,
+    variants: list[Variant],
+    result: list[dict[str, Any]],
+    about: dict[str, dict[str, Any]],
 ) -> None:
     count = allocated_bytes_on_gpu if case.device == "cuda" else allocated_bytes
     held = dict(zip((v.name for v in variants), apart(count, variants), strict=True))
-    state = held["plain"][0]  # weights, momentum, images: what else a variant keeps from step to step is its own
+    # weights, momentum, images: what else a variant keeps from step to step is its own
+    state = held["plain"][0]
     own = {name: peak - state for name, (_, peak) in held.items()}
     for row in result:
         row["alloc_ratio"] = rounded(own[row["variant"]] / own["plain"])
@@ -563,13 +623,16 @@ def add_allocations(
 
 
 def quieten_profiler() -> None:
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # else it writes to stderr that it starts, stops and finds no GPU
+    # else it writes to stderr that it starts, stops and finds no GPU
+    os.environ["KINETO_LOG_LEVEL"] = "99"
 
 
 def allocated_bytes(variant: Variant) -> tuple[int, int]:
-    """What PyTorch's CPU allocator holds between two steps, and the most that it holds in the second.
+    """What PyTorch's CPU allocator holds between two steps, and the most that it holds in the
+    second.
 
-    Resident memory says the same with all of Python around it, which is several times what a small network needs.
+    Resident memory says the same with all of Python around it, which is several times what a small
+    network needs.
     """
     gc.collect()  # what another variant left would be freed, and counted, while this one runs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -600,15 +663,16 @@ def allocated_bytes_on_gpu(variant: Variant) -> tuple[int, int]:
     return between, torch.cuda.max_memory_allocated()
 
 
-# The least that a step must compute ----------------------------------------------------------------------------------
+# The least that a step must compute
 
 
 def floor(model: str, norm: str, batch_size: int) -> dict[str, Any]:
-    """FLOPs of a training step, and of norms beside it where a sample's weight gradient is a step's own intermediate.
+    """FLOPs of a training step, and of norms beside it where a sample's weight gradient is a step's
+    own intermediate.
 
-    Forward pass, input gradient and weight gradient are 2 FLOPs a multiply-accumulate each. The norms then cost
-    NORM_FLOP a value of each sample's gradient, those of the noise NOISE_FLOP. Convolutions and linear layers alone: the
-    rest of a step is not arithmetic that counts.
+    Forward pass, input gradient and weight gradient are 2 FLOPs a multiply-accumulate each. The
+    norms then cost NORM_FLOP a value of each sample's gradient, those of the noise NOISE_FLOP.
+    Convolutions and linear layers alone: the rest of a step is not arithmetic that counts.
     """
     layers = [
         {"layer": name, "step_flop": step * batch_size, "values": values * batch_size}
@@ -622,11 +686,14 @@ def floor(model: str, norm: str, batch_size: int) -> dict[str, Any]:
 def shares(layer: dict[str, Any], step: int) -> dict[str, Any]:
     """With the extra work as a percentage of the whole step of `step` FLOPs."""
     extra = {"norms_percent": NORM_FLOP, "noise_percent": NOISE_FLOP}
-    return layer | {key: rounded(100 * flop * layer["values"] / step) for key, flop in extra.items()}
+    return layer | {
+        key: rounded(100 * flop * layer["values"] / step) for key, flop in extra.items()
+    }
 
 
 def counted_layers(name: str, norm: str) -> list[tuple[str, int, int]]:
-    """(name, FLOPs of a step, parameters) of each convolution and linear layer, for one sample; nothing is computed."""
+    """(name, FLOPs of a step, parameters) of each convolution and linear layer, for one sample;
+    nothing is computed."""
     found: list[tuple[str, int, int]] = []
 
     def note(label: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -646,15 +713,18 @@ def counted_layers(name: str, norm: str) -> list[tuple[str, int, int]]:
 def describe(result: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
     measured = {row["variant"]: about["variants"][row["variant"]] for row in result}
     held = ", ".join(
-        f"{row['variant']} {measured[row['variant']]['alloc_mb']:g} MB ({row['alloc_ratio']:.2f})" for row in result
+        f"{row['variant']} {measured[row['variant']]['alloc_mb']:g} MB ({row['alloc_ratio']:.2f})"
+        for row in result
     )
     errors = ", ".join(f"{name} {v['float64_error']:.1g}" for name, v in measured.items())
     least = about["floor"]["all"]
     return [
         f"  tensors at the peak of a step, beyond weights, momentum and images: {held}",
         f"  largest relative error in float64 beside one backward pass a sample: {errors}",
-        f"  floor: {least['step_flop'] / 1e9:.4g} GFLOP a step in convolutions and linear layers; at the least "
-        f"{least['norms_percent']:.2g} % more for the norms, {least['noise_percent']:.2g} % for those of the noise",
+        f"  floor: {least['step_flop'] / 1e9:.4g} GFLOP a step in convolutions and linear layers; "
+        "at the least "
+        f"{least['norms_percent']:.2g} % more for the norms, {least['noise_percent']:.2g} % for "
+        "those of the noise",
     ]
 
 

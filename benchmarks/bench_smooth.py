@@ -1,12 +1,15 @@
-"""Explicit graduated optimization beside the published loop: python -m benchmarks.bench_smooth [--quick]
+"""Explicit graduated optimization beside the published loop: python -m benchmarks.bench_smooth
+[--quick]
 
-Case graduated/rastrigin/D50 is one optimizer step, from one start: the mean over 100 perturbations of the central-difference
-gradient of Rastrigin's function in 50 dimensions, in float64. Variants:
+Case graduated/rastrigin/D50 is one optimizer step, from one start: the mean over 100 perturbations
+of the central-difference gradient of Rastrigin's function in 50 dimensions, in float64. Variants:
 
     ours    fastsmooth/smooth.py: all values of f from the terms of coordinates
-    loop    the published algorithm: for each perturbation, for each coordinate, two calls of a numpy function of the vector
+    loop    the published algorithm: for each perturbation, for each coordinate, two calls of a
+            numpy function of the vector
 
-Claim: a step is at least 50 times as fast, and short runs of both end at the same values but for the noise of their draws.
+Claim: a step is at least 50 times as fast, and short runs of both end at the same values but for
+the noise of their draws.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ FUNCTION = graduated.LANDSCAPES["rastrigin"]
 
 @dataclass(frozen=True)
 class Case:
-    """`runs` short runs of each, of `rounds` rounds with `run_steps` steps; a window has `steps` steps of the loop."""
+    """`runs` short runs of each, of `rounds` rounds with `run_steps` steps; a window has `steps`
+    steps of the loop."""
 
     dim: int = 50
     draws: int = 100
@@ -54,18 +58,25 @@ OURS_STEPS = 50  # times the steps of a window, which are that much shorter
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = timing.arguments("Explicit graduated optimization beside the published loop.").parse_args(argv)
+    args = timing.arguments(
+        "Explicit graduated optimization beside the published loop."
+    ).parse_args(argv)
     report = timing.Report("bench_smooth", argv, args.json, args.out)
     cases = QUICK if args.quick else CASES
     return timing.run_cases(report, args.quick, TESTS, cases, lambda case: bench(case, report))
 
 
 def bench(case: Case, report: timing.Report) -> None:
-    variants = [Variant("ours", Ours, (case,), case.steps * OURS_STEPS), Variant("loop", Loop, (case,))]
+    variants = [
+        Variant("ours", Ours, (case,), case.steps * OURS_STEPS),
+        Variant("loop", Loop, (case,)),
+    ]
     found = timing.measure(variants, case.steps, case.rounds, budget=case.budget, say=report.say)
     timing.require_measured(case.name, found, {"ours", "loop"})
     result = timing.rows("bench_smooth", case.name, found, "loop", 1)
-    about = {"speedup": timing.rounded(found["loop"].seconds() / found["ours"].seconds())} | statistics(case)
+    about = {
+        "speedup": timing.rounded(found["loop"].seconds() / found["ours"].seconds())
+    } | statistics(case)
     for line in [case.name, *timing.table(result, "steps", found), *describe(about)]:
         report.say(line)
     report.add(case.name, result, about)
@@ -109,7 +120,9 @@ def differences(f: Callable[[np.ndarray], float], x: np.ndarray) -> np.ndarray:
     return gradient
 
 
-def loop_run(x: np.ndarray, deltas: Iterable[float], steps: int, draws: int, random: np.random.Generator) -> float:
+def loop_run(
+    x: np.ndarray, deltas: Iterable[float], steps: int, draws: int, random: np.random.Generator
+) -> float:
     """f at the end of a graduated optimization from x [D]."""
     for delta in deltas:
         for _ in range(steps):
@@ -120,11 +133,12 @@ def loop_run(x: np.ndarray, deltas: Iterable[float], steps: int, draws: int, ran
     return float(rastrigin(x))
 
 
-# Whether both end at the same values ---------------------------------------------------------------------------------
+# Whether both end at the same values
 
 
 def statistics(case: Case) -> dict[str, Any]:
-    """The last values of short runs from the same starts with draws of their own, and their difference in pairs."""
+    """The last values of short runs from the same starts with draws of their own, and their
+    difference in pairs."""
     seeds = range(1, case.runs + 1)
     deltas = graduated.nice(1.0, 0.01, case.run_rounds)
     start = graduated.starts(FUNCTION, case.dim, seeds)
@@ -150,7 +164,8 @@ def describe(about: dict[str, Any]) -> list[str]:
     ours, loop = (about["last_value"][name] for name in ("ours", "loop"))
     return [
         f"  a step of ours is {about['speedup']:g} times as fast as the loop's",
-        f"  last value of {about['last_value']['n']} short runs: ours {ours['mean']:.4g} (sd {ours['sd']:.3g}), "
+        f"  last value of {about['last_value']['n']} short runs: ours {ours['mean']:.4g} (sd "
+        f"{ours['sd']:.3g}), "
         f"loop {loop['mean']:.4g} (sd {loop['sd']:.3g}); difference from the same starts "
         f"{about['difference']:.3g} +- {about['difference_error']:.2g}",
     ]

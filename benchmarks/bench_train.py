@@ -1,14 +1,17 @@
-"""Training steps a second, ours against the loop of the published code: python -m benchmarks.bench_train [--quick]
+"""Training steps a second, ours against the loop of the published code: python -m
+benchmarks.bench_train [--quick]
 
-A step is everything that the loop does for a mini-batch: loading and augmenting it, forward, backward, update, and the
-bookkeeping of loss and accuracy. Variants:
+A step is everything that the loop does for a mini-batch: loading and augmenting it, forward,
+backward, update, and the bookkeeping of loss and accuracy. Variants:
 
     originals       the published code's loop (originals.py)
     ours            python -m fastsmooth.train --dataset cifar100 --device cpu
-    ours_compiled   the same with --compile on; the first step, which compiles, is reported and not counted
+    ours_compiled   the same with --compile on; the first step, which compiles, is reported and not
+                    counted
 
-Beside them runs a yardstick: one matrix product, and the network's convolutions one by one with nothing between them. What
-they take alone is the time that only faster convolution code could lower.
+Beside them runs a yardstick: one matrix product, and the network's convolutions one by one with
+nothing between them. What they take alone is the time that only faster convolution code could
+lower.
 """
 
 from __future__ import annotations
@@ -81,12 +84,20 @@ VARIANTS = ("originals", "ours", "ours_compiled")
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    p = timing.arguments("Training steps a second, ours against the loop of the published code, on the CPU.")
-    p.add_argument(
-        "--data-dir", metavar="DIR", help="train on DIR/train/CLASS/*.png of 100 classes, not on random pixels"
+    p = timing.arguments(
+        "Training steps a second, ours against the loop of the published code, on the CPU."
     )
     p.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="beside originals, which always run"
+        "--data-dir",
+        metavar="DIR",
+        help="train on DIR/train/CLASS/*.png of 100 classes, not on random pixels",
+    )
+    p.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=VARIANTS,
+        help="beside originals, which always run",
     )
     args = p.parse_args(argv)
     report = timing.Report("bench_train", argv, args.json, args.out)
@@ -97,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
             bench(case, images, {"originals", *args.variants}, report)
 
         cases = QUICK if args.quick else CASES
-        return timing.run_cases(report, args.quick, TESTS, cases, bench_one, (DataError, flag_types.ConfigError))
+        return timing.run_cases(
+            report, args.quick, TESTS, cases, bench_one, (DataError, flag_types.ConfigError)
+        )
 
 
 def bench(case: Case, images: str, names: set[str], report: timing.Report) -> None:
@@ -114,11 +127,12 @@ def bench(case: Case, images: str, names: set[str], report: timing.Report) -> No
     report.add(case.name, result, about)
 
 
-# The images ----------------------------------------------------------------------------------------------------------
+# The images
 
 
 def write_images(scratch: Path, count: int, data_dir: str | None, report: timing.Report) -> str:
-    """A file of `count` training images and some test images, from `data_dir` repeated as often as need be, or random."""
+    """A file of `count` training images and some test images, from `data_dir` repeated as often as
+    need be, or random."""
     path = scratch / f"images-{count}.npz"
     if path.exists():
         return str(path)
@@ -129,7 +143,10 @@ def write_images(scratch: Path, count: int, data_dir: str | None, report: timing
         source = f"{count:,} images of random pixels, {SIZE}x{SIZE}, {CLASSES} classes"
     else:
         split = read_folder(data_dir)
-        pixels, labels = np.resize(split.pixels, (count, SIZE, SIZE, 3)), np.resize(split.labels, count)
+        pixels, labels = (
+            np.resize(split.pixels, (count, SIZE, SIZE, 3)),
+            np.resize(split.labels, count),
+        )
         source = f"{count:,} training images: the {len(split):,} of --data-dir in turn"
     report.header["about"]["images"] = source
     report.say(source)
@@ -142,8 +159,14 @@ def read_folder(data_dir: str) -> Split:
     images = data.READERS["folder"](c)
     if len(images.classes) != CLASSES:
         raise DataError(f"--data-dir {data_dir} has {len(images.classes)} classes, not {CLASSES}")
-    split = decode_all(images.train, SIZE, lambda image: image.resize((SIZE, SIZE)), BadImages("raise", print).report)
-    order = np.random.default_rng(0).permutation(len(split))  # by class no longer, so that a part holds all classes
+    split = decode_all(
+        images.train,
+        SIZE,
+        lambda image: image.resize((SIZE, SIZE)),
+        BadImages("raise", print).report,
+    )
+    # by class no longer, so that a part holds all classes
+    order = np.random.default_rng(0).permutation(len(split))
     return Split(split.labels[order], split.pixels[order])
 
 
@@ -152,30 +175,39 @@ def load_images(path: str) -> Split:
         return Split(file["labels"], file["pixels"])
 
 
-# The variants: each is made in a process of its own ------------------------------------------------------------------
+# The variants: each is made in a process of its own
 
 
 def make_originals(case: Case, images: str) -> Originals:
     split = load_images(images)
     torch.manual_seed(0)
-    return Originals(models.build(case.model, CLASSES), split.pixels, split.labels, case.batch_size, LR)
+    return Originals(
+        models.build(case.model, CLASSES), split.pixels, split.labels, case.batch_size, LR
+    )
 
 
 class Ours:
-    """The run that fastsmooth.train prepares, stopped after every update. One call is one step; laps as in Originals."""
+    """The run that fastsmooth.train prepares, stopped after every update. One call is one step;
+    laps as in Originals."""
 
     compile = "off"
 
     def __init__(self, case: Case, images: str):
-        flags = f"--dataset cifar100 --model {case.model} --batchsize {case.batch_size} --lr {LR} --loader resident"
-        c = configs.resolve(parsing.parse([*flags.split(), "--device", "cpu", "--compile", self.compile]).given)
+        flags = (
+            f"--dataset cifar100 --model {case.model} --batchsize {case.batch_size} --lr {LR} "
+            "--loader resident"
+        )
+        c = configs.resolve(
+            parsing.parse([*flags.split(), "--device", "cpu", "--compile", self.compile]).given
+        )
         self.scratch = tempfile.TemporaryDirectory()
         self.run = self._prepare(c, load_images(images))
         self.laps = {"data": 0.0, "gradient": 0.0, "update": 0.0}
         self._updates = self.run.updates()
 
     def _prepare(self, c: configs.Config, split: Split) -> Run:
-        """As fastsmooth.train does it, but for signals and the images, which stand in for CIFAR-100's."""
+        """As fastsmooth.train does it, but for signals and the images, which stand in for
+        CIFAR-100's."""
         keep_freed_memory()
         test = Split(split.labels[:TEST_IMAGES], split.pixels[:TEST_IMAGES])
         classes = tuple(map(str, range(CLASSES)))
@@ -184,18 +216,39 @@ class Ours:
         with patch.dict(data.READERS, cifar100=lambda config: stand_in):
             images = data.open_data(c, device)
         schedule = Schedule(
-            c.method, c.epochs, Point(c.lr, c.batch_size, c.momentum), Smoothing(c.optimizer, c.c2 or 1.0)
+            c.method,
+            c.epochs,
+            Point(c.lr, c.batch_size, c.momentum),
+            Smoothing(c.optimizer, c.c2 or 1.0),
         )
         torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
-        optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
+        model = models.build(c.model, images.classes, c.norm).to(
+            device, memory_format=torch.channels_last
+        )
+        optimizer = NoisySGD(
+            model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
+        )
         step = Step(model, optimizer, device, c.precision, c.compile == "on")
         out = Path(self.scratch.name) / "run"
         folder = RunFolder.create(out, c.to_json(), environment())
         tracker = Tracker(c.to_json(), out, warn)
-        progress = Progress(c.epochs, len(images.train), c.epochs * len(images.train), 0, "this CPU")
+        progress = Progress(
+            c.epochs, len(images.train), c.epochs * len(images.train), 0, "this CPU"
+        )
         checkpoints = Checkpoints(out / "checkpoints", warn)
-        return Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(), progress)
+        return Run(
+            c,
+            schedule,
+            images,
+            model,
+            step,
+            device,
+            folder,
+            checkpoints,
+            tracker,
+            Clock(),
+            progress,
+        )
 
     def __call__(self) -> None:
         began = time.perf_counter()
@@ -225,7 +278,7 @@ class OursCompiled(Ours):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self.scratch.name) / "inductor")
 
 
-# The yardstick -------------------------------------------------------------------------------------------------------
+# The yardstick
 
 
 @dataclass(frozen=True)
@@ -240,20 +293,26 @@ class ConvShape:
     input_gradient: bool  # the first layer's input needs none
 
     def flop(self, batch_size: int) -> int:
-        """Of forward and backward, an addition and a multiplication apart: each gradient costs what the forward does."""
+        """Of forward and backward, an addition and a multiplication apart: each gradient costs what
+        the forward does."""
         pixels = ((self.size - 1) // self.stride + 1) ** 2
         passes = 3 if self.input_gradient else 2
         return passes * 2 * batch_size * pixels * self.outputs * self.inputs * self.kernel**2
 
 
 def convolutions(name: str) -> Counter[ConvShape]:
-    """The convolutions of the network, each with the number of layers that have it; nothing is computed."""
+    """The convolutions of the network, each with the number of layers that have it; nothing is
+    computed."""
     found: Counter[ConvShape] = Counter()
 
     def note(layer: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         side, stride = layer.kernel_size[0], layer.stride[0]
         x = inputs[0]
-        found[ConvShape(layer.in_channels, layer.out_channels, side, stride, x.shape[-1], x.requires_grad)] += 1
+        found[
+            ConvShape(
+                layer.in_channels, layer.out_channels, side, stride, x.shape[-1], x.requires_grad
+            )
+        ] += 1
 
     with torch.device("meta"):
         model = models.build(name, CLASSES)
@@ -265,7 +324,8 @@ def convolutions(name: str) -> Counter[ConvShape]:
 
 
 def step_flop(case: Case) -> int:
-    """Floating-point operations of one forward and backward pass, as torch.utils.flop_counter counts them."""
+    """Floating-point operations of one forward and backward pass, as torch.utils.flop_counter
+    counts them."""
     with torch.device("meta"):
         model = models.build(case.model, CLASSES)
         x = torch.empty(case.batch_size, 3, SIZE, SIZE)
@@ -276,18 +336,25 @@ def step_flop(case: Case) -> int:
 
 
 class Yardstick:
-    """One call: a matrix product, then each convolution of the network forward and backward, in our process settings."""
+    """One call: a matrix product, then each convolution of the network forward and backward, in our
+    process settings."""
 
     def __init__(self, case: Case):
         keep_freed_memory()
         self.a, self.b = torch.randn(2, MATMUL, MATMUL)
-        self.work = {shape: self._prepare(shape, case.batch_size) for shape in convolutions(case.model)}
+        self.work = {
+            shape: self._prepare(shape, case.batch_size) for shape in convolutions(case.model)
+        }
         self.laps: dict[Any, float] = {"matmul": 0.0} | dict.fromkeys(self.work, 0.0)
 
-    def _prepare(self, shape: ConvShape, batch_size: int) -> tuple[nn.Conv2d, torch.Tensor, torch.Tensor]:
+    def _prepare(
+        self, shape: ConvShape, batch_size: int
+    ) -> tuple[nn.Conv2d, torch.Tensor, torch.Tensor]:
         layer = models.conv(shape.inputs, shape.outputs, shape.kernel, shape.stride)
         layer = layer.to(memory_format=torch.channels_last)
-        x = torch.randn(batch_size, shape.inputs, shape.size, shape.size).to(memory_format=torch.channels_last)
+        x = torch.randn(batch_size, shape.inputs, shape.size, shape.size).to(
+            memory_format=torch.channels_last
+        )
         x.requires_grad_(shape.input_gradient)
         return layer, x, torch.randn_like(layer(x).detach())
 
@@ -306,7 +373,7 @@ class Yardstick:
             yield shape, time.perf_counter() - began
 
 
-# What bounds a step --------------------------------------------------------------------------------------------------
+# What bounds a step
 
 
 def explain(case: Case, found: dict[str, Measured], yardstick: Measured) -> dict[str, Any]:
@@ -319,10 +386,13 @@ def explain(case: Case, found: dict[str, Measured], yardstick: Measured) -> dict
     about["matmul_gflop_s"] = rounded(2 * MATMUL**3 / fastest(yardstick, "matmul") / 1e9)
     about["best_convolution_gflop_s"] = rounded(rates[best] / 1e9)
     about["best_convolution"] = (
-        f"{best.kernel}x{best.kernel}, {best.inputs} to {best.outputs} channels, {best.size}x{best.size} pixels"
+        f"{best.kernel}x{best.kernel}, {best.inputs} to {best.outputs} channels, "
+        f"{best.size}x{best.size} pixels"
     )
     about["convolutions_alone_s"] = rounded(alone)
-    about["yardstick_quiet"] = f"{len(yardstick.quiet)} of {len(yardstick.windows)}" if yardstick.knows_load() else None
+    about["yardstick_quiet"] = (
+        f"{len(yardstick.quiet)} of {len(yardstick.windows)}" if yardstick.knows_load() else None
+    )
     about["variants"] = {name: breakdown(m, flop, alone) for name, m in found.items()}
     return about
 
@@ -348,8 +418,13 @@ def breakdown(measured: Measured, flop: int, alone: float) -> dict[str, Any]:
 def describe(about: dict[str, Any]) -> list[str]:
     lines = []
     for name, b in about["variants"].items():
-        data_share, gradient, update = (b["shares"][part] for part in ("data", "gradient", "update"))
-        line = f"  {name}: data {data_share:.1%}, forward and backward {gradient:.1%}, update {update:.1%} of a step"
+        data_share, gradient, update = (
+            b["shares"][part] for part in ("data", "gradient", "update")
+        )
+        line = (
+            f"  {name}: data {data_share:.1%}, forward and backward {gradient:.1%}, update "
+            f"{update:.1%} of a step"
+        )
         line += f"; {b['gflop_s']:.0f} GFLOP/s; first step {b['first_step_s']:.3g} s"
         if b["workers_cpu_s"]:
             line += f"; its workers' CPU {b['workers_cpu_s'] * 1e3:.0f} ms a step beside it"
@@ -359,12 +434,17 @@ def describe(about: dict[str, Any]) -> list[str]:
     quiet = f" (quiet windows: {about['yardstick_quiet']})" if about["yardstick_quiet"] else ""
     lines.append(
         f"  arithmetic: {about['gflop_a_step']:g} GFLOP a step; this machine's matmul of {MATMUL} "
-        f"{about['matmul_gflop_s']:.0f} GFLOP/s, best convolution {about['best_convolution_gflop_s']:.0f} GFLOP/s "
+        f"{about['matmul_gflop_s']:.0f} GFLOP/s, best convolution "
+        f"{about['best_convolution_gflop_s']:.0f} GFLOP/s "
         f"({about['best_convolution']}){quiet}"
     )
-    shares = ", ".join(f"{b['convolutions_alone_share']:.0%} of {name}" for name, b in about["variants"].items())
+    shares = ", ".join(
+        f"{b['convolutions_alone_share']:.0%} of {name}" for name, b in about["variants"].items()
+    )
     alone = about["convolutions_alone_s"] * 1e3
-    lines.append(f"  bound: the convolutions alone, one by one, take {alone:.4g} ms, which is {shares}")
+    lines.append(
+        f"  bound: the convolutions alone, one by one, take {alone:.4g} ms, which is {shares}"
+    )
     return lines
 
 

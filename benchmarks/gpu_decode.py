@@ -2,16 +2,17 @@
 
     python -m benchmarks.gpu_decode DIR [--out FILE] [--seconds S]
 
-DIR is a tree like ImageNet's (train/CLASS/IMAGE.JPEG); its training files are repeated until there are 4,096. Each variant
-serves random resized crops of 224 pixels as batches of 256 on the GPU, in windows that are interleaved over two rounds:
+DIR is a tree like ImageNet's (train/CLASS/IMAGE.JPEG); its training files are repeated until there
+are 4,096. Each variant serves random resized crops of 224 pixels as batches of 256 on the GPU, in
+windows that are interleaved over two rounds:
 
     full, sliced    decode whole images and crop them on the GPU, or decode the crop box alone
     hw              share of a chunk that the hardware decoder gets, where there is one
     chunk           samples decoded together
     threads         torchvision's decoders on the processors, resized there too
 
-`again` says whether a pass that begins in the middle of an epoch gives the same bits as one from its beginning, in the same
-chunks and in chunks of another size.
+`again` says whether a pass that begins in the middle of an epoch gives the same bits as one from
+its beginning, in the same chunks and in chunks of another size.
 """
 
 from __future__ import annotations
@@ -53,20 +54,32 @@ def source(directory: Path) -> Source:
     paths = sorted(str(p) for p in (directory / "train").rglob("*.JPEG"))
     repeats = -(-FILES // len(paths))
     index = read_index(paths, str(directory / "train"))
-    tiled = Index(*(np.tile(v, repeats)[:FILES] for v in (index.width, index.height, index.size, index.plain)), {})
+    tiled = Index(
+        *(
+            np.tile(v, repeats)[:FILES]
+            for v in (index.width, index.height, index.size, index.plain)
+        ),
+        {},
+    )
     split = Split(np.zeros(FILES, dtype=np.int64), paths=tuple(paths * repeats)[:FILES])
     return Source(split, tiled, "resized-crop-flip", SIZE, 0, BadImages("raise", print))
 
 
 def loader(files: Source, decoder: Decoder | None, chunk: int) -> ChunkedLoader:
     threads = processors()
-    engine = DaliEngine(files, chunk, threads, CUDA, decoder) if decoder else ThreadsEngine(files, threads, True)
+    engine = (
+        DaliEngine(files, chunk, threads, CUDA, decoder)
+        if decoder
+        else ThreadsEngine(files, threads, True)
+    )
     return ChunkedLoader(engine, files.split.labels, SIZE, chunk, IMAGENET_MEAN, IMAGENET_STD, CUDA)
 
 
 def window(variant: ChunkedLoader, seconds: float) -> float:
     """Images a second, after a first second that is not counted."""
-    reader = variant.reader(Segment(permutation(0, epoch, FILES), epoch) for epoch in range(1_000_000))
+    reader = variant.reader(
+        Segment(permutation(0, epoch, FILES), epoch) for epoch in range(1_000_000)
+    )
     try:
         served, began, taken = 0, None, 0
         start = time.perf_counter()
@@ -87,7 +100,8 @@ def window(variant: ChunkedLoader, seconds: float) -> float:
 
 
 def again(files: Source, decoder: Decoder, chunk: int) -> dict[str, bool]:
-    """Whether the samples 700 to 1,000 of an epoch have the same bits from wherever the epoch is taken up."""
+    """Whether the samples 700 to 1,000 of an epoch have the same bits from wherever the epoch is
+    taken up."""
     order = permutation(0, 3, FILES)[:1000]
 
     def last(chunk: int, start: int) -> torch.Tensor:
@@ -100,7 +114,10 @@ def again(files: Source, decoder: Decoder, chunk: int) -> dict[str, bool]:
             reader.close()
 
     whole = last(chunk, 0)
-    return {"same_chunks": torch.equal(whole, last(chunk, 700)), "other_chunks": torch.equal(whole, last(96, 700))}
+    return {
+        "same_chunks": torch.equal(whole, last(chunk, 700)),
+        "other_chunks": torch.equal(whole, last(96, 700)),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +148,13 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 speeds[name].append(window(loader(files, decoder, chunk), args.seconds))
             except (RuntimeError, ValueError) as error:
-                tell({"bench": "gpu_decode", "variant": name, "failed": " ".join(str(error).split())[:300]})
+                tell(
+                    {
+                        "bench": "gpu_decode",
+                        "variant": name,
+                        "failed": " ".join(str(error).split())[:300],
+                    }
+                )
     for name, found in speeds.items():
         if found:
             row = {"bench": "gpu_decode", "variant": name, "per_s": round(median(found))}

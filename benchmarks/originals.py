@@ -1,10 +1,12 @@
-"""The training loop and the full gradient of the published code of arXiv 2311.08745 and 2402.02325, for comparison.
+"""The training loop and the full gradient of the published code of arXiv 2311.08745 and 2402.02325,
+for comparison.
 
-Written from a description of what that code does, not from the code. In a training step: PIL images through random crop with
-padding 4, horizontal flip, rotation up to 15 degrees, ToTensor and Normalize, one image at a time in the two worker
-processes of a DataLoader; a float32 network in the default memory layout, eager; torch.optim.SGD; the loss and the number
-of correct answers fetched as Python numbers at every step. The network itself is ours, so that both loops compute the
-same thing. Their progress bar and their tracker's call a step are left out, which favours them.
+Written from a description of what that code does, not from the code. In a training step: PIL images
+through random crop with padding 4, horizontal flip, rotation up to 15 degrees, ToTensor and
+Normalize, one image at a time in the two worker processes of a DataLoader; a float32 network in the
+default memory layout, eager; torch.optim.SGD; the loss and the number of correct answers fetched as
+Python numbers at every step. The network itself is ours, so that both loops compute the same thing.
+Their progress bar and their tracker's call a step are left out, which favours them.
 """
 
 from __future__ import annotations
@@ -47,11 +49,16 @@ class Images(Dataset):
 
 
 class Originals:
-    """One call is one step. `laps` sums the seconds spent in data and bookkeeping, forward and backward, update."""
+    """One call is one step. `laps` sums the seconds spent in data and bookkeeping, forward and
+    backward, update."""
 
-    def __init__(self, net: nn.Module, pixels: np.ndarray, labels: np.ndarray, batch_size: int, lr: float):
+    def __init__(
+        self, net: nn.Module, pixels: np.ndarray, labels: np.ndarray, batch_size: int, lr: float
+    ):
         self.net = net
-        self.loader = DataLoader(Images(pixels, labels), batch_size=batch_size, shuffle=True, num_workers=2)
+        self.loader = DataLoader(
+            Images(pixels, labels), batch_size=batch_size, shuffle=True, num_workers=2
+        )
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(net.parameters(), lr=lr)
         self.laps = {"data": 0.0, "gradient": 0.0, "update": 0.0}
@@ -94,17 +101,21 @@ class Originals:
 
 
 class OriginalsFullGradient:
-    """One call is one full gradient: a pass over shuffled chunks of augmented images, as `sampling` has it published.
+    """One call is one full gradient: a pass over shuffled chunks of augmented images, as `sampling`
+    has it published.
 
-    Args: net (a float32 network, run in the mode it is in), pixels uint8 [n, 32, 32, 3], labels int [n], chunk. Returns
-    one tensor a trainable parameter. The sum of the chunks' mean gradients is divided by the number of chunks, which is
-    wrong where `chunk` does not divide n: a short last chunk weighs as much as the others. Under BatchNorm in train mode
-    every pass also moves the running statistics.
+    Args: net (a float32 network, run in the mode it is in), pixels uint8 [n, 32, 32, 3], labels int
+    [n], chunk. Returns one tensor a trainable parameter. The sum of the chunks' mean gradients is
+    divided by the number of chunks, which is wrong where `chunk` does not divide n: a short last
+    chunk weighs as much as the others. Under BatchNorm in train mode every pass also moves the
+    running statistics.
     """
 
     def __init__(self, net: nn.Module, pixels: np.ndarray, labels: np.ndarray, chunk: int = 1000):
         self.net, self.params = net, [p for p in net.parameters() if p.requires_grad]
-        self.loader = DataLoader(Images(pixels, labels), batch_size=chunk, shuffle=True, num_workers=2)
+        self.loader = DataLoader(
+            Images(pixels, labels), batch_size=chunk, shuffle=True, num_workers=2
+        )
         self.criterion = nn.CrossEntropyLoss()
         self._batches: Iterator | None = None
 

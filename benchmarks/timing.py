@@ -1,9 +1,11 @@
-"""The harness of the benchmarks: variants in processes of their own, asked in turn, medians over their quiet windows.
+"""The harness of the benchmarks: variants in processes of their own, asked in turn, medians over
+their quiet windows.
 
-A variant is a function that is called over and over; one call is one step. Each variant lives in its own process for the
-whole case, so that what one does to its allocator or its threads cannot help another. While one runs the others sleep.
-A window is a few steps that are not timed, then `steps` that are; a round is one window of every variant. Windows in
-which other processes used the cores are marked and left out of the median.
+A variant is a function that is called over and over; one call is one step. Each variant lives in
+its own process for the whole case, so that what one does to its allocator or its threads cannot
+help another. While one runs the others sleep. A window is a few steps that are not timed, then
+`steps` that are; a round is one window of every variant. Windows in which other processes used the
+cores are marked and left out of the median.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FOREIGN_LIMIT = 0.05  # of the cores' time, used by other processes or withheld by the hypervisor: more is not quiet
+# of the cores' time, used by other processes or withheld by the hypervisor: more is not quiet
+FOREIGN_LIMIT = 0.05
 IDLE_SECONDS, IDLE_TIMEOUT = 0.05, 20.0
 
 
@@ -34,10 +37,12 @@ class VariantError(RuntimeError):
 
 @dataclass(frozen=True)
 class Variant:
-    """`make(*args)` is called once, in the variant's process, and returns what is timed: one step a call.
+    """`make(*args)` is called once, in the variant's process, and returns what is timed: one step a
+    call.
 
-    What it returns may have `laps`, a dict that sums seconds by part of the step; `check()`, called after each window,
-    which raises where the result is wrong; and `close()`. `steps` overrides the steps of a window.
+    What it returns may have `laps`, a dict that sums seconds by part of the step; `check()`, called
+    after each window, which raises where the result is wrong; and `close()`. `steps` overrides the
+    steps of a window.
     """
 
     name: str
@@ -53,8 +58,10 @@ class Window:
     seconds: float
     laps: dict[str, float] = field(default_factory=dict)
     helpers_cpu: float | None = None  # CPU seconds of the variant's child processes
-    foreign: float | None = None  # share of the cores' time that went elsewhere; None where the system does not say
-    peak_bytes: int | None = None  # of the variant's process alone, resident or on its GPU; None as above
+    # share of the cores' time that went elsewhere; None where the system does not say
+    foreign: float | None = None
+    # of the variant's process alone, resident or on its GPU; None as above
+    peak_bytes: int | None = None
 
     @property
     def quiet(self) -> bool:
@@ -63,7 +70,8 @@ class Window:
 
 @dataclass
 class Measured:
-    """The windows of one variant, and the seconds that its first step took (compilation is in them)."""
+    """The windows of one variant, and the seconds that its first step took (compilation is in
+    them)."""
 
     first_step: float
     windows: list[Window] = field(default_factory=list)
@@ -82,7 +90,8 @@ class Measured:
         return median(w.seconds for w in self.counted)
 
     def percentile(self, q: float) -> float:
-        """The seconds a step that `q` percent of the counted windows do not exceed, interpolated between two of them."""
+        """The seconds a step that `q` percent of the counted windows do not exceed, interpolated
+        between two of them."""
         ordered = sorted(w.seconds for w in self.counted)
         place = q / 100 * (len(ordered) - 1)
         low = int(place)
@@ -104,7 +113,7 @@ class Measured:
         return all(w.foreign is not None for w in self.windows)
 
 
-# What the system says ------------------------------------------------------------------------------------------------
+# What the system says
 
 
 def cores() -> list[int]:
@@ -115,7 +124,8 @@ def cores() -> list[int]:
 
 
 def machine_cpu() -> float | None:
-    """Seconds that our cores have spent on anything, time stolen by the hypervisor included; None without /proc."""
+    """Seconds that our cores have spent on anything, time stolen by the hypervisor included; None
+    without /proc."""
     ours = {f"cpu{n}" for n in cores()}
     try:
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
@@ -130,11 +140,13 @@ def machine_cpu() -> float | None:
 
 
 def process_cpu(pid: int) -> tuple[float, float]:
-    """CPU seconds of (process `pid`, the processes below it), those that ended and were waited for included."""
+    """CPU seconds of (process `pid`, the processes below it), those that ended and were waited for
+    included."""
     own, parents, used = 0, {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            words = path.read_text().rpartition(")")[2].split()  # the name before it may hold spaces
+            # the name before it may hold spaces
+            words = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue  # it ended meanwhile
         number = int(path.parent.name)
@@ -158,12 +170,14 @@ def is_below(number: int, ancestor: int, parents: dict[int, int]) -> bool:
 
 
 def foreign_share(machine: float, own: float, wall: float, count: int) -> float:
-    """Share of the time of `count` cores over `wall` seconds that went to others, from the CPU seconds of all and of us."""
+    """Share of the time of `count` cores over `wall` seconds that went to others, from the CPU
+    seconds of all and of us."""
     return max(0.0, machine - own) / (wall * count)
 
 
 def gpu_memory() -> Any:
-    """torch.cuda where this process computes on a GPU: what counts then is the memory that its tensors take there."""
+    """torch.cuda where this process computes on a GPU: what counts then is the memory that its
+    tensors take there."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
@@ -181,7 +195,8 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int | None:
-    """The most memory that this process held since reset_peak(): on the GPU if it computes there, else resident."""
+    """The most memory that this process held since reset_peak(): on the GPU if it computes there,
+    else resident."""
     if gpu_memory() is not None:
         return gpu_memory().max_memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -190,12 +205,14 @@ def peak_bytes() -> int | None:
     return None
 
 
-# In a variant's process ----------------------------------------------------------------------------------------------
+# In a variant's process
 
 
 def serve(pipe, variant: Variant) -> None:
-    """Make the variant, take its first step, then time a window whenever asked, until the pipe closes."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what a variant prints is no part of a report
+    """Make the variant, take its first step, then time a window whenever asked, until the pipe
+    closes."""
+    # what a variant prints is no part of a report
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     step = None
     try:
         step = variant.make(*variant.args)
@@ -209,14 +226,19 @@ def serve(pipe, variant: Variant) -> None:
         pass
     except BaseException as error:
         traceback.print_exc()
-        pipe.send(VariantError(f"{variant.name}: {' '.join(str(error).split())[:300] or type(error).__name__}"))
+        pipe.send(
+            VariantError(
+                f"{variant.name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            )
+        )
     finally:
         if hasattr(step, "close"):
             step.close()
 
 
 def take_window(step: Callable[[], None], lead: int, steps: int) -> Window:
-    """`lead` steps to bring caches and queues to where they are in the middle of a run, then `steps` timed ones."""
+    """`lead` steps to bring caches and queues to where they are in the middle of a run, then
+    `steps` timed ones."""
     can_peak = reset_peak()
     for _ in range(lead):
         step()
@@ -227,7 +249,9 @@ def take_window(step: Callable[[], None], lead: int, steps: int) -> Window:
         step()
     wall = time.perf_counter() - began
     foreign, helpers_cpu = load.read(wall)
-    laps = {part: (total - before[part]) / steps for part, total in getattr(step, "laps", {}).items()}
+    laps = {
+        part: (total - before[part]) / steps for part, total in getattr(step, "laps", {}).items()
+    }
     peak = peak_bytes() if can_peak else None
     if hasattr(step, "check"):
         step.check()
@@ -242,7 +266,8 @@ class Load:
         self.machine, self.own = machine_cpu(), process_cpu(os.getpid())
 
     def read(self, wall: float) -> tuple[float | None, float | None]:
-        """(share of the cores that went to others, CPU seconds of our children) after `wall` seconds; None if unknown."""
+        """(share of the cores that went to others, CPU seconds of our children) after `wall`
+        seconds; None if unknown."""
         if self.machine is None:
             return None, None
         machine, own = machine_cpu(), process_cpu(os.getpid())
@@ -251,7 +276,8 @@ class Load:
 
 
 def wait_until_idle() -> None:
-    """Until this process and those below it, workers that load ahead say, have nothing left to do."""
+    """Until this process and those below it, workers that load ahead say, have nothing left to
+    do."""
     if machine_cpu() is None:
         time.sleep(4 * IDLE_SECONDS)
         return
@@ -264,7 +290,7 @@ def wait_until_idle() -> None:
         last = now
 
 
-# In the parent -------------------------------------------------------------------------------------------------------
+# In the parent
 
 
 class Runner:
@@ -292,7 +318,9 @@ class Runner:
             answer = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise VariantError(f"{self.variant.name}: its process ended with code {self.process.exitcode}") from None
+            raise VariantError(
+                f"{self.variant.name}: its process ended with code {self.process.exitcode}"
+            ) from None
         if isinstance(answer, VariantError):
             raise answer
         return answer
@@ -314,10 +342,11 @@ def measure(
     budget: float = 3600.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measured]:
-    """Rounds of windows until each variant has `rounds` quiet ones, or for as long as `budget` seconds allow.
+    """Rounds of windows until each variant has `rounds` quiet ones, or for as long as `budget`
+    seconds allow.
 
-    At least `rounds`, or two where the budget is short. A variant that cannot be made is reported through `say` and left
-    out; one that fails later raises VariantError.
+    At least `rounds`, or two where the budget is short. A variant that cannot be made is reported
+    through `say` and left out; one that fails later raises VariantError.
     """
     runners, found = [], {}
     try:
@@ -330,7 +359,8 @@ def measure(
             found[variant.name] = Measured(runners[-1].first_step)
         began, done = time.monotonic(), 0
         while runners and not enough(found, rounds, done, time.monotonic() - began, budget):
-            for runner in runners if done % 2 == 0 else reversed(runners):  # so that a drift favours nobody
+            # so that a drift favours nobody
+            for runner in runners if done % 2 == 0 else reversed(runners):
                 found[runner.variant.name].windows.append(runner.window(lead, steps))
             done += 1
     finally:
@@ -340,7 +370,8 @@ def measure(
 
 
 def require_measured(case: str, found: dict[str, Measured], names: Iterable[str]) -> None:
-    """Raises VariantError where one of `names`, without which the case says nothing, could not be made."""
+    """Raises VariantError where one of `names`, without which the case says nothing, could not be
+    made."""
     missing = set(names) - set(found)
     if missing:
         raise VariantError(f"{case} cannot be reported without {' and '.join(sorted(missing))}")
@@ -352,14 +383,21 @@ def enough(found: dict[str, Measured], rounds: int, done: int, spent: float, bud
     return done >= rounds and all(len(m.quiet) >= rounds for m in found.values())
 
 
-def rows(bench: str, case: str, found: dict[str, Measured], ratio_to: str, units: float) -> list[dict[str, Any]]:
-    """One row a variant. `units` is what a step processes (images, bytes): per_s counts them. Below 1 is faster."""
+def rows(
+    bench: str, case: str, found: dict[str, Measured], ratio_to: str, units: float
+) -> list[dict[str, Any]]:
+    """One row a variant. `units` is what a step processes (images, bytes): per_s counts them. Below
+    1 is faster."""
     base = found[ratio_to]
     result = []
     for name, m in found.items():
         seconds, peak, base_peak = m.seconds(), m.peak_bytes(), base.peak_bytes()
         row = {"bench": bench, "case": case, "variant": name, "median_s": rounded(seconds)}
-        row |= {"per_s": rounded(units / seconds), "ratio": rounded(seconds / base.seconds()), "ratio_to": ratio_to}
+        row |= {
+            "per_s": rounded(units / seconds),
+            "ratio": rounded(seconds / base.seconds()),
+            "ratio_to": ratio_to,
+        }
         row["mem_ratio"] = rounded(peak / base_peak) if peak and base_peak else None
         row |= {"rounds": len(m.windows), "quiet": len(m.quiet) if m.knows_load() else None}
         result.append(row)
@@ -374,11 +412,15 @@ def rounded(value: float) -> float:
 def table(result: list[dict[str, Any]], unit: str, found: dict[str, Measured]) -> list[str]:
     """The rows of a case for people."""
     width = max(len("variant"), *(len(row["variant"]) for row in result))
-    lines = [f"  {'variant':<{width}}  {'ms':>9}  {unit + '/s':>11}  {'ratio':>6}  {'memory':>6}  quiet windows"]
+    lines = [
+        f"  {'variant':<{width}}  {'ms':>9}  {unit + '/s':>11}  {'ratio':>6}  {'memory':>6}  quiet "
+        "windows"
+    ]
     for row in result:
         memory = "-" if row["mem_ratio"] is None else f"{row['mem_ratio']:.2f}"
         lines.append(
-            f"  {row['variant']:<{width}}  {row['median_s'] * 1e3:>9.4g}  {row['per_s']:>11.4g}  {row['ratio']:>6.3f}"
+            f"  {row['variant']:<{width}}  {row['median_s'] * 1e3:>9.4g}  {row['per_s']:>11.4g}  "
+            f"{row['ratio']:>6.3f}"
             f"  {memory:>6}  {'?' if row['quiet'] is None else row['quiet']} of {row['rounds']}"
         )
     return [*lines, *load_notes(found), *memory_notes(result)]
@@ -390,12 +432,16 @@ def load_notes(found: dict[str, Measured]) -> list[str]:
     left_out = sum(len(m.windows) - len(m.quiet) for m in found.values() if m.quiet)
     lines = []
     if left_out:
-        lines.append(f"  {left_out} windows with more than {FOREIGN_LIMIT:.0%} foreign load on the cores left out")
+        lines.append(
+            f"  {left_out} windows with more than {FOREIGN_LIMIT:.0%} foreign load on the cores "
+            "left out"
+        )
     for name, m in found.items():
         if not m.quiet:
             load = median(w.foreign for w in m.windows)
             lines.append(
-                f"  {name}: NO quiet window (foreign load {load:.0%} of the cores): all of them count, do not quote it"
+                f"  {name}: NO quiet window (foreign load {load:.0%} of the cores): all of them "
+                "count, do not quote it"
             )
     return lines
 
@@ -406,25 +452,50 @@ def memory_notes(result: list[dict[str, Any]]) -> list[str]:
     return []
 
 
-# The command line and the results file -------------------------------------------------------------------------------
+# The command line and the results file
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The flags that every benchmark has."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    p.add_argument("--quick", action="store_true", help="a tiny case, to see that it works; its times mean nothing")
-    p.add_argument("--json", action="store_true", help="one JSON object a line on stdout; the words go to stderr")
-    p.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines here too, machine and commit first")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tiny case, to see that it works; its times mean nothing",
+    )
+    p.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a line on stdout; the words go to stderr",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the JSON lines here too, machine and commit first",
+    )
     return p
 
 
-def add_selection(p: argparse.ArgumentParser, cases: Iterable[str], variants: Iterable[str]) -> None:
+def add_selection(
+    p: argparse.ArgumentParser, cases: Iterable[str], variants: Iterable[str]
+) -> None:
     """The flags of a benchmark with several cases and variants, by their names."""
     p.add_argument(
-        "--cases", nargs="+", choices=list(cases), metavar="CASE", help="these alone, in this order; not with --quick"
+        "--cases",
+        nargs="+",
+        choices=list(cases),
+        metavar="CASE",
+        help="these alone, in this order; not with --quick",
     )
     names = list(dict.fromkeys(variants))
-    p.add_argument("--variants", nargs="+", choices=names, default=names, help="beside those that ratios refer to")
+    p.add_argument(
+        "--variants",
+        nargs="+",
+        choices=names,
+        default=names,
+        help="beside those that ratios refer to",
+    )
 
 
 def selected(
@@ -495,7 +566,8 @@ def run_cases(
     bench: Callable[[Any], None],
     refused: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Run the tests of what is measured (unless `quick`), then bench(case) of each case; the exit code.
+    """Run the tests of what is measured (unless `quick`), then bench(case) of each case; the exit
+    code.
 
     Red tests, a variant that fails and the errors in `refused` end the benchmark with one message.
     """
@@ -526,5 +598,8 @@ def require_green(names: Iterable[str], say: Callable[[str], None]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/{name}" for name in there)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RedTests(f"{done.stdout.strip()[-2000:]}\nthe tests of what is measured are red: nothing is reported")
+        raise RedTests(
+            f"{done.stdout.strip()[-2000:]}\nthe tests of what is measured are red: nothing is "
+            "reported"
+        )
     say(f"tests that are green: {' '.join(there)} ({time.perf_counter() - began:.0f} s)")

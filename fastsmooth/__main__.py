@@ -35,7 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         show(f"fastsmooth {__version__}")
         return DONE
     if name.startswith("-"):
-        tell("error", f"{name}: name the command first: {command('train')} {name}, or --help, which lists them")
+        tell(
+            "error",
+            f"{name}: name the command first: {command('train')} {name}, or --help, which lists "
+            "them",
+        )
     else:
         tell("error", f"unknown command {name!r}: {hint(name, COMMANDS) or '--help lists them'}")
     return BAD_INPUT
@@ -48,7 +52,8 @@ def page() -> Iterator[str]:
     yield ""
     yield from (f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
     yield ""
-    yield f"{program} COMMAND --help lists the flags of a command, {program} --version prints the version."
+    yield f"{program} COMMAND --help lists the flags of a command,"
+    yield f"{program} --version prints the version."
     yield f"A first run, of seconds: {command('train')} --method exp"
 
 

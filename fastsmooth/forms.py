@@ -5,8 +5,9 @@ One rule covers them. With g the gradient and u = g + decay p:
     m = beta m + alpha u                  from m = 0, where the form has a buffer
     p -= lr (fresh u + kept m)            the bracket is the direction m_t
 
-A row says what alpha, fresh and kept are, how large the noise of the direction may be (the bound psi^2 on
-E||m_t - grad f(x_t)||^2 behind delta = lr psi) and the factor kappa of the critical batch size. Nothing here imports torch.
+A row says what alpha, fresh and kept are, how large the noise of the direction may be (the bound
+psi^2 on E||m_t - grad f(x_t)||^2 behind delta = lr psi) and the factor kappa of the critical batch
+size. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from fastsmooth.names import hint
 
 @dataclass(frozen=True)
 class Bound:
-    """psi^2 as one version of a paper has it. `variance` is C^2 / b, the bound on E||g - grad f||^2; k2 is K^2."""
+    """psi^2 as one version of a paper has it. `variance` is C^2 / b, the bound on E||g - grad
+    f||^2; k2 is K^2."""
 
-    noise: Callable[[float, float, float, float], float]  # (variance, k2, beta, nu) -> psi^2; grows with beta
-    momentum: Callable[[float, float, float, float], float]  # (psi^2, variance, k2, nu) -> beta, but for rounding
+    # (variance, k2, beta, nu) -> psi^2; grows with beta
+    noise: Callable[[float, float, float, float], float]
+    # (psi^2, variance, k2, nu) -> beta, but for rounding
+    momentum: Callable[[float, float, float, float], float]
     uses_k2: bool = False
 
 
@@ -33,11 +37,15 @@ class Form:
 
     name: str
     direction: str  # in words, of g the gradient
-    coefficients: Callable[[float, float], tuple[float, float, float]]  # (beta, nu) -> alpha, fresh, kept
-    bounds: dict[str, Bound]  # by the version that published it; the first is meant where none is named
-    kappa: Callable[[float, float], float]  # (beta, nu) -> kappa in C^2 = b* eps^2 / (kappa lr), for beta > 0
+    # (beta, nu) -> alpha, fresh, kept
+    coefficients: Callable[[float, float], tuple[float, float, float]]
+    # by the version that published it; the first is meant where none is named
+    bounds: dict[str, Bound]
+    # (beta, nu) -> kappa in C^2 = b* eps^2 / (kappa lr), for beta > 0
+    kappa: Callable[[float, float], float]
     has_buffer: bool = True
-    mixes: bool = False  # whether the direction has a part of u beside the buffer's; else fresh = 0 and kept = 1
+    # whether the direction has a part of u beside the buffer's; else fresh = 0 and kept = 1
+    mixes: bool = False
     uses_nu: bool = False
 
     def bound(self, version: str | None = None) -> Bound:
@@ -45,7 +53,10 @@ class Form:
         if version is None:
             return next(iter(self.bounds.values()))
         if version not in self.bounds:
-            raise ValueError(f"{self.name} has no bound of version {version!r}: there is {', '.join(self.bounds)}")
+            raise ValueError(
+                f"{self.name} has no bound of version {version!r}: there is "
+                f"{', '.join(self.bounds)}"
+            )
         return self.bounds[version]
 
 
@@ -56,7 +67,7 @@ def form_named(name: str) -> Form:
     return FORMS[name]
 
 
-# The bounds ----------------------------------------------------------------------------------------------------------
+# The bounds
 
 
 def of_gradient(variance: float, k2: float, beta: float, nu: float) -> float:
@@ -107,7 +118,7 @@ def averaged_momentum(psi2: float, variance: float, k2: float, nu: float) -> flo
     return excess / (nu * variance + excess)
 
 
-# The rows ------------------------------------------------------------------------------------------------------------
+# The rows
 
 ROWS = (
     Form(
@@ -129,7 +140,10 @@ ROWS = (
         "nshb",
         "beta m + (1 - beta) g",
         lambda beta, nu: (1 - beta, 0.0, 1.0),
-        {"v3": Bound(averaged, averaged_momentum), "v1": Bound(normalised_v1, normalised_v1_momentum, uses_k2=True)},
+        {
+            "v3": Bound(averaged, averaged_momentum),
+            "v1": Bound(normalised_v1, normalised_v1_momentum, uses_k2=True),
+        },
         lambda beta, nu: 1 + beta / (1 - beta),
     ),
     Form(

@@ -1,9 +1,11 @@
-"""What every command says and how it ends: exit codes, lines on stdout and stderr, text that others chose.
+"""What every command says and how it ends: exit codes, lines on stdout and stderr, text that others
+chose.
 
-Whatever reaches a terminal goes through `say`, `show`, `note`, `tell` or `warn`: they show names and reasons without their control
-characters, and wrap them where a terminal is narrower. What a command says beside its work (all but `show`) may be lost
-without harm: a reader that is gone (| head, a closed terminal), a disk that is full. What it is there to print (`show`: --plan,
---json, --help) may not.
+Whatever reaches a terminal goes through `say`, `show`, `note`, `tell` or `warn`: they show names
+and reasons without their control characters, and wrap them where a terminal is narrower. What a
+command says beside its work (all but `show`) may be lost without harm: a reader that is gone (|
+head, a closed terminal), a disk that is full. What it is there to print (`show`: --plan, --json,
+--help) may not.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from fastsmooth.terminal import columns, wrapped
 
 DONE, SOME_FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 UNEXPECTED, CANNOT_WRITE, PREEMPTED = 70, 74, 75  # sysexits.h: EX_SOFTWARE, EX_IOERR, EX_TEMPFAIL
-GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}  # of a pipe, a socket and a terminal that nobody reads any more
+# of a pipe, a socket and a terminal that nobody reads any more
+GONE = {errno.EPIPE, errno.ECONNRESET, errno.EIO}
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of a disk, where it names a file
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STDOUT = "standard output"
@@ -37,12 +40,14 @@ class CannotWrite(OSError):
 
 
 def say(line: str, indent: int = 4) -> None:
-    """A line on stdout beside the work: it is lost where nobody reads it. On a narrow terminal it goes on `indent` columns in."""
+    """A line on stdout beside the work: it is lost where nobody reads it. On a narrow terminal it
+    goes on `indent` columns in."""
     put_line(line, sys.stdout, indent)
 
 
 def show(*lines: str, indent: int = 4, whole: bool = False) -> None:
-    """Lines on stdout that the command is there to print; never wrapped if a program may read them (`whole`).
+    """Lines on stdout that the command is there to print; never wrapped if a program may read them
+    (`whole`).
 
     Raises CannotWrite where they are lost, unless a reader had enough.
     """
@@ -66,7 +71,8 @@ def note_again(line: str) -> None:
 
 
 def tell(kind: str, words: object) -> None:
-    """A line on stderr: `kind` is error, warning or the like, `words` what was wrong and what to do."""
+    """A line on stderr: `kind` is error, warning or the like, `words` what was wrong and what to
+    do."""
     note(f"fastsmooth: {kind}: {' '.join(str(words).split())}")
 
 
@@ -80,7 +86,8 @@ def put_line(line: str, stream: TextIO | None, indent: int = 4) -> None:
 
 
 def put(text: str, stream: TextIO | None) -> OSError | None:
-    """Write the text as it is, at once; what went wrong where it is lost, unless its reader is gone.
+    """Write the text as it is, at once; what went wrong where it is lost, unless its reader is
+    gone.
 
     What is written to the stream after that goes nowhere.
     """
@@ -92,7 +99,8 @@ def put(text: str, stream: TextIO | None) -> OSError | None:
     except OSError as error:
         gone = error.errno in GONE and not is_file(stream)
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # or Python would fail on what is left in its buffer when it ends
+        # or Python would fail on what is left in its buffer when it ends
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
         return None if gone else error
     return None
@@ -111,7 +119,8 @@ def on_terminal(stream: TextIO | None) -> bool:
 
 
 class Harmless:
-    """stdout for a library that prints by itself: what it writes goes the way of `say`, and never fails it."""
+    """stdout for a library that prints by itself: what it writes goes the way of `say`, and never
+    fails it."""
 
     def __init__(self) -> None:
         self.stream = sys.stdout
@@ -131,7 +140,7 @@ class Harmless:
         return self.stream.fileno()
 
 
-# How a command ends ---------------------------------------------------------------------------------------------------
+# How a command ends
 
 
 def on_stop(handler: Callable[[int, Any], None]) -> dict[int, Any]:
@@ -144,7 +153,8 @@ def on_stop(handler: Callable[[int, Any], None]) -> dict[int, Any]:
 
 
 def exit_code(work: Callable[[], int], refusals: tuple[type[Exception], ...] = ()) -> int:
-    """That of a command whose work this is. Whatever it raises is one line on stderr: `refusals` are bad input."""
+    """That of a command whose work this is. Whatever it raises is one line on stderr: `refusals`
+    are bad input."""
     open_streams()
     try:
         return work()
@@ -160,7 +170,8 @@ def exit_code(work: Callable[[], int], refusals: tuple[type[Exception], ...] = (
 
 
 def open_streams() -> None:
-    """Let what was closed at the start (>&-) lead nowhere: else the next file that is opened would be stdout to others."""
+    """Let what was closed at the start (>&-) lead nowhere: else the next file that is opened would
+    be stdout to others."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -168,8 +179,11 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest that is free
 
 
-def failure(error: BaseException, folder: Path | None = None, name: str = "traceback.txt") -> tuple[int, str]:
-    """(exit code, line) for an error that is no refusal, named after what happened: who catches it cannot know.
+def failure(
+    error: BaseException, folder: Path | None = None, name: str = "traceback.txt"
+) -> tuple[int, str]:
+    """(exit code, line) for an error that is no refusal, named after what happened: who catches it
+    cannot know.
 
     The traceback of one that nobody foresaw is kept in the folder, or in a temporary file.
     """
@@ -177,7 +191,10 @@ def failure(error: BaseException, folder: Path | None = None, name: str = "trace
         return UNEXPECTED, unexpected(error, folder, name)
     reason, where = error.strerror or one_line(error), error.filename
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return CANNOT_WRITE, f"{reason}{f' ({where})' if where else ''}: raise the limit (ulimit -n)"
+        return (
+            CANNOT_WRITE,
+            f"{reason}{f' ({where})' if where else ''}: raise the limit (ulimit -n)",
+        )
     if isinstance(error, CannotWrite) or (error.errno in NO_ROOM and where):
         return CANNOT_WRITE, f"cannot write {where}: {reason}"
     if error.errno is None:  # in words of ours
@@ -190,14 +207,19 @@ def unexpected(error: BaseException, folder: Path | None, name: str) -> str:
     text = "".join(traceback.format_exception(error))
     where = (folder and kept(text, folder / name)) or kept(text, None)
     frames = traceback.extract_tb(error.__traceback__)
-    at = f"the traceback is in {where}" if where else "".join(f"raised in {f.filename}:{f.lineno}" for f in frames[-1:])
+    at = (
+        f"the traceback is in {where}"
+        if where
+        else "".join(f"raised in {f.filename}:{f.lineno}" for f in frames[-1:])
+    )
     said = one_line(error)
     kind = type(error).__name__
     return f"{kind}: {said[:300]}: {at}" if said != kind else f"{kind}: {at}"
 
 
 def kept(text: str, path: Path | None) -> Path | None:
-    """The file that the text is in now, a temporary one where no path is given; None where it cannot be written."""
+    """The file that the text is in now, a temporary one where no path is given; None where it
+    cannot be written."""
     try:
         if path is None:
             descriptor, name = tempfile.mkstemp(".txt", "fastsmooth-traceback-")
@@ -215,30 +237,37 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str, stream: TextIO | None = None) -> str:
-    """The text on one line, in what the stream (stdout) can show: of other characters the bytes are written, \\xHH each."""
+    """The text on one line, in what the stream (stdout) can show: of other characters the bytes are
+    written, \\xHH each."""
     if text.isascii() and text.isprintable():
         return text
     stream = stream or sys.stdout
     stream = getattr(stream, "rich_proxied_file", stream)  # while a bar is shown
     encoding = getattr(stream, "encoding", None) or "ascii"
-    return "".join(c if c.isprintable() and c.encode(encoding, "ignore") else escaped(c) for c in text)
+    return "".join(
+        c if c.isprintable() and c.encode(encoding, "ignore") else escaped(c) for c in text
+    )
 
 
 def escaped(c: str) -> str:
     """The bytes of a character, \\xHH each."""
     # a byte of a file name that is not UTF-8 comes as one of these surrogates
-    as_bytes = c.encode("utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass")
+    as_bytes = c.encode(
+        "utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass"
+    )
     return "".join(f"\\x{byte:02x}" for byte in as_bytes)
 
 
 def printable_path(path: str) -> str:
-    """The path on one line; one that cannot be shown as it is comes as bash reads it: $'caf\\xe9.jpg'."""
+    """The path on one line; one that cannot be shown as it is comes as bash reads it:
+    $'caf\\xe9.jpg'."""
     quoted = path.replace("\\", "\\\\").replace("'", "\\'")
     return path if printable(path) == path else f"$'{printable(quoted)}'"
 
 
 def command(name: str) -> str:
-    """How one of our commands is called, in the way in which this process was: fastsmooth train, python -m fastsmooth.train."""
+    """How one of our commands is called, in the way in which this process was: fastsmooth train,
+    python -m fastsmooth.train."""
     program = Path(sys.argv[0])
     if program.stem == "fastsmooth":
         return f"fastsmooth {name}"
@@ -247,7 +276,8 @@ def command(name: str) -> str:
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:
-    """Be the process of a command. What Python says by itself about others' code goes the way of all lines too."""
+    """Be the process of a command. What Python says by itself about others' code goes the way of
+    all lines too."""
 
     def traced(kind, error, trace) -> None:
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():

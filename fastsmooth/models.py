@@ -1,7 +1,8 @@
-"""Image classifiers by name: the CIFAR networks of the papers, small ones for quick studies, torchvision and timm.
+"""Image classifiers by name: the CIFAR networks of the papers, small ones for quick studies,
+torchvision and timm.
 
-Parameter counts of the papers' networks with 100 classes: ResNet-18 11,220,132; WideResNet-28-10 36,536,884;
-MobileNetV2 2,369,380 (tests/test_models.py holds them).
+Parameter counts of the papers' networks with 100 classes: ResNet-18 11,220,132; WideResNet-28-10
+36,536,884; MobileNetV2 2,369,380 (tests/test_models.py holds them).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016); a 1x1 projection where the shape changes."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016); a 1x1 projection where the shape
+    changes."""
 
     expansion = 1
 
@@ -67,7 +69,8 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 class CifarResNet(nn.Module):
-    """ResNet for small images: 3x3 stem, no max-pooling, one stage a width, every stage after the first at stride 2."""
+    """ResNet for small images: 3x3 stem, no max-pooling, one stage a width, every stage after the
+    first at stride 2."""
 
     def __init__(self, block: type, depths: list[int], widths: list[int], classes: int):
         super().__init__()
@@ -88,7 +91,8 @@ class CifarResNet(nn.Module):
 
 
 class PreactBlock(nn.Module):
-    """norm, ReLU, conv, norm, ReLU, conv (Zagoruyko and Komodakis 2016); a projection sees the activated input."""
+    """norm, ReLU, conv, norm, ReLU, conv (Zagoruyko and Komodakis 2016); a projection sees the
+    activated input."""
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -105,7 +109,8 @@ class PreactBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WideResNet-(6n+4)-k without dropout; kaiming-normal (fan out) convolutions and a zero head bias."""
+    """WideResNet-(6n+4)-k without dropout; kaiming-normal (fan out) convolutions and a zero head
+    bias."""
 
     def __init__(self, depth: int, factor: int, classes: int):
         super().__init__()
@@ -129,7 +134,8 @@ class WideResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 projection, ReLU6, all with bias; a shortcut where the shape is kept."""
+    """1x1 expansion, 3x3 depthwise, 1x1 projection, ReLU6, all with bias; a shortcut where the
+    shape is kept."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
@@ -152,14 +158,27 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """The papers' MobileNetV2 for small images: a 1x1 stem with padding 1 (32 -> 34 pixels), every conv with bias."""
+    """The papers' MobileNetV2 for small images: a 1x1 stem with padding 1 (32 -> 34 pixels), every
+    conv with bias."""
 
     # expansion, outputs, blocks, stride of the first block
-    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1))
+    STAGES = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 1),
+        (6, 320, 1, 1),
+    )
 
     def __init__(self, classes: int):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 32, 1, padding=1), nn.BatchNorm2d(32), nn.ReLU6(inplace=True)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 32, 1, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU6(inplace=True),
+        ]
         inputs = 32
         for expansion, outputs, blocks, stride in self.STAGES:
             for i in range(blocks):
@@ -197,8 +216,9 @@ BUILDERS = {
 def build(name: str, classes: int, norm: str = "batch") -> nn.Module:
     """The network `name` with `classes` outputs, randomly initialised, taking [B, 3, H, W].
 
-    `name` is a key of BUILDERS, "torchvision/NAME" or "timm/NAME". With norm="group" every BatchNorm2d becomes a
-    GroupNorm. Raises ModelError where the name is unknown, timm is missing or nothing was left to replace.
+    `name` is a key of BUILDERS, "torchvision/NAME" or "timm/NAME". With norm="group" every
+    BatchNorm2d becomes a GroupNorm. Raises ModelError where the name is unknown, timm is missing or
+    nothing was left to replace.
     """
     if name in BUILDERS:
         model = BUILDERS[name](classes=classes)
@@ -223,12 +243,16 @@ def from_torchvision(name: str, classes: int) -> nn.Module:
     known = models.list_models(module=models)
     if name not in known:
         raise ModelError(
-            f"--model torchvision/{name}: torchvision has no such classifier: {hint(name, known, 'torchvision/')} "
-            'list them with python -c "from torchvision import models; print(*models.list_models(module=models))"'
+            f"--model torchvision/{name}: torchvision has no such classifier: "
+            f"{hint(name, known, 'torchvision/')} "
+            'list them with python -c "from torchvision import models; '
+            'print(*models.list_models(module=models))"'
         )
     # GoogLeNet and Inception return a tuple in training unless their auxiliary heads are off
     # (and warn about the default of init_weights)
-    quirks = {key: {"aux_logits": False, "init_weights": True} for key in ("googlenet", "inception_v3")}
+    quirks = {
+        key: {"aux_logits": False, "init_weights": True} for key in ("googlenet", "inception_v3")
+    }
     return models.get_model(name, weights=None, num_classes=classes, **quirks.get(name, {}))
 
 
@@ -236,10 +260,13 @@ def from_timm(name: str, classes: int) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise ModelError(f"--model timm/{name} needs timm: pip install 'fastsmooth[timm]'") from None
+        raise ModelError(
+            f"--model timm/{name} needs timm: pip install 'fastsmooth[timm]'"
+        ) from None
     if not timm.is_model(name):
         raise ModelError(
-            f"--model timm/{name}: timm {timm.__version__} has no such model: {hint(name, timm.list_models(), 'timm/')} "
+            f"--model timm/{name}: timm {timm.__version__} has no such model: "
+            f"{hint(name, timm.list_models(), 'timm/')} "
             'list them with python -c "import timm; print(*timm.list_models())"'
         )
     try:
@@ -249,7 +276,8 @@ def from_timm(name: str, classes: int) -> nn.Module:
 
 
 def own_size(name: str, model: nn.Module) -> int | None:
-    """The pixels a side that a network of torchvision or timm was made for; None where it takes any, or does not say."""
+    """The pixels a side that a network of torchvision or timm was made for; None where it takes
+    any, or does not say."""
     if name.startswith("timm/"):
         return (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
     if not name.startswith("torchvision/"):
@@ -258,11 +286,14 @@ def own_size(name: str, model: nn.Module) -> int | None:
         return model.image_size
     from torchvision import models
 
-    return models.get_model_weights(name.removeprefix("torchvision/")).DEFAULT.transforms.keywords.get("crop_size")
+    return models.get_model_weights(
+        name.removeprefix("torchvision/")
+    ).DEFAULT.transforms.keywords.get("crop_size")
 
 
 def replace_batchnorm(model: nn.Module) -> int:
-    """Replace every BatchNorm2d by a GroupNorm of 16 channels a group (Wu and He 2018, table 3); how many it found.
+    """Replace every BatchNorm2d by a GroupNorm of 16 channels a group (Wu and He 2018, table 3);
+    how many it found.
 
     Where 16 does not divide the channels, the group is their greatest common divisor with 16.
     """
@@ -273,7 +304,8 @@ def replace_batchnorm(model: nn.Module) -> int:
                 channels = child.num_features
                 groups = channels // math.gcd(channels, 16)
                 norm = nn.GroupNorm(groups, channels, eps=child.eps)
-                # timm's BatchNormAct2d is a BatchNorm2d that goes on through its children, dropout and activation
+                # timm's BatchNormAct2d is a BatchNorm2d that goes on through its children, dropout
+                # and activation
                 rest = list(child.children())
                 setattr(parent, key, nn.Sequential(norm, *rest) if rest else norm)
                 found += 1

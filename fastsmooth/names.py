@@ -1,4 +1,5 @@
-"""What was meant by a name that fastsmooth does not know: a near miss, or what other trainers call a thing."""
+"""What was meant by a name that fastsmooth does not know: a near miss, or what other trainers call
+a thing."""
 
 from __future__ import annotations
 
@@ -6,15 +7,18 @@ import difflib
 import re
 from collections.abc import Iterable
 
-CLOSE = 0.8  # the least similarity of a guess, by difflib: a wrong one misleads more than none helps
+# the least similarity of a guess, by difflib: a wrong one misleads more than none helps
+CLOSE = 0.8
 LONGEST = 100  # letters of a word that is compared with others
 
 
 def hint(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """ "did you mean lr?", with the prefix before the name, or nothing where no known name is so close that it can be said.
+    """ "did you mean lr?", with the prefix before the name, or nothing where no known name is so
+    close that it can be said.
 
-    Close is the same but for case and signs; or nearly the same, but for another number (resnet101 is no slip for
-    resnet18); or a name that begins with the word, if that has three letters, and at most two names do.
+    Close is the same but for case and signs; or nearly the same, but for another number (resnet101
+    is no slip for resnet18); or a name that begins with the word, if that has three letters, and at
+    most two names do.
     """
     meant = bare(word)
     if not meant or len(word) > LONGEST:
@@ -26,8 +30,14 @@ def hint(word: str, known: Iterable[str], prefix: str = "") -> str:
     if len(meant) > 2 and not found:
         alike = [b for b in plain if letters(b) != letters(meant)]
         cutoff = min(CLOSE, (len(meant) - 1) / len(meant))  # one letter of a short word
-        found = difflib.get_close_matches(meant, alike, 1, cutoff) or [b for b in plain if b.startswith(meant)]
-    return f"did you mean {' or '.join(prefix + plain[b] for b in found)}?" if 0 < len(found) < 3 else ""
+        found = difflib.get_close_matches(meant, alike, 1, cutoff) or [
+            b for b in plain if b.startswith(meant)
+        ]
+    return (
+        f"did you mean {' or '.join(prefix + plain[b] for b in found)}?"
+        if 0 < len(found) < 3
+        else ""
+    )
 
 
 def bare(name: str) -> str:
@@ -43,9 +53,10 @@ def spread(table: dict[str, str]) -> dict[str, str]:
     return {name: answer for names, answer in table.items() for name in names.split()}
 
 
-# What other trainers call the flags of fastsmooth.train: PyTorch's examples, torchvision's references, timm, Lightning,
-# Hugging Face, MMPretrain, Keras and the published code of the papers. An answer that is nothing but a flag, or a flag
-# with its value, is what fastsmooth calls it; other answers follow "fastsmooth has no --x:".
+# What other trainers call the flags of fastsmooth.train: PyTorch's examples, torchvision's
+# references, timm, Lightning, Hugging Face, MMPretrain, Keras and the published code of the papers.
+# An answer that is nothing but a flag, or a flag with its value, is what fastsmooth calls it; other
+# answers follow "fastsmooth has no --x:".
 FLAGS = spread({
     # data
     "--data --data-path --data-root --dataset-dir --dataset-root --data-folder --train-data-dir --root --dataroot --train-dir --train-path --traindir --image-folder": "--data-dir",
@@ -171,7 +182,8 @@ VALUES = {
 
 
 def about_flag(word: str, known: Iterable[str]) -> str:
-    """What to say about a flag that is none of those known: "unknown flag --lrr: did you mean --lr?" or the like."""
+    """What to say about a flag that is none of those known: "unknown flag --lrr: did you mean
+    --lr?" or the like."""
     known = [name for name in known if name.startswith("--")]
     answer = FLAGS.get(word) or FLAGS.get(word.lower()) or ""
     other_words = bare(word) not in map(bare, known)
@@ -180,7 +192,9 @@ def about_flag(word: str, known: Iterable[str]) -> str:
     ):  # not of a command without them
         renamed = re.fullmatch(r"--\S+( \S+)?", answer)
         return (
-            f"unknown flag {word}: fastsmooth calls it {answer}" if renamed else f"fastsmooth has no {word}: {answer}"
+            f"unknown flag {word}: fastsmooth calls it {answer}"
+            if renamed
+            else f"fastsmooth has no {word}: {answer}"
         )
     return f"unknown flag {word}: {hint(word, known) or '--help lists the flags'}"
 

@@ -1,8 +1,10 @@
-"""The forms of the update (fastsmooth.forms) as one torch optimizer; kernels/update.py computes them.
+"""The forms of the update (fastsmooth.forms) as one torch optimizer; kernels/update.py computes
+them.
 
     sgd    m = g                                       (momentum is not used)
     shb    m = beta m + g                              torch.optim.SGD(momentum=beta)
-    nshb   m = beta m + (1 - beta) g                   no bias correction: the first direction is (1 - beta) g
+    nshb   m = beta m + (1 - beta) g                   no bias correction: the first direction is (1
+           - beta) g
     qhm    d = beta d + (1 - beta) g,  m = (1 - nu) g + nu d        (Ma and Yarats 2019)
 
 and then p -= lr m, from zero buffers, with g the gradient plus weight_decay p.
@@ -23,19 +25,23 @@ from fastsmooth.kernels.update import Rule, direction_ref, update
 HYPERPARAMETERS = ("lr", "momentum", "nu", "weight_decay")
 
 
-def coefficients(form: Form, lr: float, momentum: float, nu: float, weight_decay: float) -> list[float]:
+def coefficients(
+    form: Form, lr: float, momentum: float, nu: float, weight_decay: float
+) -> list[float]:
     """The values of a kernel's Rule."""
     return [lr, momentum, *form.coefficients(momentum, nu), weight_decay]
 
 
 class NoisySGD(torch.optim.Optimizer):
-    """The four forms as one torch optimizer. lr and momentum change in place and leave the buffers alone.
+    """The four forms as one torch optimizer. lr and momentum change in place and leave the buffers
+    alone.
 
-    Args: params, form (a row of fastsmooth.forms), lr, momentum (beta), nu (where the form uses it), weight_decay. The
-    state of a parameter is its "momentum_buffer", as in torch.optim.SGD; sgd has none. Raises ValueError for a form that is
-    no row and for values out of range.
+    Args: params, form (a row of fastsmooth.forms), lr, momentum (beta), nu (where the form uses
+    it), weight_decay. The state of a parameter is its "momentum_buffer", as in torch.optim.SGD; sgd
+    has none. Raises ValueError for a form that is no row and for values out of range.
 
-    After a step `sq_norms` is [||g||^2, ||m_t||^2] over all parameters, float64 on their device, g without weight decay.
+    After a step `sq_norms` is [||g||^2, ||m_t||^2] over all parameters, float64 on their device, g
+    without weight decay.
     """
 
     def __init__(
@@ -49,10 +55,13 @@ class NoisySGD(torch.optim.Optimizer):
     ):
         self.form = form_named(form)
         if not (lr >= 0 and 0 <= momentum < 1 and 0 <= nu <= 1 and weight_decay >= 0):
-            raise ValueError(f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}")
+            raise ValueError(
+                f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}"
+            )
         defaults = {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay}
         if not self.form.has_buffer or self.form.coefficients(momentum, nu) == (1.0, 0.0, 1.0):
-            defaults["dampening"] = 0.0  # without it torch.optim.SGD, which this is, cannot go on from this state
+            # without it torch.optim.SGD, which this is, cannot go on from this state
+            defaults["dampening"] = 0.0
         super().__init__(params, defaults)
         self.sq_norms: Tensor | None = None
         self._scalars: dict[int, tuple[list[float], list[Tensor]]] = {}
@@ -64,9 +73,12 @@ class NoisySGD(torch.optim.Optimizer):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Steps and changes of hyperparameters inside leave no trace; a buffer keeps its place in memory."""
+        """Steps and changes of hyperparameters inside leave no trace; a buffer keeps its place in
+        memory."""
         groups = [dict(group) for group in self.param_groups]
-        buffers = {p: {name: t.clone() for name, t in state.items()} for p, state in self.state.items()}
+        buffers = {
+            p: {name: t.clone() for name, t in state.items()} for p, state in self.state.items()
+        }
         sq_norms = self.sq_norms
         try:
             yield
@@ -95,7 +107,8 @@ class NoisySGD(torch.optim.Optimizer):
         return coefficients(self.form, *(group[name] for name in HYPERPARAMETERS))
 
     def _rule(self, number: int, device: torch.device) -> Rule:
-        """The coefficients of a group as 0-d tensors, the same ones for as long as their values stay."""
+        """The coefficients of a group as 0-d tensors, the same ones for as long as their values
+        stay."""
         values = self._coefficients(self.param_groups[number])
         held, tensors = self._scalars.get(number, ([], []))
         if values != held:
@@ -115,15 +128,25 @@ class NoisySGD(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             params, grads, buffers = self._gather(group)
             if params:
-                found.append(update(params, grads, buffers, self._rule(number, params[0].device), self.form.mixes))
+                found.append(
+                    update(
+                        params,
+                        grads,
+                        buffers,
+                        self._rule(number, params[0].device),
+                        self.form.mixes,
+                    )
+                )
         self.sq_norms = sum(found[1:], found[0]) if found else None
         return loss
 
     @torch.no_grad()
     def directions(self, grads: list[Tensor] | None = None) -> list[Tensor]:
-        """The m_t that step() would apply for `grads` (default: the .grad of the parameters); changes nothing.
+        """The m_t that step() would apply for `grads` (default: the .grad of the parameters);
+        changes nothing.
 
-        The tensors are new, in the order of the parameters of all groups, in the dtype of the momentum.
+        The tensors are new, in the order of the parameters of all groups, in the dtype of the
+        momentum.
         """
         found: list[Tensor] = []
         given = iter(grads) if grads is not None else None
@@ -138,6 +161,8 @@ class NoisySGD(torch.optim.Optimizer):
                     m = m.clone()
                 elif self.form.has_buffer:
                     m = torch.zeros_like(p, dtype=wide)
-                direction = direction_ref(p.to(wide), slope, m, *self._coefficients(group)[1:], self.form.mixes)
+                direction = direction_ref(
+                    p.to(wide), slope, m, *self._coefficients(group)[1:], self.form.mixes
+                )
                 found.append(direction.clone() if direction is slope else direction)
         return found

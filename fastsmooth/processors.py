@@ -1,4 +1,5 @@
-"""How many processors are this process's to use: those that it may run on, and no more than its container's quota pays for."""
+"""How many processors are this process's to use: those that it may run on, and no more than its
+container's quota pays for."""
 
 from __future__ import annotations
 
@@ -13,20 +14,24 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how man
 
 
 def processors() -> int:
-    """At least one: a quota of half a processor is one that stands still half of the time. 2.5 are two."""
+    """At least one: a quota of half a processor is one that stands still half of the time. 2.5 are
+    two."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min(mine, quota())))
 
 
 def keep_within_quota(torch) -> None:
-    """Have PyTorch compute in no more threads than there are processors; it does not know of quotas."""
+    """Have PyTorch compute in no more threads than there are processors; it does not know of
+    quotas."""
     if not any(os.environ.get(name) for name in THREADS) and torch.get_num_threads() > processors():
         torch.set_num_threads(processors())
 
 
 def quota(proc: Path = Path("/proc/self")) -> float:
-    """The processors that Linux's control groups, version 1 and 2, give this process; infinite where they set no limit."""
-    with suppress(OSError, ValueError, IndexError):  # another system, or a file in no form that is known
+    """The processors that Linux's control groups, version 1 and 2, give this process; infinite
+    where they set no limit."""
+    # another system, or a file in no form that is known
+    with suppress(OSError, ValueError, IndexError):
         return min(limits(proc), default=math.inf)
     return math.inf
 
@@ -38,7 +43,8 @@ def limits(proc: Path) -> Iterator[float]:
         _, controllers, path = line.split(":", 2)
         groups |= dict.fromkeys(controllers.split(","), path)  # of version 2 it is ""
     for line in (proc / "mountinfo").read_text().splitlines():
-        # number, parent, device, root of the mount within its file system, where it is mounted ... - type, source, options
+        # number, parent, device, root of the mount within its file system, where it is mounted ...
+        # - type, source, options
         mount, _, about = line.partition(" - ")
         root, place = (unescaped(word) for word in mount.split()[3:5])
         kind, _, options = about.split(" ", 2)

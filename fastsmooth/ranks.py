@@ -1,8 +1,10 @@
-"""The processes of one run: those that torchrun started, or this one alone; and what they tell each other.
+"""The processes of one run: those that torchrun started, or this one alone; and what they tell each
+other.
 
-Every process holds the whole model and its share of each batch. All sums go through one flat tensor whose layout depends
-on the model alone: so they are added in the same order at every update, which a run that is taken up again in the same bits
-needs, and gradients, BatchNorm statistics and the loss travel together.
+Every process holds the whole model and its share of each batch. All sums go through one flat tensor
+whose layout depends on the model alone: so they are added in the same order at every update, which
+a run that is taken up again in the same bits needs, and gradients, BatchNorm statistics and the
+loss travel together.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FIRST_WORDS, LAST_WORDS = "fastsmooth/first", "fastsmooth/ended"  # keys under which a process that fails says why
+# keys under which a process that fails says why
+FIRST_WORDS, LAST_WORDS = "fastsmooth/first", "fastsmooth/ended"
 
 
 class RankLost(RuntimeError):
-    """Another process of the run has ended; `words` is what it said of it: {"code", "state", "reason", "line"} or empty."""
+    """Another process of the run has ended; `words` is what it said of it: {"code", "state",
+    "reason", "line"} or empty."""
 
     def __init__(self, words: dict[str, Any]):
         super().__init__(words.get("reason", "another process of the run was lost"))
@@ -30,7 +34,8 @@ class RankLost(RuntimeError):
 
 
 class Ranks:
-    """This process's number among `world` processes. With one, every method is for nothing and costs nothing."""
+    """This process's number among `world` processes. With one, every method is for nothing and
+    costs nothing."""
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0, local_world: int = 1):
         self.rank, self.world, self.local, self.local_world = rank, world, local, local_world
@@ -39,7 +44,8 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
-        """As torchrun's environment says; several processes meet here. CUDA tensors go over NCCL, others over gloo.
+        """As torchrun's environment says; several processes meet here. CUDA tensors go over NCCL,
+        others over gloo.
 
         Raises RankLost where the others do not come.
         """
@@ -48,7 +54,9 @@ class Ranks:
         if found.world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             with talking():
-                dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+                dist.init_process_group(
+                    backend, device_id=device if device.type == "cuda" else None
+                )
         return found
 
     def share(self, index: Tensor) -> Tensor:
@@ -56,7 +64,8 @@ class Ranks:
         return index[self.rank :: self.world]
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Replace the tensors, of one dtype, by their sums over the processes: the same bits everywhere."""
+        """Replace the tensors, of one dtype, by their sums over the processes: the same bits
+        everywhere."""
         if self.world > 1:
             Bucket(tensors).sum_(tensors)
 
@@ -85,8 +94,11 @@ class Ranks:
         return held[0]
 
     @contextmanager
-    def together(self, refusals: tuple[type[Exception], ...], raised: Callable[[str], Exception]) -> Iterator[None]:
-        """What one process refuses inside, all refuse, in the words of the first: raised(words) where it was another."""
+    def together(
+        self, refusals: tuple[type[Exception], ...], raised: Callable[[str], Exception]
+    ) -> Iterator[None]:
+        """What one process refuses inside, all refuse, in the words of the first: raised(words)
+        where it was another."""
         own = None
         try:
             yield
@@ -99,9 +111,11 @@ class Ranks:
             raise raised(said[0])
 
     def vote(self, own: int) -> int:
-        """The largest `own` that any process gave one call before, the same everywhere at the same call.
+        """The largest `own` that any process gave one call before, the same everywhere at the same
+        call.
 
-        One call late, so that nobody waits: the numbers travel beside the computation, and never through the device.
+        One call late, so that nobody waits: the numbers travel beside the computation, and never
+        through the device.
         """
         if self.world == 1:
             return own
@@ -118,8 +132,9 @@ class Ranks:
     def leave(self, words: dict[str, Any] | None = None) -> bool:
         """End the conversation; whether it is this process that tells the user how the run ended.
 
-        Without `words` all leave together. With them this process leaves by itself, and the others, who wait for it, find its
-        words (RankLost.words); of several that leave so, the first one's words stay, and it is the one to tell.
+        Without `words` all leave together. With them this process leaves by itself, and the others,
+        who wait for it, find its words (RankLost.words); of several that leave so, the first one's
+        words stay, and it is the one to tell.
         """
         if self.world == 1:
             return True
@@ -174,9 +189,13 @@ class Bucket:
         self.parts, at = [], 0
         for t, size in zip(like, sizes, strict=True):
             # in the tensor's own order in memory, so that a copy is a plain one
-            dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+            dense = t.is_contiguous() or (
+                t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+            )
             part = self.flat[at : at + size]
-            self.parts.append(part.as_strided(t.shape, t.stride(), at) if dense else part.view(t.shape))
+            self.parts.append(
+                part.as_strided(t.shape, t.stride(), at) if dense else part.view(t.shape)
+            )
             at += size
         self.extra = self.flat[at:]
 

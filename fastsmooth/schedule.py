@@ -1,9 +1,10 @@
-"""What lr, batch size and momentum are at every epoch, and how far the resulting noise smooths the loss.
+"""What lr, batch size and momentum are at every epoch, and how far the resulting noise smooths the
+loss.
 
-A method is a row of the table METHODS: how it changes the learning rate and the batch, and which of the three is solved
-for. Loader, optimizer and log read the same Point.
-Formulas: degree of smoothing delta, P1 (arXiv 2311.08745) and P2 (arXiv 2402.02325);
-schedules with round m = epoch + 1 of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
+A method is a row of the table METHODS: how it changes the learning rate and the batch, and which of
+the three is solved for. Loader, optimizer and log read the same Point. Formulas: degree of
+smoothing delta, P1 (arXiv 2311.08745) and P2 (arXiv 2402.02325); schedules with round m = epoch + 1
+of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
 """
 
 from __future__ import annotations
@@ -20,30 +21,35 @@ HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same
 
 MOST = 2**62  # a batch that no data set can fill
 SLACK = 1e-13  # of a target delta, far above the rounding of delta and far below what matters
-# Published growth of the batch by its size at the start: b (201/2)^(0.9 balance) is near 8192 for all.
+# Published growth of the batch by its size at the start: b (201/2)^(0.9 balance) is near 8192 for
+# all.
 BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 512: 2 / 3, 1024: 0.5}
 
 
 @dataclass(frozen=True)
 class Point:
-    """What the optimizer and the loader use during one epoch. `momentum` is beta, 0 for plain SGD."""
+    """What the optimizer and the loader use during one epoch. `momentum` is beta, 0 for plain
+    SGD."""
 
     lr: float
     batch_size: int
     momentum: float
 
 
-FORGOTTEN = 1e-3  # the share of a momentum buffer's content that is left where its history is said to begin
+# the share of a momentum buffer's content that is left where its history is said to begin
+FORGOTTEN = 1e-3
 
 
 def memory(momentum: float) -> int:
-    """The updates after which a momentum buffer has forgotten all but FORGOTTEN of what was in it."""
+    """The updates after which a momentum buffer has forgotten all but FORGOTTEN of what was in
+    it."""
     return math.ceil(math.log(FORGOTTEN) / math.log(momentum)) if momentum else 0
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The noise model behind delta: the optimizer's form, a version of its bound, and the constants C^2 and K^2.
+    """The noise model behind delta: the optimizer's form, a version of its bound, and the constants
+    C^2 and K^2.
 
     Raises ValueError for a form or a version that is no row of fastsmooth.forms.
     """
@@ -71,22 +77,27 @@ class Smoothing:
         return self.nu if self.form.uses_nu else 1.0
 
     def degree(self, lr: float, batch_size: float, momentum: float) -> float:
-        """delta, the degree of smoothing: lr times the bound on E||search direction - full gradient||."""
+        """delta, the degree of smoothing: lr times the bound on E||search direction - full
+        gradient||."""
         return lr * math.sqrt(self.noise(batch_size, momentum))
 
     def noise(self, batch_size: float, beta: float) -> float:
         """The bound psi^2 on E||m_t - grad f(x_t)||^2."""
-        return self.bound.noise(self.grad_variance / batch_size, self.grad_norm_bound_sq, beta, self.weight)
+        return self.bound.noise(
+            self.grad_variance / batch_size, self.grad_norm_bound_sq, beta, self.weight
+        )
 
     def critical_factor(self, beta: float) -> float:
         """kappa in C^2 = b* eps^2 / (kappa lr), the estimate from the critical batch size b*."""
         return self.form.kappa(beta, self.weight) if beta > 0 else 1.0
 
     def solve_momentum(self, target: float, lr: float, batch_size: float, highest: float) -> float:
-        """The beta in [0, highest] whose delta is `target`; the nearer end where no such beta exists.
+        """The beta in [0, highest] whose delta is `target`; the nearer end where no such beta
+        exists.
 
-        delta grows with beta for every form, so bisection to the last bit of a double is safe. Only near the root is delta
-        computed: elsewhere two points on either side of it, where delta is off by more than it can be rounded, tell.
+        delta grows with beta for every form, so bisection to the last bit of a double is safe. Only
+        near the root is delta computed: elsewhere two points on either side of it, where delta is
+        off by more than it can be rounded, tell.
         """
         if self.degree(lr, batch_size, 0.0) >= target:
             return 0.0
@@ -107,7 +118,8 @@ class Smoothing:
         return low
 
     def momentum_near(self, psi: float, batch_size: float) -> float:
-        """The beta at which the noise is psi^2, but for rounding; nan where the numbers are too large to tell."""
+        """The beta at which the noise is psi^2, but for rounding; nan where the numbers are too
+        large to tell."""
         variance = self.grad_variance / batch_size
         if not 0 < psi * psi - variance < math.inf:
             return math.nan
@@ -143,7 +155,8 @@ class Schedule:
         return batch if self.largest_batch is None else min(batch, self.largest_batch)
 
     def batch_solved_for(self, epoch: int) -> float:
-        """The batch of which lr or momentum are solved: the one that is served; the published code took the fraction."""
+        """The batch of which lr or momentum are solved: the one that is served; the published code
+        took the fraction."""
         return METHODS[self.method].batch(self, epoch) if self.shifted else self.batch_size(epoch)
 
     def delta(self, point: Point) -> float:
@@ -154,13 +167,16 @@ class Schedule:
         return self.delta(self.start) * self.remaining(epoch) ** self.power
 
     def remaining(self, epoch: int) -> float:
-        """(M - e) / M, which the product of the papers' decay factors comes to; 1 at the first epoch."""
-        if self.shifted:  # factors (M - m) / (M - m + 1) from m = 0: the epoch after round m has the product up to m
+        """(M - e) / M, which the product of the papers' decay factors comes to; 1 at the first
+        epoch."""
+        # factors (M - m) / (M - m + 1) from m = 0: the epoch after round m has the product up to m
+        if self.shifted:
             return (self.epochs - epoch + 1) / (self.epochs + 1)
         return (self.epochs - epoch) / self.epochs
 
     def largest_miss(self) -> tuple[int, float, float] | None:
-        """(epoch, target delta, reached delta) where the method misses its target most, by over 2 %; None if never."""
+        """(epoch, target delta, reached delta) where the method misses its target most, by over 2
+        %; None if never."""
         if METHODS[self.method].solves == "momentum":
             goal_of, reached_of = self.target, self.floor
         elif self.method in STEPPED:
@@ -176,7 +192,9 @@ class Schedule:
 
     def floor(self, epoch: int) -> float:
         """delta without momentum, below which a method that solves for the momentum cannot fall."""
-        return self.smoothing.degree(METHODS[self.method].lr(self, epoch), self.batch_solved_for(epoch), 0.0)
+        return self.smoothing.degree(
+            METHODS[self.method].lr(self, epoch), self.batch_solved_for(epoch), 0.0
+        )
 
     def stepped_target(self, epoch: int) -> float:
         """delta of lr, batch and hybrid under plain SGD: 1/sqrt(2) at every step."""
@@ -191,7 +209,8 @@ class Schedule:
 
     @cached_property
     def published_batches(self) -> list[float]:
-        """The batch of every epoch as the published code grows it: a fraction, epoch by epoch, of which int() is served."""
+        """The batch of every epoch as the published code grows it: a fraction, epoch by epoch, of
+        which int() is served."""
         batches = [float(self.start.batch_size)]
         exponent = self.power * balance(self.start.batch_size)
         for m in range(self.epochs - 1):
@@ -204,7 +223,8 @@ class Schedule:
         return map(self, range(self.epochs))
 
     def epoch_of(self, update: int, images: int, drop_last: bool = False) -> int:
-        """The epoch of an update, both counted from 0, over `images` training images; the last one for what comes after."""
+        """The epoch of an update, both counted from 0, over `images` training images; the last one
+        for what comes after."""
         done = first = 0
         for epochs, size in self.stages():
             in_each = updates_of(images, size, drop_last)
@@ -214,7 +234,8 @@ class Schedule:
         return self.epochs - 1
 
     def stages(self) -> Iterator[tuple[int, int]]:
-        """(how many epochs, batch size) of every stretch of epochs that have one batch size. Nothing is solved for it."""
+        """(how many epochs, batch size) of every stretch of epochs that have one batch size.
+        Nothing is solved for it."""
         first = 0
         while first < self.epochs:
             size, last, step = self.batch_size(first), first, 1
@@ -240,7 +261,7 @@ def updates_of(images: int, batch_size: int, drop_last: bool) -> int:
     return images // batch_size if drop_last else -(-images // batch_size)
 
 
-# What a method does to the learning rate and to the batch -------------------------------------------------------------
+# What a method does to the learning rate and to the batch
 
 
 def same_lr(s: Schedule, epoch: int) -> float:
@@ -275,11 +296,16 @@ def same_batch(s: Schedule, epoch: int) -> float:
 def stepped_batch(s: Schedule, epoch: int, factor: float) -> float:
     """b factor^steps rounded down; the published code rounds down at every step."""
     steps = s.batch_steps_taken(epoch)
-    return grown_by_steps(s.start.batch_size, factor, steps) if s.shifted else grown(s.start.batch_size, factor, steps)
+    return (
+        grown_by_steps(s.start.batch_size, factor, steps)
+        if s.shifted
+        else grown(s.start.batch_size, factor, steps)
+    )
 
 
 def grown_batch(s: Schedule, epoch: int) -> float:
-    """b (M / (M - e))^(power balance), as a whole number; the fraction under the published indices."""
+    """b (M / (M - e))^(power balance), as a whole number; the fraction under the published
+    indices."""
     if s.shifted:
         return s.published_batches[epoch]
     return grown(s.start.batch_size, s.remaining(epoch), -s.power * balance(s.start.batch_size))
@@ -303,14 +329,16 @@ def grown_by_steps(batch_size: int, factor: float, steps: int) -> int:
 
 
 def balance(batch_size: int) -> float:
-    """How fast the batch grows: the published values, elsewhere the rule behind them (a last batch near 8192)."""
+    """How fast the batch grows: the published values, elsewhere the rule behind them (a last batch
+    near 8192)."""
     rule = math.log(8192 / batch_size) / (0.9 * math.log(201 / 2))
     return BALANCE.get(batch_size, max(0.0, rule))
 
 
 @dataclass(frozen=True)
 class Method:
-    """How lr and batch go with the epoch, and which of lr and momentum is solved to meet the target delta, if any."""
+    """How lr and batch go with the epoch, and which of lr and momentum is solved to meet the target
+    delta, if any."""
 
     lr: Callable[[Schedule, int], float] = same_lr
     batch: Callable[[Schedule, int], float] = same_batch
@@ -323,7 +351,9 @@ METHODS = {
     "lr": Method(lr=partial(stepped_lr, factor=INV_SQRT2), uses="decay_epoch"),
     "batch": Method(batch=partial(stepped_batch, factor=2), uses="decay_epoch"),
     "hybrid": Method(
-        lr=partial(stepped_lr, factor=HYBRID_LR), batch=partial(stepped_batch, factor=1.5), uses="decay_epoch"
+        lr=partial(stepped_lr, factor=HYBRID_LR),
+        batch=partial(stepped_batch, factor=1.5),
+        uses="decay_epoch",
     ),
     "poly": Method(lr=poly, uses="power"),
     "cosine": Method(lr=cosine),

@@ -1,8 +1,9 @@
 """Sharpness of saved runs: python -m fastsmooth.sharpness RUN... [flags]
 
-How much the loss rises when the weights move, on average (avg_l2, avg_linf) or at worst (m_apgd_l2, m_apgd_linf), after
-Andriushchenko et al. 2023 (arXiv 2302.07011). Without flags it is what arXiv 2311.08745 reports: adaptive
-m_apgd_linf with rho 0.0002 on the first 1024 training images in batches of 128, without augmentation, BatchNorm in eval mode.
+How much the loss rises when the weights move, on average (avg_l2, avg_linf) or at worst (m_apgd_l2,
+m_apgd_linf), after Andriushchenko et al. 2023 (arXiv 2302.07011). Without flags it is what arXiv
+2311.08745 reports: adaptive m_apgd_linf with rho 0.0002 on the first 1024 training images in
+batches of 128, without augmentation, BatchNorm in eval mode.
 """
 
 from __future__ import annotations
@@ -81,9 +82,12 @@ class Request:
     def described(self) -> str:
         s = self.setting
         words = [("adaptive " if s.adaptive else "") + s.algorithm]
-        words.append(f"{s.n_iters} {'draws' if s.algorithm.startswith('avg') else 'iterations'} a batch")
         words.append(
-            f"the first {self.samples:,} {'test' if self.test else 'training'} images in batches of {self.batch}"
+            f"{s.n_iters} {'draws' if s.algorithm.startswith('avg') else 'iterations'} a batch"
+        )
+        words.append(
+            f"the first {self.samples:,} {'test' if self.test else 'training'} images in batches "
+            f"of {self.batch}"
         )
         words += ["augmented"] * self.augment + ["normalized logits"] * s.normalize_logits
         words += [f"random start, {s.restarts} restart{'s' * (s.restarts > 1)}"] * s.random_start
@@ -94,14 +98,413 @@ def parser() -> flag_types.Parser:
     p = flag_types.Parser(
         prog=command("sharpness"),
         usage="%(prog)s RUN... [flags]",
-        description="Sharpness at the newest checkpoint of run folders. Without flags: as arXiv 2311.08745 reports it.",
+        description="Sharpness at the newest checkpoint of run folders. Without flags: as arXiv "
+        "2311.08745 reports it.",
         add_help=False,
     )
     d = Setting()
     add = p.add_argument
     # fmt: off
-    add("runs", nargs="*", metavar="RUN", type=flag_types.text, help="run folders that fastsmooth.train wrote")
-    add("--algorithm", default=d.algorithm, choices=ALGORITHMS, metavar="NAME", help=f"{' '.join(ALGORITHMS)} ({d.algorithm})")
+    add("runs", nargs="*", metavar="RUN", type=flag_types.text, help="run folders that "
+                                                                     "fastsmooth.train wrote")
+    add("--algorithm", default=d.algorithm, choices=ALGORITHMS, metavar="NAME", help=f"{' '.join(ALGORITHMS)} "
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     ""
+                                                                                     f"({d.algorithm})")
     add("--rho", nargs="+", type=flag_types.positive, metavar="X", help="how far weights move, measured for each X by itself. avg_l2: standard deviation of every coordinate; avg_linf, m_apgd_linf: bound of every coordinate; m_apgd_l2: L2 length of the whole; adaptive: of each in units of |w| (0.0002 for m_apgd_linf)")
     add("--adaptive", default=d.adaptive, action=BooleanOptionalAction, help="in units of each weight's size, as published (on)")
     add("--normalize-logits", action="store_true", help="logits without their mean and of length 1")
@@ -130,7 +533,9 @@ def parse(argv: list[str]) -> Request | None:
     setting = Setting(**{f.name: given.pop(f.name) for f in dataclasses.fields(Setting)})
     runs, rho = given.pop("runs"), given.pop("rho")
     if not runs:
-        raise ConfigError(f"no run is named: {command('sharpness')} RUN, a folder that fastsmooth.train wrote")
+        raise ConfigError(
+            f"no run is named: {command('sharpness')} RUN, a folder that fastsmooth.train wrote"
+        )
     check(setting)
     if rho is None and setting.algorithm not in PUBLISHED_RHO:
         raise ConfigError(
@@ -150,16 +555,25 @@ def parse(argv: list[str]) -> Request | None:
 
 def check(s: Setting) -> None:
     """Refuse flags that would change nothing."""
-    idle = {"--restarts": s.restarts > 1, "--random-start": s.random_start, "--step-size-mult": s.step_size_mult != 1}
+    idle = {
+        "--restarts": s.restarts > 1,
+        "--random-start": s.random_start,
+        "--step-size-mult": s.step_size_mult != 1,
+    }
     named = next((name for name, given in idle.items() if given), None)
     if ALGORITHMS[s.algorithm][0] is average and named:
-        raise ConfigError(f"{named} has no effect with --algorithm {s.algorithm}: it needs m_apgd_l2 or m_apgd_linf")
+        raise ConfigError(
+            f"{named} has no effect with --algorithm {s.algorithm}: it needs m_apgd_l2 or m_apgd_linf"
+        )
     if s.restarts > 1 and not s.random_start:
-        raise ConfigError(f"--restarts {s.restarts} would climb the same way {s.restarts} times: add --random-start")
+        raise ConfigError(
+            f"--restarts {s.restarts} would climb the same way {s.restarts} times: add --random-start"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every run of a command line; the exit code. A run that cannot be measured is one line on stderr."""
+    """Measure every run of a command line; the exit code. A run that cannot be measured is one line
+    on stderr."""
     return exit_code(lambda: carry_out(sys.argv[1:] if argv is None else argv), (ConfigError,))
 
 
@@ -183,7 +597,13 @@ def attempt(path: Path, request: Request, device: torch.device, table: Table) ->
     """Measure one run and print what was found; an exit code."""
     try:
         entries = measure_run(path, request, device)
-    except (ConfigError, models.ModelError, data.DataError, CheckpointError, RunFolderError) as error:
+    except (
+        ConfigError,
+        models.ModelError,
+        data.DataError,
+        CheckpointError,
+        RunFolderError,
+    ) as error:
         return refuse(error)
     except torch.OutOfMemoryError:
         return refuse(f"{path}: out of memory at --batch {request.batch}: try --device cpu")
@@ -207,27 +627,45 @@ def refuse(error: Exception | str) -> int:
 def table_of(request: Request) -> Table:
     width = max(len(printable(str(path))) for path in request.runs)
     layout = {"run": f"<{width}", "update": ">9", "rho": ">8", "sharpness": ">24"}
-    return Table(layout | {"error increase": ">14", "clean loss": ">10"}, ("clean loss", "update", "error increase"))
+    return Table(
+        layout | {"error increase": ">14", "clean loss": ">10"},
+        ("clean loss", "update", "error increase"),
+    )
 
 
 def cells(path: Path, entry: dict[str, Any]) -> list[str]:
-    value = f"{entry['value']:.6g}" + ("" if entry["error"] is None else f" +- {entry['error']:.2g}")
+    value = f"{entry['value']:.6g}" + (
+        "" if entry["error"] is None else f" +- {entry['error']:.2g}"
+    )
     numbers = [f"{entry['error_increase']:.2%}", f"{entry['clean_loss']:.4g}"]
     return [printable(str(path)), f"{entry['step']:,}", f"{entry['rho']:g}", value, *numbers]
 
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
     device = torch.device(name)
     if (device.index or 0) >= there[device.type]:
-        raise ConfigError(f"--device {name}: this machine has {there[device.type]} such devices: --device cpu")
+        raise ConfigError(
+            f"--device {name}: this machine has {there[device.type]} such devices: --device cpu"
+        )
     return device
 
 
 def measure_run(path: Path, request: Request, device: torch.device) -> list[dict[str, Any]]:
-    """The entries of one run, one for each rho, after they are written to its sharpness.json and metrics.jsonl."""
+    """The entries of one run, one for each rho, after they are written to its sharpness.json and
+    metrics.jsonl."""
     started = time.perf_counter()
     c = parsing.read_saved(path)
     earlier = earlier_results(path)
@@ -272,15 +710,22 @@ def open_images(path: Path, c: Config, request: Request, device: torch.device) -
     there = len(images.test if request.test else images.train)
     if request.samples > there:
         kind = "test" if request.test else "training"
-        raise ConfigError(f"--samples {request.samples} exceeds the {there} {kind} images of {path}: lower --samples")
+        raise ConfigError(
+            f"--samples {request.samples} exceeds the {there} {kind} images of {path}: lower --samples"
+        )
     return images
 
 
-def load(path: Path, c: Config, images: data.Data, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The model at the newest valid checkpoint, and that checkpoint. Raises CheckpointError, DataError or ModelError."""
+def load(
+    path: Path, c: Config, images: data.Data, device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model at the newest valid checkpoint, and that checkpoint. Raises CheckpointError,
+    DataError or ModelError."""
     state = Checkpoints(path / "checkpoints", warn).load()
     if state is None:
-        raise CheckpointError(f"{path} has no checkpoint: train it to the end of an epoch, or with --checkpoint-every")
+        raise CheckpointError(
+            f"{path} has no checkpoint: train it to the end of an epoch, or with --checkpoint-every"
+        )
     model = models.build(c.model, images.classes, c.norm)
     try:
         same_images = state["data"]["fingerprint"] == images.fingerprint
@@ -292,12 +737,15 @@ def load(path: Path, c: Config, images: data.Data, device: torch.device) -> tupl
             "start a new run"
         ) from None
     if not same_images:
-        raise data.DataError(f"{path}: the images in {c.data_dir} are not those it was trained on: give --data-dir")
+        raise data.DataError(
+            f"{path}: the images in {c.data_dir} are not those it was trained on: give --data-dir"
+        )
     return model.to(device, memory_format=torch.channels_last), state
 
 
 def standing(state: dict[str, Any]) -> dict[str, Any]:
-    """The fields of every row, at a checkpoint. lr, batch size, momentum and delta are known at the end of an epoch."""
+    """The fields of every row, at a checkpoint. lr, batch size, momentum and delta are known at the
+    end of an epoch."""
     at = {"epoch": state["epoch"], "step": state["update"], "samples": state["samples"]}
     at |= dict.fromkeys(("lr", "batch_size", "momentum", "delta"))
     last = state["last_epoch"]
@@ -307,7 +755,12 @@ def standing(state: dict[str, Any]) -> dict[str, Any]:
 def entry_of(result: Sharpness, request: Request, update: int) -> dict[str, Any]:
     """A result as sharpness.json has it: first what tells it from others, then what was found."""
     entry = dataclasses.asdict(request.setting) | {"rho": result.rho, "split": request.split}
-    entry |= {"samples": request.samples, "batch": request.batch, "augment": request.augment, "step": update}
+    entry |= {
+        "samples": request.samples,
+        "batch": request.batch,
+        "augment": request.augment,
+        "step": update,
+    }
     return entry | dataclasses.asdict(result)
 
 
@@ -326,7 +779,8 @@ def row_of(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def drop_torn_row(folder: RunFolder) -> None:
-    """Remove the half row that a killed run left at the end of metrics.jsonl: the next would be glued to it."""
+    """Remove the half row that a killed run left at the end of metrics.jsonl: the next would be
+    glued to it."""
     rows = (folder.path / "metrics.jsonl").read_bytes()
     folder.rewind(rows.rfind(b"\n") + 1)
 

@@ -1,4 +1,5 @@
-"""How lines fit a terminal: wrapped between words, or without the fields that matter least. What is redirected is never cut."""
+"""How lines fit a terminal: wrapped between words, or without the fields that matter least. What is
+redirected is never cut."""
 
 from __future__ import annotations
 
@@ -16,13 +17,18 @@ def columns(stream: TextIO | None) -> int | None:
     try:
         if stream is None or not stream.isatty():
             return None
-        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns or UNKNOWN
+        return (
+            int(os.environ.get("COLUMNS") or 0)
+            or os.get_terminal_size(stream.fileno()).columns
+            or UNKNOWN
+        )
     except (OSError, ValueError):  # a closed stream, COLUMNS that is no number
         return UNKNOWN
 
 
 def cells(text: str) -> int:
-    """The columns that a text takes: letters of East Asia take two, an accent that stands by itself none."""
+    """The columns that a text takes: letters of East Asia take two, an accent that stands by itself
+    none."""
     return len(text) if text.isascii() else sum(map(cell, text))
 
 
@@ -31,7 +37,8 @@ def cell(c: str) -> int:
 
 
 def wrapped(line: str, room: int | None, indent: int = 4) -> list[str]:
-    """The line in parts of at most `room` columns, all but the first indented; a word that is longer stays whole."""
+    """The line in parts of at most `room` columns, all but the first indented; a word that is
+    longer stays whole."""
     if room is None or cells(line) <= room:
         return [line]
     parts = [""]
@@ -46,7 +53,8 @@ def wrapped(line: str, room: int | None, indent: int = 4) -> list[str]:
 
 
 class Fields:
-    """Lines of one kind, each made of named fields, of which those in `least_first` are left out as far as a terminal is narrow.
+    """Lines of one kind, each made of named fields, of which those in `least_first` are left out as
+    far as a terminal is narrow.
 
     What was left out of one line is left out of all that follow.
     """
@@ -67,7 +75,8 @@ class Fields:
 
 
 class Table(Fields):
-    """Lines below each other. `layout` has each column's heading and how its cells are set, as ">9" (9 wide, to the right)."""
+    """Lines below each other. `layout` has each column's heading and how its cells are set, as ">9"
+    (9 wide, to the right)."""
 
     def __init__(self, layout: dict[str, str], least_first: Iterable[str]):
         super().__init__(least_first)

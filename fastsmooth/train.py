@@ -39,7 +39,8 @@ from fastsmooth.training.plan import print_plan
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
+    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a
+    traceback."""
     return exit_code(lambda: carry_out(sys.argv[1:] if argv is None else argv))
 
 
@@ -78,13 +79,15 @@ def run(c: Config) -> int:
             say(f"{c.out} is a finished run: nothing to do")
         return DONE
     asked = watch(c)
-    # OpenMP threads that spin while they wait stall each other for whole time slices when the cores are shared with
-    # other work (LOG.md has figures); GNU OpenMP reads this when torch is imported.
+    # OpenMP threads that spin while they wait stall each other for whole time slices when the cores
+    # are shared with other work (LOG.md has figures); GNU OpenMP reads this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         import torch  # after the flags are known to be right: it takes seconds
     except Exception as error:  # a library of another version raises OSError
-        return refuse(ConfigError(f"PyTorch cannot be imported ({error}): pip install torch torchvision"))
+        return refuse(
+            ConfigError(f"PyTorch cannot be imported ({error}): pip install torch torchvision")
+        )
     from fastsmooth.data import DataError
     from fastsmooth.models import ModelError
     from fastsmooth.ranks import RankLost, Ranks
@@ -109,10 +112,13 @@ def run(c: Config) -> int:
     except Preempted as stop:
         ended = Ending(PREEMPTED, "preempted", str(stop))
         live.progress.say(
-            f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out {live.folder.path}"
+            f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out "
+            f"{live.folder.path}"
         )
     except Diverged as error:
-        ended = Ending(DIVERGED, "diverged", str(error), "diverged", f"{error}; the last checkpoint is finite")
+        ended = Ending(
+            DIVERGED, "diverged", str(error), "diverged", f"{error}; the last checkpoint is finite"
+        )
     except RankLost as lost:
         ended = Ending(**lost.words) if lost.words else LOST
     except KeyboardInterrupt:
@@ -142,11 +148,14 @@ def train(live) -> None:
     live.tracker.finish(summary, DONE)
     if live.step.compile:
         live.progress.say(
-            f"compiled {live.step.compiled_graphs} graphs (training step, evaluation, measurement), the first in "
+            f"compiled {live.step.compiled_graphs} graphs (training step, evaluation, "
+            "measurement), the first in "
             f"{live.clock.read('compile'):.0f} s"
         )
     if live.last_epoch:
-        live.progress.say(f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}")
+        live.progress.say(
+            f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}"
+        )
     if live.noise and live.noise.count:
         live.progress.say(noise_cost(live))
     if summary["bad_images"]:
@@ -154,7 +163,8 @@ def train(live) -> None:
     live.progress.say(f"run folder {live.folder.path}")
     if live.config.dataset == "digits" and live.config.mode == "normal":
         live.progress.say(
-            "next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help the rest"
+            "next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help "
+            "the rest"
         )
     live.folder.close()
 

@@ -1,9 +1,10 @@
-"""The gradients of a normalisation's scale and shift, sample by sample, in one pass over its input and its slopes.
+"""The gradients of a normalisation's scale and shift, sample by sample, in one pass over its input
+and its slopes.
 
     dw_ic = sum_t dy_ict (x_ict - mean) rstd,   db_ic = sum_t dy_ict
 
-for y = (x - mean) rstd w + b: BatchNorm with its running statistics or with those of the batch (mean and rstd [1, C]), and
-GroupNorm (mean and rstd [B, groups]).
+for y = (x - mean) rstd w + b: BatchNorm with its running statistics or with those of the batch
+(mean and rstd [1, C]), and GroupNorm (mean and rstd [B, groups]).
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def _affine_grads_native(x, dy, mean, rstd) -> tuple[Tensor, Tensor]:
     sizes = [B, x[0].numel() // C, C, C // mean.shape[1], mean.shape[1] if len(mean) > 1 else 0]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, dy, mean, rstd, dw, db)]
     threads = torch.get_num_threads()
-    native.function("affine_grads", x.dtype)(*map(ctypes.c_int64, sizes), *pointers[:4], threads, *pointers[4:])
+    native.function("affine_grads", x.dtype)(
+        *map(ctypes.c_int64, sizes), *pointers[:4], threads, *pointers[4:]
+    )
     return dw, db
 
 
@@ -50,10 +53,14 @@ def _fake(x, dy, mean, rstd) -> tuple[Tensor, Tensor]:
 
 
 _OP = backend.custom_op(
-    "affine_grads", "(Tensor x, Tensor dy, Tensor mean, Tensor rstd) -> (Tensor, Tensor)", _dispatch, _fake
+    "affine_grads",
+    "(Tensor x, Tensor dy, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    _dispatch,
+    _fake,
 )
 
 
 def affine_grads(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(dw, db), each [B, C] and wide, for x and dy [B, C, ...]; mean and rstd are [1 or B, groups of equal size]."""
+    """(dw, db), each [B, C] and wide, for x and dy [B, C, ...]; mean and rstd are [1 or B, groups
+    of equal size]."""
     return _OP(x, dy, mean, rstd)

@@ -2,20 +2,25 @@
 
     python -m fastsmooth.kernels.aot [--json] [--arch 80 90 100]
 
-For each architecture and configuration: compile what a launch would compile, disassemble it, and print its registers,
-spills, shared memory and occupancy, the widths of its global accesses, and the bytes that its hot loop moves a parameter
-(update) or a column of G (persample_noise) beside the least possible. Nothing runs, and no figure is a time.
+For each architecture and configuration: compile what a launch would compile, disassemble it, and
+print its registers, spills, shared memory and occupancy, the widths of its global accesses, and the
+bytes that its hot loop moves a parameter (update) or a column of G (persample_noise) beside the
+least possible. Nothing runs, and no figure is a time.
 
-How the bytes are counted. The hot loop is the longest loop that accesses the tensors. A trip moves one tile, BLOCK
-parameters or COLUMNS columns, and counts as a whole one with every lane at work.
-    masks: in update a block inside its tensor takes a path without masks, the last block of a tensor a masked one beside
-    it in the same loop. There the accesses without a predicate are the main path, the others the ragged path. In
-    persample_noise every access is masked and all are the main path; no row is masked off where B is a power of two.
-    inner loops: with more rows than one tile holds, their accesses happen once for each tile of rows.
-    unrolling: the gradients that a trip of the innermost loop loads must be one tile, or the program refuses to count.
-    replicas: a tile may have fewer elements of p and m than lanes load in one access. "issued" counts what all lanes
-    load, "bytes" at most a tile an access, since the other lanes find the element in the same cache lines. One lane
-    stores an element, the others being masked off: it counts once in both.
+How the bytes are counted. The hot loop is the longest loop that accesses the tensors. A trip moves
+one tile, BLOCK parameters or COLUMNS columns, and counts as a whole one with every lane at work.
+    masks: in update a block inside its tensor takes a path without masks, the last block of a
+        tensor a masked one beside it in the same loop. There the accesses without a predicate are
+        the main path, the others the ragged path. In persample_noise every access is masked and all
+        are the main path; no row is masked off where B is a power of two.
+    inner loops: with more rows than one tile holds, their accesses happen once for each tile of
+        rows.
+    unrolling: the gradients that a trip of the innermost loop loads must be one tile, or the
+        program refuses to count.
+    replicas: a tile may have fewer elements of p and m than lanes load in one access. "issued"
+        counts what all lanes load, "bytes" at most a tile an access, since the other lanes find the
+        element in the same cache lines. One lane stores an element, the others being masked off: it
+        counts once in both.
 """
 
 from __future__ import annotations
@@ -60,18 +65,20 @@ class Limits(NamedTuple):
     arguments: int  # bytes
 
 
-# CUDA C++ Programming Guide, Compute Capabilities, table "Technical Specifications per Compute Capability"
+# CUDA C++ Programming Guide, Compute Capabilities, table "Technical Specifications per Compute
+# Capability"
 LIMITS = {
     80: Limits(64, 32, 65536, 164 * 1024, 0x160),
     90: Limits(64, 32, 65536, 228 * 1024, 0x210),
     100: Limits(64, 32, 65536, 228 * 1024, 0x380),
 }
-# cuda_occupancy.h of the CUDA toolkit, for all three: a warp takes registers in units of 256, out of one of four
-# partitions; a block takes shared memory in units of 128 bytes, with 1,024 for the system
+# cuda_occupancy.h of the CUDA toolkit, for all three: a warp takes registers in units of 256, out
+# of one of four partitions; a block takes shared memory in units of 128 bytes, with 1,024 for the
+# system
 REGISTER_UNIT, PARTITIONS, SHARED_UNIT, SHARED_SYSTEM = 256, 4, 128, 1024
 
 
-# Configurations ------------------------------------------------------------------------------------------------------
+# Configurations
 
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -84,7 +91,8 @@ class Case(NamedTuple):
     kind: str
     dtype: torch.dtype  # of the gradients, and of the parameters of update
     rows: int = 1
-    aligned: bool = True  # addresses are divisible by 16; for persample_noise, P is by a vector of 16 bytes
+    # addresses are divisible by 16; for persample_noise, P is by a vector of 16 bytes
+    aligned: bool = True
 
     def __str__(self) -> str:
         rows = f" B={self.rows}" if self.kernel == "persample_noise" else ""
@@ -110,9 +118,16 @@ DIRECTIONS = {"plain": update.PLAIN, "buffer": update.BUFFER, "mixed": update.MI
 CASES = [
     *(Case("update", kind, dtype) for kind in DIRECTIONS for dtype in DTYPES),
     Case("update", "buffer", torch.float32, aligned=False),
-    *(Case("persample_noise", "buffer", dtype, rows) for rows in (2, 8, 32, 64, 256, 1024) for dtype in DTYPES),
+    *(
+        Case("persample_noise", "buffer", dtype, rows)
+        for rows in (2, 8, 32, 64, 256, 1024)
+        for dtype in DTYPES
+    ),
     Case("persample_noise", "plain", torch.float32, 64),
-    *(Case("persample_noise", "buffer", torch.float32, rows, aligned=False) for rows in (64, 256, 1024)),
+    *(
+        Case("persample_noise", "buffer", torch.float32, rows, aligned=False)
+        for rows in (64, 256, 1024)
+    ),
 ]
 
 
@@ -138,9 +153,15 @@ def launch(case: Case) -> Launch:
     cut = persample_noise.tile(case.rows, case.dtype, case.aligned)
     types = {"G": f"*{DTYPES[case.dtype]}", "p": "*fp32", "m": "*fp32", **scalars}
     types |= {"row_sums": "*fp64", "sums": "*fp64", "B": "i32", "length": "i32"}
-    constants |= {"VECTOR": 16 // case.dtype.itemsize if case.aligned else 1, "ROWS": cut.ROWS, "COLUMNS": cut.COLUMNS}
+    constants |= {
+        "VECTOR": 16 // case.dtype.itemsize if case.aligned else 1,
+        "ROWS": cut.ROWS,
+        "COLUMNS": cut.COLUMNS,
+    }
     constants |= {"whole": cut.whole, "shared": cut.shared}
-    return Launch(persample_noise._persample_noise_kernel, types, constants, cut.warps, cut.ROWS, cut.COLUMNS)
+    return Launch(
+        persample_noise._persample_noise_kernel, types, constants, cut.warps, cut.ROWS, cut.COLUMNS
+    )
 
 
 def compiled(case: Case, arch: int) -> Any:
@@ -156,13 +177,17 @@ def compiled(case: Case, arch: int) -> Any:
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     try:
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+        return triton.compile(
+            source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
+        )
     except Exception as error:  # of any stage of the compiler
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refusal(f"triton {triton.__version__} cannot compile {case.kernel} for sm_{arch}: {said}") from None
+        raise Refusal(
+            f"triton {triton.__version__} cannot compile {case.kernel} for sm_{arch}: {said}"
+        ) from None
 
 
-# SASS ----------------------------------------------------------------------------------------------------------------
+# SASS
 
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z]\w*)(\S*)\s*([^;]*?)\s*;")
 LABEL = re.compile(r"\.L_\w+")
@@ -171,7 +196,8 @@ CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
 WIDTH = re.compile(r"\.[US]?(8|16|32|64|128|256)\b")
 KINDS = {"BAR": "barriers", "LDL": "spills", "STL": "spills"}
 KINDS |= dict.fromkeys(["ATOM", "ATOMG", "ATOMS", "RED", "REDG"], "atomics")
-ADDRESSES = {"+0x8": "p", "+0x10": "g", "+0x18": "m"}  # where update's table of tensors has them in a row
+# where update's table of tensors has them in a row
+ADDRESSES = {"+0x8": "p", "+0x10": "g", "+0x18": "m"}
 
 
 class Access(NamedTuple):
@@ -181,7 +207,8 @@ class Access(NamedTuple):
     load: bool
     masked: bool
     width: int  # bytes a thread
-    tensor: str  # the argument of the kernel, or the entry of update's table, that its address is made from
+    # the argument of the kernel, or the entry of update's table, that its address is made from
+    tensor: str
 
 
 class Code(NamedTuple):
@@ -191,12 +218,15 @@ class Code(NamedTuple):
 
 
 class Origins:
-    """The pointers that the value in each register is made from, as the SASS is read from the top down."""
+    """The pointers that the value in each register is made from, as the SASS is read from the top
+    down."""
 
     def __init__(self, pointers: Sequence[str], base: int):
-        self.pointers, self.base = pointers, base  # the first arguments, 8 bytes each, and where they begin
+        # the first arguments, 8 bytes each, and where they begin
+        self.pointers, self.base = pointers, base
         self.held: dict[str, set[str]] = {}
-        self.at_label: dict[str, dict[str, set[str]]] = {}  # what was held where a branch goes there
+        # what was held where a branch goes there
+        self.at_label: dict[str, dict[str, set[str]]] = {}
         self.reached = True
 
     def of(self, text: str) -> set[str]:
@@ -232,8 +262,11 @@ def parse(sass: str, pointers: Sequence[str], base: int) -> Code:
         width = int(bits[1]) // 8 if (bits := WIDTH.search(suffix)) else 4
         loads = name.startswith(("LD", "ULD"))
         origin = set() if loads or name in ("SHFL", "S2R", "S2UR") else origins.of(others)
-        if name in ("BRA", "CALL") and (target := LABEL.search(operands)):  # sm_80 leaves some loops by a CALL
-            origins.branch(target[0], always=name == "BRA" and not predicate and operands.startswith("`"))
+        # sm_80 leaves some loops by a CALL
+        if name in ("BRA", "CALL") and (target := LABEL.search(operands)):
+            origins.branch(
+                target[0], always=name == "BRA" and not predicate and operands.startswith("`")
+            )
             if target[0] in labels:
                 code.loops.append((labels[target[0]], line))
         elif name in KINDS:
@@ -243,7 +276,8 @@ def parse(sass: str, pointers: Sequence[str], base: int) -> Code:
             elif name == "LDL":
                 origin = origins.held.get(others.strip(), set())
         elif name in ("LDG", "STG"):
-            address = re.findall(r"\[(.*?)\]", operands)[-1]  # after the descriptor, which sm_80 has not
+            # after the descriptor, which sm_80 has not
+            address = re.findall(r"\[(.*?)\]", operands)[-1]
             tensor = "|".join(sorted(origins.of(address)))
             code.accesses.append(Access(line, name == "LDG", bool(predicate), width, tensor))
             if tensor == "tensors":
@@ -259,14 +293,19 @@ def traffic(case: Case, code: Code) -> dict[str, Any]:
     _, _, _, warps, rows, columns = launch(case)
     tile = {tensor: columns * size for tensor, size in case.moved.items()} | {"row_sums": rows * 8}
     tile[case.gradient] = rows * columns * case.dtype.itemsize
-    loops = [(a, b) for a, b in code.loops if any(a < t.line < b and t.tensor in tile for t in code.accesses)]
+    loops = [
+        (a, b)
+        for a, b in code.loops
+        if any(a < t.line < b and t.tensor in tile for t in code.accesses)
+    ]
     start, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
     hot = [a for a in code.accesses if start < a.line < end]
     ragged = [a for a in hot if a.masked and case.kernel == "update"]
     main = [a for a in hot if a not in ragged]
     inner = [loop for loop in loops if loop != (start, end)]
     whole_tiles = all(
-        sum(32 * warps * t.width for t in main if t.tensor == case.gradient and a < t.line < b) == tile[case.gradient]
+        sum(32 * warps * t.width for t in main if t.tensor == case.gradient and a < t.line < b)
+        == tile[case.gradient]
         for a, b in inner or [(start, end)]
     )
     expected = {(case.gradient, True), *itertools.product(case.moved, (True, False))}
@@ -299,11 +338,14 @@ def widths(accesses: list[Access]) -> dict[str, list[list[int]]]:
     found = defaultdict(lambda: [set(), set()])
     for a in accesses:
         found[a.tensor][0 if a.load else 1].add(8 * a.width)
-    return {tensor: [sorted(loads), sorted(stores)] for tensor, (loads, stores) in sorted(found.items())}
+    return {
+        tensor: [sorted(loads), sorted(stores)] for tensor, (loads, stores) in sorted(found.items())
+    }
 
 
 def ordered(accesses: list[Access], barriers: list[int], tensor: str) -> bool:
-    """Whether all lanes have loaded an element before the one that stores it does so: a barrier lies between."""
+    """Whether all lanes have loaded an element before the one that stores it does so: a barrier
+    lies between."""
     last = max(a.line for a in accesses if a.tensor == tensor and a.load)
     first = min(a.line for a in accesses if a.tensor == tensor and not a.load)
     return any(last < barrier < first for barrier in barriers)
@@ -324,7 +366,7 @@ def occupancy(arch: int, warps: int, registers: int, shared: int) -> tuple[float
     return blocks[scarce] * warps / limits.warps, scarce
 
 
-# The report ----------------------------------------------------------------------------------------------------------
+# The report
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -332,35 +374,60 @@ def tool(name: str, *arguments: str) -> str:
     try:
         path = getattr(triton.knobs.nvidia, name).path
     except (RuntimeError, OSError):
-        raise Refusal(f"triton {triton.__version__} has no {name} that works: install triton anew") from None
+        raise Refusal(
+            f"triton {triton.__version__} has no {name} that works: install triton anew"
+        ) from None
     done = subprocess.run([path, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise Refusal(f"{path}: {(done.stderr.strip().splitlines() or ['failed without a word'])[-1]}")
+        raise Refusal(
+            f"{path}: {(done.stderr.strip().splitlines() or ['failed without a word'])[-1]}"
+        )
     return done.stdout
 
 
 def examine(case: Case, arch: int) -> dict[str, Any]:
-    """One configuration, a line of --json: `stack` and `shared` in bytes, `spills` and `atomics` in instructions."""
+    """One configuration, a line of --json: `stack` and `shared` in bytes, `spills` and `atomics` in
+    instructions."""
     cut, binary = launch(case), compiled(case, arch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        usage, sass = tool("cuobjdump", "-res-usage", str(path)), tool("nvdisasm", "-c", "-ndf", str(path))
+        usage, sass = (
+            tool("cuobjdump", "-res-usage", str(path)),
+            tool("nvdisasm", "-c", "-ndf", str(path)),
+        )
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     shared = binary.metadata.shared
-    code = parse(sass, [name for name, kind in cut.types.items() if kind.startswith("*")], LIMITS[arch].arguments)
+    code = parse(
+        sass,
+        [name for name, kind in cut.types.items() if kind.startswith("*")],
+        LIMITS[arch].arguments,
+    )
     share, scarce = occupancy(arch, cut.warps, registers, shared)
     return {
-        "arch": arch, "kernel": case.kernel, "case": str(case), "rows": case.rows, "aligned": case.aligned,
+        "arch": arch, "kernel": case.kernel, "case": str(case), "rows": case.rows,
+        "aligned": case.aligned,
         "tile": [cut.rows, cut.columns], "warps": cut.warps, "registers": registers, "stack": stack,
-        "spills": len(code.others["spills"]), "atomics": len(code.others["atomics"]), "shared": shared,
+        "spills": len(code.others["spills"]), "atomics": len(code.others["atomics"]),
+        "shared": shared,
         "occupancy": share, "occupancy_limit": scarce, **traffic(case, code),
     }  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
-    heads = ["kernel", "case", "tile", "warps", "registers", "stack", "spills", "shared", "occupancy", "widths"]
+    heads = [
+        "kernel",
+        "case",
+        "tile",
+        "warps",
+        "registers",
+        "stack",
+        "spills",
+        "shared",
+        "occupancy",
+        "widths",
+    ]
     heads += ["replicas", "issued", "bytes", "minimum"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
@@ -370,14 +437,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         cells["widths"] = short(row["widths"])
         if row["ragged_widths"]:
             cells["widths"] += f"; ragged {short(row['ragged_widths'])}"
-        cells["replicas"] = " ".join([*row["replicated"], *(["unordered"] if not row["ordered"] else [])])
+        cells["replicas"] = " ".join(
+            [*row["replicated"], *(["unordered"] if not row["ordered"] else [])]
+        )
         lines.append(f"| {' | '.join(str(cells[key]) for key in heads)} |")
     return lines
 
 
 def short(found: dict[str, list[list[int]]]) -> str:
     """{"p": [[32, 128], [32]]} as "p 32+128/32"."""
-    bits = {tensor: "/".join("+".join(map(str, some)) for some in both if some) for tensor, both in found.items()}
+    bits = {
+        tensor: "/".join("+".join(map(str, some)) for some in both if some)
+        for tensor, both in found.items()
+    }
     return ", ".join(f"{tensor} {text}" for tensor, text in bits.items())
 
 
@@ -389,19 +461,27 @@ class Parser(argparse.ArgumentParser):
 def report(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m fastsmooth.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one object a line instead of tables")
-    parser.add_argument("--arch", type=int, nargs="+", default=list(LIMITS), metavar="N", help="sm_N: %(default)s")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=list(LIMITS), metavar="N", help="sm_N: %(default)s"
+    )
     args = parser.parse_args(argv)
     if unknown := [arch for arch in args.arch if arch not in LIMITS]:
         raise Refusal(f"--arch {unknown[0]}: choose from {', '.join(map(str, LIMITS))}")
     if triton is None:
-        raise Refusal("triton is not installed (it comes with PyTorch for Linux): pip install triton")
+        raise Refusal(
+            "triton is not installed (it comes with PyTorch for Linux): pip install triton"
+        )
     if triton.knobs.runtime.interpret:
-        raise Refusal("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+        raise Refusal(
+            "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it"
+        )
     for name in ("cuobjdump", "nvdisasm"):
         tool(name, "--version")
     for arch in args.arch:  # before LLVM, which would abort
         if f"sm_{arch}" not in tool("ptxas_blackwell" if arch >= 100 else "ptxas", "--help"):
-            raise Refusal(f"--arch {arch}: triton {triton.__version__} cannot compile for sm_{arch}")
+            raise Refusal(
+                f"--arch {arch}: triton {triton.__version__} cannot compile for sm_{arch}"
+            )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for arch in args.arch:
             rows = list(pool.map(examine, CASES, itertools.repeat(arch)))

@@ -1,12 +1,14 @@
 """A batch of images out of stored pixels in one pass: cropped, flipped, rotated and normalised.
 
-Each output pixel comes from one stored pixel or is black, so the three movements collapse into one look-up. Its place
-follows PIL's nearest affine transform, in 16.16 fixed point, then the flip, then the crop of an image with a black
-border:
+Each output pixel comes from one stored pixel or is black, so the three movements collapse into one
+look-up. Its place follows PIL's nearest affine transform, in 16.16 fixed point, then the flip, then
+the crop of an image with a black border:
 
-    u = (x0 + x cos + y sin) >> 16,   v = (y0 - x sin + y cos) >> 16,   u = S - 1 - u if flipped,   (v + down, u + right)
+    u = (x0 + x cos + y sin) >> 16,   v = (y0 - x sin + y cos) >> 16,   u = S - 1 - u if flipped,
+                                      (v + down, u + right)
 
-and the value v of channel c becomes table[c, v], which is whatever normalisation the table was made with, bit for bit.
+and the value v of channel c becomes table[c, v], which is whatever normalisation the table was made
+with, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ try:
 except ImportError:  # no triton outside Linux: backend.choose never names it there
     triton = None
 
-COLUMNS = 8  # of a row of `moves`: x0, y0, cos, sin, minus sin (16.16 fixed point), down, right (pixels), flip (0 or 1)
+# of a row of `moves`: x0, y0, cos, sin, minus sin (16.16 fixed point), down, right (pixels), flip
+# (0 or 1)
+COLUMNS = 8
 
 
 def sources_ref(moves: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Where the output pixels of images with these `moves` come from: (int64 [B, S * S] index, bool [B, S * S] inside)."""
+    """Where the output pixels of images with these `moves` come from: (int64 [B, S * S] index, bool
+    [B, S * S] inside)."""
     x0, y0, cos, sin, minus_sin, down, right, flip = moves.long().T[:, :, None, None]
     pixels = torch.arange(size, device=moves.device)
     y, x = pixels[:, None], pixels[None, :]
@@ -40,18 +45,25 @@ def sources_ref(moves: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return (v * size + u).flatten(1), inside.flatten(1)
 
 
-def augment_ref(pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor) -> Tensor:
+def augment_ref(
+    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor
+) -> Tensor:
     """As `augment`, in plain PyTorch."""
     count, size = out.shape[:2]
-    values = (pixels if rows is None else pixels.index_select(0, rows)).reshape(count, size * size, 3)
+    values = (pixels if rows is None else pixels.index_select(0, rows)).reshape(
+        count, size * size, 3
+    )
     if moves is not None:
         index, inside = sources_ref(moves if rows is None else moves.index_select(0, rows), size)
-        values = values.gather(1, torch.where(inside, index, 0)[..., None].expand(-1, -1, 3)) * inside[..., None]
+        values = (
+            values.gather(1, torch.where(inside, index, 0)[..., None].expand(-1, -1, 3))
+            * inside[..., None]
+        )
     places = values.long() + 256 * torch.arange(3, device=values.device)
     return out.copy_(table.flatten()[places].view_as(out))
 
 
-# Triton --------------------------------------------------------------------------------------------------------------
+# Triton
 
 BLOCK = 1024  # output values of one program: neighbours in memory, so that the stores are whole
 
@@ -90,7 +102,11 @@ if triton:
             inside &= (u >= 0) & (u < size) & (v >= 0) & (v < size)
             pixel = v * size + u
         value = tl.load(pixels + stored * values + pixel * 3 + channel, mask=inside, other=0)
-        tl.store(out + image * values + at, tl.load(table + channel * 256 + value.to(tl.int32), mask=mask), mask=mask)
+        tl.store(
+            out + image * values + at,
+            tl.load(table + channel * 256 + value.to(tl.int32), mask=mask),
+            mask=mask,
+        )
 
 
 def _augment_triton(pixels, rows, moves, table, out) -> Tensor:
@@ -98,13 +114,14 @@ def _augment_triton(pixels, rows, moves, table, out) -> Tensor:
     with torch.cuda.device_of(out):  # Triton launches on the current device
         # an unused pointer is any tensor
         _augment_kernel[(triton.cdiv(size * size * 3, BLOCK), count)](
-            pixels, table if rows is None else rows, table if moves is None else moves, table, out, size,
+            pixels, table if rows is None else rows, table if moves is None else moves, table, out,
+            size,
             rows is not None, moves is not None, BLOCK,
         )  # fmt: skip
     return out
 
 
-# C++, and the choice -------------------------------------------------------------------------------------------------
+# C++, and the choice
 
 PER_THREAD = 16  # images of 32 x 32 pixels, below which another thread costs more than it gives
 
@@ -112,9 +129,15 @@ PER_THREAD = 16  # images of 32 x 32 pixels, below which another thread costs mo
 def _augment_native(pixels, rows, moves, table, out) -> Tensor:
     count, size = out.shape[:2]
     threads = max(1, min(torch.get_num_threads(), count * size * size // (PER_THREAD * 1024)))
-    places = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (pixels, rows, moves, table)]
+    places = [
+        ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (pixels, rows, moves, table)
+    ]
     native.function("augment")(
-        ctypes.c_int64(count), ctypes.c_int64(size), *places, threads, ctypes.c_void_p(out.data_ptr())
+        ctypes.c_int64(count),
+        ctypes.c_int64(size),
+        *places,
+        threads,
+        ctypes.c_void_p(out.data_ptr()),
     )
     return out
 
@@ -123,7 +146,11 @@ IMPLEMENTATIONS = {"triton": _augment_triton, "native": _augment_native, "refere
 
 
 def augment(
-    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor | None = None
+    pixels: Tensor,
+    rows: Tensor | None,
+    moves: Tensor | None,
+    table: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The images `rows` of `pixels`, moved and normalised: float32 [B, S, S, 3].
 
@@ -134,7 +161,8 @@ def augment(
         table: float32 [3, 256], what a channel's value becomes.
         out: float32 [B, S, S, 3], contiguous, written and returned; None for a new tensor.
 
-    All on one device. Raises ValueError for tensors that do not belong together; indices are not checked.
+    All on one device. Raises ValueError for tensors that do not belong together; indices are not
+    checked.
     """
     size = pixels.shape[1] if pixels.ndim == 4 else 0
     count = len(pixels) if rows is None else len(rows)
@@ -156,11 +184,14 @@ def augment(
         ):
             strides = "" if tensor.is_contiguous() else ", not contiguous"
             raise ValueError(
-                f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}{strides}: wanted contiguous {list(shape)} of "
+                f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}{strides}: "
+                f"wanted contiguous {list(shape)} of "
                 f"{dtype} on {pixels.device}"
             )
     if out is None:
         out = torch.empty(count, size, size, 3, device=pixels.device)
     if not out.numel():
         return out
-    return IMPLEMENTATIONS[backend.choose(pixels.device, torch.float32)](pixels, rows, moves, table, out)
+    return IMPLEMENTATIONS[backend.choose(pixels.device, torch.float32)](
+        pixels, rows, moves, table, out
+    )

@@ -23,7 +23,8 @@ _asked: dict[str, str] = {}  # device type -> implementation, where not the fast
 
 
 def use(implementation: str, device: torch.device) -> None:
-    """From now on this implementation on devices of that kind, wherever it can run; auto: the fastest that can."""
+    """From now on this implementation on devices of that kind, wherever it can run; auto: the
+    fastest that can."""
     _asked[device.type] = implementation
 
 
@@ -46,7 +47,8 @@ def fastest(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def buffer_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the momentum and of the arithmetic for parameters of this dtype: float32, or float64 for float64."""
+    """Of the momentum and of the arithmetic for parameters of this dtype: float32, or float64 for
+    float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -56,12 +58,16 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
-    """A hyperparameter as the kernels read it: 0-d float64, on the GPU for a GPU, else on the CPU."""
-    return torch.tensor(value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    """A hyperparameter as the kernels read it: 0-d float64, on the GPU for a GPU, else on the
+    CPU."""
+    return torch.tensor(
+        value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu"
+    )
 
 
 def custom_op(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Register an operator that torch.compile calls without looking inside, on every device, and return it."""
+    """Register an operator that torch.compile calls without looking inside, on every device, and
+    return it."""
     torch.library.define(f"fastsmooth::{name}", schema)
     torch.library.impl(f"fastsmooth::{name}", "CompositeExplicitAutograd", implementation)
     torch.library.register_fake(f"fastsmooth::{name}", fake)

@@ -1,14 +1,17 @@
-"""The weight gradient of a convolution, with the squared norm of every sample's share and its distance from the mean.
+"""The weight gradient of a convolution, with the squared norm of every sample's share and its
+distance from the mean.
 
-    g_i = sum_t dy_it (x) x_i(t),   dw = sum_i g_i,   squares_i = ||g_i||^2,   noise_i = ||g_i - dw / B||^2
+    g_i = sum_t dy_it (x) x_i(t),   dw = sum_i g_i,   squares_i = ||g_i||^2,   noise_i = ||g_i - dw
+                                    / B||^2
 
-x_i(t) are the d = C k^2 inputs of output pixel t, of which there are T. The shares of a few output channels, so few that
-those of all samples stay in the cache, are computed, added to dw, squared and compared with their mean before the next
-(cpu.cpp): the work of a weight gradient and a few operations a value of g. Nothing of size B x parameters is stored.
+x_i(t) are the d = C k^2 inputs of output pixel t, of which there are T. The shares of a few output
+channels, so few that those of all samples stay in the cache, are computed, added to dw, squared and
+compared with their mean before the next (cpu.cpp): the work of a weight gradient and a few
+operations a value of g. Nothing of size B x parameters is stored.
 
-The reference does the same in blocks of samples. Where norms alone are asked for and pixels are few, it takes them from
-the Gram matrices of pixels instead, ||g_i||^2 = sum_st (dy_s . dy_t)(x(s) . x(t)) (Goodfellow 2015, arXiv 1510.01799;
-Rochette et al. 2019, arXiv 1912.06015).
+The reference does the same in blocks of samples. Where norms alone are asked for and pixels are
+few, it takes them from the Gram matrices of pixels instead, ||g_i||^2 = sum_st (dy_s . dy_t)(x(s) .
+x(t)) (Goodfellow 2015, arXiv 1510.01799; Rochette et al. 2019, arXiv 1912.06015).
 """
 
 from __future__ import annotations
@@ -58,32 +61,46 @@ def conv_noise_ref(
         columns = F.unfold(xs, kernel, dilation, padding, stride).view(len(xs), groups, d, T)
         slopes = dys.reshape(len(xs), groups, p, T)
         if gram:
-            squares.append(((columns.mT @ columns) * (slopes.mT @ slopes)).flatten(1).to(wide).sum(1))
+            squares.append(
+                ((columns.mT @ columns) * (slopes.mT @ slopes)).flatten(1).to(wide).sum(1)
+            )
             continue
         g = slopes @ columns.mT
         squares.append(torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide).square())
         if noise:
-            deviations.append(torch.linalg.vector_norm((g - mean).flatten(1), dim=1, dtype=wide).square())
+            deviations.append(
+                torch.linalg.vector_norm((g - mean).flatten(1), dim=1, dtype=wide).square()
+            )
     squares = torch.cat(squares)
-    dw = dw.contiguous(memory_format=torch.channels_last)  # as cpu.cpp has it, and as compilers are told
+    # as cpu.cpp has it, and as compilers are told
+    dw = dw.contiguous(memory_format=torch.channels_last)
     return Shares(dw, squares, torch.cat(deviations) if noise else torch.zeros_like(squares))
 
 
 def _conv_noise_native(x, dy, kernel, stride, padding, dilation, groups, noise) -> Shares:
     B, C, H, W = x.shape
-    x, dy = x.contiguous(memory_format=torch.channels_last), dy.contiguous(memory_format=torch.channels_last)
+    x, dy = (
+        x.contiguous(memory_format=torch.channels_last),
+        dy.contiguous(memory_format=torch.channels_last),
+    )
     sizes = [B, H, W, C // groups, dy.shape[2], dy.shape[3], dy.shape[1] // groups, groups]
     rule = (ctypes.c_int64 * 16)(*sizes, *kernel, *stride, *padding, *dilation)
     dw = x.new_empty(dy.shape[1], *kernel, C // groups)
     squares, deviations = torch.empty(B, dtype=torch.float64), torch.empty(B, dtype=torch.float64)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, dy, dw, squares, deviations)]
-    native.function("conv_noise", x.dtype)(rule, *pointers[:2], noise, torch.get_num_threads(), *pointers[2:])
+    native.function("conv_noise", x.dtype)(
+        rule, *pointers[:2], noise, torch.get_num_threads(), *pointers[2:]
+    )
     return Shares(dw.permute(0, 3, 1, 2), squares, deviations)
 
 
 def fits(x: Tensor, dy: Tensor) -> bool:
     """Whether cpu.cpp takes these: its offsets within a sample are 32 bits."""
-    return x.dtype == dy.dtype and x.dtype != torch.bfloat16 and max(x[0].numel(), dy[0].numel()) < 2**31
+    return (
+        x.dtype == dy.dtype
+        and x.dtype != torch.bfloat16
+        and max(x[0].numel(), dy[0].numel()) < 2**31
+    )
 
 
 def _dispatch(x, dy, kernel, stride, padding, dilation, groups, noise) -> Shares:
@@ -93,13 +110,20 @@ def _dispatch(x, dy, kernel, stride, padding, dilation, groups, noise) -> Shares
 
 
 def _fake(x, dy, kernel, stride, padding, dilation, groups, noise) -> Shares:
-    squares, deviations = (x.new_empty(len(x), dtype=backend.wide_dtype(x.device)) for _ in range(2))
-    return Shares(x.new_empty(dy.shape[1], *kernel, x.shape[1] // groups).permute(0, 3, 1, 2), squares, deviations)
+    squares, deviations = (
+        x.new_empty(len(x), dtype=backend.wide_dtype(x.device)) for _ in range(2)
+    )
+    return Shares(
+        x.new_empty(dy.shape[1], *kernel, x.shape[1] // groups).permute(0, 3, 1, 2),
+        squares,
+        deviations,
+    )
 
 
 _OP = backend.custom_op(
     "conv_noise",
-    "(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool noise) "
+    "(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool noise) "
     "-> (Tensor, Tensor, Tensor)",
     _dispatch,
     _fake,
@@ -116,9 +140,10 @@ def conv_noise(
     groups: int = 1,
     noise: bool = True,
 ) -> Shares:
-    """For x [B, C, H, W] and the gradient dy [B, p, OH, OW] of the output of conv2d(x, weight, None, ...), zero-padded.
+    """For x [B, C, H, W] and the gradient dy [B, p, OH, OW] of the output of conv2d(x, weight,
+    None, ...), zero-padded.
 
-    kernel, stride, padding and dilation are [height, width]. Without `noise` the deviations are not computed. x and dy
-    have one dtype: float32, float64 or bfloat16.
+    kernel, stride, padding and dilation are [height, width]. Without `noise` the deviations are not
+    computed. x and dy have one dtype: float32, float64 or bfloat16.
     """
     return Shares(*_OP(x, dy, kernel, stride, padding, dilation, groups, noise))

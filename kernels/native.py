@@ -1,9 +1,11 @@
-"""cpu.cpp as a shared library: built with the C++ compiler that torch.compile uses too, once a machine, and kept.
+"""cpu.cpp as a shared library: built with the C++ compiler that torch.compile uses too, once a
+machine, and kept.
 
-The library lies in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a hash of the source, the
-flags, the compiler and the processor, so that a home directory shared by unlike machines serves none of them wrong code,
-and a hash of its own bytes, so that a damaged one is never loaded. Nor is one that another user owns or may write, or that
-lies in such a folder: then the system's folder for temporary files has one of ours.
+The library lies in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a hash
+of the source, the flags, the compiler and the processor, so that a home directory shared by unlike
+machines serves none of them wrong code, and a hash of its own bytes, so that a damaged one is never
+loaded. Nor is one that another user owns or may write, or that lies in such a folder: then the
+system's folder for temporary files has one of ours.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+]
 
 
 class BuildError(RuntimeError):
@@ -50,7 +60,13 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+        sorted(
+            {
+                line
+                for line in lines
+                if line.startswith(("model name", "flags", "Features", "CPU part"))
+            }
+        )
     )
 
 
@@ -60,15 +76,23 @@ def run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from None
     if done.returncode:
-        raise BuildError(f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed without a word'])[0]}")
+        raise BuildError(
+            f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed without a word'])[0]}"
+        )
     return done.stdout
 
 
 def build() -> Path:
-    """The path of a library that nobody else may have written, built if none is kept. Raises BuildError."""
+    """The path of a library that nobody else may have written, built if none is kept. Raises
+    BuildError."""
     cxx = compiler()
-    threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has no OpenMP: one thread there
-    key = digest("\n".join([SOURCE.read_text(), *FLAGS, *threads, run([cxx, "--version"]), processor()]).encode())
+    # Apple's clang has no OpenMP: one thread there
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]
+    key = digest(
+        "\n".join(
+            [SOURCE.read_text(), *FLAGS, *threads, run([cxx, "--version"]), processor()]
+        ).encode()
+    )
     command, wrong = [cxx, *FLAGS, *threads, str(SOURCE)], []
     for place in (cache_folder, private_folder):
         try:
@@ -78,7 +102,8 @@ def build() -> Path:
             continue
         if wrong:
             warn(
-                f"{wrong[0]}: the C++ kernels are kept in {library.parent} instead: name a folder of yours in XDG_CACHE_HOME"
+                f"{wrong[0]}: the C++ kernels are kept in {library.parent} instead: name a folder "
+                "of yours in XDG_CACHE_HOME"
             )
         return library
     raise BuildError(f"{'; '.join(wrong)}: name a folder of yours in XDG_CACHE_HOME")
@@ -93,12 +118,14 @@ def cache_folder() -> Path:
 
 
 def private_folder() -> Path:
-    """Where the library is kept until the machine starts anew. Raises OSError where there is no folder for such files."""
+    """Where the library is kept until the machine starts anew. Raises OSError where there is no
+    folder for such files."""
     return Path(tempfile.gettempdir()) / f"fastsmooth-{os.geteuid()}"
 
 
 def kept_or_made(folder: Path, key: str, command: list[str]) -> Path:
-    """The sound library of this key in the folder, made by the command if there is none. Raises OSError and BuildError."""
+    """The sound library of this key in the folder, made by the command if there is none. Raises
+    OSError and BuildError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     doubt = doubted(os.stat(folder))
     if os.lstat(folder).st_uid != os.geteuid():
@@ -125,7 +152,8 @@ def kept_or_made(folder: Path, key: str, command: list[str]) -> Path:
 
 
 def make(folder: Path, key: str, command: list[str]) -> Path:
-    """The new library. Whoever else makes it now, it is whole; the same bytes have the same name."""
+    """The new library. Whoever else makes it now, it is whole; the same bytes have the same
+    name."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         aside = Path(scratch) / "cpu.so"
         run([*command, "-o", str(aside)])
@@ -141,7 +169,8 @@ def make(folder: Path, key: str, command: list[str]) -> Path:
 
 
 def name_of(key: str, content: bytes) -> str:
-    """A name that holds what the library was made of and what it is: a cut or altered one does not match its own."""
+    """A name that holds what the library was made of and what it is: a cut or altered one does not
+    match its own."""
     return f"cpu-{key}-{digest(content)}.so"
 
 
@@ -172,7 +201,9 @@ def library() -> ctypes.CDLL | None:
 
 def function(name: str, *dtypes: torch.dtype) -> Callable[..., None]:
     """The library's function of this name for tensors of these dtypes."""
-    return getattr(library(), "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in dtypes)]))
+    return getattr(
+        library(), "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
+    )
 
 
 def addresses(tensors: list[Tensor]) -> ctypes.Array:

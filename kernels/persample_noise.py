@@ -1,16 +1,19 @@
-"""How far each row of per-sample gradients is from their mean, and the update that the mean makes, in one pass over the rows.
+"""How far each row of per-sample gradients is from their mean, and the update that the mean makes,
+in one pass over the rows.
 
-    mean = sum_i G_i / B,   noise_i = ||G_i - mean||^2,   then u = mean + decay p and p, m as in update.py
+    mean = sum_i G_i / B,   noise_i = ||G_i - mean||^2,   then u = mean + decay p and p, m as in
+                            update.py
 
-G is [B, P], a gradient of a sample (or of a micro-batch) a row. Deviations are taken from the mean where both are at hand,
-never E[x^2] - E[x]^2, and the mean is two numbers, `near` and the `rest` that its rounding left over: a noise a millionth
-of the mean keeps its digits.
+G is [B, P], a gradient of a sample (or of a micro-batch) a row. Deviations are taken from the mean
+where both are at hand, never E[x^2] - E[x]^2, and the mean is two numbers, `near` and the `rest`
+that its rounding left over: a noise a millionth of the mean keeps its digits.
 
-A program owns a fixed set of column tiles, [ROWS, COLUMNS] each, and adds into sums of its own, which a second, small
-stage adds up: no atomics, the same bits on every run. Up to ROW_LIMIT = 256 rows a tile holds all rows, and G is read
-once. More rows come in several tiles: once for the mean and again, out of the L2 cache, for the deviations. Few enough
-programs run then for all their columns to lie in L2 together (1,024 rows of 64 float32 columns in each of 128 programs:
-32 MiB). Bytes of a column of G, float32, form shb:
+A program owns a fixed set of column tiles, [ROWS, COLUMNS] each, and adds into sums of its own,
+which a second, small stage adds up: no atomics, the same bits on every run. Up to ROW_LIMIT = 256
+rows a tile holds all rows, and G is read once. More rows come in several tiles: once for the mean
+and again, out of the L2 cache, for the deviations. Few enough programs run then for all their
+columns to lie in L2 together (1,024 rows of 64 float32 columns in each of 128 programs: 32 MiB).
+Bytes of a column of G, float32, form shb:
 
     rows                          8    64   256    1024
     G, p and m, once each        48   272  1040    4112
@@ -60,7 +63,7 @@ def persample_noise_ref(G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixe
     return Noise(noise, rows.to(wide).square().sum(dim=1), sums)
 
 
-# Triton --------------------------------------------------------------------------------------------------------------
+# Triton
 
 ROW_LIMIT = 256
 
@@ -81,8 +84,8 @@ class Tile(NamedTuple):
 
 
 def tile(rows: int, dtype: torch.dtype, aligned: bool) -> Tile:
-    """For B = `rows` gradients of this dtype. A thread reads 16 bytes of a row at a time, `vector` values; where rows are
-    not `aligned` to them, one, from an address of its own.
+    """For B = `rows` gradients of this dtype. A thread reads 16 bytes of a row at a time, `vector`
+    values; where rows are not `aligned` to them, one, from an address of its own.
 
     benchmarks/results/2026-11-26_gpu_tiles.txt has the times of other cuts on an H200.
     """
@@ -90,8 +93,9 @@ def tile(rows: int, dtype: torch.dtype, aligned: bool) -> Tile:
         return Tile(128, 64, False, 128, 8)
     vector = 16 // dtype.itemsize
     height = 1 << (rows - 1).bit_length()
-    # As many values a thread as its registers hold. Few rows get wide tiles, whose columns are each in one thread; in the
-    # others the threads of a column are in few warps, since warps meet in shared memory.
+    # As many values a thread as its registers hold. Few rows get wide tiles, whose columns are each
+    # in one thread; in the others the threads of a column are in few warps, since warps meet in
+    # shared memory.
     values = 64 if aligned else 32
     warps = 4 if height * vector <= values else 2
     columns = min(max(32 * warps * values // height, values // 2), 128 * vector)
@@ -135,19 +139,25 @@ if triton:
             inside = columns < P
             if whole:
                 mask = (rows < B)[:, None] & inside[None, :]
-                g = tl.load(G + rows[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
+                g = tl.load(
+                    G + rows[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0
+                ).to(wide)
                 near = tl.sum(g, axis=0) * share
                 centred = tl.where((rows < B)[:, None], g - near[None, :], 0.0)
                 rest = tl.sum(centred, axis=0) * share
-                deviation = centred - rest[None, :]  # wrong in rows from B on, whose sums nobody stores
+                # wrong in rows from B on, whose sums nobody stores
+                deviation = centred - rest[None, :]
                 noise += _per_thread(deviation * deviation, VECTOR)
                 squares += _per_thread(g * g, VECTOR)
             else:
-                total = tl.zeros([ROWS, COLUMNS], tl.float64)  # wide enough to need no second look at the rows
+                # wide enough to need no second look at the rows
+                total = tl.zeros([ROWS, COLUMNS], tl.float64)
                 for above in range(0, B, ROWS):
                     some = above + rows
                     mask = (some < B)[:, None] & inside[None, :]
-                    g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0)
+                    g = tl.load(
+                        G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0
+                    )
                     total += g.to(tl.float64)
                 mean = tl.sum(total, axis=0) / B
                 near = mean.to(wide)
@@ -156,7 +166,9 @@ if triton:
                     some = above + rows
                     there = some < B
                     mask = there[:, None] & inside[None, :]
-                    g = tl.load(G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0).to(wide)
+                    g = tl.load(
+                        G + some[:, None].to(tl.int64) * P + columns[None, :], mask=mask, other=0.0
+                    ).to(wide)
                     deviation = g - near[None, :] - rest[None, :]
                     n, s = tl.sum(deviation * deviation, axis=1), tl.sum(g * g, axis=1)
                     to = at_rows + above
@@ -167,7 +179,8 @@ if triton:
             before = mean
             if kind > 0:
                 before = tl.load(m + columns, mask=inside, other=0.0)
-            if shared:  # several threads hold a column: all have loaded before the one that stores it does
+            # several threads hold a column: all have loaded before the one that stores it does
+            if shared:
                 tl.debug_barrier()
             moved, after, direction = move(x.to(wide), mean, before, numbers, kind)
             tl.store(p + columns, moved.to(x.dtype), mask=inside)
@@ -197,12 +210,13 @@ def _persample_noise_triton(G, p, m, rule, mixed) -> Noise:
         wide = tl.float64 if p.dtype == torch.float64 else tl.float32
         _persample_noise_kernel[(programs,)](
             G, p, p if m is None else m, *rule, row_sums, sums, B, P // vector,
-            wide, kind_of(m is not None, mixed), vector, cut.ROWS, cut.COLUMNS, cut.whole, cut.shared, num_warps=cut.warps,
+            wide, kind_of(m is not None, mixed), vector, cut.ROWS, cut.COLUMNS, cut.whole,
+            cut.shared, num_warps=cut.warps,
         )  # fmt: skip
     return Noise(row_sums[:, 0].sum(dim=0), row_sums[:, 1].sum(dim=0), sums.sum(dim=0))
 
 
-# C++, and the choice -------------------------------------------------------------------------------------------------
+# C++, and the choice
 
 
 def _persample_noise_native(G, p, m, rule, mixed) -> Noise:
@@ -211,7 +225,8 @@ def _persample_noise_native(G, p, m, rule, mixed) -> Noise:
     rule = [s.to("cpu", torch.float64) for s in rule]
     function(
         ctypes.c_int64(len(G)), ctypes.c_int64(len(p)),
-        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)), kind_of(m is not None, mixed),
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)),
+        kind_of(m is not None, mixed),
         native.addresses(rule), torch.get_num_threads(),
         *(ctypes.c_void_p(t.data_ptr()) for t in found),
     )  # fmt: skip
@@ -235,29 +250,37 @@ def _persample_noise(G, p, m, rule, mixed) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake(G, p, m, rule, mixed) -> tuple[Tensor, Tensor, Tensor]:
     wide = backend.wide_dtype(G.device)
-    return G.new_empty(len(G), dtype=wide), G.new_empty(len(G), dtype=wide), G.new_empty(3, dtype=wide)
+    return (
+        G.new_empty(len(G), dtype=wide),
+        G.new_empty(len(G), dtype=wide),
+        G.new_empty(3, dtype=wide),
+    )
 
 
 _op = backend.custom_op(
     "persample_noise",
-    "(Tensor G, Tensor(a!) p, Tensor(b!)? m, Tensor[] rule, bool mixed) -> (Tensor, Tensor, Tensor)",
+    "(Tensor G, Tensor(a!) p, Tensor(b!)? m, Tensor[] rule, bool mixed) -> (Tensor, Tensor, "
+    "Tensor)",
     _persample_noise,
     _fake,
 )
 
 
-def persample_noise(G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixed: bool = False) -> Noise:
+def persample_noise(
+    G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixed: bool = False
+) -> Noise:
     """Noise of the rows of G, and one step along their mean, in place on p and m.
 
     Args:
-        G: [B, P] with B at least 2, contiguous, float32 or bfloat16 (float64 with float64 p): a gradient a row.
+        G: [B, P] with B at least 2, contiguous, float32 or bfloat16 (float64 with float64 p): a
+            gradient a row.
         p: [P], the parameters in one tensor, float32, bfloat16 or float64.
         m: [P], the momentum, float32 (float64 for float64 p); None where the direction is u.
         rule, mixed: as in `update`.
 
     Returns:
-        Noise(noise, squares, sums). Their sum over rows / (B - 1) estimates C^2, the variance of a row around the true
-        gradient (E||g - grad f||^2). The same bits on every run.
+        Noise(noise, squares, sums). Their sum over rows / (B - 1) estimates C^2, the variance of a
+        row around the true gradient (E||g - grad f||^2). The same bits on every run.
 
     Raises:
         ValueError: for fewer than two rows, or tensors of the wrong shape, dtype or memory order.

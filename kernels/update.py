@@ -1,11 +1,14 @@
 """The update of all parameters in one pass, with the squared norms that a log wants.
 
-One rule, whose coefficients come in: u = g + decay p, m = beta m + alpha u, p -= lr (fresh u + kept m). Without m it is
-p -= lr u; and where the direction is m itself, which is told apart (`mixed`), there is no product with fresh and kept.
+One rule, whose coefficients come in:
+    u = g + decay p,   m = beta m + alpha u,   p -= lr (fresh u + kept m).
+Without m it is p -= lr u; and where the direction is m itself, which is told apart (`mixed`), there
+is no product with fresh and kept.
 
-A launch covers a list of tensors through a table of their addresses, not one flat buffer: autograd puts each gradient
-into memory of its own, and copying them together would cost 8 bytes a parameter more. Bytes a parameter in float32: 12
-for sgd (read g and p, write p), 20 with momentum (read and write m too); the norms cost none.
+A launch covers a list of tensors through a table of their addresses, not one flat buffer: autograd
+puts each gradient into memory of its own, and copying them together would cost 8 bytes a parameter
+more. Bytes a parameter in float32: 12 for sgd (read g and p, write p), 20 with momentum (read and
+write m too); the norms cost none.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ except ImportError:  # no triton outside Linux: backend.choose never names it th
 
 
 class Rule(NamedTuple):
-    """The coefficients, 0-d float64 tensors (backend.scalar), so that a new value compiles nothing anew."""
+    """The coefficients, 0-d float64 tensors (backend.scalar), so that a new value compiles nothing
+    anew."""
 
     lr: Tensor
     beta: Tensor
@@ -37,7 +41,8 @@ class Rule(NamedTuple):
     weight_decay: Tensor
 
 
-# What is compiled for itself: without a buffer, along the buffer, along a mixture of gradient and buffer.
+# What is compiled for itself: without a buffer, along the buffer, along a mixture of gradient and
+# buffer.
 PLAIN, BUFFER, MIXED = range(3)
 
 
@@ -59,7 +64,8 @@ def direction_ref(
     decay: float,
     mixed: bool,
 ) -> Tensor:
-    """The direction m_t for one tensor x and its gradient `slope`; moves m alone. All in one dtype."""
+    """The direction m_t for one tensor x and its gradient `slope`; moves m alone. All in one
+    dtype."""
     direction = u = slope.add(x, alpha=decay) if decay else slope
     if m is not None:
         direction = m.mul_(beta).add_(u, alpha=alpha)
@@ -69,7 +75,8 @@ def direction_ref(
 
 
 def move_ref(p: Tensor, slope: Tensor, m: Tensor | None, rule: Rule, mixed: bool) -> Tensor:
-    """Move p, of any dtype, and m along the direction, which is returned in the dtype of `slope`."""
+    """Move p, of any dtype, and m along the direction, which is returned in the dtype of
+    `slope`."""
     lr, *coefficients = (s.item() for s in rule)
     x = p.to(slope.dtype)
     direction = direction_ref(x, slope, m, *coefficients, mixed)
@@ -77,7 +84,9 @@ def move_ref(p: Tensor, slope: Tensor, m: Tensor | None, rule: Rule, mixed: bool
     return direction
 
 
-def update_ref(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool) -> Tensor:
+def update_ref(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool
+) -> Tensor:
     """As `update`, in plain PyTorch, one tensor after the other."""
     wide = backend.wide_dtype(params[0].device)
     squares = torch.zeros(2, dtype=wide, device=params[0].device)
@@ -88,7 +97,7 @@ def update_ref(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor],
     return squares
 
 
-# Triton --------------------------------------------------------------------------------------------------------------
+# Triton
 
 BLOCK = 1024  # parameters moved at a time: 8 a thread, two 128-bit accesses in float32
 BLOCKS = 8  # of one program
@@ -106,7 +115,8 @@ if triton:
 
     @triton.jit
     def scalars(lr, beta, alpha, fresh, kept, decay, wide: tl.constexpr):
-        """(-lr, beta, alpha, fresh, kept, decay) in the arithmetic's dtype, from float64 in memory."""
+        """(-lr, beta, alpha, fresh, kept, decay) in the arithmetic's dtype, from float64 in
+        memory."""
         minus_lr, decay = (-tl.load(lr)).to(wide), tl.load(decay).to(wide)
         beta, alpha = tl.load(beta).to(wide), tl.load(alpha).to(wide)
         return minus_lr, beta, alpha, tl.load(fresh).to(wide), tl.load(kept).to(wide), decay
@@ -161,7 +171,8 @@ if triton:
         mm = tl.zeros([BLOCK], wide)
         for block in range(BLOCKS):
             at = start + block * BLOCK + tl.arange(0, BLOCK)
-            if start + (block + 1) * BLOCK <= size:  # whole: without a mask the accesses are 128 bits wide
+            # whole: without a mask the accesses are 128 bits wide
+            if start + (block + 1) * BLOCK <= size:
                 g2, m2 = _update_block(p + at, g + at, m + at, None, numbers, wide, kind)
             else:
                 g2, m2 = _update_block(p + at, g + at, m + at, at < size, numbers, wide, kind)
@@ -180,7 +191,8 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Kept, since the caching allocator gives the gradients of most steps the addresses of an earlier one."""
+    """Kept, since the caching allocator gives the gradients of most steps the addresses of an
+    earlier one."""
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
@@ -192,15 +204,18 @@ def _update_triton(params, grads, buffers, rule, mixed) -> Tensor:
     aligned = not any(address % 16 for row in rows for address in row[1:])
     sums = torch.zeros(len(chunks), 2, dtype=torch.float64, device=device)
     if len(chunks):
-        types = [getattr(tl, str(t).removeprefix("torch.")) for t in (dtype, backend.buffer_dtype(dtype))]
+        types = [
+            getattr(tl, str(t).removeprefix("torch.")) for t in (dtype, backend.buffer_dtype(dtype))
+        ]
         _update_kernel[(len(chunks),)](
-            chunks, _table(rows, device), *rule, sums, *types, kind_of(bool(buffers), mixed), aligned, BLOCK, BLOCKS,
+            chunks, _table(rows, device), *rule, sums, *types, kind_of(bool(buffers), mixed),
+            aligned, BLOCK, BLOCKS,
             num_warps=WARPS,
         )  # fmt: skip
     return sums.sum(dim=0)
 
 
-# C++, and the choice -------------------------------------------------------------------------------------------------
+# C++, and the choice
 
 
 def _update_native(params, grads, buffers, rule, mixed) -> Tensor:
@@ -209,7 +224,8 @@ def _update_native(params, grads, buffers, rule, mixed) -> Tensor:
     rule = [s.to("cpu", torch.float64) for s in rule]
     squares = torch.empty(2, dtype=torch.float64)
     function(
-        ctypes.c_int64(len(params)), sizes, *map(native.addresses, (params, grads, buffers)), kind_of(bool(buffers), mixed),
+        ctypes.c_int64(len(params)), sizes, *map(native.addresses, (params, grads, buffers)),
+        kind_of(bool(buffers), mixed),
         native.addresses(rule), torch.get_num_threads(),
         ctypes.c_void_p(squares.data_ptr()),
     )  # fmt: skip
@@ -240,31 +256,43 @@ def ordered_as(p: Tensor, g: Tensor) -> Tensor:
 
 def is_dense(t: Tensor) -> bool:
     """Whether the values fill the memory from the first to the last, in whatever order."""
-    return t.is_contiguous() or 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel()
+    return (
+        t.is_contiguous()
+        or 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel()
+    )
 
 
 _op = backend.custom_op(
     "update",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor[] rule, bool mixed) -> Tensor",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor[] rule, bool mixed) -> "
+    "Tensor",
     _update,
     lambda params, *others: params[0].new_empty(2, dtype=backend.wide_dtype(params[0].device)),
 )
 
 
-def update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool = False) -> Tensor:
-    """One step in place on params and buffers: m = beta m + alpha u, p -= lr (fresh u + kept m), with u = g + decay p.
+def update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    rule: Rule,
+    mixed: bool = False,
+) -> Tensor:
+    """One step in place on params and buffers: m = beta m + alpha u, p -= lr (fresh u + kept m),
+    with u = g + decay p.
 
     Args:
-        params, grads: tensors of any shape, as many of one as of the other, a gradient with its parameter's shape and
-            dtype: float32, bfloat16 or float64 (others go through plain PyTorch). Parameters are dense in memory.
-        buffers: the momentum, float32 (float64 for float64 parameters), with the parameter's shape and strides; [] where the direction is u, and
-            only lr and weight_decay matter.
+        params, grads: tensors of any shape, as many of one as of the other, a gradient with its
+            parameter's shape and dtype: float32, bfloat16 or float64 (others go through plain
+            PyTorch). Parameters are dense in memory.
+        buffers: the momentum, float32 (float64 for float64 parameters), with the parameter's shape
+            and strides; [] where the direction is u, and only lr and weight_decay matter.
         rule: the coefficients.
         mixed: whether fresh and kept matter; else the direction is m.
 
     Returns:
-        float64 [2] on the parameters' device: the squared norm of the gradient (without weight decay) and that of the
-        direction m_t which was applied. The same bits on every run.
+        float64 [2] on the parameters' device: the squared norm of the gradient (without weight
+        decay) and that of the direction m_t which was applied. The same bits on every run.
 
     Raises:
         ValueError: for tensors that do not belong together.
@@ -272,17 +300,28 @@ def update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rul
     kind_of(bool(buffers), mixed)
     if not params or len(grads) != len(params) or len(buffers) not in (0, len(params)):
         raise ValueError(
-            f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit together"
+            f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit "
+            "together"
         )
     for p, g in zip(params, grads, strict=True):
         if g.shape != p.shape or g.dtype != p.dtype:
-            raise ValueError(f"a gradient {list(g.shape)} of {g.dtype} for a parameter {list(p.shape)} of {p.dtype}")
-        if p.numel() and not is_dense(p):
-            raise ValueError(f"a parameter {list(p.shape)} with strides {p.stride()} is not dense in memory")
-    for p, m in zip(params, buffers, strict=False):
-        if m.shape != p.shape or m.stride() != p.stride() or m.dtype != backend.buffer_dtype(p.dtype):
             raise ValueError(
-                f"a momentum {list(m.shape)} of {m.dtype} for a parameter {list(p.shape)} of {p.dtype}: "
+                f"a gradient {list(g.shape)} of {g.dtype} for a parameter {list(p.shape)} of "
+                f"{p.dtype}"
+            )
+        if p.numel() and not is_dense(p):
+            raise ValueError(
+                f"a parameter {list(p.shape)} with strides {p.stride()} is not dense in memory"
+            )
+    for p, m in zip(params, buffers, strict=False):
+        if (
+            m.shape != p.shape
+            or m.stride() != p.stride()
+            or m.dtype != backend.buffer_dtype(p.dtype)
+        ):
+            raise ValueError(
+                f"a momentum {list(m.shape)} of {m.dtype} for a parameter {list(p.shape)} of "
+                f"{p.dtype}: "
                 f"it has the parameter's shape and strides, in {backend.buffer_dtype(p.dtype)}"
             )
     return _op(params, grads, buffers, list(rule), mixed)

@@ -1,13 +1,15 @@
-"""Check the papers' claims at laptop scale: python scripts/claims.py --data-dir cifar100-12k [--work runs/claims] [--only NAME ...]
+"""Check the papers' claims at laptop scale: python scripts/claims.py --data-dir cifar100-12k
+[--work runs/claims] [--only NAME ...]
 
-cifar100-12k holds train/ and test/ with 100 and 20 images of each class of CIFAR-100; they are used at 16x16 pixels, with
-resnet8 and seeds 0, 1, 2. Every claim is one sweep (taken up again where it was interrupted) and a folder below
-records/claims: README.md with the claim, the rule for "holds", the command and the numbers; result.json; runs.jsonl with
-a run's settings and last numbers a line; config.json, what the runs share; metrics/, each run's rows of epochs and measurements.
+cifar100-12k holds train/ and test/ with 100 and 20 images of each class of CIFAR-100; they are used
+at 16x16 pixels, with resnet8 and seeds 0, 1, 2. Every claim is one sweep (taken up again where it
+was interrupted) and a folder below records/claims: README.md with the claim, the rule for "holds",
+the command and the numbers; result.json; runs.jsonl with a run's settings and last numbers a line;
+config.json, what the runs share; metrics/, each run's rows of epochs and measurements.
 
-The rules are those below, and were written before the runs. SE is the standard error of a mean over the seeds, and of a
-difference of means the root of the sum of squares. A comparison holds or fails where 2 SE decide it; else the claim is not
-resolved, so that a large error is never a pass.
+The rules are those below, and were written before the runs. SE is the standard error of a mean over
+the seeds, and of a difference of means the root of the sum of squares. A comparison holds or fails
+where 2 SE decide it; else the claim is not resolved, so that a large error is never a pass.
 """
 
 from __future__ import annotations
@@ -36,14 +38,17 @@ from fastsmooth.runfolder.read import SavedRun, find_runs, read_run
 from fastsmooth.sweep import critical
 
 ROOT = Path(__file__).resolve().parent.parent
-FEW = 10  # classes of claim c: all images of so few are learnt by heart in some tens of epochs, after which gradients fall
+# classes of claim c: all images of so few are learnt by heart in some tens of epochs, after which
+# gradients fall
+FEW = 10
 COMMON = "--dataset folder --model resnet8 --image-size 16 --device cpu --log-every 1000000"
 Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`flags` of the sweep, or the name of the claim whose runs serve this one too; judge(runs) gives "verdict" and numbers."""
+    """`flags` of the sweep, or the name of the claim whose runs serve this one too; judge(runs)
+    gives "verdict" and numbers."""
 
     name: str
     text: str
@@ -53,20 +58,25 @@ class Claim:
     runs_of: str = ""
 
 
-# The rules ------------------------------------------------------------------------------------------------------------
+# The rules
 
 
-DECIDED = "Above and below are meant by more than 2 SE over the seeds; a part that is on the wrong side by more than 2 SE fails, and anything between is not resolved."
+DECIDED = (
+    "Above and below are meant by more than 2 SE over the seeds; a part that is on the wrong side "
+    "by more than 2 SE fails, and anything between is not resolved."
+)
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "is not resolved"
 
 
 def verdict(*parts: str) -> str:
-    """Of a claim of several parts: one that fails decides, and one that is undecided leaves the whole so."""
+    """Of a claim of several parts: one that fails decides, and one that is undecided leaves the
+    whole so."""
     return FAILS if FAILS in parts else UNDECIDED if UNDECIDED in parts else HOLDS
 
 
 def above(value: float, error: float, bound: float = 0.0) -> str:
-    """Whether a value lies above a bound: by more than 2 SE it does, below by more than 2 SE it does not."""
+    """Whether a value lies above a bound: by more than 2 SE it does, below by more than 2 SE it
+    does not."""
     return HOLDS if value - 2 * error > bound else FAILS if value + 2 * error < bound else UNDECIDED
 
 
@@ -91,7 +101,9 @@ def schedules_beat_constant(runs: list[SavedRun]) -> Found:
 
 
 def accuracy_is_unimodal_in_delta(runs: list[SavedRun]) -> Found:
-    accuracy = {delta: values for delta, values in sorted(by(runs, delta_of, final_accuracy).items())}
+    accuracy = {
+        delta: values for delta, values in sorted(by(runs, delta_of, final_accuracy).items())
+    }
     groups = list(accuracy.values())
     peak = max(range(len(groups)), key=lambda k: mean(groups[k]))
     drops = [
@@ -99,7 +111,10 @@ def accuracy_is_unimodal_in_delta(runs: list[SavedRun]) -> Found:
         for k in {0, len(groups) - 1} - {peak}
     ]
     drop = min(mean(groups[peak]) - mean(groups[k]) for k in (0, -1))
-    outward = [*((k, k - 1) for k in range(peak, 0, -1)), *((k, k + 1) for k in range(peak, len(groups) - 1))]
+    outward = [
+        *((k, k - 1) for k in range(peak, 0, -1)),
+        *((k, k + 1) for k in range(peak, len(groups) - 1)),
+    ]
     rises = [second_rise(groups[a], groups[b], drop) for a, b in outward]
     inside = HOLDS if 0 < peak < len(groups) - 1 else UNDECIDED
     return {
@@ -107,12 +122,15 @@ def accuracy_is_unimodal_in_delta(runs: list[SavedRun]) -> Found:
         "peak_inside": inside,
         "both_ends_lower": verdict(*drops),
         "no_second_rise": verdict(*rises),
-        "delta_in_units_of_C": {f"{delta:.5g}": spread(values) for delta, values in accuracy.items()},
+        "delta_in_units_of_C": {
+            f"{delta:.5g}": spread(values) for delta, values in accuracy.items()
+        },
     }
 
 
 def second_rise(inner: list[float], outer: list[float], drop: float) -> str:
-    """Whether there is none from one group outwards to the next: its error must be small beside the drop to the ends."""
+    """Whether there is none from one group outwards to the next: its error must be small beside the
+    drop to the ends."""
     rise, error = mean(outer) - mean(inner), se_of_difference(outer, inner)
     return FAILS if rise - 2 * error > 0 else HOLDS if rise + 2 * error < drop else UNDECIDED
 
@@ -132,10 +150,15 @@ def critical_batch_exists(runs: list[SavedRun]) -> Found:
 
 
 def convex(curve: critical.Analysis) -> str:
-    """The second differences of the mean N over equal steps of log b, which a batch without an N between others breaks."""
+    """The second differences of the mean N over equal steps of log b, which a batch without an N
+    between others breaks."""
     reached = [b for b in curve.batches if b.sfo_mean is not None]
     whole = (
-        [b for b in curve.batches if b.batch_size in range(reached[0].batch_size, reached[-1].batch_size + 1)]
+        [
+            b
+            for b in curve.batches
+            if b.batch_size in range(reached[0].batch_size, reached[-1].batch_size + 1)
+        ]
         if reached
         else []
     )
@@ -149,13 +172,17 @@ def convex(curve: critical.Analysis) -> str:
 
 
 def inside(curve: critical.Analysis) -> str:
-    """b* is neither the smallest nor the largest batch with an N: N is larger there by more than 2 SE."""
+    """b* is neither the smallest nor the largest batch with an N: N is larger there by more than 2
+    SE."""
     reached = [b for b in curve.batches if b.sfo_mean is not None and b.n > 1]
     best = next((b for b in reached if b.batch_size == curve.best), None)
     if best is None or best in (reached[0], reached[-1]):
         return UNDECIDED
     ends = [
-        (end.sfo_mean - best.sfo_mean, math.hypot(end.sfo_sd / math.sqrt(end.n), best.sfo_sd / math.sqrt(best.n)))
+        (
+            end.sfo_mean - best.sfo_mean,
+            math.hypot(end.sfo_sd / math.sqrt(end.n), best.sfo_sd / math.sqrt(best.n)),
+        )
         for end in (reached[0], reached[-1])
     ]
     return verdict(*(above(value, error) for value, error in ends))
@@ -188,19 +215,27 @@ def heavy_ball_keeps_a_floor(runs: list[SavedRun]) -> Found:
         largest = sorted({run.config["batch_size"] for run in members})[-2:]
         ends = [run for run in members if run.config["batch_size"] in largest]
         slopes = [slope_of(seed_runs, noise_ratio) for seed_runs in grouped(ends, "seed").values()]
-        part = (above if optimizer == "shb" else below)(mean(slopes), se(slopes), -0.1 if optimizer == "shb" else -0.25)
+        part = (above if optimizer == "shb" else below)(
+            mean(slopes), se(slopes), -0.1 if optimizer == "shb" else -0.25
+        )
         parts.append(part)
         found[optimizer] = {
             "part": part,
             "slope_between_the_largest": spread(slopes),
-            "noise_over_full_grad_norm": {str(b): spread(v) for b, v in by(members, "batch_size", noise_ratio).items()},
-            "noise_norm": {str(b): spread(v) for b, v in by(members, "batch_size", noise_norm).items()},
+            "noise_over_full_grad_norm": {
+                str(b): spread(v) for b, v in by(members, "batch_size", noise_ratio).items()
+            },
+            "noise_norm": {
+                str(b): spread(v) for b, v in by(members, "batch_size", noise_norm).items()
+            },
         }
     return {"verdict": verdict(*parts)} | found
 
 
 def smoother_is_less_sharp(runs: list[SavedRun]) -> Found:
-    sharpness = {delta: values for delta, values in sorted(by(runs, delta_of, sharpness_of).items())}
+    sharpness = {
+        delta: values for delta, values in sorted(by(runs, delta_of, sharpness_of).items())
+    }
     means = [mean(values) for values in sharpness.values()]
     rank = spearman(list(sharpness), means)
     first, *_, last = sharpness.values()
@@ -209,31 +244,40 @@ def smoother_is_less_sharp(runs: list[SavedRun]) -> Found:
         "verdict": verdict(HOLDS if rank <= -0.8 else FAILS if rank >= 0 else UNDECIDED, falls),
         "spearman": rank,
         "smallest_delta_sharper": falls,
-        "adaptive_sharpness": {f"{delta:.5g}": spread(values) for delta, values in sharpness.items()},
+        "adaptive_sharpness": {
+            f"{delta:.5g}": spread(values) for delta, values in sharpness.items()
+        },
     }
 
 
 CLAIMS = (
     Claim(
         "schedules",
-        "(a) lr, batch and hybrid end with a higher test accuracy than constant from the same start.",
-        "The difference of the mean final test accuracy to that of constant is above 0 for each of the three.",
+        "(a) lr, batch and hybrid end with a higher test accuracy than constant from the same "
+        "start.",
+        "The difference of the mean final test accuracy to that of constant is above 0 for each "
+        "of the three.",
         schedules_beat_constant,
-        f"{COMMON} --seeds 3 --method constant lr batch hybrid --lr 0.1 --batchsize 32 --epochs 20 --decay-epoch 4",
+        f"{COMMON} --seeds 3 --method constant lr batch hybrid --lr 0.1 --batchsize 32 --epochs "
+        "20 --decay-epoch 4",
     ),
     Claim(
         "noise-norm",
         "(d) The measured ||omega|| of SGD falls as b^-1/2.",
-        "The least-squares slope of log ||omega|| against log b, fitted for each seed, has a mean above -0.55 and below -0.45.",
+        "The least-squares slope of log ||omega|| against log b, fitted for each seed, has a mean "
+        "above -0.55 and below -0.45.",
         noise_falls_as_root,
-        f"{COMMON} --seeds 5 --mode sampling --steps 100 --draws 8 --augment none --lr 0.05 --optimizer sgd shb nshb "
+        f"{COMMON} --seeds 5 --mode sampling --steps 100 --draws 8 --augment none --lr 0.05 "
+        "--optimizer sgd shb nshb "
         "--beta 0.9 --batchsize 8..512x4 --epochs 10",
     ),
     Claim(
         "momentum-floor",
         "(e) SHB's search-direction noise keeps a floor as b grows, SGD's and NSHB's do not.",
-        "r is ||omega|| over the norm of the full gradient, both means over replayed histories (sgd: over mini-batches at one "
-        "point). The slope of log r against log b between the two largest batches has a mean above -0.1 for shb, and below "
+        "r is ||omega|| over the norm of the full gradient, both means over replayed histories "
+        "(sgd: over mini-batches at one "
+        "point). The slope of log r against log b between the two largest batches has a mean above "
+        "-0.1 for shb, and below "
         "-0.25 for sgd and nshb.",
         heavy_ball_keeps_a_floor,
         runs_of="noise-norm",
@@ -241,8 +285,10 @@ CLAIMS = (
     Claim(
         "delta-accuracy",
         "(b) Test accuracy against delta is unimodal over a grid of lr and batch.",
-        "Runs of equal delta are pooled. The best mean accuracy lies inside the grid, the differences to both ends are above "
-        "0, and going outwards from the best no mean rises: a rise by more than 2 SE fails, and its upper end, 2 SE above, "
+        "Runs of equal delta are pooled. The best mean accuracy lies inside the grid, the "
+        "differences to both ends are above "
+        "0, and going outwards from the best no mean rises: a rise by more than 2 SE fails, and "
+        "its upper end, 2 SE above, "
         "must be below the smaller difference to the ends.",
         accuracy_is_unimodal_in_delta,
         f"{COMMON} --seeds 3 --lr 0.05 0.2 0.8 --batchsize 8..512x4 --epochs 6",
@@ -250,8 +296,10 @@ CLAIMS = (
     Claim(
         "delta-sharpness",
         "(f) A larger delta goes with a smaller adaptive sharpness.",
-        "Runs of equal delta are pooled. Spearman's rank correlation of delta and mean sharpness (the published setting of "
-        "python -m fastsmooth.sharpness) is at most -0.8, and fails from 0 on; the difference of the smallest delta's "
+        "Runs of equal delta are pooled. Spearman's rank correlation of delta and mean sharpness "
+        "(the published setting of "
+        "python -m fastsmooth.sharpness) is at most -0.8, and fails from 0 on; the difference of "
+        "the smallest delta's "
         "sharpness to the largest delta's is above 0.",
         smoother_is_less_sharp,
         runs_of="delta-accuracy",
@@ -259,17 +307,21 @@ CLAIMS = (
     Claim(
         "critical-batch",
         "(c) N(b) = b T(b) is convex in log b, with b* falling as eps grows.",
-        "On the 1,000 training images of the first 10 classes, censored batches left out. For every eps at least four batch "
-        "sizes have an N, every second difference of the mean N over log b is above 0, and N is larger at both ends than at "
+        "On the 1,000 training images of the first 10 classes, censored batches left out. For "
+        "every eps at least four batch "
+        "sizes have an N, every second difference of the mean N over log b is above 0, and N is "
+        "larger at both ends than at "
         "b*. b* never grows with eps, and is smaller for the largest than for the smallest.",
         critical_batch_exists,
-        f"{COMMON.replace(' --log-every 1000000', '')} --seeds 3 --mode critical --augment none --lr 0.1 "
-        "--batchsize 32..512x2 --eps 0.7 0.9 --min-epochs 11 --epochs 500 --log-every 10 --checkpoint-every 2000",
+        f"{COMMON.replace(' --log-every 1000000', '')} --seeds 3 --mode critical --augment none "
+        "--lr 0.1 "
+        "--batchsize 32..512x2 --eps 0.7 0.9 --min-epochs 11 --epochs 500 --log-every 10 "
+        "--checkpoint-every 2000",
     ),
 )
 
 
-# Numbers of runs ------------------------------------------------------------------------------------------------------
+# Numbers of runs
 
 
 def final_accuracy(run: SavedRun) -> float:
@@ -285,7 +337,8 @@ def noise_norm(run: SavedRun) -> float:
 
 
 def noise_ratio(run: SavedRun) -> float:
-    """||omega|| over the norm of the full gradient, which another batch has brought elsewhere by then."""
+    """||omega|| over the norm of the full gradient, which another batch has brought elsewhere by
+    then."""
     point = run.noise["points"][-1]
     return point["noise_norm"] / point["full_grad_norm"]
 
@@ -294,20 +347,26 @@ def sharpness_of(run: SavedRun) -> float:
     return run.sharpness["results"][-1]["value"]
 
 
-def grouped(runs: list[SavedRun], key: str | Callable[[SavedRun], Any]) -> dict[Any, list[SavedRun]]:
+def grouped(
+    runs: list[SavedRun], key: str | Callable[[SavedRun], Any]
+) -> dict[Any, list[SavedRun]]:
     found: dict[Any, list[SavedRun]] = {}
     for run in runs:
         found.setdefault(run.config[key] if isinstance(key, str) else key(run), []).append(run)
     return dict(sorted(found.items()))
 
 
-def by(runs: list[SavedRun], key: str | Callable, value: Callable[[SavedRun], float]) -> dict[Any, list[float]]:
+def by(
+    runs: list[SavedRun], key: str | Callable, value: Callable[[SavedRun], float]
+) -> dict[Any, list[float]]:
     return {k: [value(run) for run in members] for k, members in grouped(runs, key).items()}
 
 
 def slope_of(runs: list[SavedRun], value: Callable[[SavedRun], float]) -> float:
     """The least-squares slope of the logarithm of a value against log b."""
-    x, y = ([math.log(v(run)) for run in runs] for v in (lambda run: run.config["batch_size"], value))
+    x, y = (
+        [math.log(v(run)) for run in runs] for v in (lambda run: run.config["batch_size"], value)
+    )
     return statistics.linear_regression(x, y).slope
 
 
@@ -331,7 +390,7 @@ def spread(values: list[float]) -> Found:
     return {"mean": mean(values), "deviation": statistics.stdev(values), "n": len(values)}
 
 
-# Doing it -------------------------------------------------------------------------------------------------------------
+# Doing it
 
 
 def main() -> int:
@@ -347,14 +406,22 @@ def check(argv: list[str]) -> None:
     """Do the runs of a command line and write a record of each claim. Raises ConfigError."""
     p = Parser(prog="python scripts/claims.py", description=__doc__.splitlines()[0])
     p.add_argument("--data-dir", required=True, type=Path, help="cifar100-12k: train/ and test/")
-    p.add_argument("--work", default=Path("runs/claims"), type=Path, help="where the runs are (runs/claims)")
-    p.add_argument("--records", default=ROOT / "records" / "claims", type=Path, help="where the records go")
+    p.add_argument(
+        "--work", default=Path("runs/claims"), type=Path, help="where the runs are (runs/claims)"
+    )
+    p.add_argument(
+        "--records", default=ROOT / "records" / "claims", type=Path, help="where the records go"
+    )
     p.add_argument("--only", nargs="+", choices=[c.name for c in CLAIMS], help="these claims alone")
     args = p.parse_args(argv)
-    args.data_dir, args.work, args.records = (path.absolute() for path in (args.data_dir, args.work, args.records))
+    args.data_dir, args.work, args.records = (
+        path.absolute() for path in (args.data_dir, args.work, args.records)
+    )
     for split in ("train", "test"):
         if not (args.data_dir / split).is_dir():
-            raise ConfigError(f"--data-dir {args.data_dir} has no {split}/: it must hold cifar100-12k")
+            raise ConfigError(
+                f"--data-dir {args.data_dir} has no {split}/: it must hold cifar100-12k"
+            )
     for claim in CLAIMS:
         if args.only is None or claim.name in args.only:
             runs = do_runs(claim, args)
@@ -366,7 +433,11 @@ def check(argv: list[str]) -> None:
 def do_runs(claim: Claim, args: argparse.Namespace) -> list[SavedRun]:
     source = next(c for c in CLAIMS if c.name == (claim.runs_of or claim.name))
     out = args.work / source.name
-    images = args.data_dir if source.name != "critical-batch" else first_classes(args.data_dir, args.work / "few")
+    images = (
+        args.data_dir
+        if source.name != "critical-batch"
+        else first_classes(args.data_dir, args.work / "few")
+    )
     flags = [*source.flags.split(), "--data-dir", str(images), "--out", str(out)]
     call("sweep", *flags)
     paths = [path for path in find_runs([out]) if "sampled" not in path.parts]
@@ -378,9 +449,13 @@ def do_runs(claim: Claim, args: argparse.Namespace) -> list[SavedRun]:
 
 
 def call(command: str, *flags: str) -> None:
-    done = subprocess.run([sys.executable, "-m", f"fastsmooth.{command}", *flags], cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", f"fastsmooth.{command}", *flags], cwd=ROOT, check=False
+    )
     if done.returncode:
-        raise ConfigError(f"fastsmooth.{command} ended with exit code {done.returncode}: the same command goes on")
+        raise ConfigError(
+            f"fastsmooth.{command} ended with exit code {done.returncode}: the same command goes on"
+        )
 
 
 def first_classes(data_dir: Path, few: Path) -> Path:
@@ -400,13 +475,22 @@ def write_record(target: Path, claim: Claim, runs: list[SavedRun], found: Found)
     shared["data_dir"] = "cifar100-12k"
     varying = sorted(runs[0].config.keys() - shared.keys() - {"out"})
     dump(target / "config.json", {k: v for k, v in shared.items() if k not in ("out", "resume")})
-    dump(target / "result.json", {"claim": claim.text, "rule": claim.rule, **found, **about(runs[0])})
+    dump(
+        target / "result.json", {"claim": claim.text, "rule": claim.rule, **found, **about(runs[0])}
+    )
     lines = []
     for run in runs:
         settings = {name: run.config[name] for name in varying}
         last = {
             k: run.summary.get(k)
-            for k in ("final_test_acc", "final_test_loss", "epochs", "updates", "samples", "seconds")
+            for k in (
+                "final_test_acc",
+                "final_test_loss",
+                "epochs",
+                "updates",
+                "samples",
+                "seconds",
+            )
         }
         extra = {"critical": run.critical.get("crossings")} if run.critical else {}
         extra |= {"sharpness": run.sharpness["results"]} if run.sharpness else {}
@@ -436,13 +520,16 @@ def dump(path: Path, value: Any) -> None:
 def readme(claim: Claim, found: Found, count: int) -> str:
     source = next(c for c in CLAIMS if c.name == (claim.runs_of or claim.name))
     command = (
-        shlex.join(["python", "-m", "fastsmooth.sweep", *source.flags.split()]) + " --data-dir cifar100-12k --out DIR"
+        shlex.join(["python", "-m", "fastsmooth.sweep", *source.flags.split()])
+        + " --data-dir cifar100-12k --out DIR"
     )
     numbers = json.dumps({k: v for k, v in found.items() if k != "curves"}, indent=1)
     return (
-        f"# {claim.text}\n\nVerdict at this scale: **{found['verdict']}** ({count} runs).\n\nRule, written before the runs: {claim.rule} "
+        f"# {claim.text}\n\nVerdict at this scale: **{found['verdict']}** ({count} runs).\n\nRule, "
+        f"written before the runs: {claim.rule} "
         f"{DECIDED}\n\n"
-        f"    {command}\n\nor `python scripts/claims.py --data-dir cifar100-12k --only {claim.name}`.\n\n```json\n{numbers}\n```\n"
+        f"    {command}\n\nor `python scripts/claims.py --data-dir cifar100-12k --only "
+        f"{claim.name}`.\n\n```json\n{numbers}\n```\n"
     )
 
 

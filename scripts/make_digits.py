@@ -1,4 +1,5 @@
-"""Make fastsmooth/data/digits.npz from scikit-learn's copy of the UCI digits: python scripts/make_digits.py
+"""Make fastsmooth/data/digits.npz from scikit-learn's copy of the UCI digits: python
+scripts/make_digits.py
 
 Needs scikit-learn. The output is the same bytes on every run.
 """
@@ -30,7 +31,9 @@ def main() -> None:
             np.lib.format.write_array(buffer, array, allow_pickle=False)
             # a fixed time stamp, so that the file does not change with the day it was made
             archive.writestr(
-                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue(), zipfile.ZIP_DEFLATED
+                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)),
+                buffer.getvalue(),
+                zipfile.ZIP_DEFLATED,
             )
     say(f"{TARGET}: {TARGET.stat().st_size} bytes")
 

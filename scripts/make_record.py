@@ -1,8 +1,11 @@
-"""Turn finished runs that differ in their seed alone into a record: python scripts/make_record.py records/NAME RUN [RUN ...]
+"""Turn finished runs that differ in their seed alone into a record: python scripts/make_record.py
+records/NAME RUN [RUN ...]
 
-record.json          command, n, mean and standard deviation of the final and the best test accuracy, seeds, machine
+record.json          command, n, mean and standard deviation of the final and the best test
+                     accuracy, seeds, machine
 config.json          the configuration that the runs share
-seed<N>.jsonl        each run's metrics.jsonl; seed<N>.noise.json, seed<N>.critical.json where the mode made one
+seed<N>.jsonl        each run's metrics.jsonl; seed<N>.noise.json, seed<N>.critical.json where the
+                     mode made one
 """
 
 import json
@@ -24,7 +27,8 @@ def read(run: Path, name: str) -> dict:
 
 
 def command(run: Path) -> str:
-    """The command line as a reader would type it: where the run's images and folder were is left out."""
+    """The command line as a reader would type it: where the run's images and folder were is left
+    out."""
     words, kept = read(run, "env.json")["command"][2:], []
     if words[:1] == ["train"]:  # after the name of the program: fastsmooth train
         words.pop(0)
@@ -65,9 +69,15 @@ def make(target: Path, *runs: Path) -> None:
             raise ValueError(f"{run} is not done: go on with --resume --out {run}")
         differing = [key for key in shared if config[key] != shared[key]]
         if differing:
-            raise ValueError(f"{run} differs from {runs[0]} in {', '.join(differing)}: make a record of each")
+            raise ValueError(
+                f"{run} differs from {runs[0]} in {', '.join(differing)}: make a record of each"
+            )
     summaries = [read(run, "summary.json") for run in runs]
-    record = {"command": command(runs[0]), "n": len(runs), "seeds": [config["seed"] for config in configs]}
+    record = {
+        "command": command(runs[0]),
+        "n": len(runs),
+        "seeds": [config["seed"] for config in configs],
+    }
     if shared["mode"] == "normal":
         for key in ("final_test_acc", "best_test_acc"):
             record[key] = spread([summary[key] for summary in summaries])

@@ -10,7 +10,9 @@ import pytest
 ARCHIVES = Path(__file__).parents[2] / "shared" / "data"
 
 
-def extracted(name: str, factory: pytest.TempPathFactory, wanted: Callable[[tarfile.TarInfo], bool]) -> Path:
+def extracted(
+    name: str, factory: pytest.TempPathFactory, wanted: Callable[[tarfile.TarInfo], bool]
+) -> Path:
     archive = ARCHIVES / f"{name}.tar"
     if not archive.is_file():
         pytest.skip(f"{archive} is not there")

@@ -1,4 +1,5 @@
-"""How the tests run, what they share, and their real images: archives that lie beside the checkout, extracted once a session."""
+"""How the tests run, what they share, and their real images: archives that lie beside the checkout,
+extracted once a session."""
 
 import os
 import tempfile
@@ -15,7 +16,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="what takes minutes too: all cases of the fault suite, whole benchmarks"
+        "--full",
+        action="store_true",
+        help="what takes minutes too: all cases of the fault suite, whole benchmarks",
     )
 
 
@@ -27,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton kernels run in its interpreter where there is no GPU; Triton asks when it first sees a kernel."""
+    """Triton kernels run in its interpreter where there is no GPU; Triton asks when it first sees a
+    kernel."""
     import torch
 
     if not torch.cuda.is_available():
@@ -47,10 +51,14 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A C++ compiler that copies the library that is there, slowly and with other bytes where asked; no library is loaded.
+def quick_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A C++ compiler that copies the library that is there, slowly and with other bytes where
+    asked; no library is loaded.
 
-    Gives a folder with a file `compiled`, of a line for each time, and a folder `tmp` for what is temporary.
+    Gives a folder with a file `compiled`, of a line for each time, and a folder `tmp` for what is
+    temporary.
     """
     from fastsmooth.kernels import native
 
@@ -78,11 +86,15 @@ echo >> "{folder}/compiled"
 
 @pytest.fixture(scope="session")
 def cifar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classes apple to butterfly of CIFAR-100 as PNG files: train/CLASS/IMAGE and test/CLASS/IMAGE, 100 and 20 a class."""
-    return extracted("cifar100-12k", tmp_path_factory, lambda member: Path(member.name).parts[2:3] < ("c",))
+    """The classes apple to butterfly of CIFAR-100 as PNG files: train/CLASS/IMAGE and
+    test/CLASS/IMAGE, 100 and 20 a class."""
+    return extracted(
+        "cifar100-12k", tmp_path_factory, lambda member: Path(member.name).parts[2:3] < ("c",)
+    )
 
 
 @pytest.fixture(scope="session")
 def imagenet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One ImageNet photograph of each of 128 classes, at its full size: train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    """One ImageNet photograph of each of 128 classes, at its full size: train/CLASS/IMAGE and
+    val/CLASS/IMAGE."""
     return extracted("imagenet-128", tmp_path_factory, lambda member: True)

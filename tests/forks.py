@@ -1,4 +1,5 @@
-"""Runs of fastsmooth.train as processes that start in milliseconds, and what shows that two runs were the same."""
+"""Runs of fastsmooth.train as processes that start in milliseconds, and what shows that two runs
+were the same."""
 
 import json
 import multiprocessing
@@ -14,7 +15,8 @@ import torch
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.runfolder.write import TIMES, read_rows
 
-# One warm process that has imported everything and computed nothing; its forks start in milliseconds.
+# One warm process that has imported everything and computed nothing; its forks start in
+# milliseconds.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["fastsmooth.train", "fastsmooth.training.modes", "fastsmooth.models", "torchvision", "forks"]
@@ -31,19 +33,22 @@ def run_main(argv: list[str], log: str, environment: dict[str, str], prepare) ->
     from fastsmooth.messages import STOPPING
     from fastsmooth.train import main
 
-    for number in STOPPING:  # whoever started the tests may have ignored some, which a run would go on to ignore
+    # whoever started the tests may have ignored some, which a run would go on to ignore
+    for number in STOPPING:
         signal.signal(number, signal.SIG_DFL)
 
     # threads that wait for each other crawl when the cores are shared with other work
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # so that DataLoader workers see their parent die
+    # so that DataLoader workers see their parent die
+    multiprocessing.set_start_method("fork", force=True)
     if prepare is not None:
         prepare()
     sys.exit(main(argv))
 
 
 def start(argv: list[str], out: Path, prepare=None, environment: dict[str, str] | None = None):
-    """A process that does `argv` in the run folder `out`; `prepare`, a function of a module, is called in it first."""
+    """A process that does `argv` in the run folder `out`; `prepare`, a function of a module, is
+    called in it first."""
     line = [*argv, "--out", str(out)]
     process = SERVER.Process(target=run_main, args=(line, f"{out}.log", environment or {}, prepare))
     process.start()
@@ -51,13 +56,20 @@ def start(argv: list[str], out: Path, prepare=None, environment: dict[str, str] 
 
 
 def start_ranks(argv: list[str], out: Path, world: int, prepare=None, named: bool = True) -> list:
-    """The same in `world` processes that share the run, as torchrun would start them; each has a log of its own.
+    """The same in `world` processes that share the run, as torchrun would start them; each has a
+    log of its own.
 
     Without `named` the run finds a name for itself.
     """
     # kept by the test, as torchrun's agent does, so that it outlives the processes that meet there
-    STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[-1].port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    STORES.append(
+        torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    )
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(STORES[-1].port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     processes = []
     for rank in range(world):
@@ -95,7 +107,9 @@ def logs(out: Path) -> str:
 
 def finish(argv: list[str], out: Path, world: int = 1, prepare=None) -> float:
     """Run to the end; the seconds it took after the run folder was there."""
-    processes = [start(argv, out, prepare)] if world == 1 else start_ranks(argv, out, world, prepare)
+    processes = (
+        [start(argv, out, prepare)] if world == 1 else start_ranks(argv, out, world, prepare)
+    )
     wait_for(out / "config.json")
     began = time.monotonic()
     assert codes(processes) == [0] * world, logs(out)
@@ -139,7 +153,8 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 
 def assert_same_run(out: Path, undisturbed: Path) -> None:
-    """Parameters, buffers, optimizer, random state and rows are equal, and nothing is left lying about."""
+    """Parameters, buffers, optimizer, random state and rows are equal, and nothing is left lying
+    about."""
     assert without_times(read_rows(out)) == without_times(read_rows(undisturbed))
     assert_same_bits(final_state(out), final_state(undisturbed))
     for name in ("critical.json", "noise.json"):

@@ -13,9 +13,18 @@ from fastsmooth.data import open_data
 from fastsmooth.data.order import permutation
 
 CPU = torch.device("cpu")
-HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+HAS_DALI = (
+    importlib.util.find_spec("nvidia") is not None
+    and importlib.util.find_spec("nvidia.dali") is not None
+)
 # with the number of workers
-LOADERS = [("resident", 0), ("torch", 0), ("torch", 2), ("threads", 2), *([("dali", 2)] if HAS_DALI else [])]
+LOADERS = [
+    ("resident", 0),
+    ("torch", 0),
+    ("torch", 2),
+    ("threads", 2),
+    *([("dali", 2)] if HAS_DALI else []),
+]
 rng = np.random.default_rng(0)
 
 
@@ -34,7 +43,8 @@ def epoch_batches(seed, epoch, n, batch_size, start=0, drop_last=False):
 
 
 def every_batch(loader, batch_size: int = 64, seed: int = 0, epoch: int | None = None):
-    """(x, y) of a whole pass, in the order of the epoch, or of epoch 0 where the images stay as stored."""
+    """(x, y) of a whole pass, in the order of the epoch, or of epoch 0 where the images stay as
+    stored."""
     return list(loader.batches(epoch_batches(seed, epoch or 0, len(loader), batch_size), epoch))
 
 

@@ -23,9 +23,12 @@ class Said(NamedTuple):
 
 
 def said(main: Main, argv: list[str]) -> Said:
-    """Run a command line. As in a process, stdout refuses what it cannot encode and stderr escapes it."""
+    """Run a command line. As in a process, stdout refuses what it cannot encode and stderr escapes
+    it."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict", newline="", write_through=True)
-    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", newline="", write_through=True)
+    err = io.TextIOWrapper(
+        io.BytesIO(), "utf-8", "backslashreplace", newline="", write_through=True
+    )
     with redirected(out, err):
         code = ending(main, argv)
     return Said(code, *(stream.buffer.getvalue().decode("utf-8") for stream in (out, err)))
@@ -96,7 +99,8 @@ CONTROL = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|(.)", re.DOTALL)
 
 
 def screen(raw: str) -> tuple[list[str], int]:
-    """The lines that stand on a terminal in the end, and the length of the longest that ever did: one that never wraps."""
+    """The lines that stand on a terminal in the end, and the length of the longest that ever did:
+    one that never wraps."""
     rows, row, column, widest = [[]], 0, 0, 0
     for values, command, c in CONTROL.findall(raw):
         number = int(values) if values.isdigit() else 1

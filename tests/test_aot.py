@@ -13,7 +13,9 @@ import torch
 from fastsmooth.kernels import aot
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_INTERPRETER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+WITHOUT_INTERPRETER = {
+    name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+}
 needs_triton = pytest.mark.skipif(aot.triton is None, reason="triton is not installed")
 
 
@@ -21,7 +23,9 @@ needs_triton = pytest.mark.skipif(aot.triton is None, reason="triton is not inst
 def rows():
     """Every configuration for every architecture, compiled once."""
     command = [sys.executable, "-m", "fastsmooth.kernels.aot", "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=WITHOUT_INTERPRETER, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=WITHOUT_INTERPRETER, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -40,9 +44,16 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
         name
         for path in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"def _(\w+)_kernel\(", path.read_text())
-    } - {"augment"}  # it has no loop whose bytes could be counted; test_kernels_augment.py compiles it
-    assert {(row["kernel"], row["arch"]) for row in rows} == {(k, arch) for k in kernels for arch in (80, 90, 100)}
-    assert len({(row["arch"], row["kernel"], row["case"]) for row in rows}) == len(rows) == 3 * len(aot.CASES)
+        # it has no loop whose bytes could be counted; test_kernels_augment.py compiles it
+    } - {"augment"}
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        (k, arch) for k in kernels for arch in (80, 90, 100)
+    }
+    assert (
+        len({(row["arch"], row["kernel"], row["case"]) for row in rows})
+        == len(rows)
+        == 3 * len(aot.CASES)
+    )
 
 
 @needs_triton
@@ -54,7 +65,10 @@ def test_no_configuration_spills(rows):
 def test_every_access_of_an_aligned_update_is_128_bits_wide(rows):
     some = [row for row in rows if row["kernel"] == "update" and row["aligned"]]
     wide = {"g": [[128], []], "p": [[128], [128]], "m": [[128], [128]]}
-    assert not failing(some, lambda row: row["widths"].items() <= wide.items() and {"g", "p"} <= row["widths"].keys())
+    assert not failing(
+        some,
+        lambda row: row["widths"].items() <= wide.items() and {"g", "p"} <= row["widths"].keys(),
+    )
 
 
 @needs_triton
@@ -72,7 +86,9 @@ def test_what_fits_in_one_tile_moves_the_least_possible(rows):
 @needs_triton
 def test_lanes_ask_for_no_more_than_is_moved_unless_they_share_elements(rows):
     assert not failing(rows, lambda row: row["replicated"] or row["issued"] == row["bytes"])
-    assert not failing(rows, lambda row: not row["replicated"] or row["tile"][1] < 32 * row["warps"])
+    assert not failing(
+        rows, lambda row: not row["replicated"] or row["tile"][1] < 32 * row["warps"]
+    )
 
 
 @needs_triton
@@ -142,7 +158,11 @@ def test_reading_finds_whose_addresses_they_are_and_what_is_masked():
         ("g", True, 2, True),  # R6 holds its address still: the other path was not taken
     ]
     assert [LOOP.splitlines()[line].split()[0] for line in code.loops[0]] == [".L_x_1:", "/*00d0*/"]
-    assert {kind: len(lines) for kind, lines in code.others.items()} == {"barriers": 1, "spills": 2, "atomics": 1}
+    assert {kind: len(lines) for kind, lines in code.others.items()} == {
+        "barriers": 1,
+        "spills": 2,
+        "atomics": 1,
+    }
     assert aot.widths(loop) == {"g": [[16, 128], []], "p": [[64], [64]]}
     assert aot.ordered(loop, code.others["barriers"], "p") and not aot.ordered(loop, [], "p")
 
@@ -187,7 +207,13 @@ def refused(capsys, *argv):
 
 
 @pytest.mark.parametrize(
-    "argv, word", [(["--arch", "42"], "42"), (["--arch", "90", "75"], "75"), (["--arch", "h"], "'h'"), (["-x"], "-x")]
+    "argv, word",
+    [
+        (["--arch", "42"], "42"),
+        (["--arch", "90", "75"], "75"),
+        (["--arch", "h"], "'h'"),
+        (["-x"], "-x"),
+    ],
 )
 def test_unknown_arguments_are_refused(capsys, argv, word):
     assert word in refused(capsys, *argv)
@@ -210,7 +236,9 @@ def test_interpreted_kernels_are_refused():
 @needs_triton
 def test_a_missing_disassembler_is_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(vars(aot.triton.knobs.nvidia_knobs)["nvdisasm"], "default_path", str(tmp_path / "nvdisasm"))
+    monkeypatch.setattr(
+        vars(aot.triton.knobs.nvidia_knobs)["nvdisasm"], "default_path", str(tmp_path / "nvdisasm")
+    )
     assert "no nvdisasm" in refused(capsys)
 
 

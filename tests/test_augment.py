@@ -1,4 +1,5 @@
-"""Augmentation against torchvision on PIL images: the same numbers give the same pixels, drawn from the same laws."""
+"""Augmentation against torchvision on PIL images: the same numbers give the same pixels, drawn from
+the same laws."""
 
 import itertools
 import math
@@ -24,7 +25,8 @@ MEAN = (0.5070751592371323, 0.48654887331495095, 0.4409178433670343)  # of CIFAR
 STD = (0.2673342858792401, 0.2564384629170883, 0.27615047132568404)
 PADDING = {8: 1, 32: 4, 33: 4}
 SIZES = list(PADDING)
-SHAPES = [(500, 375), (333, 500), (64, 64), (40, 160), (7, 10)]  # width, height; torchvision falls back on some boxes
+# width, height; torchvision falls back on some boxes
+SHAPES = [(500, 375), (333, 500), (64, 64), (40, 160), (7, 10)]
 EXTREME = [(1000, 20), (20, 1000), (1, 300), (300, 1), (1, 1), (4000, 1), (3, 2)]
 
 
@@ -40,8 +42,11 @@ def rows(size: int, n: int) -> torch.Tensor:
     return torch.cat([drawn, torch.tensor(list(corners), dtype=torch.float64)])
 
 
-def torchvision_image(image: Image.Image, row: list[float], size: int, rotate: bool = True) -> Image.Image:
-    """RandomCrop, RandomHorizontalFlip and RandomRotation as torchvision applies them, with given numbers."""
+def torchvision_image(
+    image: Image.Image, row: list[float], size: int, rotate: bool = True
+) -> Image.Image:
+    """RandomCrop, RandomHorizontalFlip and RandomRotation as torchvision applies them, with given
+    numbers."""
     top, left, flip, angle = row
     image = TF.crop(TF.pad(image, PADDING[size]), int(top), int(left), size, size)
     image = TF.hflip(image) if flip else image
@@ -54,7 +59,9 @@ def torchvision_tensor(image: Image.Image) -> torch.Tensor:
 
 def both_loaders(pixels: np.ndarray, kind: str, seed: int = 0) -> list:
     split, size = Split(np.arange(len(pixels)), pixels), pixels.shape[1]
-    engine = TorchEngine(Source(split, None, kind, size, seed, BadImages("raise", print)), workers=0, pinned=False)
+    engine = TorchEngine(
+        Source(split, None, kind, size, seed, BadImages("raise", print)), workers=0, pinned=False
+    )
     return [
         ResidentLoader(split, kind, seed, MEAN, STD, CPU),
         ChunkedLoader(engine, split.labels, size, 40, MEAN, STD, CPU),
@@ -106,10 +113,15 @@ def test_loaders_give_torchvisions_tensors_bit_for_bit(size, kind):
     images = [Image.fromarray(array) for array in pixels]
     if kind != "none":
         rotate = kind == "crop-flip-rotate"
-        images = [torchvision_image(image, row, size, rotate) for image, row in zip(images, params, strict=True)]
+        images = [
+            torchvision_image(image, row, size, rotate)
+            for image, row in zip(images, params, strict=True)
+        ]
     expected = torch.stack([torchvision_tensor(images[i]) for i in index.tolist()])
     for loader in both_loaders(pixels, kind, seed):
-        x, y = (torch.cat(parts) for parts in zip(*loader.batches(index.split(64), epoch), strict=True))
+        x, y = (
+            torch.cat(parts) for parts in zip(*loader.batches(index.split(64), epoch), strict=True)
+        )
         assert x.dtype == torch.float32 and torch.equal(x, expected), type(loader).__name__
         assert torch.equal(y, index)
 
@@ -117,14 +129,23 @@ def test_loaders_give_torchvisions_tensors_bit_for_bit(size, kind):
 def test_real_images_equal_those_of_torchvisions_own_pipeline(cifar_folder, monkeypatch):
     paths = sorted(cifar_folder.glob("train/*/*.png"))[::5]
     images = [Image.open(path).convert("RGB") for path in paths]
-    loader = both_loaders(np.stack([np.asarray(image) for image in images]), "crop-flip-rotate", seed=1)[0]
+    loader = both_loaders(
+        np.stack([np.asarray(image) for image in images]), "crop-flip-rotate", seed=1
+    )[0]
     (x, _), *_ = loader.batches([torch.arange(len(images))], epoch=2)
     params = augment.draw("crop-flip-rotate", 32, 1, 2, torch.arange(len(images))).tolist()
     for image, (top, left, flip, angle), ours in zip(images, params, x, strict=True):
         box, turn = (int(top), int(left), 32, 32), angle
         monkeypatch.setattr(T.RandomCrop, "get_params", staticmethod(lambda *_, box=box: box))
-        monkeypatch.setattr(T.RandomRotation, "get_params", staticmethod(lambda *_, turn=turn: turn))
-        pipeline = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(flip), T.RandomRotation(15), T.ToTensor()]
+        monkeypatch.setattr(
+            T.RandomRotation, "get_params", staticmethod(lambda *_, turn=turn: turn)
+        )
+        pipeline = [
+            T.RandomCrop(32, padding=4),
+            T.RandomHorizontalFlip(flip),
+            T.RandomRotation(15),
+            T.ToTensor(),
+        ]
         assert torch.equal(ours, T.Compose([*pipeline, T.Normalize(MEAN, STD)])(image))
 
 
@@ -140,7 +161,9 @@ def test_images_that_are_evaluated_are_not_augmented():
 @pytest.mark.parametrize("kind", ["crop-flip", "crop-flip-rotate"])
 def test_the_fill_is_black_before_normalisation(size, kind):
     pixels = np.full((64, size, size, 3), 255, np.uint8)
-    black, white = ((torch.full((3,), v) - torch.tensor(MEAN)) / torch.tensor(STD) for v in (0.0, 1.0))
+    black, white = (
+        (torch.full((3,), v) - torch.tensor(MEAN)) / torch.tensor(STD) for v in (0.0, 1.0)
+    )
     params = augment.draw(kind, size, 0, 0, torch.arange(64))
     for loader in both_loaders(pixels, kind):
         (x, _), *_ = loader.batches([torch.arange(64)], epoch=0)
@@ -180,7 +203,9 @@ def test_angles_have_the_law_of_torchvisions_random_rotation():
     assert (augment.draw("crop-flip", 32, 0, 0, torch.arange(n))[:, 3] == 0).all()
 
 
-@pytest.mark.parametrize(("kind", "column"), [("crop-flip", 2), ("crop-flip-rotate", 2), ("resized-crop-flip", 0)])
+@pytest.mark.parametrize(
+    ("kind", "column"), [("crop-flip", 2), ("crop-flip-rotate", 2), ("resized-crop-flip", 0)]
+)
 def test_half_of_the_images_are_flipped(kind, column):
     n = 20_000
     flips = augment.draw(kind, 32, 0, 0, torch.arange(n))[:, column]
@@ -200,8 +225,16 @@ def test_offsets_flip_and_angle_are_independent():
 def test_parameters_of_other_samples_epochs_and_seeds_are_unrelated(kind):
     n = 5000
     index = torch.arange(n)
-    keys = [(0, 0, index), (0, 1, index), (1, 0, index), (2**32, 0, index), (0, 0, index + n), (0, 0, index + 1)]
-    draws = torch.cat([augment.draw(kind, 32, *key) for key in keys], dim=1).T  # each number of a sample one row
+    keys = [
+        (0, 0, index),
+        (0, 1, index),
+        (1, 0, index),
+        (2**32, 0, index),
+        (0, 0, index + n),
+        (0, 0, index + 1),
+    ]
+    # each number of a sample one row
+    draws = torch.cat([augment.draw(kind, 32, *key) for key in keys], dim=1).T
     correlation = torch.corrcoef(draws).fill_diagonal_(0)
     assert correlation.isfinite().all()
     assert correlation.abs().max() < 6 / math.sqrt(n)
@@ -241,9 +274,13 @@ def box_of_one(width: int, height: int, uniforms: list[float]) -> tuple[int, int
 
 
 def test_crop_boxes_of_many_images_are_those_of_torchvisions_loop_over_the_attempts():
-    shapes = list(itertools.islice(itertools.cycle([*SHAPES, *EXTREME, (300, 400), (400, 300)]), 2600))
+    shapes = list(
+        itertools.islice(itertools.cycle([*SHAPES, *EXTREME, (300, 400), (400, 300)]), 2600)
+    )
     uniforms = augment.draw("resized-crop-flip", 224, 5, 1, torch.arange(len(shapes)))[:, 1:]
-    expected = [box_of_one(*shape, row) for shape, row in zip(shapes, uniforms.tolist(), strict=True)]
+    expected = [
+        box_of_one(*shape, row) for shape, row in zip(shapes, uniforms.tolist(), strict=True)
+    ]
     assert [tuple(box) for box in crop_boxes(shapes, uniforms).tolist()] == expected
 
 
@@ -275,7 +312,9 @@ def test_boxes_of_extreme_images_fall_back_as_torchvision_does(shape):
     width, height = shape
     image = torch.empty(3, 1, 1).expand(3, height, width)
     torch.manual_seed(0)
-    theirs = {T.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(300)}
+    theirs = {
+        T.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(300)
+    }
     uniforms = augment.draw("resized-crop-flip", 224, 0, 0, torch.arange(300))[:, 1:]
     assert set(map(tuple, crop_boxes([shape] * 300, uniforms).tolist())) == theirs
 
@@ -285,10 +324,21 @@ def test_crop_boxes_lie_inside_the_image_whatever_was_drawn():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 2**32, (60, 40), generator=generator).double() / 2**32
     corners = [
-        list(corner) * 10 for corner in itertools.product((low, 0.5, high), (low, 0.5, high), (low, high), (low, high))
+        list(corner) * 10
+        for corner in itertools.product(
+            (low, 0.5, high), (low, 0.5, high), (low, high), (low, high)
+        )
     ]
     uniforms = torch.cat([drawn, torch.tensor(corners, dtype=torch.float64)])
-    for width, height in [*SHAPES, *EXTREME, (2, 1), (1, 2), (20_000, 3), (3, 20_000), (12_000, 12_000)]:
+    for width, height in [
+        *SHAPES,
+        *EXTREME,
+        (2, 1),
+        (1, 2),
+        (20_000, 3),
+        (3, 20_000),
+        (12_000, 12_000),
+    ]:
         top, left, h, w = crop_boxes([(width, height)] * len(uniforms), uniforms).T
         assert h.min() >= 1 and w.min() >= 1 and top.min() >= 0 and left.min() >= 0
         assert (top + h).max() <= height and (left + w).max() <= width
@@ -308,16 +358,24 @@ def test_resized_crop_flip_gives_the_pixels_of_torchvisions_transform(monkeypatc
     boxes = crop_boxes(shapes, params[:, 1:]).tolist()
     for flip, box, (width, height) in zip(params[:, 0].tolist(), boxes, shapes, strict=True):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        monkeypatch.setattr(T.RandomResizedCrop, "get_params", staticmethod(lambda *_, box=box: box))
+        monkeypatch.setattr(
+            T.RandomResizedCrop, "get_params", staticmethod(lambda *_, box=box: box)
+        )
         pipeline = T.Compose([T.RandomResizedCrop(32), T.RandomHorizontalFlip(flip)])
         assert np.array_equal(augment.resized_crop_flip(image, box, flip, 32), pipeline(image))
 
 
-@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (256, 256), (224, 224), (100, 80), (32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(500, 375), (375, 500), (256, 256), (224, 224), (100, 80), (32, 32)]
+)
 def test_the_view_that_is_tested_is_torchvisions_resize_and_central_crop(shape):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
-    for kind, size, short in [("resized-crop-flip", 224, 256), ("crop-flip", 32, 32), ("none", 33, 33)]:
+    for kind, size, short in [
+        ("resized-crop-flip", 224, 256),
+        ("crop-flip", 32, 32),
+        ("none", 33, 33),
+    ]:
         expected = T.Compose([T.Resize(short), T.CenterCrop(size)])(image)
         assert np.array_equal(augment.evaluation_view(image, kind, size), expected)
 
@@ -326,12 +384,15 @@ def test_the_view_that_is_tested_is_torchvisions_resize_and_central_crop(shape):
     "shape", [(500, 375), (375, 500), (256, 256), (224, 224), (100, 81), (32, 32), (1, 1), (1, 200)]
 )
 def test_the_views_of_the_sizes_alone_are_those_of_the_view_that_is_tested(shape):
-    """What a decoder is told to do, done by PIL: the box, resized, and the pixels that are kept of it."""
+    """What a decoder is told to do, done by PIL: the box, resized, and the pixels that are kept of
+    it."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
     for kind, size in [("resized-crop-flip", 224), ("crop-flip", 32), ("none", 33)]:
         views = augment.views(kind, size, None, *torch.tensor([shape]).T)
         (top, left, height, width), (tall, wide), (down, right) = (v[0].tolist() for v in views)
         assert (top, left, width, height) == (0, 0, *shape)
-        found = image.resize((wide, tall), Image.Resampling.BILINEAR).crop((right, down, right + size, down + size))
+        found = image.resize((wide, tall), Image.Resampling.BILINEAR).crop(
+            (right, down, right + size, down + size)
+        )
         assert np.array_equal(found, augment.evaluation_view(image, kind, size))

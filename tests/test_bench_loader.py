@@ -1,4 +1,5 @@
-"""The benchmark of the loaders: each variant serves every image, in the size asked for, and the report adds up."""
+"""The benchmark of the loaders: each variant serves every image, in the size asked for, and the
+report adds up."""
 
 import json
 import pickle
@@ -21,7 +22,10 @@ BOTH = [(name, variant) for name, ours in OURS.items() for variant in ("original
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """70 images of random pixels, and 16 JPEG files that are listed four times."""
-    scratch, report = tmp_path_factory.mktemp("pictures"), timing.Report("bench_loader", [], True, None)
+    scratch, report = (
+        tmp_path_factory.mktemp("pictures"),
+        timing.Report("bench_loader", [], True, None),
+    )
     pixels = bench_train.write_images(scratch, 70, None, report)
     files = bench_loader.find_files(scratch, None, True, report)
     return {"cifar": Images(pixels, str(scratch)), "imagenet": files}
@@ -47,7 +51,10 @@ def opened(pictures):
 
 
 def test_the_cases_are_those_that_are_documented():
-    found = {case.name: [v.name for v in case.variants(OURS["cifar"], Images("", ""))] for case in bench_loader.CASES}
+    found = {
+        case.name: [v.name for v in case.variants(OURS["cifar"], Images("", ""))]
+        for case in bench_loader.CASES
+    }
     serving = {f"cifar/b{batch}": list(OURS["cifar"]) for batch in (32, 128, 1024)}
     serving["imagenet/b64"] = list(OURS["imagenet"])
     assert found == serving | {f"resize/{name}": list(ours) for name, ours in OURS.items()}
@@ -55,21 +62,28 @@ def test_the_cases_are_those_that_are_documented():
         assert key[1] in found[key[0]]
     for case in bench_loader.CASES:
         variants = case.variants({"originals"}, Images("path", "cache"))
-        assert [v.name for v in pickle.loads(pickle.dumps(variants))] == ["originals"]  # as it travels to its process
+        # as it travels to its process
+        assert [v.name for v in pickle.loads(pickle.dumps(variants))] == ["originals"]
 
 
 # --- what the variants serve
 
 
 @pytest.mark.parametrize("name, variant", BOTH)
-def test_every_variant_serves_each_image_once_an_epoch_and_takes_a_new_size_at_once(name, variant, opened, pictures):
+def test_every_variant_serves_each_image_once_an_epoch_and_takes_a_new_size_at_once(
+    name, variant, opened, pictures
+):
     source = opened(name, variant)
     count = 70 if name == "cifar" else 64
     source.resize(6)
     batches = [source() for _ in range(-(-count // 6))]
     assert [len(y) for _, y in batches] == [6] * (count // 6) + [count % 6]
     labels = torch.cat([y for _, y in batches])
-    wanted = bench_train.load_images(pictures[name].path).labels if name == "cifar" else np.arange(64) % 8
+    wanted = (
+        bench_train.load_images(pictures[name].path).labels
+        if name == "cifar"
+        else np.arange(64) % 8
+    )
     assert sorted(labels.tolist()) == sorted(wanted.tolist())
     for batch in (*batches[:1], source()):  # the second of the next epoch
         assert len(batch[1]) == 6
@@ -85,7 +99,8 @@ def test_a_step_counts_its_images_across_epochs(opened):
     for _ in range(4):
         step()
         served.append(step.laps["images"])
-    assert served == [64, 102, 134, 172]  # in batches of 32, 32 and 6, at least 40 a step since the beginning
+    # in batches of 32, 32 and 6, at least 40 a step since the beginning
+    assert served == [64, 102, 134, 172]
     step.check()
     assert step.laps["cpu"] > 0
 
@@ -141,13 +156,28 @@ def test_what_no_trainer_could_take_is_no_result(x):
 
 
 def test_the_originals_transform_as_the_published_code_does(pictures):
-    cifar, imagenet = bench_loader.cifar(pictures["cifar"]), bench_loader.imagenet(pictures["imagenet"])
-    names = [[type(t).__name__ for t in dataset.transform.transforms] for dataset in (cifar, imagenet)]
-    assert names[0] == ["RandomCrop", "RandomHorizontalFlip", "RandomRotation", "ToTensor", "Normalize"]
+    cifar, imagenet = (
+        bench_loader.cifar(pictures["cifar"]),
+        bench_loader.imagenet(pictures["imagenet"]),
+    )
+    names = [
+        [type(t).__name__ for t in dataset.transform.transforms] for dataset in (cifar, imagenet)
+    ]
+    assert names[0] == [
+        "RandomCrop",
+        "RandomHorizontalFlip",
+        "RandomRotation",
+        "ToTensor",
+        "Normalize",
+    ]
     assert names[1] == ["RandomResizedCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"]
     crop = imagenet.transform.transforms[0]
     assert crop.size == (224, 224) and crop.interpolation == transforms.InterpolationMode.BILINEAR
-    assert len(cifar) == 70 and len(imagenet) == 64 and imagenet.samples[:16] == imagenet.samples[16:32]
+    assert (
+        len(cifar) == 70
+        and len(imagenet) == 64
+        and imagenet.samples[:16] == imagenet.samples[16:32]
+    )
 
 
 # --- the report
@@ -168,16 +198,24 @@ def test_rows_count_the_images_that_were_served_and_the_cpu_of_workers():
     assert list(ours) == [*ROW, "cpu_s_per_1000", "over_originals_mb"]
     assert (base["per_s"], ours["per_s"], ours["ratio"]) == (100, 2000, 0.05)
     assert (base["median_s"], ours["median_s"]) == (0.32, 0.016)  # a batch
-    assert (base["cpu_s_per_1000"], ours["cpu_s_per_1000"], ours["over_originals_mb"]) == (20, 1, 25)
+    assert (base["cpu_s_per_1000"], ours["cpu_s_per_1000"], ours["over_originals_mb"]) == (
+        20,
+        1,
+        25,
+    )
     assert about["variants"]["resident"]["peak_mb"] == 425
     assert lines[1] == (
-        "  resident: 20 times the originals' images a second (target: 20), CPU 1 s per 1,000 images, 1/20 of theirs "
+        "  resident: 20 times the originals' images a second (target: 20), CPU 1 s per 1,000 "
+        "images, 1/20 of theirs "
         "(target: 1/15), peak memory +25 MB (target: under +250)"
     )
 
 
 def test_where_the_system_does_not_say_cpu_and_memory_are_null():
-    found = {name: measured([1.0], {"images": 100, "cpu": 0.5}, None, None) for name in ("originals", "resident")}
+    found = {
+        name: measured([1.0], {"images": 100, "cpu": 0.5}, None, None)
+        for name in ("originals", "resident")
+    }
     _, result, _ = bench_loader.served(ServeCase("cifar", 32, images=100, lead=1), found, {})
     for row in result:
         assert row["cpu_s_per_1000"] is row["over_originals_mb"] is row["mem_ratio"] is None
@@ -193,13 +231,18 @@ def test_a_change_costs_what_its_first_batch_takes_beyond_the_next():
     assert (base["median_s"], base["extra_s"]) == (0.2, 0.19)
     assert (ours["median_s"], ours["extra_s"], ours["ratio"]) == (0.002, 0.0002, 0.01)
     assert ours["per_s"] == 256 / 0.002
-    assert lines[-1] == "  resident: 0.2 ms more than the next ones (target: under 0.5), which take 1.8 ms"
+    assert (
+        lines[-1]
+        == "  resident: 0.2 ms more than the next ones (target: under 0.5), which take 1.8 ms"
+    )
 
 
 def test_without_dali_its_variant_is_left_out_and_said(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(dali, "available", lambda: False)
-    monkeypatch.setattr(bench_loader, "bench", lambda case, images, names, report: asked.append(names))
+    monkeypatch.setattr(
+        bench_loader, "bench", lambda case, images, names, report: asked.append(names)
+    )
     monkeypatch.setattr(bench_loader, "QUICK", bench_loader.QUICK[:1])
     assert bench_loader.main(["--quick"]) == 0
     assert asked == [{"originals", "resident", "threads", "torch"}]
@@ -214,9 +257,12 @@ def test_a_folder_that_is_no_data_set_is_one_line(tmp_path, monkeypatch, capsys)
 
 
 def test_the_quick_run_writes_well_formed_json(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(bench_loader, "QUICK", bench_loader.QUICK[:1])  # each process takes seconds to start
+    # each process takes seconds to start
+    monkeypatch.setattr(bench_loader, "QUICK", bench_loader.QUICK[:1])
     out = tmp_path / "quick.jsonl"
-    assert bench_loader.main(["--quick", "--variants", "resident", "--json", "--out", str(out)]) == 0
+    assert (
+        bench_loader.main(["--quick", "--variants", "resident", "--json", "--out", str(out)]) == 0
+    )
     printed = capfd.readouterr()
     result = [json.loads(line) for line in printed.out.splitlines()]
     assert [row["variant"] for row in result] == ["originals", "resident"]
@@ -225,6 +271,10 @@ def test_the_quick_run_writes_well_formed_json(tmp_path, capfd, monkeypatch):
     assert list(header["about"]["cifar/b32"]["variants"]) == ["originals", "resident"]
     for row in result:
         assert list(row) == [*ROW, "cpu_s_per_1000", "over_originals_mb"]
-        assert (row["bench"], row["case"], row["ratio_to"]) == ("bench_loader", "cifar/b32", "originals")
+        assert (row["bench"], row["case"], row["ratio_to"]) == (
+            "bench_loader",
+            "cifar/b32",
+            "originals",
+        )
         assert row["rounds"] == 2 and row["per_s"] == pytest.approx(32 / row["median_s"], rel=1e-2)
     assert "times the originals' images a second" in printed.err

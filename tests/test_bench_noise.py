@@ -1,4 +1,5 @@
-"""The benchmark of gradient noise: its variants find the same norms, and its floor is what a hand counts."""
+"""The benchmark of gradient noise: its variants find the same norms, and its floor is what a hand
+counts."""
 
 import json
 import pickle
@@ -14,12 +15,17 @@ from benchmarks.timing import Measured, Variant, Window
 
 TINY = [NormCase("resnet8", norm, 3, steps=1, rounds=2, budget=0.0) for norm in ("group", "batch")]
 PEERS = {"opacus": "opacus", "opacus_ghost": "opacus", "backpack": "backpack"}
-NOT_COVERED = {("opacus", "batch"), ("opacus_ghost", "batch"), ("backpack", "group")}  # by the libraries themselves
+# by the libraries themselves
+NOT_COVERED = {("opacus", "batch"), ("opacus_ghost", "batch"), ("backpack", "group")}
 
 
 @pytest.fixture(scope="module")
 def exact():
-    return {(c, dtype): bench_noise.one_by_one(c, dtype, 3) for c in TINY for dtype in (torch.float32, torch.float64)}
+    return {
+        (c, dtype): bench_noise.one_by_one(c, dtype, 3)
+        for c in TINY
+        for dtype in (torch.float32, torch.float64)
+    }
 
 
 def made(case, variant, exact, dtype=torch.float64):
@@ -33,9 +39,21 @@ def made(case, variant, exact, dtype=torch.float64):
 
 def test_the_cases_are_those_that_are_documented(monkeypatch):
     monkeypatch.setattr(bench_noise, "one_by_one", lambda *given: None)
-    everything = ["plain", "ours", "ours_inner", "opacus", "opacus_ghost", "backpack", "vmap", "loop"]
+    everything = [
+        "plain",
+        "ours",
+        "ours_inner",
+        "opacus",
+        "opacus_ghost",
+        "backpack",
+        "vmap",
+        "loop",
+    ]
     fulls = ["ours", "ours_compiled", "originals", "originals_eval"]
-    assert {case.name: [v.name for v in case.variants({*everything, *fulls})] for case in bench_noise.CASES} == {
+    assert {
+        case.name: [v.name for v in case.variants({*everything, *fulls})]
+        for case in bench_noise.CASES
+    } == {
         "persample/resnet18/group/b32": everything,
         "persample/resnet18/batch/b32": everything,
         "persample/resnet20/group/b32": everything,
@@ -46,7 +64,8 @@ def test_the_cases_are_those_that_are_documented(monkeypatch):
     for case in bench_noise.CASES:
         variants = case.variants({*everything, "originals"})
         assert case.ratio_to in [v.name for v in variants]
-        assert pickle.loads(pickle.dumps(variants))[0].args[0] == case  # as it travels to its process
+        # as it travels to its process
+        assert pickle.loads(pickle.dumps(variants))[0].args[0] == case
 
 
 # --- what the variants find
@@ -54,7 +73,9 @@ def test_the_cases_are_those_that_are_documented(monkeypatch):
 
 @pytest.mark.parametrize("variant", bench_noise.NORMS)
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.norm)
-def test_every_variant_finds_the_norms_of_one_backward_pass_a_sample_and_makes_the_same_steps(case, variant, exact):
+def test_every_variant_finds_the_norms_of_one_backward_pass_a_sample_and_makes_the_same_steps(
+    case, variant, exact
+):
     if (variant, case.norm) in NOT_COVERED:
         with pytest.raises(NotImplementedError):
             made(case, variant, exact)()
@@ -64,7 +85,9 @@ def test_every_variant_finds_the_norms_of_one_backward_pass_a_sample_and_makes_t
         step()
         base()
     step.check()
-    expected = {"grad_square"} | {"plain": set(), "ours_inner": {"squares", "noise"}}.get(variant, {"squares"})
+    expected = {"grad_square"} | {"plain": set(), "ours_inner": {"squares", "noise"}}.get(
+        variant, {"squares"}
+    )
     assert set(step.first) == expected and step.error() < 1e-10
     for p, q in zip(step.params, base.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
@@ -96,16 +119,23 @@ def test_a_variant_that_finds_something_else_is_no_result(factor, exact):
         step.check()
 
 
-def test_a_variant_that_is_wrong_ends_the_benchmark_before_anything_is_measured(monkeypatch, capsys):
+def test_a_variant_that_is_wrong_ends_the_benchmark_before_anything_is_measured(
+    monkeypatch, capsys
+):
     def wrong(s):
         gradient = bench_noise.loop(s)
         return lambda: {"squares": gradient()["squares"] * (1 + 1e-6)}
 
     monkeypatch.setitem(bench_noise.NORMS, "vmap", wrong)
-    monkeypatch.setattr(bench_noise, "apart", lambda function, variants: [function(v) for v in variants])
+    monkeypatch.setattr(
+        bench_noise, "apart", lambda function, variants: [function(v) for v in variants]
+    )
     monkeypatch.setattr(bench_noise, "QUICK", TINY[:1])
     assert bench_noise.main(["--quick", "--variants", "vmap"]) == 1
-    assert capsys.readouterr().err == "bench_noise: vmap is wrong: a relative error of 1e-06 in float64\n"
+    assert (
+        capsys.readouterr().err
+        == "bench_noise: vmap is wrong: a relative error of 1e-06 in float64\n"
+    )
 
 
 # --- the full gradient
@@ -118,10 +148,15 @@ def test_our_full_gradient_is_that_of_the_mean_loss_over_all_images():
         ours()
         ours.check()
         split, model = bench_noise.random_images(130), ours.run.model.eval()
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (bench_train.CIFAR100_MEAN, bench_train.CIFAR100_STD))
+        mean, std = (
+            torch.tensor(v).view(3, 1, 1)
+            for v in (bench_train.CIFAR100_MEAN, bench_train.CIFAR100_STD)
+        )
         x = (torch.from_numpy(split.pixels).permute(0, 3, 1, 2) / 255 - mean) / std
         loss = F.cross_entropy(model(x), torch.from_numpy(split.labels))
-        for found, g in zip(ours.found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        for found, g in zip(
+            ours.found, torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
             torch.testing.assert_close(found.float(), g, rtol=1e-3, atol=1e-5)
     finally:
         ours.close()
@@ -181,15 +216,23 @@ def test_the_floor_is_what_a_hand_counts():
     layers = {layer["layer"]: layer for layer in found["layers"]}
     stem, conv, head = layers["stem"], layers["stages.1.0.conv1"], layers["head"]
     # images need no gradient: forward pass and weight gradient alone
-    assert stem["step_flop"] == 32 * 2 * 2 * (32 * 32 * 16 * 3 * 3 * 3) and stem["values"] == 32 * 16 * 3 * 3 * 3
-    assert conv["step_flop"] == 32 * 3 * 2 * (16 * 16 * 32 * 16 * 3 * 3) and conv["values"] == 32 * 32 * 16 * 3 * 3
+    assert (
+        stem["step_flop"] == 32 * 2 * 2 * (32 * 32 * 16 * 3 * 3 * 3)
+        and stem["values"] == 32 * 16 * 3 * 3 * 3
+    )
+    assert (
+        conv["step_flop"] == 32 * 3 * 2 * (16 * 16 * 32 * 16 * 3 * 3)
+        and conv["values"] == 32 * 32 * 16 * 3 * 3
+    )
     assert head["step_flop"] == 32 * 3 * 2 * 64 * 100 and head["values"] == 32 * (64 * 100 + 100)
     step = found["all"]["step_flop"]
     assert step == bench_train.step_flop(bench_train.Case("resnet8", 32, 1, 1, 1, 1.0))
     assert conv["norms_percent"] == pytest.approx(100 * 2 * conv["values"] / step, rel=1e-3)
     assert conv["noise_percent"] == pytest.approx(100 * 5 * conv["values"] / step, rel=1e-3)
     for key in ("norms_percent", "noise_percent"):
-        assert found["all"][key] == pytest.approx(sum(layer[key] for layer in found["layers"]), rel=1e-2)
+        assert found["all"][key] == pytest.approx(
+            sum(layer[key] for layer in found["layers"]), rel=1e-2
+        )
 
 
 # --- the report
@@ -198,13 +241,18 @@ def test_the_floor_is_what_a_hand_counts():
 def test_the_report_says_what_each_variant_holds_and_why_one_is_missing(monkeypatch, capsys):
     def measure(variants, steps, rounds, lead, budget, say):
         say("not measured: vmap: no reason")
-        return {v.name: Measured(0.5, [Window(0.1 * (i + 1), foreign=0.0)] * 2) for i, v in enumerate(variants[:2])}
+        return {
+            v.name: Measured(0.5, [Window(0.1 * (i + 1), foreign=0.0)] * 2)
+            for i, v in enumerate(variants[:2])
+        }
 
     monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(
         bench_noise,
         "apart",
-        lambda function, variants: [0.0 if function is bench_noise.error_or_reason else (1e6, 5e6) for _ in variants],
+        lambda function, variants: [
+            0.0 if function is bench_noise.error_or_reason else (1e6, 5e6) for _ in variants
+        ],
     )
     monkeypatch.setattr(bench_noise, "QUICK", TINY[:1])
     assert bench_noise.main(["--quick", "--variants", "ours", "vmap"]) == 0
@@ -216,7 +264,8 @@ def test_the_report_says_what_each_variant_holds_and_why_one_is_missing(monkeypa
 
 @pytest.mark.full
 def test_the_quick_run_writes_well_formed_json(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(bench_noise, "QUICK", bench_noise.QUICK[:1])  # the originals' workers take seconds
+    # the originals' workers take seconds
+    monkeypatch.setattr(bench_noise, "QUICK", bench_noise.QUICK[:1])
     out = tmp_path / "quick.jsonl"
     assert bench_noise.main(["--quick", "--variants", "ours", "--json", "--out", str(out)]) == 0
     result = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -227,7 +276,11 @@ def test_the_quick_run_writes_well_formed_json(tmp_path, capfd, monkeypatch):
     ]
     header, *kept = map(json.loads, out.read_text().splitlines())
     about = header["about"][case]
-    assert kept == result and about["not_measured"] == [] and set(header["about"]["peers"]) == set(bench_noise.PEERS)
+    assert (
+        kept == result
+        and about["not_measured"] == []
+        and set(header["about"]["peers"]) == set(bench_noise.PEERS)
+    )
     assert result[0]["ratio"] == result[0]["alloc_ratio"] == 1.0
     for row in result:
         variant = about["variants"][row["variant"]]

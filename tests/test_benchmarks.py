@@ -1,4 +1,5 @@
-"""The benchmarks' harness, and that the benchmarks run; no test looks at how long anything takes."""
+"""The benchmarks' harness, and that the benchmarks run; no test looks at how long anything
+takes."""
 
 import copy
 import importlib
@@ -25,7 +26,18 @@ from fastsmooth.optim import NoisySGD
 from fastsmooth.training.step import Step
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = ["bench", "case", "variant", "median_s", "per_s", "ratio", "ratio_to", "mem_ratio", "rounds", "quiet"]
+ROW = [
+    "bench",
+    "case",
+    "variant",
+    "median_s",
+    "per_s",
+    "ratio",
+    "ratio_to",
+    "mem_ratio",
+    "rounds",
+    "quiet",
+]
 LINUX = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the system does not say what a process uses"
 )
@@ -57,7 +69,10 @@ def test_windows_with_foreign_load_are_left_out_of_the_median():
     assert len(m.quiet) == 3 and len(m.windows) == 5
     (row,) = timing.rows("b", "c", {"a": m}, "a", 1)
     assert (row["rounds"], row["quiet"]) == (5, 3)
-    assert any(line.startswith("  2 windows") and "left out" in line for line in timing.load_notes({"a": m}))
+    assert any(
+        line.startswith("  2 windows") and "left out" in line
+        for line in timing.load_notes({"a": m})
+    )
 
 
 def test_without_a_quiet_window_all_count_and_the_report_says_so():
@@ -100,7 +115,9 @@ def test_rounds_go_on_until_enough_windows_are_quiet_or_the_budget_is_spent():
     assert not timing.enough({"a": quiet}, rounds=4, done=3, spent=30, budget=1000)
     assert not timing.enough({"a": quiet, "b": noisy}, rounds=3, done=3, spent=30, budget=1000)
     assert timing.enough({"a": quiet, "b": noisy}, rounds=3, done=3, spent=30, budget=39)
-    assert not timing.enough({"a": measured(1)}, rounds=3, done=1, spent=30, budget=1), "one window has no median"
+    assert not timing.enough({"a": measured(1)}, rounds=3, done=1, spent=30, budget=1), (
+        "one window has no median"
+    )
 
 
 # --- what the system says
@@ -108,14 +125,17 @@ def test_rounds_go_on_until_enough_windows_are_quiet_or_the_budget_is_spent():
 
 def test_foreign_share_is_what_others_used_of_all_cores():
     assert timing.foreign_share(machine=3.0, own=2.0, wall=2.0, count=2) == 0.25
-    assert timing.foreign_share(machine=1.9, own=2.0, wall=2.0, count=2) == 0.0  # the counters tick at different times
+    # the counters tick at different times
+    assert timing.foreign_share(machine=1.9, own=2.0, wall=2.0, count=2) == 0.0
 
 
 @LINUX
 def test_the_cpu_time_of_child_processes_counts_while_they_live_and_when_they_have_ended():
     burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
     before = timing.process_cpu(os.getpid())[1]
-    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
         child.stdout.readline()
         alive = timing.process_cpu(os.getpid())[1] - before
         child.stdin.close()
@@ -166,13 +186,18 @@ def test_variants_live_apart_and_each_is_called_for_every_step_of_every_round(to
     found = timing.measure(variants, steps=3, rounds=2, budget=0.0)
     assert list(found) == ["a", "b"]
     for m in found.values():
-        assert len(m.windows) == 2 and m.lap("call") == 1.0 and all(w.seconds > 0 for w in m.windows)
+        assert (
+            len(m.windows) == 2 and m.lap("call") == 1.0 and all(w.seconds > 0 for w in m.windows)
+        )
     assert capfd.readouterr().out == ""
 
 
 @LINUX
 def test_peak_memory_is_that_of_the_variants_own_process(toys):
-    variants = [Variant("small", toys.Counting, ("small",)), Variant("large", toys.Counting, ("large", 300))]
+    variants = [
+        Variant("small", toys.Counting, ("small",)),
+        Variant("large", toys.Counting, ("large", 300)),
+    ]
     found = timing.measure(variants, steps=1, rounds=1, budget=0.0)
     assert 250e6 < found["large"].peak_bytes() - found["small"].peak_bytes() < 700e6
 
@@ -209,11 +234,15 @@ def test_a_results_file_begins_with_machine_versions_commit_and_command(tmp_path
     report.add("c", result, {"gflop": 1.0})
     first, *rest = map(json.loads, out.read_text().splitlines())
     assert first["command"] == "python -m benchmarks.bench_train --json --out results.jsonl"
-    assert {"commit", "machine", "versions"} <= set(first) and first["versions"]["torch"] == torch.__version__
+    assert {"commit", "machine", "versions"} <= set(first) and first["versions"][
+        "torch"
+    ] == torch.__version__
     assert str(ROOT) not in out.read_text() and sys.executable not in out.read_text()
     assert rest == result and first["about"]["c"] == {"gflop": 1.0}
     printed = capsys.readouterr()
-    assert [json.loads(line) for line in printed.out.splitlines()] == result and "words" in printed.err
+    assert [
+        json.loads(line) for line in printed.out.splitlines()
+    ] == result and "words" in printed.err
 
 
 def test_nothing_is_reported_while_the_tests_are_red(tmp_path, monkeypatch):
@@ -233,13 +262,18 @@ def test_nothing_is_reported_while_the_tests_are_red(tmp_path, monkeypatch):
 # --- bench_train
 
 
-@pytest.mark.parametrize("case", [*bench_train.CASES, *bench_train.QUICK], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*bench_train.CASES, *bench_train.QUICK], ids=lambda case: case.name
+)
 def test_the_flop_of_the_convolutions_and_the_head_are_those_that_torch_counts(case):
     features = models.build(case.model, bench_train.CLASSES).head.in_features
-    head = 2 * 2 * case.batch_size * features * bench_train.CLASSES  # gradients: one of the weights, one of the input
+    # gradients: one of the weights, one of the input
+    head = 2 * 2 * case.batch_size * features * bench_train.CLASSES
     head += 2 * case.batch_size * features * bench_train.CLASSES
     layers = bench_train.convolutions(case.model)
-    assert sum(shape.flop(case.batch_size) * n for shape, n in layers.items()) + head == bench_train.step_flop(case)
+    assert sum(
+        shape.flop(case.batch_size) * n for shape, n in layers.items()
+    ) + head == bench_train.step_flop(case)
 
 
 def test_a_networks_convolutions_are_found_with_what_they_are_called_with():
@@ -252,9 +286,12 @@ def test_a_networks_convolutions_are_found_with_what_they_are_called_with():
 
 def test_both_loops_make_the_same_updates():
     torch.manual_seed(0)
-    theirs = models.build("resnet8", 100).double()  # in float32 the rounding of two memory orders may flip a ReLU
+    # in float32 the rounding of two memory orders may flip a ReLU
+    theirs = models.build("resnet8", 100).double()
     ours = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-    batches = [(torch.randn(16, 3, 32, 32).double(), torch.randint(0, 100, (16,))) for _ in range(2)]
+    batches = [
+        (torch.randn(16, 3, 32, 32).double(), torch.randint(0, 100, (16,))) for _ in range(2)
+    ]
     loop = Originals(theirs, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64), 16, lr=0.1)
     loop.loader = batches
     step = Step(ours, NoisySGD(ours.parameters(), "sgd", 0.1), torch.device("cpu"), "fp32", False)
@@ -272,7 +309,13 @@ def test_the_originals_augment_real_images_as_their_description_says():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     loop = Originals(models.build("resnet8", 100), pixels, np.arange(6), 4, lr=0.1)
     names = [type(t).__name__ for t in loop.loader.dataset.transform.transforms]
-    assert names == ["RandomCrop", "RandomHorizontalFlip", "RandomRotation", "ToTensor", "Normalize"]
+    assert names == [
+        "RandomCrop",
+        "RandomHorizontalFlip",
+        "RandomRotation",
+        "ToTensor",
+        "Normalize",
+    ]
     x, y = loop.loader.dataset[5]
     assert x.shape == (3, 32, 32) and y == 5 and loop.loader.num_workers == 2
 
@@ -288,21 +331,36 @@ def test_the_images_of_a_folder_are_repeated_in_turn(tmp_path):
     report = timing.Report("bench_train", [], False, None)
     split = bench_train.load_images(bench_train.write_images(tmp_path, 500, str(tmp_path), report))
     assert split.pixels.shape == (500, 32, 32, 3) and (np.bincount(split.labels[:200]) == 2).all()
-    assert (split.pixels[200:400] == split.pixels[:200]).all() and (split.labels[400:] == split.labels[:100]).all()
+    assert (split.pixels[200:400] == split.pixels[:200]).all() and (
+        split.labels[400:] == split.labels[:100]
+    ).all()
     assert report.header["about"]["images"] == "500 training images: the 200 of --data-dir in turn"
 
 
 @pytest.mark.full
 def test_the_quick_run_reports_every_variant_in_well_formed_json(tmp_path):
     out = tmp_path / "quick.jsonl"
-    command = ["-m", "benchmarks.bench_train", "--quick", "--variants", "ours", "--json", "--out", str(out)]
+    command = [
+        "-m",
+        "benchmarks.bench_train",
+        "--quick",
+        "--variants",
+        "ours",
+        "--json",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["variant"] for row in result] == ["originals", "ours"]
     for row in result:
         assert list(row) == ROW
-        assert (row["bench"], row["case"], row["ratio_to"]) == ("bench_train", "train/resnet8/b8", "originals")
+        assert (row["bench"], row["case"], row["ratio_to"]) == (
+            "bench_train",
+            "train/resnet8/b8",
+            "originals",
+        )
         assert row["rounds"] >= 2 and row["median_s"] > 0
         assert row["per_s"] == pytest.approx(8 / row["median_s"], rel=1e-2)
     assert result[0]["ratio"] == 1.0
@@ -318,7 +376,14 @@ def test_the_quick_run_reports_every_variant_in_well_formed_json(tmp_path):
 
 
 def test_a_folder_that_is_no_data_set_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.bench_train", "--quick", "--data-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_train",
+        "--quick",
+        "--data-dir",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("bench_train: ") and "Traceback" not in done.stderr
@@ -332,7 +397,8 @@ TINY_NOISE = NoiseCase(5, 1000, steps=1)
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Compiled variants run as they are written: that torch.compile keeps their meaning is checked in each benchmark."""
+    """Compiled variants run as they are written: that torch.compile keeps their meaning is checked
+    in each benchmark."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
@@ -342,18 +408,26 @@ def made(case, device="cpu"):
 
 def test_the_cases_are_those_that_are_documented():
     updates = [f"update/resnet18/{form}" for form in ("sgd", "shb", "nshb", "qhm")]
-    assert [case.name for case in bench_kernels.CASES] == updates + [f"persample_noise/B{n}" for n in (2, 8, 32, 128)]
+    assert [case.name for case in bench_kernels.CASES] == updates + [
+        f"persample_noise/B{n}" for n in (2, 8, 32, 128)
+    ]
     everything = ["ours", "loop", "foreach", "fused", "compiled", "compiled_norms"]
     for case in bench_kernels.CASES:
         names = [variant.name for variant in case.variants("cpu")]
         if isinstance(case, NoiseCase):
-            assert names == ["ours", "eager", "eager_float32", "compiled"] and case.ratio_to == "eager"
+            assert (
+                names == ["ours", "eager", "eager_float32", "compiled"] and case.ratio_to == "eager"
+            )
             assert case.parameters % 16 == 0 and 4 * case.rows * case.parameters < 1.5e9
         elif case.form in ("sgd", "shb"):
             assert names == everything and case.ratio_to == "foreach" and len(case.shapes) == 62
         else:
-            assert names == [n for n in everything if n not in ("foreach", "fused")] and case.ratio_to == "loop"
-        assert pickle.loads(pickle.dumps(case.variants("cpu")))[0].args[0] == case  # as it travels to its process
+            assert (
+                names == [n for n in everything if n not in ("foreach", "fused")]
+                and case.ratio_to == "loop"
+            )
+        # as it travels to its process
+        assert pickle.loads(pickle.dumps(case.variants("cpu")))[0].args[0] == case
 
 
 @pytest.mark.parametrize("case", [*TINY_UPDATES, TINY_NOISE], ids=lambda case: case.name)
@@ -376,7 +450,9 @@ def test_every_variant_of_an_update_computes_the_same(case, uncompiled):
         for _ in range(7):
             step()
         step.check()
-        assert (step.found is not None) == (name in ("ours", "compiled_norms")), "both norms, and no others"
+        assert (step.found is not None) == (name in ("ours", "compiled_norms")), (
+            "both norms, and no others"
+        )
         for p, start, expected in zip(step.params, before, steps["ours"].params, strict=True):
             assert not torch.equal(p, start)
             torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-5)
@@ -407,7 +483,9 @@ def test_a_variant_that_computes_something_else_is_no_result(case, uncompiled, m
         step.check()
 
 
-@pytest.mark.parametrize("case, number", [(TINY_UPDATES[3], 1), (TINY_NOISE, 0), (TINY_NOISE, 1), (TINY_NOISE, 2)])
+@pytest.mark.parametrize(
+    "case, number", [(TINY_UPDATES[3], 1), (TINY_NOISE, 0), (TINY_NOISE, 1), (TINY_NOISE, 2)]
+)
 def test_a_variant_with_a_wrong_norm_is_no_result(case, number):
     step = made(case)["ours"]
     step()
@@ -419,7 +497,9 @@ def test_a_variant_with_a_wrong_norm_is_no_result(case, number):
 
 
 @pytest.mark.full
-def test_the_quick_run_of_the_kernels_reports_bytes_and_bandwidth_in_well_formed_json(tmp_path, capfd):
+def test_the_quick_run_of_the_kernels_reports_bytes_and_bandwidth_in_well_formed_json(
+    tmp_path, capfd
+):
     out = tmp_path / "quick.jsonl"
     flags = ["--quick", "--device", "cpu", "--variants", "ours", "--json", "--out", str(out)]
     assert bench_kernels.main(flags) == 0
@@ -439,10 +519,15 @@ def test_the_quick_run_of_the_kernels_reports_bytes_and_bandwidth_in_well_formed
         noise: (4 * 4 + 16) * 10_000,
     }
     for row in result:
-        assert list(row) == [*ROW, "p20_s", "p50_s", "p80_s", "gb_s"] and row["bench"] == "bench_kernels"
+        assert (
+            list(row) == [*ROW, "p20_s", "p50_s", "p80_s", "gb_s"]
+            and row["bench"] == "bench_kernels"
+        )
         assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"] and row["p50_s"] == row["median_s"]
         about = header["about"][row["case"]]
-        assert about["bytes"] == size[row["case"]] == about["bytes_a_parameter"] * about["parameters"]
+        assert (
+            about["bytes"] == size[row["case"]] == about["bytes_a_parameter"] * about["parameters"]
+        )
         assert row["gb_s"] == pytest.approx(about["bytes"] / row["median_s"] / 1e9, rel=1e-2)
         assert row["per_s"] == pytest.approx(about["parameters"] / row["median_s"], rel=1e-2)
         for part in ("copy", "in_place"):
@@ -469,7 +554,9 @@ def gpu_check(folder, nvidia_smi, **environment):
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment |= {"PATH": path, "OUT": str(folder / "out")}
     command = ["bash", "benchmarks/gpu_check.sh"]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
 
 
 def test_the_gpu_check_without_a_gpu_says_so_and_runs_nothing(tmp_path):
@@ -481,12 +568,25 @@ def test_the_gpu_check_without_a_gpu_says_so_and_runs_nothing(tmp_path):
 
 def test_a_part_of_the_gpu_check_that_fails_stops_no_other(tmp_path):
     python = tmp_path / "python"  # has everything, and fails the kernels' tests
-    python.write_text("#!/bin/sh\n[ $1 = -c ] && exit\necho ran $*\ncase $* in *test_kernels*) exit 3 ;; esac\n")
+    python.write_text(
+        "#!/bin/sh\n[ $1 = -c ] && exit\necho ran $*\ncase $* in *test_kernels*) exit 3 ;; esac\n"
+    )
     python.chmod(0o755)
     done = gpu_check(tmp_path, "echo GPU 0: none", PYTHON=str(python), IMAGES="photos")
     assert done.returncode == 1 and "tests_kernels: failed with code 3" in done.stdout
     (log,) = (tmp_path / "out").glob("*_gpu_check.log")
-    benches = ("bench_kernels --device cuda --json", "bench_noise --device cuda --json", "gpu_decode photos")
-    for part in ("test_kernels.py", "test_kernels_augment.py", "test_aot.py", "test_optim.py", "test_gpu.py", *benches):
+    benches = (
+        "bench_kernels --device cuda --json",
+        "bench_noise --device cuda --json",
+        "gpu_decode photos",
+    )
+    for part in (
+        "test_kernels.py",
+        "test_kernels_augment.py",
+        "test_aot.py",
+        "test_optim.py",
+        "test_gpu.py",
+        *benches,
+    ):
         assert part in log.read_text()
     assert log.read_text().count(": passed") == 6

@@ -42,16 +42,22 @@ def test_the_epochs_are_the_fewest_that_hold_the_updates(method, updates):
 
 
 @pytest.mark.parametrize(
-    ("flags", "samples", "epochs"), [([], 1438, 2), (["--drop-last"], 1408, 1), (["--drop-last"], 1409, 2)]
+    ("flags", "samples", "epochs"),
+    [([], 1438, 2), (["--drop-last"], 1408, 1), (["--drop-last"], 1409, 2)],
 )
 def test_samples_are_those_that_an_epoch_serves(flags, samples, epochs):
-    assert planned("--budget", f"samples={samples}", *flags).epochs == epochs  # 44 batches of 32 are 1,408
+    # 44 batches of 32 are 1,408
+    assert planned("--budget", f"samples={samples}", *flags).epochs == epochs
 
 
-@pytest.mark.parametrize("line", ["--method beta --optimizer shb --c2 9 --k2 1", "--method beta-batch --optimizer qhm"])
+@pytest.mark.parametrize(
+    "line", ["--method beta --optimizer shb --c2 9 --k2 1", "--method beta-batch --optimizer qhm"]
+)
 def test_every_point_of_a_plan_is_solved_once_and_none_for_its_budget(line, monkeypatch, capsys):
     solved, solve = [], Smoothing.solve_momentum
-    monkeypatch.setattr(Smoothing, "solve_momentum", lambda *given: solved.append(1) or solve(*given))
+    monkeypatch.setattr(
+        Smoothing, "solve_momentum", lambda *given: solved.append(1) or solve(*given)
+    )
     for length in (["--epochs", "300"], ["--budget", "updates=5000"]):
         solved.clear()
         assert main(["--plan", "--json", *line.split(), *length]) == 0
@@ -65,14 +71,26 @@ def test_the_longest_budget_is_found_without_a_point(monkeypatch):
     """The epochs of 10^8 updates are counted by their batches alone, a look at each batch size."""
     sizes, batch_size = [], Schedule.batch_size
     monkeypatch.setattr(Schedule, "__call__", None)
-    monkeypatch.setattr(Schedule, "batch_size", lambda *given: sizes.append(1) or batch_size(*given))
-    line = ["--dataset", "cifar100", "--optimizer", "shb", "--batchsize", "128", "--budget", "updates=100000000"]
+    monkeypatch.setattr(
+        Schedule, "batch_size", lambda *given: sizes.append(1) or batch_size(*given)
+    )
+    line = [
+        "--dataset",
+        "cifar100",
+        "--optimizer",
+        "shb",
+        "--batchsize",
+        "128",
+        "--budget",
+        "updates=100000000",
+    ]
     assert planned(*line, "--method", "beta", images=50_000).epochs == -(-(10**8) // 391)
     assert len(sizes) < 1000
     monkeypatch.undo()
     c = planned(*line[:-1], "updates=3000000", "--method", "beta-batch", images=50_000)
     counts = [
-        sum(make_schedule(dataclasses.replace(c, epochs=n), 50_000).updates(50_000)) for n in (c.epochs - 1, c.epochs)
+        sum(make_schedule(dataclasses.replace(c, epochs=n), 50_000).updates(50_000))
+        for n in (c.epochs - 1, c.epochs)
     ]
     assert counts[0] < 3_000_000 <= counts[1]
 
@@ -91,24 +109,33 @@ DONE = [  # flags, and whether delta has a unit
 def test_the_plan_counts_what_the_run_does(flags, tmp_path, capsys):
     line = ["--batchsize", "100", *flags]
     assert main(["--plan", *line]) == 0
-    *table, unit, cost = (row for row in capsys.readouterr().out.splitlines() if not row.startswith("--method"))
+    *table, unit, cost = (
+        row for row in capsys.readouterr().out.splitlines() if not row.startswith("--method")
+    )
     assert unit.startswith(
-        "delta is in units of C (c2 = 1): none is published for sgd with resnet8 on digits at lr 0.1: "
+        "delta is in units of C (c2 = 1): none is published for sgd with resnet8 on digits at lr "
+        "0.1: "
     )
     assert main([*EXACT, *line, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out.splitlines()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert cost.startswith(
-        f"cost: {summary['updates']:,} updates, {summary['samples']:,} gradient evaluations of resnet8"
+        f"cost: {summary['updates']:,} updates, {summary['samples']:,} gradient evaluations of "
+        "resnet8"
     )
     assert sum(int(row.split()[-1]) for row in table[1:]) == summary["updates"]
     if "sampling" in flags:
         measured = flags.index("--draws") - flags.index("--steps") - 1
-        assert cost.endswith(f"and {measured * (1437 + 2 * 100):,} more to measure at {measured} of them")
+        assert cost.endswith(
+            f"and {measured * (1437 + 2 * 100):,} more to measure at {measured} of them"
+        )
     # a run says the unit beside each delta, and nowhere else
     assert not any("units of C" in row for row in said)
     deltas = [row for row in said if "  delta " in row]
-    assert all(re.search(r"  delta \S+ C  ", row) for row in deltas) and len(deltas) == summary["epochs"]
+    assert (
+        all(re.search(r"  delta \S+ C  ", row) for row in deltas)
+        and len(deltas) == summary["epochs"]
+    )
 
 
 def test_a_plan_of_sampling_refuses_steps_that_the_run_refuses(capsys):

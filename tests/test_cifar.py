@@ -1,4 +1,5 @@
-"""CIFAR's archives without trust: downloaded, verified and unpickled, or refused in one line that names the file."""
+"""CIFAR's archives without trust: downloaded, verified and unpickled, or refused in one line that
+names the file."""
 
 import hashlib
 import http.server
@@ -21,7 +22,8 @@ from fastsmooth.data import DataError, cifar
 
 
 def python2_pickle(table: dict) -> bytes:
-    """A dict as Python 2 and NumPy 1 pickled it when the official archives were made: protocol 2, byte strings."""
+    """A dict as Python 2 and NumPy 1 pickled it when the official archives were made: protocol 2,
+    byte strings."""
 
     def dump(value) -> bytes:
         if isinstance(value, str):
@@ -32,9 +34,16 @@ def python2_pickle(table: dict) -> bytes:
             return b"](" + b"".join(map(dump, value)) + b"e"
         rows, columns = value.shape
         empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-        dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN" + dump(-1) + dump(-1) + b"K\x00tb"
+        dtype = (
+            b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+            + dump(-1)
+            + dump(-1)
+            + b"K\x00tb"
+        )
         raw = b"T" + struct.pack("<i", value.nbytes) + value.tobytes()
-        return empty + b"(K\x01" + dump(rows) + dump(columns) + b"\x86" + dtype + b"\x89" + raw + b"tb"
+        return (
+            empty + b"(K\x01" + dump(rows) + dump(columns) + b"\x86" + dtype + b"\x89" + raw + b"tb"
+        )
 
     return b"\x80\x02}(" + b"".join(dump(key) + dump(value) for key, value in table.items()) + b"u."
 
@@ -46,11 +55,22 @@ def md5(data: bytes) -> str:
 class Miniature:
     """An archive of a few images in CIFAR's layout, and what torchvision would say of it."""
 
-    def __init__(self, name: str, base: type, label_key: str, parts: list[str], damage: dict[str, bytes] | None = None):
-        self.images = {part: rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8) for part in [*parts, "test"]}
+    def __init__(
+        self,
+        name: str,
+        base: type,
+        label_key: str,
+        parts: list[str],
+        damage: dict[str, bytes] | None = None,
+    ):
+        self.images = {
+            part: rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8) for part in [*parts, "test"]
+        }
         self.labels = {part: rng.integers(0, 10, 12).tolist() for part in self.images}
         files = {
-            part: python2_pickle({"data": self.planes(part), label_key: self.labels[part], "batch_label": part})
+            part: python2_pickle(
+                {"data": self.planes(part), label_key: self.labels[part], "batch_label": part}
+            )
             for part in self.images
         }
         files["meta"] = python2_pickle({base.meta["key"]: [f"class {k}" for k in range(10)]})
@@ -67,7 +87,12 @@ class Miniature:
 
     def planes(self, part: str) -> np.ndarray:
         """Rows of 1024 red, 1024 green and 1024 blue values."""
-        return np.stack([np.concatenate([image[..., c].ravel() for c in range(3)]) for image in self.images[part]])
+        return np.stack(
+            [
+                np.concatenate([image[..., c].ravel() for c in range(3)])
+                for image in self.images[part]
+            ]
+        )
 
     def extract(self, root: Path) -> Path:
         return tree(root, self.files)
@@ -190,11 +215,16 @@ def test_a_file_of_another_layout_is_refused(tmp_path, miniature, table):
     assert "not the CIFAR layout" in made.refusal(made.extract(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1, 2], 2), b"\x80\x02}(", b"\x80\x02."])
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", pickle.dumps([1, 2], 2), b"\x80\x02}(", b"\x80\x02."]
+)
 def test_a_file_that_is_no_pickled_dict_is_refused(tmp_path, miniature, content):
     made = miniature(damage={"train": content})
     message = made.refusal(made.extract(tmp_path))
-    assert str(tmp_path / made.official.base_folder / "train") in message and "not a CIFAR file" in message
+    assert (
+        str(tmp_path / made.official.base_folder / "train") in message
+        and "not a CIFAR file" in message
+    )
 
 
 def test_a_dict_pickled_by_python3_and_a_later_numpy_is_read(tmp_path):
@@ -216,7 +246,10 @@ class Call:
 
 
 def attacks(marker: Path) -> dict[str, bytes]:
-    system, evaluated = Call(os.system, f"touch {marker}"), Call(eval, f"open({str(marker)!r}, 'w')")
+    system, evaluated = (
+        Call(os.system, f"touch {marker}"),
+        Call(eval, f"open({str(marker)!r}, 'w')"),
+    )
     every = {f"system, protocol {k}": pickle.dumps(system, k) for k in range(6)}
     every |= {f"eval, protocol {k}": pickle.dumps(evaluated, k) for k in range(6)}
     return every | {
@@ -276,7 +309,9 @@ def hostile_archives(outside: Path) -> dict[str, bytes]:
         "link": tar_of({}, link, through),
         "relative link": tar_of({}, relative, through),
         "hard link": tar_of(
-            {}, member(f"{base}/x", tarfile.LNKTYPE, f"../{outside.name}/kept"), member(f"{base}/x", tarfile.REGTYPE)
+            {},
+            member(f"{base}/x", tarfile.LNKTYPE, f"../{outside.name}/kept"),
+            member(f"{base}/x", tarfile.REGTYPE),
         ),
         "device": tar_of({}, member(f"{base}/train", tarfile.CHRTYPE)),
         "pipe": tar_of({}, member(f"{base}/train", tarfile.FIFOTYPE)),
@@ -293,12 +328,17 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, miniature, kind):
     (data / made.official.filename).write_bytes(archive)
     made.refusal(data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "outside"]
-    assert [path.name for path in outside.iterdir()] == ["kept"] and (outside / "kept").read_bytes() == b"kept"
-    assert not any(path.is_symlink() or path.is_char_device() or path.is_fifo() for path in data.rglob("*"))
+    assert [path.name for path in outside.iterdir()] == ["kept"] and (
+        outside / "kept"
+    ).read_bytes() == b"kept"
+    assert not any(
+        path.is_symlink() or path.is_char_device() or path.is_fifo() for path in data.rglob("*")
+    )
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves one file to 127.0.0.1 and notes which ranges were asked for; `troubles` are met one a request."""
+    """Serves one file to 127.0.0.1 and notes which ranges were asked for; `troubles` are met one a
+    request."""
 
     daemon_threads = True
 
@@ -384,7 +424,10 @@ def test_a_connection_that_breaks_is_taken_up_again(tmp_path, served, trouble):
     assert len(server.asked) == 3 and server.asked[0] is None
     if trouble == "half":
         half = len(made.archive) // 2
-        assert server.asked[1:] == [f"bytes={half}-", f"bytes={half + (len(made.archive) - half) // 2}-"]
+        assert server.asked[1:] == [
+            f"bytes={half}-",
+            f"bytes={half + (len(made.archive) - half) // 2}-",
+        ]
 
 
 def test_a_connection_that_always_breaks_is_one_line_and_its_part_is_kept(tmp_path, served):

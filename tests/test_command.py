@@ -1,4 +1,5 @@
-"""One command for all: what it lists, that it does what the modules do, and that help comes at once."""
+"""One command for all: what it lists, that it does what the modules do, and that help comes at
+once."""
 
 import os
 import runpy
@@ -27,19 +28,39 @@ CALLED = {  # sys.argv[0] as Python sets it: how a command is called then
 
 
 def test_every_command_is_listed_at_once():
-    code = "import sys, fastsmooth.__main__ as m; assert m.main({}) == 0; assert not {{'torch', 'numpy'}} & set(sys.modules)"
-    for argv in ([], ["--help"], ["-h"], ["train", "--help"], ["sweep", "--help"], ["train", "--plan"]):
-        done = subprocess.run([sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys, fastsmooth.__main__ as m; assert m.main({}) == 0; assert not {{'torch', "
+        "'numpy'}} & set(sys.modules)"
+    )
+    for argv in (
+        [],
+        ["--help"],
+        ["-h"],
+        ["train", "--help"],
+        ["sweep", "--help"],
+        ["train", "--plan"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         if argv in ([], ["--help"], ["-h"]):
             assert all(f"\n  {name} " in done.stdout for name in every.COMMANDS)
 
 
 def test_a_module_is_one_of_its_commands():
-    done = subprocess.run([sys.executable, "-m", "fastsmooth"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: python -m fastsmooth COMMAND [flags]\n")
-    wrong = subprocess.run([sys.executable, "-m", "fastsmooth", "train", "--lr", "0"], cwd=ROOT, capture_output=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith(b"fastsmooth: error: --lr: 0 is out of range")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastsmooth"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith(
+        "usage: python -m fastsmooth COMMAND [flags]\n"
+    )
+    wrong = subprocess.run(
+        [sys.executable, "-m", "fastsmooth", "train", "--lr", "0"], cwd=ROOT, capture_output=True
+    )
+    assert wrong.returncode == 2 and wrong.stderr.startswith(
+        b"fastsmooth: error: --lr: 0 is out of range"
+    )
 
 
 @pytest.mark.parametrize("name", every.COMMANDS)
@@ -73,7 +94,9 @@ def test_usage_and_messages_are_right_for_every_way_of_calling(program, monkeypa
     assert refused(train.main, ["--method", "lr", "batch"]).endswith(
         f"{CALLED[program].replace('NAME', 'sweep')} does a run for each of several"
     )
-    assert f"no run is named: {CALLED[program].replace('NAME', 'sharpness')} RUN" in refused(sharpness.main, [])
+    assert f"no run is named: {CALLED[program].replace('NAME', 'sharpness')} RUN" in refused(
+        sharpness.main, []
+    )
 
 
 def test_setup_makes_the_command(monkeypatch):
@@ -100,7 +123,12 @@ class restored:
         import threading
         import warnings
 
-        places = (sys, "excepthook"), (threading, "excepthook"), (warnings, "showwarning"), (logging, "lastResort")
+        places = (
+            (sys, "excepthook"),
+            (threading, "excepthook"),
+            (warnings, "showwarning"),
+            (logging, "lastResort"),
+        )
         self.before = [(module, name, getattr(module, name)) for module, name in places]
 
     def __exit__(self, *_):
@@ -109,8 +137,13 @@ class restored:
 
 
 def test_a_record_names_the_command_however_it_was_called(tmp_path):
-    record = runpy.run_path(str(ROOT / "scripts" / "make_record.py"), run_name="make_record")["command"]
-    for program in (["/x/python", "/x/fastsmooth/train.py"], ["/x/python", "/usr/bin/fastsmooth", "train"]):
+    record = runpy.run_path(str(ROOT / "scripts" / "make_record.py"), run_name="make_record")[
+        "command"
+    ]
+    for program in (
+        ["/x/python", "/x/fastsmooth/train.py"],
+        ["/x/python", "/usr/bin/fastsmooth", "train"],
+    ):
         words = [*program, "--lr", "0.1", "--out", "somewhere", "--seed", "3"]
         (tmp_path / "env.json").write_text(str({"command": words}).replace("'", '"'))
         assert record(tmp_path) == "python -m fastsmooth.train --lr 0.1"
@@ -123,5 +156,9 @@ def test_the_scripts_are_refused_in_one_line_too():
         ("make_record.py", ["target", "nowhere"], "nowhere/config.json"),
     ):
         command_ = [sys.executable, str(ROOT / "scripts" / script), *argv]
-        done = subprocess.run(command_, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done
+        done = subprocess.run(
+            command_, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert (
+            done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+        ), done

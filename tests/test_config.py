@@ -1,4 +1,5 @@
-"""Flags, TOML files and config.json: what they mean, what they refuse, and that a refusal is one line."""
+"""Flags, TOML files and config.json: what they mean, what they refuse, and that a refusal is one
+line."""
 
 import dataclasses
 import json
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from fastsmooth.cli.config import FIELDS, FREE_ON_RESUME, RESOLVED_ONCE, Config, fitted, flag, idle, resolve, shown
+from fastsmooth.cli.config import (
+    FIELDS,
+    FREE_ON_RESUME,
+    RESOLVED_ONCE,
+    Config,
+    fitted,
+    flag,
+    idle,
+    resolve,
+    shown,
+)
 from fastsmooth.cli.facts import SETS
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.parse import as_before, parse, parser, read_saved, resumed
@@ -46,7 +57,11 @@ def kinds(name):
 
 REALS = [name for name in FIELDS if kinds(name) & {float, tuple[float, ...]}]
 WHOLES = [name for name in FIELDS if kinds(name) & {int, tuple[int, ...]}]
-TEXTS = [name for name in FIELDS if str in kinds(name) and not FIELDS[name].metadata["choices"] and name != "device"]
+TEXTS = [
+    name
+    for name in FIELDS
+    if str in kinds(name) and not FIELDS[name].metadata["choices"] and name != "device"
+]
 SWITCHES = [name for name in FIELDS if bool in kinds(name)]
 
 
@@ -54,7 +69,11 @@ def other(name, now):
     """A value that the field takes and that is not the one it has now."""
     choices = FIELDS[name].metadata["choices"]
     for value in choices or (
-        (True,) if bool in kinds(name) else ("cpu",) if name == "device" else ("9", "0.7", "x", "every=9", "updates=9")
+        (True,)
+        if bool in kinds(name)
+        else ("cpu",)
+        if name == "device"
+        else ("9", "0.7", "x", "every=9", "updates=9")
     ):
         if value is True:
             return True
@@ -78,7 +97,9 @@ def test_underscores_and_dashes_are_the_same():
             value = other(name, None)
             word = str(value[0] if isinstance(value, tuple) else value)
             dashed = given("--" + name.replace("_", "-"), word)
-            assert dashed == given("--" + name, word) == given(f"--{name}={word}") == {name: value}, name
+            assert (
+                dashed == given("--" + name, word) == given(f"--{name}={word}") == {name: value}
+            ), name
 
 
 def test_underscores_in_values_stay():
@@ -114,7 +135,9 @@ def test_no_flag_may_be_abbreviated():
             if name[:end] not in known:
                 for word in (name[:end], name[:end] + "=1"):
                     message = refusal(parse, [word])
-                    assert message.startswith((f"unknown flag {name[:end]}:", f"fastsmooth has no {name[:end]}:"))
+                    assert message.startswith(
+                        (f"unknown flag {name[:end]}:", f"fastsmooth has no {name[:end]}:")
+                    )
                 tried += 1
     assert tried > 100
 
@@ -122,9 +145,9 @@ def test_no_flag_may_be_abbreviated():
 def test_every_flag_of_the_design_exists():
     known = {name for action in parser()._actions for name in action.option_strings}
     expected = """
-        --dataset --data-dir --model --method --mode --optimizer --lr --batchsize -b --batch-size --beta
-        --nu --weight-decay --epochs --decay-epoch --power --gamma --c2 --k2 --eps --steps --draws --bn
-        --measure-augment --seed --device --loader --compile --precision --drop-last --deterministic
+        --dataset --data-dir --model --method --mode --optimizer --lr --batchsize -b --batch-size
+        --beta --nu --weight-decay --epochs --decay-epoch --power --gamma --c2 --k2 --eps --steps
+        --draws --bn --measure-augment --seed --device --loader --compile --precision --drop-last --deterministic
         --out --resume --checkpoint-every --log-every --max-time --config --plan --json --wandb-mode
         --wandb-entity --wandb-project --beta1 --help --version
     """
@@ -154,7 +177,8 @@ def test_requests_are_told_apart_from_fields():
 
 def test_answers_come_before_torch_is_imported():
     code = (
-        "import sys, fastsmooth.cli.config as c, fastsmooth.cli.parse as p, fastsmooth.schedule; c.resolve(p.parse(['--lr', '1']).given);"
+        "import sys, fastsmooth.cli.config as c, fastsmooth.cli.parse as p, fastsmooth.schedule; "
+        "c.resolve(p.parse(['--lr', '1']).given);"
         "p.parser().format_help(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -170,7 +194,18 @@ def test_nan_and_infinity_are_refused(name, word):
 
 
 def test_the_real_valued_flags_are_all_there():
-    others = {"power", "gamma", "c2", "k2", "beta", "nu", "weight_decay", "eps", "max_time", "hw_decoder_load"}
+    others = {
+        "power",
+        "gamma",
+        "c2",
+        "k2",
+        "beta",
+        "nu",
+        "weight_decay",
+        "eps",
+        "max_time",
+        "hw_decoder_load",
+    }
     assert set(REALS) == {"lr"} | others
 
 
@@ -220,7 +255,9 @@ def test_values_out_of_range_are_refused_and_edges_are_not(name):
     outside, inside = BOUNDS[name]
     for word in outside:
         message = refusal(parse, [f"{name}={word}"])
-        assert message.startswith(name + ": ") and (word.strip()[:99] in message or not word), message
+        assert message.startswith(name + ": ") and (word.strip()[:99] in message or not word), (
+            message
+        )
     for word in inside:
         assert len(given(f"{name}={word}")) == 1
 
@@ -229,7 +266,9 @@ def test_every_number_has_its_range_tested():
     assert {flag(name) for name in REALS + WHOLES} <= set(BOUNDS)
 
 
-@pytest.mark.parametrize("word, seconds", [("90", 90), ("45s", 45), ("30m", 1800), ("1.5h", 5400), ("0.5m", 30)])
+@pytest.mark.parametrize(
+    "word, seconds", [("90", 90), ("45s", 45), ("30m", 1800), ("1.5h", 5400), ("0.5m", 30)]
+)
 def test_times_are_read_in_seconds(word, seconds):
     assert given("--max-time", word) == {"max_time": seconds}
 
@@ -280,14 +319,26 @@ def test_a_mistyped_command_line_is_answered_with_what_was_meant(argv, hint):
         (["--batchsize", 1438], ["--batchsize 1438", "1437", "digits"]),
         (["--dataset", "cifar100", "-b", 50_001], ["--batchsize 50001", "50000", "cifar100"]),
         (["--method", "beta"], ["--method beta", "--optimizer"]),
-        (["--method", "lr-beta", "--optimizer", "shb", "--beta", 0], ["--method lr-beta", "--beta"]),
-        (["--mode", "critical", "--method", "lr"], ["--mode critical", "--method constant", "not lr"]),
-        (["--method", "sampling", "--mode", "critical"], ["--method sampling", "--mode is critical"]),
+        (
+            ["--method", "lr-beta", "--optimizer", "shb", "--beta", 0],
+            ["--method lr-beta", "--beta"],
+        ),
+        (
+            ["--mode", "critical", "--method", "lr"],
+            ["--mode critical", "--method constant", "not lr"],
+        ),
+        (
+            ["--method", "sampling", "--mode", "critical"],
+            ["--method sampling", "--mode is critical"],
+        ),
         (["--dataset", "imagenet", "--loader", "resident"], ["--loader"]),
         (["--augment", "resized-crop-flip"], ["--augment", "digits"]),
         (["--method", "beta", "--optimizer", "shb"], ["--c2 and --k2", "resnet8"]),
         (["--method", "lr-batch", "--optimizer", "shb", "--c2", 1], ["--c2 and --k2"]),
-        (["--method", "beta", "--optimizer", "nshb", "--nshb-delta", "v1", "--k2", 1], ["--c2 and --k2"]),
+        (
+            ["--method", "beta", "--optimizer", "nshb", "--nshb-delta", "v1", "--k2", 1],
+            ["--c2 and --k2"],
+        ),
         (["--method", "exp", "--power", 2], ["--power", "--method exp", "--gamma"]),
         (["--method", "poly", "--gamma", 0.5], ["--gamma", "--method poly", "--power"]),
         (["--beta", 0.5], ["--beta", "--optimizer sgd", "nshb or qhm or shb"]),
@@ -303,13 +354,20 @@ def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
     needs, values = FIELDS[name].metadata["only"]
     value = other(name, None)
     choices = FIELDS[needs].metadata["choices"]
-    others = {} if FIELDS[needs].default not in values else {needs: next(c for c in choices if c not in values)}
+    others = (
+        {}
+        if FIELDS[needs].default not in values
+        else {needs: next(c for c in choices if c not in values)}
+    )
     message = refusal(resolve, others | {name: value})
     assert message.startswith(f"{flag(name)} has no effect with {flag(needs)} ")
     assert all(str(v) in message for v in values)
     assert values <= set(choices)
     for chosen in values:
-        context = {"method": {"optimizer": "shb", "c2": 1.0, "k2": 1.0}, "criterion": {"mode": "critical"}}
+        context = {
+            "method": {"optimizer": "shb", "c2": 1.0, "k2": 1.0},
+            "criterion": {"mode": "critical"},
+        }
         enough = context.get(needs, {}) | {needs: chosen, name: value}
         assert getattr(resolve(enough), name) == value
 
@@ -317,7 +375,8 @@ def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
 # --- what is filled in
 
 
-DEFAULTS = {  # data set: model, epochs, lr, batch, augmentation, pixels, steps, min_epochs, decay_epoch
+# data set: model, epochs, lr, batch, augmentation, pixels, steps, min_epochs, decay_epoch
+DEFAULTS = {
     "digits": ("resnet8", 15, 0.1, 32, "none", 8, (200,), 1, 3),
     "cifar10": ("resnet18", 200, 0.1, 32, "crop-flip", 32, (10_000,), 11, 40),
     "cifar100": ("resnet18", 200, 0.1, 32, "crop-flip-rotate", 32, (10_000,), 11, 40),
@@ -329,9 +388,26 @@ DEFAULTS = {  # data set: model, epochs, lr, batch, augmentation, pixels, steps,
 @pytest.mark.parametrize("dataset", SETS)
 def test_each_data_set_brings_its_defaults(dataset):
     c = config("--dataset", dataset)
-    found = (c.model, c.epochs, c.lr, c.batch_size, c.augment, c.image_size, c.steps, c.min_epochs, c.decay_epoch)
+    found = (
+        c.model,
+        c.epochs,
+        c.lr,
+        c.batch_size,
+        c.augment,
+        c.image_size,
+        c.steps,
+        c.min_epochs,
+        c.decay_epoch,
+    )
     assert found == DEFAULTS[dataset]
-    assert (c.method, c.optimizer, c.mode, c.beta, c.power, c.gamma) == ("constant", "sgd", "normal", 0.9, 0.9, 0.9)
+    assert (c.method, c.optimizer, c.mode, c.beta, c.power, c.gamma) == (
+        "constant",
+        "sgd",
+        "normal",
+        0.9,
+        0.9,
+        0.9,
+    )
     assert c.images == {"digits": 1437, "imagenet": 1_281_167, "folder": None}.get(dataset, 50_000)
 
 
@@ -341,7 +417,18 @@ def test_no_flags_mean_digits():
 
 def test_flags_override_the_defaults_of_the_data_set():
     c = config(
-        "--dataset", "cifar100", "--model", "mobilenetv2", "--epochs", 3, "--lr", 2, "-b", 7, "--augment", "none"
+        "--dataset",
+        "cifar100",
+        "--model",
+        "mobilenetv2",
+        "--epochs",
+        3,
+        "--lr",
+        2,
+        "-b",
+        7,
+        "--augment",
+        "none",
     )
     assert (c.model, c.epochs, c.lr, c.batch_size, c.augment) == ("mobilenetv2", 3, 2.0, 7, "none")
 
@@ -349,7 +436,9 @@ def test_flags_override_the_defaults_of_the_data_set():
 def test_large_images_in_a_folder_get_a_network_and_an_augmentation_for_them():
     large = config("--dataset", "folder", "--image-size", 128)
     assert (large.model, large.augment) == ("torchvision/resnet34", "resized-crop-flip")
-    named = config("--dataset", "folder", "--image-size", 128, "--model", "resnet8", "--augment", "crop-flip")
+    named = config(
+        "--dataset", "folder", "--image-size", 128, "--model", "resnet8", "--augment", "crop-flip"
+    )
     assert (named.model, named.augment) == ("resnet8", "crop-flip")
     small = config("--dataset", "folder", "--image-size", 64)
     assert (small.model, small.augment) == ("resnet18", "crop-flip")
@@ -397,8 +486,12 @@ def test_sampling_is_a_mode_with_the_constant_method():
 
 def test_an_update_is_measured_once():
     assert config("--mode", "sampling", "--steps", 9, 0, 5).steps == (9, 0, 5)
-    assert "--steps names 5 more than once" in refusal(config, "--mode", "sampling", "--steps", 9, 5, 5)
-    assert "--eps names 0.5 more than once" in refusal(config, "--mode", "critical", "--eps", 0.5, 1, "5e-1")
+    assert "--steps names 5 more than once" in refusal(
+        config, "--mode", "sampling", "--steps", 9, 5, 5
+    )
+    assert "--eps names 0.5 more than once" in refusal(
+        config, "--mode", "critical", "--eps", 0.5, 1, "5e-1"
+    )
 
 
 def test_numbers_are_written_in_as_few_digits_as_tell_them_apart():
@@ -413,12 +506,16 @@ def test_numbers_are_written_in_as_few_digits_as_tell_them_apart():
     ]
     for _ in range(1000):
         value = 10 ** rng.uniform(-100, 100)
-        assert float(exact(value)) == value and float(exact(float(f"{value:.4g}"))) == float(f"{value:.4g}")
+        assert float(exact(value)) == value and float(exact(float(f"{value:.4g}"))) == float(
+            f"{value:.4g}"
+        )
 
 
 def test_momentum_is_beta_except_for_plain_sgd():
     assert config().momentum == 0
-    assert [config("--optimizer", o, "--beta", 0.7).momentum for o in ("shb", "nshb", "qhm")] == [0.7] * 3
+    assert [config("--optimizer", o, "--beta", 0.7).momentum for o in ("shb", "nshb", "qhm")] == [
+        0.7
+    ] * 3
 
 
 # SPEC of the papers: measured on CIFAR-100 at lr 0.1, with beta 0.9
@@ -435,7 +532,14 @@ AS_PUBLISHED = [
 @pytest.mark.parametrize("optimizer, model, c2, k2", AS_PUBLISHED)
 def test_published_constants_are_those_of_their_own_setting(optimizer, model, c2, k2):
     here = ["--dataset", "cifar100", "--optimizer", optimizer, "--model", model]
-    for more in ([], ["--method", "hybrid"], ["--batchsize", 512], ["--epochs", 3], ["--seed", 9], ["--lr", "1e-1"]):
+    for more in (
+        [],
+        ["--method", "hybrid"],
+        ["--batchsize", 512],
+        ["--epochs", 3],
+        ["--seed", 9],
+        ["--lr", "1e-1"],
+    ):
         c = config(*here, *more)
         assert (c.c2, c.k2, c.assumed, c.delta_unit) == (c2, k2, (), "")
     elsewhere = [
@@ -465,7 +569,10 @@ def test_a_solved_method_refuses_constants_of_another_setting():
     line = ["--dataset", "cifar100", "--optimizer", "shb", "--method", "beta"]
     assert config(*line).c2 == 25.318
     message = refusal(config, *line, "--lr", 0.05)
-    assert "shb with resnet18 on cifar100 at lr 0.05, beta 0.9" in message and "--c2 and --k2" in message
+    assert (
+        "shb with resnet18 on cifar100 at lr 0.05, beta 0.9" in message
+        and "--c2 and --k2" in message
+    )
     assert "--weight-decay 0.1" in refusal(config, *line, "--weight-decay", 0.1)
 
 
@@ -490,7 +597,8 @@ PUBLISHED_LINES = [
 def test_flags_of_the_published_code_pass_under_compat_original(method):
     for flags in PUBLISHED_LINES:
         line = ["--method", method, "--epochs", 60, *flags]
-        if flags[0] == "--power" and method == "exp":  # there it was the factor, which is --gamma here
+        # there it was the factor, which is --gamma here
+        if flags[0] == "--power" and method == "exp":
             assert "--gamma" in refusal(config, *line, "--compat", "original")
             continue
         c = config(*line, "--compat", "original")
@@ -505,7 +613,8 @@ def test_flags_of_the_published_code_pass_under_compat_original(method):
 def test_solved_methods_run_with_given_constants():
     c = config("--method", "beta", "--optimizer", "shb", "--c2", 1, "--k2", 2)
     assert (c.method, c.c2, c.k2) == ("beta", 1.0, 2.0)
-    assert config("--method", "lr-batch").c2 is None  # without K^2 the schedule does not depend on C^2
+    # without K^2 the schedule does not depend on C^2
+    assert config("--method", "lr-batch").c2 is None
 
 
 def test_a_config_cannot_be_changed():
@@ -524,7 +633,9 @@ def toml(folder, content):
 
 def test_a_file_is_merged_under_the_flags(tmp_path):
     path = toml(
-        tmp_path, 'dataset = "cifar10"\nlr = 0.5\nbatch-size = 64\ndecay_epoch = 3\nmethod = "lr"\ndrop_last = true\n'
+        tmp_path,
+        'dataset = "cifar10"\nlr = 0.5\nbatch-size = 64\ndecay_epoch = 3\nmethod = '
+        '"lr"\ndrop_last = true\n',
     )
     alone = {
         "dataset": "cifar10", "lr": 0.5, "batch_size": 64, "decay_epoch": 3, "method": "lr",
@@ -538,10 +649,20 @@ def test_a_file_is_merged_under_the_flags(tmp_path):
 
 def test_a_file_holds_lists_switches_and_aliases(tmp_path):
     path = toml(
-        tmp_path, 'eps = [0.5, 1]\nmode = "critical"\ndeterministic = false\nbatchsize = 5\nmax_time = "1.5h"\n'
+        tmp_path,
+        'eps = [0.5, 1]\nmode = "critical"\ndeterministic = false\nbatchsize = 5\nmax_time = '
+        '"1.5h"\n',
     )
-    assert given("--config", path) == {"eps": (0.5, 1.0), "mode": "critical", "batch_size": 5, "max_time": 5400.0}
-    assert given("--config", toml(tmp_path, "beta1 = 0.5\noptimizer = 'shb'")) == {"beta": 0.5, "optimizer": "shb"}
+    assert given("--config", path) == {
+        "eps": (0.5, 1.0),
+        "mode": "critical",
+        "batch_size": 5,
+        "max_time": 5400.0,
+    }
+    assert given("--config", toml(tmp_path, "beta1 = 0.5\noptimizer = 'shb'")) == {
+        "beta": 0.5,
+        "optimizer": "shb",
+    }
     assert given("--config", toml(tmp_path, "")) == {}
 
 
@@ -590,9 +711,21 @@ def json_file(folder, content, name="flags.json"):
 
 @pytest.mark.parametrize("name", ["flags.json", "flags"])  # known by its name or by what it holds
 def test_a_file_may_be_json(name, tmp_path):
-    content = {"lr": 0.5, "eps": [0.5, 1], "mode": "critical", "drop_last": True, "deterministic": False, "k2": None}
+    content = {
+        "lr": 0.5,
+        "eps": [0.5, 1],
+        "mode": "critical",
+        "drop_last": True,
+        "deterministic": False,
+        "k2": None,
+    }
     path = json_file(tmp_path, content, name)
-    assert given("--config", path) == {"lr": 0.5, "eps": (0.5, 1.0), "mode": "critical", "drop_last": True}
+    assert given("--config", path) == {
+        "lr": 0.5,
+        "eps": (0.5, 1.0),
+        "mode": "critical",
+        "drop_last": True,
+    }
     assert given("--config", path, "--lr", 2)["lr"] == 2
 
 
@@ -626,7 +759,8 @@ def test_what_was_filled_in_for_a_run_is_filled_in_anew(tmp_path):
     path = save(tmp_path, config("--dataset", "cifar100")) / "config.json"
     assert config("--config", path).c2 == 1280
     elsewhere = config("--config", path, "--lr", 0.2, "--epochs", 50)
-    assert (elsewhere.c2, elsewhere.decay_epoch) == (None, 10)  # published for lr 0.1 alone; a fifth of the epochs
+    # published for lr 0.1 alone; a fifth of the epochs
+    assert (elsewhere.c2, elsewhere.decay_epoch) == (None, 10)
     assert config("--config", path, "--budget", "epochs=9").budget == "epochs=9"
 
 
@@ -656,7 +790,10 @@ def test_a_run_finds_its_images_from_any_directory(tmp_path, monkeypatch):
     """Where they lay, should that still be; else where the flag says, from here."""
     (tmp_path / "home" / "images").mkdir(parents=True)
     (tmp_path / "away" / "images").mkdir(parents=True)
-    run = save(tmp_path / "home" / "run", config("--dataset", "folder", "--data-dir", "images", "--image-size", 32))
+    run = save(
+        tmp_path / "home" / "run",
+        config("--dataset", "folder", "--data-dir", "images", "--image-size", 32),
+    )
     (run / "env.json").write_text(json.dumps({"data_dir": str(tmp_path / "home" / "images")}))
     monkeypatch.chdir(tmp_path / "away")
     assert (
@@ -666,7 +803,13 @@ def test_a_run_finds_its_images_from_any_directory(tmp_path, monkeypatch):
     )
     assert resumed({"resume": True, "out": str(run)}).data_dir == str(tmp_path / "home" / "images")
     assert resumed({"resume": True, "out": str(run), "data_dir": "images"}).data_dir == "images"
-    for content in ("{}", "[", '{"data_dir": 3}', '{"data_dir": "/nowhere"}', '{"data_dir": "a\\u0000b"}'):
+    for content in (
+        "{}",
+        "[",
+        '{"data_dir": 3}',
+        '{"data_dir": "/nowhere"}',
+        '{"data_dir": "a\\u0000b"}',
+    ):
         (run / "env.json").write_text(content)
         assert read_saved(run).data_dir == "images"
 
@@ -676,13 +819,25 @@ def test_a_run_finds_its_images_from_any_directory(tmp_path, monkeypatch):
 
 def save(folder, c):
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(c.to_json(), indent=2, allow_nan=False), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(c.to_json(), indent=2, allow_nan=False), encoding="utf-8"
+    )
     return folder
 
 
 ODD = {  # values whose text form is easily mangled
     "digits": ["--lr", 0.1 + 0.2, "--max-time", "0.00001", "--seed", 2**63 - 1],
-    "cifar10": ["--mode", "critical", "--eps", 0.5, 1 / 3, 1e-17, "--drop-last", "--weight-decay", 1e-100],
+    "cifar10": [
+        "--mode",
+        "critical",
+        "--eps",
+        0.5,
+        1 / 3,
+        1e-17,
+        "--drop-last",
+        "--weight-decay",
+        1e-100,
+    ],
     "cifar100": [
         "--optimizer",
         "shb",
@@ -718,7 +873,8 @@ def test_config_json_reads_back_as_the_same_config(dataset, flags, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "3", "null", '{"lr": NaN}', '{"lr": -1}', '{"lr": {}}', '{"lr": false}', '{"bogus": 1}',
+    ["", "{", "[]", "3", "null", '{"lr": NaN}', '{"lr": -1}', '{"lr": {}}', '{"lr": false}',
+    '{"bogus": 1}',
      '{"bogus": false}', '{"dataset": "digits", "batch_size": 5000}', "\xff"],
 )  # fmt: skip
 def test_a_damaged_config_json_is_refused(content, tmp_path):
@@ -730,7 +886,18 @@ def test_a_folder_without_config_json_is_refused(tmp_path):
     assert str(tmp_path / "config.json") in refusal(read_saved, tmp_path)
 
 
-RUN = ["--dataset", "cifar100", "--optimizer", "shb", "--method", "lr-beta", "--epochs", 3, "--max-time", 60]
+RUN = [
+    "--dataset",
+    "cifar100",
+    "--optimizer",
+    "shb",
+    "--method",
+    "lr-beta",
+    "--epochs",
+    3,
+    "--max-time",
+    60,
+]
 
 
 def test_resume_goes_on_with_what_the_run_was_started_with(tmp_path):
@@ -755,7 +922,9 @@ def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
     message = refusal(resumed, {"resume": True, "out": str(tmp_path), name: after})
     absent = before is None or before is False  # which nobody can give
     words = (
-        f"was started without {flag(name)}: " if absent else f"has {flag(name)} {shown(before)}, not {shown(after)}: "
+        f"was started without {flag(name)}: "
+        if absent
+        else f"has {flag(name)} {shown(before)}, not {shown(after)}: "
     )
     assert words in message and str(tmp_path) in message
     if before is not None:
@@ -776,13 +945,26 @@ def test_resume_lets_what_auto_chose_be_named_and_nothing_else(name, tmp_path):
 
 
 def test_what_auto_chose_before_is_chosen_again(tmp_path):
-    before = {"device": "cuda", "loader": "dali", "compile": "on", "kernels": "triton", "estimator": "micro-batch"}
+    before = {
+        "device": "cuda",
+        "loader": "dali",
+        "compile": "on",
+        "kernels": "triton",
+        "estimator": "micro-batch",
+    }
     c = config("--track-noise", "every=9", "--loader", "threads")
     again = as_before(c, before | {"torch": "2.10"}, "checkpoints")
     assert again == dataclasses.replace(c, **before | {"loader": "threads"})
     assert as_before(c, {}, "checkpoints") == c
-    for name, value in (("kernels", "fast"), ("device", "abacus"), ("compile", 3), ("estimator", None)):
-        assert refusal(as_before, c, {name: value}, "checkpoints").startswith(f"checkpoints: {flag(name)}")
+    for name, value in (
+        ("kernels", "fast"),
+        ("device", "abacus"),
+        ("compile", 3),
+        ("estimator", None),
+    ):
+        assert refusal(as_before, c, {name: value}, "checkpoints").startswith(
+            f"checkpoints: {flag(name)}"
+        )
 
 
 def test_only_places_times_and_trackers_are_free_on_resume():

@@ -1,4 +1,5 @@
-"""Per-sample shares of a weight gradient, and of a normalisation's scale and shift, beside autograd a sample in float64."""
+"""Per-sample shares of a weight gradient, and of a normalisation's scale and shift, beside autograd
+a sample in float64."""
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from fastsmooth.kernels.affine_grads import _affine_grads_native, affine_grads, 
 from fastsmooth.kernels.conv_noise import _conv_noise_native, conv_noise, conv_noise_ref
 
 native = pytest.mark.skipif(
-    backend.choose(torch.device("cpu"), torch.float32) != "native", reason="there is no C++ compiler"
+    backend.choose(torch.device("cpu"), torch.float32) != "native",
+    reason="there is no C++ compiler",
 )
 IMPLEMENTATIONS = [
     pytest.param(_conv_noise_native, id="native", marks=native),
@@ -46,10 +48,14 @@ def case(shape, dtype, channels_last=True):
 def exact(x, dy, rule, groups):
     """[B, P] in float64: autograd of one sample at a time."""
     kernel, *rest = rule
-    weight = torch.zeros(dy.shape[1], x.shape[1] // groups, *kernel, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(
+        dy.shape[1], x.shape[1] // groups, *kernel, dtype=torch.float64, requires_grad=True
+    )
     rows = []
     for xi, dyi in zip(x.double().split(1), dy.double().split(1), strict=True):
-        rows.append(torch.autograd.grad(F.conv2d(xi, weight, None, *rest, groups), weight, dyi)[0].flatten())
+        rows.append(
+            torch.autograd.grad(F.conv2d(xi, weight, None, *rest, groups), weight, dyi)[0].flatten()
+        )
     return torch.stack(rows)
 
 
@@ -67,14 +73,19 @@ def test_the_shares_are_those_of_one_sample_at_a_time(implementation, shape, dty
         dw = rows.sum(0)
         assert (found.dw.double().flatten() - dw).norm() <= tolerance * dw.norm()
         assert torch.allclose(found.squares, rows.square().sum(1), rtol=tolerance)
-        deviations = (rows - rows.mean(0)).square().sum(1) if noise else torch.zeros(len(x), dtype=torch.float64)
+        deviations = (
+            (rows - rows.mean(0)).square().sum(1)
+            if noise
+            else torch.zeros(len(x), dtype=torch.float64)
+        )
         assert torch.allclose(found.noise, deviations, rtol=tolerance)
 
 
 @pytest.mark.parametrize("shape", ["several pieces", "first layer", "tokens"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_noise_of_a_thousandth_of_the_mean_keeps_its_digits(implementation, shape):
-    """As ||g_i||^2 - ||mean||^2 it would have none in float32, where the rounding of a square is a tenth of it."""
+    """As ||g_i||^2 - ||mean||^2 it would have none in float32, where the rounding of a square is a
+    tenth of it."""
     x, dy, rule, groups = case(SHAPES[shape], torch.float32)
     x = x[:1] * (1 + 1e-3 * torch.randn(len(x), 1, 1, 1))
     dy = dy[:1].expand_as(dy).clone()
@@ -93,7 +104,9 @@ def test_threads_change_no_bit():
         torch.set_num_threads(count)
         found.append(conv_noise(x, dy, *rule, groups))
     torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("noise", [True, False])
@@ -117,9 +130,12 @@ def test_the_operator_is_registered_as_it_behaves(shape):
     torch.library.opcheck(torch.ops.fastsmooth.conv_noise.default, (x, dy, *rule, groups, True))
 
 
-# affine_grads --------------------------------------------------------------------------------------------------------
+# affine_grads
 
-AFFINE = [pytest.param(_affine_grads_native, id="native", marks=native), pytest.param(affine_grads_ref, id="reference")]
+AFFINE = [
+    pytest.param(_affine_grads_native, id="native", marks=native),
+    pytest.param(affine_grads_ref, id="reference"),
+]
 
 
 @pytest.mark.parametrize("size", [(3, 4), (2, 12, 5, 6), (2, 4, 300, 3), (2, 6, 1, 1)], ids=str)
@@ -132,21 +148,33 @@ def test_scale_and_shift_have_the_gradients_of_autograd(implementation, dtype, o
     if len(size) == 4:
         x = x.to(memory_format=torch.channels_last)
     B, C = size[:2]
-    mean, rstd = (torch.rand(B, 2, dtype=dtype) if of_samples else torch.rand(1, C, dtype=dtype) for _ in range(2))
+    mean, rstd = (
+        torch.rand(B, 2, dtype=dtype) if of_samples else torch.rand(1, C, dtype=dtype)
+        for _ in range(2)
+    )
     weight = torch.ones(B, C, *[1] * (len(size) - 2), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros_like(weight, requires_grad=True)
     each = C // mean.shape[1]
-    center, scale = (t.double().repeat_interleave(each, 1).view(-1, *weight.shape[1:]) for t in (mean, rstd))
+    center, scale = (
+        t.double().repeat_interleave(each, 1).view(-1, *weight.shape[1:]) for t in (mean, rstd)
+    )
     y = (x.double() - center) * scale * weight + bias
     expected = torch.autograd.grad(y, (weight, bias), dy.double())
-    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    )
     for found, value in zip(implementation(x, dy, mean, rstd), expected, strict=True):
         assert found.dtype == torch.float64
         assert torch.allclose(found, value.view(B, C), **tolerance)
 
 
 def test_the_operator_of_scale_and_shift_is_registered_as_it_behaves():
-    x, dy, mean, rstd = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.rand(2, 2), torch.rand(2, 2)
+    x, dy, mean, rstd = (
+        torch.randn(2, 4, 3, 3),
+        torch.randn(2, 4, 3, 3),
+        torch.rand(2, 2),
+        torch.rand(2, 2),
+    )
     torch.library.opcheck(torch.ops.fastsmooth.affine_grads.default, (x, dy, mean, rstd))
     low = affine_grads(x.bfloat16(), dy.bfloat16(), mean, rstd)[0]
     assert torch.allclose(low, affine_grads(x, dy, mean, rstd)[0], rtol=0.1, atol=0.1)

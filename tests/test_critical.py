@@ -11,7 +11,8 @@ from fastsmooth.report.crossings import steps_curve
 from fastsmooth.runfolder.read import SavedRun
 from fastsmooth.sweep.critical import analyse
 
-# T(b) decoded from the published figure (arXiv 2402.02325) of SHB, ResNet-18 on CIFAR-100, lr 0.1, beta 0.9, at eps 0.5, 0.7, 1.0 (None: not printed to the update)
+# T(b) decoded from the published figure (arXiv 2402.02325) of SHB, ResNet-18 on CIFAR-100, lr 0.1,
+# beta 0.9, at eps 0.5, 0.7, 1.0 (None: not printed to the update)
 PUBLISHED = {
     32: (701_150, 420_529, 229_675),
     64: (286_117, 168_976, 89_483),
@@ -36,7 +37,10 @@ def run(batch: int, steps: dict[str, int | None], seed: int = 0, **settings) -> 
         "seed": seed,
     }
     config |= settings
-    crossings = {eps: {"step": t, "epoch": 0, "samples": batch * t} if t else None for eps, t in steps.items()}
+    crossings = {
+        eps: {"step": t, "epoch": 0, "samples": batch * t} if t else None
+        for eps, t in steps.items()
+    }
     momentum = 0.0 if config["optimizer"] == "sgd" else config["beta"]
     found = {"batch_size": batch, "seed": seed, "momentum": momentum, "crossings": crossings}
     found |= {"grad_norm_max": 2.0 + seed, "grad_norm_rms": 1.5}
@@ -51,17 +55,25 @@ def test_the_published_table_has_the_published_critical_batches_and_constant():
     half, seven, one = analyse(reversed(published()))
     assert [c.eps for c in (half, seven, one)] == [0.5, 0.7, 1.0]
     assert [c.best for c in (half, seven, one)] == [1024, 512, 256]
-    assert half.c2_critical == pytest.approx(25.3187, rel=1e-5)  # the constant of the published code is 25.318
+    # the constant of the published code is 25.318
+    assert half.c2_critical == pytest.approx(25.3187, rel=1e-5)
     assert 522 < seven.batch_of(25.318) < 523  # the published squares are drawn at 2^9 and 2^8
     assert 255.9 < one.batch_of(25.318) < 256.1
 
 
 def test_thresholds_are_told_apart_by_their_exact_values():
     """Also where six digits agree, and however the run that found them wrote them down."""
-    runs = [run(8, {"0.5": 10, "0.50000001": 9, "1": 5}), run(16, {"0.5": 6, "0.50000001": 4, "1.0": 3})]
+    runs = [
+        run(8, {"0.5": 10, "0.50000001": 9, "1": 5}),
+        run(16, {"0.5": 6, "0.50000001": 4, "1.0": 3}),
+    ]
     found = analyse(runs)
     assert [curve.eps for curve in found] == [0.5, 0.50000001, 1.0]
-    assert [[b.steps for b in curve.batches] for curve in found] == [[(10,), (6,)], [(9,), (4,)], [(5,), (3,)]]
+    assert [[b.steps for b in curve.batches] for curve in found] == [
+        [(10,), (6,)],
+        [(9,), (4,)],
+        [(5,), (3,)],
+    ]
     labels = [steps_curve(curve, "black")[0].label for curve in found]
     assert labels == ["ε 0.5", "ε 0.50000001", "ε 1"]
 
@@ -80,7 +92,12 @@ def test_a_minimum_at_the_end_of_what_was_tried_is_said_to_be_there():
 
 
 def test_a_batch_that_one_seed_did_not_reach_has_no_mean_and_is_never_the_best():
-    runs = [run(8, {"1": 100}), run(8, {"1": None}, seed=1), run(16, {"1": 90}), run(16, {"1": 110}, seed=1)]
+    runs = [
+        run(8, {"1": 100}),
+        run(8, {"1": None}, seed=1),
+        run(16, {"1": 90}),
+        run(16, {"1": 110}, seed=1),
+    ]
     (curve,) = analyse(runs)
     small, large = curve.batches
     assert (small.n, small.not_reached, small.sfo_mean) == (1, 1, None)
@@ -92,7 +109,12 @@ def test_a_batch_that_one_seed_did_not_reach_has_no_mean_and_is_never_the_best()
 
 def test_a_threshold_that_no_batch_reached_has_no_best():
     (curve,) = analyse([run(8, {"0.1": None})])
-    assert (curve.best, curve.bracket, curve.c2_critical, curve.at_edge) == (None, None, None, False)
+    assert (curve.best, curve.bracket, curve.c2_critical, curve.at_edge) == (
+        None,
+        None,
+        None,
+        False,
+    )
     json.dumps(curve.to_json(), allow_nan=False)
 
 
@@ -103,7 +125,12 @@ def test_the_norm_bound_is_of_the_same_runs():
 
 
 def test_runs_that_differ_in_more_than_batch_and_seed_are_curves_of_their_own():
-    runs = [run(8, {"1": 10}), run(8, {"1": 10}, optimizer="sgd"), run(8, {"1": 10}, lr=0.2), run(16, {"1": 10})]
+    runs = [
+        run(8, {"1": 10}),
+        run(8, {"1": 10}, optimizer="sgd"),
+        run(8, {"1": 10}, lr=0.2),
+        run(16, {"1": 10}),
+    ]
     runs.append(run(16, {"1": 10}, out="elsewhere", loader="torch", workers=3))
     assert [len(c.batches) for c in analyse(runs)] == [2, 1, 1]
     assert [c.kappa for c in analyse(runs)] == pytest.approx([100 + 1 / 0.9, 1.0, 100 + 1 / 0.9])
@@ -115,7 +142,12 @@ def test_runs_that_differ_in_more_than_batch_and_seed_are_curves_of_their_own():
         {},
         {"crossings": []},
         {"crossings": {"x": None}, "batch_size": 8, "seed": 0, "momentum": 0.9},
-        {"crossings": {"1": {"step": "9", "samples": 1}}, "batch_size": 8, "seed": 0, "momentum": 0.9},
+        {
+            "crossings": {"1": {"step": "9", "samples": 1}},
+            "batch_size": 8,
+            "seed": 0,
+            "momentum": 0.9,
+        },
         {"crossings": {"1": None}, "batch_size": 0, "seed": 0, "momentum": 0.9},
         {"crossings": {"1": None}, "batch_size": 8, "seed": True, "momentum": 0.9},
         {"crossings": {"1": None}, "batch_size": 8, "seed": 0, "momentum": 1.0},
@@ -131,14 +163,26 @@ def test_an_unfinished_run_is_left_out():
 
 
 def test_a_censored_seed_is_in_no_mean_and_its_batch_never_the_best():
-    """Below eps at the first update that counts: T is at most that, so that N would be too small by who knows how much."""
-    runs = [run(8, {"1": 100}), run(8, {"1": 120}, seed=1), run(16, {"1": 40}), run(16, {"1": 45}, seed=1)]
+    """Below eps at the first update that counts: T is at most that, so that N would be too small by
+    who knows how much."""
+    runs = [
+        run(8, {"1": 100}),
+        run(8, {"1": 120}, seed=1),
+        run(16, {"1": 40}),
+        run(16, {"1": 45}, seed=1),
+    ]
     before = analyse(runs)[0]
     assert before.best == 16
     runs[2].critical["crossings"]["1"]["censored"] = True
     (curve,) = analyse(runs)
     small, large = curve.batches
-    assert (large.sfo_mean, large.sfo_sd, large.reached, large.bounds, large.not_reached) == (None, None, [45], [40], 0)
+    assert (large.sfo_mean, large.sfo_sd, large.reached, large.bounds, large.not_reached) == (
+        None,
+        None,
+        [45],
+        [40],
+        0,
+    )
     assert (curve.best, curve.censored, curve.bracket) == (8, [16], (8, 8)) and curve.at_edge
     assert small.sfo_mean == 880
     written = curve.to_json()

@@ -1,4 +1,5 @@
-"""The loaders give equal batches, whoever asks in whatever pieces; the digits are what their licence says."""
+"""The loaders give equal batches, whoever asks in whatever pieces; the digits are what their
+licence says."""
 
 import importlib.util
 import itertools
@@ -32,10 +33,14 @@ def test_both_loaders_give_equal_batches(kind, workers):
     resident = opened(augment=kind, seed=5)
     plain = opened("torch", workers, augment=kind, seed=5)
     for split, epoch in [("train", 0), ("train", 3), ("train", None), ("test", None)]:
-        ours, theirs = (every_batch(getattr(data, split), 100, 5, epoch) for data in (resident, plain))
+        ours, theirs = (
+            every_batch(getattr(data, split), 100, 5, epoch) for data in (resident, plain)
+        )
         assert_equal_batches(ours, theirs)
         assert sum(len(y) for _, y in ours) == {"train": 1437, "test": 360}[split]
-    augmented, as_stored = (torch.cat([x for x, _ in every_batch(resident.train, 100, 5, e)]) for e in (0, None))
+    augmented, as_stored = (
+        torch.cat([x for x, _ in every_batch(resident.train, 100, 5, e)]) for e in (0, None)
+    )
     assert torch.equal(augmented, as_stored) == (kind == "none")
 
 
@@ -49,7 +54,9 @@ def test_both_loaders_give_equal_batches_of_decoded_files(cifar_folder, tmp_path
     resident, plain = opened(**given), opened("torch", workers, **given)
     assert resident.fingerprint == plain.fingerprint
     for split, epoch in [("train", 1), ("test", None)]:
-        ours, theirs = (every_batch(getattr(data, split), 70, 0, epoch) for data in (resident, plain))
+        ours, theirs = (
+            every_batch(getattr(data, split), 70, 0, epoch) for data in (resident, plain)
+        )
         assert_equal_batches(ours, theirs)
 
 
@@ -57,11 +64,14 @@ def test_both_loaders_give_equal_batches_of_decoded_files(cifar_folder, tmp_path
 def test_a_sample_looks_the_same_at_any_batch_size(loader, workers):
     train = opened(loader, workers, augment="crop-flip-rotate").train
     whole = every_batch(train, 1437, epoch=2)
-    # where a rotation puts a pixel's centre on an edge between two, DALI's rounding may take the other
+    # where a rotation puts a pixel's centre on an edge between two, DALI's rounding may take the
+    # other
     resident = every_batch(opened(augment="crop-flip-rotate").train, 1437, epoch=2)
     assert_equal_batches(whole, resident, other_pixels=0.0005 if loader == "dali" else 0)
     for batch_size in (10, 64, 1000):
-        x, y = (torch.cat(parts) for parts in zip(*every_batch(train, batch_size, epoch=2), strict=True))
+        x, y = (
+            torch.cat(parts) for parts in zip(*every_batch(train, batch_size, epoch=2), strict=True)
+        )
         assert_equal_batches([(x.contiguous(memory_format=torch.channels_last), y)], whole)
 
 
@@ -76,7 +86,9 @@ def test_an_epoch_looks_the_same_from_wherever_it_is_taken_up(loader, workers):
 @pytest.mark.parametrize(("loader", "workers"), LOADERS)
 def test_every_epoch_augments_anew_and_the_same_epoch_alike(loader, workers):
     train = opened(loader, workers, augment="crop-flip-rotate").train
-    first, second, again = (next(train.batches([torch.arange(200)], epoch))[0] for epoch in (0, 1, 0))
+    first, second, again = (
+        next(train.batches([torch.arange(200)], epoch))[0] for epoch in (0, 1, 0)
+    )
     assert torch.equal(first, again)
     same = (first == second).flatten(1).all(1).float().mean()
     assert same < 0.1  # 1 in 18 shares offsets and flip, and then differs by the angle
@@ -85,7 +97,10 @@ def test_every_epoch_augments_anew_and_the_same_epoch_alike(loader, workers):
 @pytest.mark.parametrize(("loader", "workers"), LOADERS)
 def test_a_pass_inside_another_pass_disturbs_neither(loader, workers):
     train = opened(loader, workers, augment="crop-flip").train
-    outer_expected, inner_expected = every_batch(train, 300, epoch=1), every_batch(train, 500, epoch=2)
+    outer_expected, inner_expected = (
+        every_batch(train, 300, epoch=1),
+        every_batch(train, 500, epoch=2),
+    )
     outer = []
     for batch in train.batches(epoch_batches(0, 1, len(train), 300), 1):
         outer.append(batch)
@@ -114,7 +129,9 @@ def test_batches_hold_the_images_and_labels_that_were_asked_for(loader, workers)
     index = torch.tensor([5, 0, 1436, 5])
     ((x, y),) = data.train.batches([index])
     for got, label, i in zip(x, y, index.tolist(), strict=True):
-        expected = T.Normalize(images.mean, images.std)(T.ToTensor()(Image.fromarray(images.train.pixels[i])))
+        expected = T.Normalize(images.mean, images.std)(
+            T.ToTensor()(Image.fromarray(images.train.pixels[i]))
+        )
         assert torch.equal(got, expected) and label == images.train.labels[i]
 
 
@@ -125,7 +142,8 @@ def test_the_resident_loader_is_chosen_where_the_images_fit(monkeypatch, tmp_pat
     monkeypatch.setattr(dali, "available", lambda: installed)
     assert opened("auto").choice.startswith("loader resident: ")
     monkeypatch.setattr("fastsmooth.data.free_memory", lambda device: 800_000)
-    assert opened("auto").choice.startswith("loader threads: ")  # 0.345 MB of digits, and 0.32 MB allowed
+    # 0.345 MB of digits, and 0.32 MB allowed
+    assert opened("auto").choice.startswith("loader threads: ")
     monkeypatch.setattr("fastsmooth.data.free_memory", lambda device: 900_000)
     assert opened("auto").choice.startswith("loader resident: ")
     tree(tmp_path, {"train/a/1.png": solid(), "train/b/1.png": solid(), "val/a/1.png": solid()})
@@ -147,7 +165,9 @@ def test_a_system_that_does_not_say_what_memory_is_free_still_trains(monkeypatch
 def test_dali_is_refused_in_one_line_that_names_the_package(monkeypatch, cuda):
     real = importlib.util.find_spec
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("nvidia") else real(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.startswith("nvidia") else real(name)
+    )
     with pytest.raises(DataError) as error:
         opened("dali")
     package = "nvidia-dali-cuda120" if cuda == "12.8" else "nvidia-dali-cuda130"
@@ -160,7 +180,11 @@ def test_dali_is_refused_where_there_is_none_to_install(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(DataError) as error:
         dali.require()
-    assert "Linux" in one_line(error) and "--loader threads" in one_line(error) and "pip" not in one_line(error)
+    assert (
+        "Linux" in one_line(error)
+        and "--loader threads" in one_line(error)
+        and "pip" not in one_line(error)
+    )
 
 
 def test_dali_is_not_refused_where_it_is_installed(monkeypatch):
@@ -175,7 +199,10 @@ def test_every_fifth_digit_from_the_first_on_is_held_out():
     shades = np.array([0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
     read = sets.digits(None)
     assert (len(read.train), len(read.test), len(read.classes)) == (1437, 360, 10)
-    for split, picked in [(read.test, range(0, 1797, 5)), (read.train, [i for i in range(1797) if i % 5])]:
+    for split, picked in [
+        (read.test, range(0, 1797, 5)),
+        (read.train, [i for i in range(1797) if i % 5]),
+    ]:
         assert split.labels.tolist() == labels[picked].tolist()
         assert np.array_equal(split.pixels, np.stack([shades[images[picked]]] * 3, axis=-1))
 
@@ -193,14 +220,18 @@ def test_training_digits_are_normalised_to_mean_zero_and_deviation_one():
 
 def test_digits_file_is_what_its_script_makes(tmp_path):
     expected = pytest.importorskip("sklearn.datasets").load_digits()
-    spec = importlib.util.spec_from_file_location("make_digits", ROOT / "scripts" / "make_digits.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_digits", ROOT / "scripts" / "make_digits.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     shipped, script.TARGET = script.TARGET, tmp_path / "digits.npz"
     script.main()
     assert script.TARGET.read_bytes() == shipped.read_bytes()
     with np.load(shipped) as file:
-        assert np.array_equal(file["images"], expected.images) and np.array_equal(file["labels"], expected.target)
+        assert np.array_equal(file["images"], expected.images) and np.array_equal(
+            file["labels"], expected.target
+        )
 
 
 def test_digits_are_small_and_come_with_their_licence():

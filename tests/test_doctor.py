@@ -1,6 +1,8 @@
-"""--doctor and --check-data: what is missing or bad is said, with the remedy, and nothing else is touched.
+"""--doctor and --check-data: what is missing or bad is said, with the remedy, and nothing else is
+touched.
 
-The doctor is shown made-up installations: folders of small packages, in a Python that sees no others.
+The doctor is shown made-up installations: folders of small packages, in a Python that sees no
+others.
 """
 
 import importlib.metadata
@@ -41,7 +43,9 @@ def names(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def doctor(folder: Path, packages: dict[str, bytes], *flags: str, **env: str) -> tuple[int, dict[str, str], str]:
+def doctor(
+    folder: Path, packages: dict[str, bytes], *flags: str, **env: str
+) -> tuple[int, dict[str, str], str]:
     """(exit code, rows by name, stderr) in a Python that has these packages alone."""
     place = tree(folder / "packages", packages | {"nothing": None})
     cwd = tree(folder / "cwd", {"nothing": None})
@@ -61,12 +65,17 @@ def table(page: str) -> dict[str, str]:
     found = {}
     for line in page.removesuffix("a run can be done\n").splitlines():
         match = re.fullmatch(r"(ok|note|BAD) {1,5}(\S+(?: \S+)?) +(\S.*)", line)
-        assert match and line[6 : 6 + len(match[2])] == match[2] and line[18] == " " and line[19] != " ", line
+        assert (
+            match
+            and line[6 : 6 + len(match[2])] == match[2]
+            and line[18] == " "
+            and line[19] != " "
+        ), line
         found[match[2]] = f"{match[1]} {match[3]}"
     return found
 
 
-# --doctor -----------------------------------------------------------------------------------------------------------
+# --doctor
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +90,32 @@ def test_a_python_without_packages_is_told_what_to_install(bare):
         assert rows[name] == "BAD missing: pip install torch torchvision"
     for name in ("numpy", "pillow"):
         assert rows[name] == f"BAD missing: pip install {name}"
-    for name, extra in {"dali": "dali", "timm": "timm", "wandb": "wandb", "rich": "progress", "ray": "ray"}.items():
+    for name, extra in {
+        "dali": "dali",
+        "timm": "timm",
+        "wandb": "wandb",
+        "rich": "progress",
+        "ray": "ray",
+    }.items():
         assert rows[name].startswith("note missing, for ") and rows[name].endswith(
             f": pip install 'fastsmooth[{extra}]'"
         )
-    assert {"python", "matplotlib", "triton", "processors", "memory", "--out", "cache"} <= rows.keys()
+    assert {
+        "python",
+        "matplotlib",
+        "triton",
+        "processors",
+        "memory",
+        "--out",
+        "cache",
+    } <= rows.keys()
 
 
 def test_every_pip_line_is_one_that_setup_knows(bare):
-    extras = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.M)) | {"plot", "test"}
+    extras = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.M)) | {
+        "plot",
+        "test",
+    }
     asked = re.findall(r"fastsmooth\[(\w+)\]", " ".join(bare[1].values()))
     assert len(asked) == 6 and set(asked) <= extras
 
@@ -106,11 +132,17 @@ def test_a_version_older_than_setup_wants_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "raised", ["OSError('libcudart')", "SystemExit('libcudart')", "BaseException('two\\nlibcudart')"]
+    "raised",
+    ["OSError('libcudart')", "SystemExit('libcudart')", "BaseException('two\\nlibcudart')"],
 )
 def test_a_torch_that_cannot_be_imported_is_said_whatever_it_raises(tmp_path, raised):
     code, rows, error = doctor(tmp_path, HERE | {"torch/__init__.py": RAISES + raised.encode()})
-    assert code == 2 and "torch cannot be imported" in error and "libcudart" in error and "pip install" in error
+    assert (
+        code == 2
+        and "torch cannot be imported" in error
+        and "libcudart" in error
+        and "pip install" in error
+    )
     assert rows["numpy"] == "ok 2.0.0" and "libcudart" in rows["torch"]
 
 
@@ -136,8 +168,14 @@ def test_a_broken_optional_package_is_a_note_unless_the_run_asks_for_it(tmp_path
     packages = HERE | BROKEN | {"nvidia/__init__.py": b"1/0"}
     _, rows, _ = doctor(tmp_path, packages)
     bad = {name for name, row in rows.items() if row.startswith("BAD ")}
-    assert bad == {"torchvision", "device"}  # which is not there, and a made-up torch has no devices
-    for name, why in {"rich": "oh", "matplotlib": "division", "timm": "oh", "dali": "division"}.items():
+    # which is not there, and a made-up torch has no devices
+    assert bad == {"torchvision", "device"}
+    for name, why in {
+        "rich": "oh",
+        "matplotlib": "division",
+        "timm": "oh",
+        "dali": "division",
+    }.items():
         assert rows[name].startswith("note ") and why in rows[name] and "pip install" in rows[name]
     _, rows, error = doctor(tmp_path, packages, "--model", "timm/vit", "--loader", "dali")
     assert {name for name, row in rows.items() if row.startswith("BAD ")} == bad | {"timm", "dali"}
@@ -148,7 +186,9 @@ def test_heavy_packages_are_not_imported_for_their_version(tmp_path):
     packages = HERE | BROKEN
     for name in ("timm", "wandb", "ray"):
         packages[f"{name}.py"] = b"open('imported', 'w')"
-        packages[f"{name}-9.8.7.dist-info/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.8.7\n".encode()
+        packages[f"{name}-9.8.7.dist-info/METADATA"] = (
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.8.7\n".encode()
+        )
     _, rows, _ = doctor(tmp_path, packages)
     for name in ("timm", "wandb", "ray"):
         assert rows[name].startswith("ok 9.8.7, not tried")
@@ -188,11 +228,21 @@ def test_torchvision_is_tried_and_not_only_imported(here, monkeypatch):
 
     monkeypatch.setattr(torchvision.ops, "nms", nms)
     code, rows, error = here()
-    assert code == 2 and "no kernel" in rows["torchvision"] and "pip install --upgrade torch torchvision" in error
+    assert (
+        code == 2
+        and "no kernel" in rows["torchvision"]
+        and "pip install --upgrade torch torchvision" in error
+    )
 
 
 @pytest.mark.parametrize(
-    ("wants", "state"), [("torch==2.3.1", "note"), ("torch (>=99.0)", "note"), ("torch (>=2.9)", "ok"), ("numpy", "ok")]
+    ("wants", "state"),
+    [
+        ("torch==2.3.1", "note"),
+        ("torch (>=99.0)", "note"),
+        ("torch (>=2.9)", "ok"),
+        ("numpy", "ok"),
+    ],
 )
 def test_torchvision_says_which_torch_it_was_made_for(here, monkeypatch, wants, state):
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: [wants])
@@ -242,7 +292,11 @@ def test_without_a_compiler_the_kernels_are_plain_pytorch(here, monkeypatch):
         code, rows, _ = here("--device", "cpu")
     finally:
         native.library.cache_clear()
-    assert code == 0 and rows["cpu kernels"].startswith("note reference: ") and "C++ compiler" in rows["cpu kernels"]
+    assert (
+        code == 0
+        and rows["cpu kernels"].startswith("note reference: ")
+        and "C++ compiler" in rows["cpu kernels"]
+    )
 
 
 def test_without_a_home_directory_a_run_can_be_done(here, monkeypatch, quick_compiler):
@@ -252,7 +306,9 @@ def test_without_a_home_directory_a_run_can_be_done(here, monkeypatch, quick_com
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     code, rows, _ = here("--device", "cpu")
-    assert code == 0 and "XDG_CACHE_HOME" in rows["cache"] and "XDG_CACHE_HOME" in rows["cpu kernels"]
+    assert (
+        code == 0 and "XDG_CACHE_HOME" in rows["cache"] and "XDG_CACHE_HOME" in rows["cpu kernels"]
+    )
     assert rows["cpu kernels"].startswith("ok native: C++")
 
 
@@ -261,7 +317,11 @@ def test_a_cache_in_which_others_may_write_is_said(here, monkeypatch, quick_comp
     (quick_compiler / "fastsmooth").mkdir()
     (quick_compiler / "fastsmooth").chmod(0o777)
     code, rows, _ = here("--device", "cpu")
-    assert code == 0 and rows["cache"].startswith("note ") and "other users may write there" in rows["cache"]
+    assert (
+        code == 0
+        and rows["cache"].startswith("note ")
+        and "other users may write there" in rows["cache"]
+    )
     assert "may be written by other users" in rows["cpu kernels"]
 
 
@@ -269,14 +329,18 @@ def test_an_out_that_cannot_be_written_is_bad(here, tmp_path_factory, monkeypatc
     file = tmp_path_factory.mktemp("other") / "file"
     file.touch()
     code, rows, error = here("--out", str(file / "run"))
-    assert code == 2 and rows["--out"].startswith("BAD ") and "is not a folder: choose another --out" in error
+    assert (
+        code == 2
+        and rows["--out"].startswith("BAD ")
+        and "is not a folder: choose another --out" in error
+    )
     usage = types.SimpleNamespace(free=4096)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     code, _, error = here()
     assert code == 2 and "make room" in error
 
 
-# --check-data -------------------------------------------------------------------------------------------------------
+# --check-data
 
 
 @pytest.fixture
@@ -292,9 +356,15 @@ def check(capsys):
 
 
 def good(root: Path) -> Path:
-    images = {f"train/{name}/{i}.png": noise((20 + i, 30)) for name, n in (("ant", 2), ("bee", 5)) for i in range(n)}
+    images = {
+        f"train/{name}/{i}.png": noise((20 + i, 30))
+        for name, n in (("ant", 2), ("bee", 5))
+        for i in range(n)
+    }
     images["train/bee/large.jpg"] = solid((1, 2, 3), (64, 48))
-    return tree(root, images | {"val/ant/0.png": solid((9, 9, 9), (7, 9)), "val/bee/0.png": noise((20, 30))})
+    return tree(
+        root, images | {"val/ant/0.png": solid((9, 9, 9), (7, 9)), "val/bee/0.png": noise((20, 30))}
+    )
 
 
 def folder(root: Path) -> tuple[str, ...]:
@@ -306,7 +376,13 @@ def test_good_images_are_counted(tmp_path, check):
     before = names(tmp_path)
     code, lines, error = check(*folder(tmp_path / "images"))
     assert (code, error, len(lines)) == (0, "", 1)
-    for words in ("8 train and 2 test images", "2 classes", "0 bad", "7x9 to 64x48", "train 2 to 6, test 1"):
+    for words in (
+        "8 train and 2 test images",
+        "2 classes",
+        "0 bad",
+        "7x9 to 64x48",
+        "train 2 to 6, test 1",
+    ):
         assert words in lines[0]
     assert re.search(r"[\d.]+ s$", lines[0]) and names(tmp_path) == before
 
@@ -331,11 +407,16 @@ def test_every_bad_image_is_listed_with_its_reason(tmp_path, check):
     for name, reason in reasons.items():
         assert reason in found[name] and name not in found[name]
     assert "11 train and 5 test images" in lines[-1] and "6 bad" in lines[-1]
-    assert len(error.splitlines()) == 1 and "6 of 16 images are bad" in error and "--on-bad-image zeros" in error
+    assert (
+        len(error.splitlines()) == 1
+        and "6 of 16 images are bad" in error
+        and "--on-bad-image zeros" in error
+    )
 
 
 @pytest.mark.parametrize(
-    "name", [b"caf\xe9.png", b"two\nlines\r.png", b"\x1b[31m it's \\n.png", b"\xe2\x80\xaemirror.png"]
+    "name",
+    [b"caf\xe9.png", b"two\nlines\r.png", b"\x1b[31m it's \\n.png", b"\xe2\x80\xaemirror.png"],
 )
 def test_an_odd_name_comes_on_one_line_that_bash_reads_back(tmp_path, check, name):
     good(tmp_path)
@@ -349,7 +430,13 @@ def test_an_odd_name_comes_on_one_line_that_bash_reads_back(tmp_path, check, nam
 
 def test_all_threads_decode_and_each_image_is_decoded_once(tmp_path, check, monkeypatch):
     tree(
-        tmp_path, {f"{split}/{name}/{i}.png": solid() for split in ("train", "val") for name in "ab" for i in range(20)}
+        tmp_path,
+        {
+            f"{split}/{name}/{i}.png": solid()
+            for split in ("train", "val")
+            for name in "ab"
+            for i in range(20)
+        },
     )
     meeting, seen, real = threading.Barrier(3), [], images.open_image
 
@@ -365,7 +452,15 @@ def test_all_threads_decode_and_each_image_is_decoded_once(tmp_path, check, monk
 
 
 def test_ctrl_c_ends_it_without_a_word(tmp_path, check, monkeypatch):
-    tree(tmp_path, {f"{split}/{name}/{i}.png": b"" for split in ("train", "val") for name in "ab" for i in range(200)})
+    tree(
+        tmp_path,
+        {
+            f"{split}/{name}/{i}.png": b""
+            for split in ("train", "val")
+            for name in "ab"
+            for i in range(200)
+        },
+    )
     seen = []
 
     def open_image(path):
@@ -393,7 +488,13 @@ def test_whoever_looks_no_further_does_not_wait_for_all_files():
 
 def test_a_long_check_says_how_far_it_is(tmp_path, check, monkeypatch):
     tree(
-        tmp_path, {f"{split}/{name}/{i}.png": solid() for split in ("train", "val") for name in "ab" for i in range(20)}
+        tmp_path,
+        {
+            f"{split}/{name}/{i}.png": solid()
+            for split in ("train", "val")
+            for name in "ab"
+            for i in range(20)
+        },
     )
     hours = iter(range(0, 10**9, 3600))
     monkeypatch.setattr(index, "time", types.SimpleNamespace(monotonic=lambda: next(hours)))
@@ -403,7 +504,11 @@ def test_a_long_check_says_how_far_it_is(tmp_path, check, monkeypatch):
 
 def test_digits_and_a_tree_that_cannot_be_read(tmp_path, check):
     code, lines, _ = check()
-    assert code == 0 and "1,437 train and 360 test images, 10 classes, 0 bad" in lines[0] and "8x8" in lines[0]
+    assert (
+        code == 0
+        and "1,437 train and 360 test images, 10 classes, 0 bad" in lines[0]
+        and "8x8" in lines[0]
+    )
     code, lines, error = check(*folder(tmp_path / "nowhere"))
     assert (code, lines, len(error.splitlines())) == (2, [], 1) and "no such directory" in error
 
@@ -422,10 +527,12 @@ def test_without_torch_the_check_names_the_doctor(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--doctor" in done.stderr
 
 
-# Flags --------------------------------------------------------------------------------------------------------------
+# Flags
 
 
-@pytest.mark.parametrize("pair", ["--doctor --plan", "--check-data --plan", "--doctor --check_data", "--doctor --json"])
+@pytest.mark.parametrize(
+    "pair", ["--doctor --plan", "--check-data --plan", "--doctor --check_data", "--doctor --json"]
+)
 def test_one_question_at_a_time(capsys, pair):
     assert main(pair.split()) == 2
     printed = capsys.readouterr()

@@ -20,7 +20,9 @@ N, P, REPETITIONS = 40, 6, 2000
 def population():
     """[N, P] gradients of unequal spread around a mean that is not zero, and their variance."""
     rows = (
-        torch.randn(N, P, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * torch.arange(1, P + 1) + 5
+        torch.randn(N, P, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        * torch.arange(1, P + 1)
+        + 5
     )
     return rows, (rows - rows.mean(0)).square().sum(1).mean().item()
 
@@ -68,7 +70,9 @@ def test_the_jackknife_leaves_parts_out_one_by_one():
     def estimate(parts):
         return micro_batch([[part.mean(0)] for part in parts], [len(part) for part in parts])
 
-    without = torch.tensor([estimate(parts[:j] + parts[j + 1 :]).value for j in range(4)], dtype=torch.float64)
+    without = torch.tensor(
+        [estimate(parts[:j] + parts[j + 1 :]).value for j in range(4)], dtype=torch.float64
+    )
     expected = math.sqrt(3 / 4 * (without - without.mean()).square().sum().item())
     assert math.isclose(estimate(parts).error, expected, rel_tol=1e-9)
 
@@ -106,7 +110,9 @@ def on_a_rank(rank: int, world: int, port: int, results) -> None:
 def test_all_agree_within_their_errors_on_one_network():
     model, x, y = network()
     found = {"per-sample": per_sample([sample_norms(model, x, y).noise.tolist()])}
-    found["micro-batch"] = micro_batch([gradient(model, x[i::12], y[i::12]) for i in range(12)], [8] * 12)
+    found["micro-batch"] = micro_batch(
+        [gradient(model, x[i::12], y[i::12]) for i in range(12)], [8] * 12
+    )
     full = gradient(model, x, y)
     generator = torch.Generator().manual_seed(3)
     deviations = []

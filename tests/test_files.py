@@ -1,4 +1,5 @@
-"""Files that replace others: whole, on the disk before they are named, and by one function in the whole product."""
+"""Files that replace others: whole, on the disk before they are named, and by one function in the
+whole product."""
 
 import ast
 import errno
@@ -13,7 +14,8 @@ from fastsmooth.runfolder import files
 from fastsmooth.runfolder.write import RunFolder, RunFolderError, check_unused
 
 ROOT = Path(__file__).parent.parent
-# What opens a file to write it, or puts one in the place of another, and where: anything else goes through files.replace.
+# What opens a file to write it, or puts one in the place of another, and where: anything else goes
+# through files.replace.
 WRITERS = {
     ("files.py", "open O_CREAT"): "the one function",
     ("files.py", "os.replace"): "the one function",
@@ -21,17 +23,40 @@ WRITERS = {
     ("write.py", "open"): "metrics.jsonl, to which rows are added",
     ("messages.py", "mkstemp"): "a traceback, into a file of its own",
     ("messages.py", "write_text"): "the same",
-    ("cifar.py", "open"): "the part of a download, which goes on where it stopped and is named once its sum is right",
+    (
+        "cifar.py",
+        "open",
+    ): "the part of a download, which goes on where it stopped and is named once its sum is right",
     ("checkpoint.py", "save"): "into memory",
     ("index.py", "savez"): "into memory",
     ("figures.py", "savefig"): "into memory",
     ("pdf.py", "print_pdf"): "into memory",
-    ("modes.py", "open"): "rows of many MB that are written as they come, and named when they are whole",
+    (
+        "modes.py",
+        "open",
+    ): "rows of many MB that are written as they come, and named when they are whole",
     ("native.py", "os.replace"): "the kernels import nothing of the package",
     ("aot.py", "write_bytes"): "in a temporary folder that is read by a disassembler",
 }
-SAVERS = {"write_text", "write_bytes", "savez", "savez_compressed", "savetxt", "savefig", "print_pdf", "tofile"}
-SAVERS |= {"open_memmap", "memmap", "copy2", "copyfile", "copytree", "mkstemp", "NamedTemporaryFile"}
+SAVERS = {
+    "write_text",
+    "write_bytes",
+    "savez",
+    "savez_compressed",
+    "savetxt",
+    "savefig",
+    "print_pdf",
+    "tofile",
+}
+SAVERS |= {
+    "open_memmap",
+    "memmap",
+    "copy2",
+    "copyfile",
+    "copytree",
+    "mkstemp",
+    "NamedTemporaryFile",
+}
 OF = {"save": ("torch", "np"), "move": ("shutil",)}  # of these modules alone
 
 
@@ -47,16 +72,24 @@ def writes(node: ast.AST) -> str | None:
     if name == "open" and owner not in ("Image", "tarfile", "self"):  # which read
         given = node.args[0 if isinstance(function, ast.Attribute) else 1 :][:1]
         modes = given + [k.value for k in node.keywords if k.arg == "mode"]
-        reads = all(isinstance(m, ast.Constant) and not set(str(m.value)) & set("wx+") for m in modes)
+        reads = all(
+            isinstance(m, ast.Constant) and not set(str(m.value)) & set("wx+") for m in modes
+        )
         return None if reads else "open"
     if name in ("replace", "rename") and isinstance(function, ast.Attribute):
         # of a path it takes one argument, of a string two, of a dataclass keywords
-        return f"{owner}.{name}" if owner == "os" or (len(node.args) == 1 and not node.keywords) else None
+        return (
+            f"{owner}.{name}"
+            if owner == "os" or (len(node.args) == 1 and not node.keywords)
+            else None
+        )
     return name if name in SAVERS or owner in OF.get(name, ()) else None
 
 
 def calls(path: Path) -> list[tuple[str, int]]:
-    found = ((writes(node), getattr(node, "lineno", 0)) for node in ast.walk(ast.parse(path.read_text())))
+    found = (
+        (writes(node), getattr(node, "lineno", 0)) for node in ast.walk(ast.parse(path.read_text()))
+    )
     return [(name, line) for name, line in found if name]
 
 
@@ -91,7 +124,8 @@ def test_what_writes_a_file_is_seen(line):
 
 
 @pytest.mark.parametrize(
-    "line", ["open('x')", "path.open('rb')", "path.open('a')", "'a'.replace('b', 'c')", "replace(c, lr=1)"]
+    "line",
+    ["open('x')", "path.open('rb')", "path.open('a')", "'a'.replace('b', 'c')", "replace(c, lr=1)"],
 )
 def test_what_writes_no_file_is_not(line):
     assert not [writes(node) for node in ast.walk(ast.parse(line)) if writes(node)]
@@ -183,14 +217,25 @@ def test_the_modes_of_files_are_those_of_the_umask(tmp_path):
         files.replace(tmp_path / "private", b"x", mode=0o600)
     finally:
         os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "private")] == [0o640, 0o600]
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "private")] == [
+        0o640,
+        0o600,
+    ]
 
 
-def test_a_run_killed_while_it_made_its_folder_begins_anew_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_run_killed_while_it_made_its_folder_begins_anew_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
     """A half written env.json and config.json; anything else in a folder is somebody's."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in (".env.json.0123abcd.tmp", ".config.json.89abcdef.tmp", "env.json", ".lock", "metrics.jsonl"):
+    for name in (
+        ".env.json.0123abcd.tmp",
+        ".config.json.89abcdef.tmp",
+        "env.json",
+        ".lock",
+        "metrics.jsonl",
+    ):
         (folder / name).write_bytes(b"")
     (folder / ".config.json.89abcdef.tmp").write_bytes(b'{"lr"')
     check_unused(folder)

@@ -1,4 +1,5 @@
-"""Trees of image files, ImageNet's among them: read as torchvision reads them, and one line for whatever is wrong."""
+"""Trees of image files, ImageNet's among them: read as torchvision reads them, and one line for
+whatever is wrong."""
 
 import functools
 import os
@@ -26,7 +27,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def good_tree(root: Path) -> Path:
-    names = [f"{split}/{name}/{k}.png" for split in ("train", "val") for name in ("cat", "dog") for k in (1, 2)]
+    names = [
+        f"{split}/{name}/{k}.png"
+        for split in ("train", "val")
+        for name in ("cat", "dog")
+        for k in (1, 2)
+    ]
     return tree(root, {name: noise() for name in names})
 
 
@@ -50,7 +56,10 @@ plain_loaders = pytest.mark.parametrize("loader", ["resident", "torch"])
 @plain_loaders
 @pytest.mark.parametrize("held_out", ["val", "test"])
 def test_a_folder_is_read_class_by_class_with_val_or_test_beside_it(tmp_path, loader, held_out):
-    files = {f"train/{name}/{k}.png": noise() for name, k in [("b", 2), ("b", 1), ("a", 9), ("c", 1), ("c", "deep/0")]}
+    files = {
+        f"train/{name}/{k}.png": noise()
+        for name, k in [("b", 2), ("b", 1), ("a", 9), ("c", 1), ("c", "deep/0")]
+    }
     files |= {f"{held_out}/c/1.png": noise(), f"{held_out}/a/1.png": noise()}
     tree(tmp_path, files | {"train/a/notes.txt": b"no image", "train/README": b"no class"})
     data = opened_folder(tmp_path, loader)
@@ -82,7 +91,9 @@ def test_files_of_any_size_are_brought_to_the_size_of_the_run(tmp_path, size):
     image.save(files)
     view = T.Compose([T.Resize(24), T.CenterCrop(24), T.ToTensor(), T.Normalize(MEAN, STD)])
     for loader in ("resident", "torch"):
-        ((x, _),) = opened_folder(tmp_path, loader, image_size=24).train.batches([torch.tensor([0])])
+        ((x, _),) = opened_folder(tmp_path, loader, image_size=24).train.batches(
+            [torch.tensor([0])]
+        )
         assert torch.equal(x[0], view(image))
 
 
@@ -93,8 +104,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, loader):
 
 
 @plain_loaders
-@pytest.mark.parametrize(("missing", "named"), [("train", "has no train/"), ("val", "has no val/ or test/")])
-def test_a_folder_without_train_or_without_a_test_split_is_refused(tmp_path, loader, missing, named):
+@pytest.mark.parametrize(
+    ("missing", "named"), [("train", "has no train/"), ("val", "has no val/ or test/")]
+)
+def test_a_folder_without_train_or_without_a_test_split_is_refused(
+    tmp_path, loader, missing, named
+):
     (good_tree(tmp_path) / missing).rename(tmp_path / "other")
     message = refusal(tmp_path, loader, 0)
     assert str(tmp_path) in message and named in message
@@ -120,15 +135,19 @@ def test_a_split_without_images_is_refused(tmp_path, loader, split):
 @plain_loaders
 def test_a_class_folder_that_is_empty_is_refused_by_name(tmp_path, loader):
     tree(good_tree(tmp_path), {"train/cow": None, "train/ewe/notes.txt": b"none yet"})
-    assert f"{tmp_path / 'train' / 'cow'} has no images (nor 1 more): put some there or remove" in refusal(
-        tmp_path, loader, 0
+    assert (
+        f"{tmp_path / 'train' / 'cow'} has no images (nor 1 more): put some there or remove"
+        in refusal(tmp_path, loader, 0)
     )
 
 
 HIDDEN = (
-    ".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "cat/._1.png", ".DS_Store", "cat/.DS_Store",
-    "Thumbs.db", "cat/Thumbs.db", "dog/desktop.ini", "__MACOSX/cat/._1.png", "__MACOSX/0.png", "lost+found/0.png", "@eaDir/0.png",
-    "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", ".git/0.png", "#recycle/0.png", "$RECYCLE.BIN/0.png", ".Trash-1000/files/0.png",
+    ".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "cat/._1.png",
+    ".DS_Store", "cat/.DS_Store",
+    "Thumbs.db", "cat/Thumbs.db", "dog/desktop.ini", "__MACOSX/cat/._1.png", "__MACOSX/0.png",
+    "lost+found/0.png", "@eaDir/0.png",
+    "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", ".git/0.png", "#recycle/0.png", "$RECYCLE.BIN/0.png",
+    ".Trash-1000/files/0.png",
     "System Volume Information/0.png",
 )  # fmt: skip
 
@@ -141,7 +160,10 @@ def test_what_is_hidden_or_belongs_to_a_system_is_no_class_and_no_image(tmp_path
     clean = ImageFolder(str(tmp_path / "clean" / split))
     root = tmp_path / "littered"
     shutil.copytree(tmp_path / "clean", root)
-    tree(root, {f"{split}/{name}": noise() if name.endswith(("png", "jpg")) else b"x" for name in HIDDEN})
+    tree(
+        root,
+        {f"{split}/{name}": noise() if name.endswith(("png", "jpg")) else b"x" for name in HIDDEN},
+    )
     tree(root, {f"{split}/.hidden": None})
     data = opened_folder(root, loader)
     part = {"train": data.train, "val": data.test}[split]
@@ -153,7 +175,10 @@ def test_what_is_hidden_or_belongs_to_a_system_is_no_class_and_no_image(tmp_path
 
 def test_linked_folders_are_followed_as_torchvision_follows_them(tmp_path):
     root = good_tree(tmp_path / "tree")
-    tree(tmp_path, {"elsewhere/7.png": noise(), "elsewhere/deep/8.png": noise(), "fox/9.png": noise()})
+    tree(
+        tmp_path,
+        {"elsewhere/7.png": noise(), "elsewhere/deep/8.png": noise(), "fox/9.png": noise()},
+    )
     (root / "train/cat/linked").symlink_to(tmp_path / "elsewhere")
     (root / "train/dog/linked").symlink_to(tmp_path / "elsewhere")  # twice: no loop
     (root / "train/dog/again").symlink_to("../cat/linked")
@@ -167,15 +192,29 @@ def test_linked_folders_are_followed_as_torchvision_follows_them(tmp_path):
 
 def remarks(root: Path) -> list[str]:
     lines: list[str] = []
-    open_data(resolve({"dataset": "folder", "data_dir": str(root), "loader": "torch", "workers": 0}), CPU, lines.append)
+    open_data(
+        resolve({"dataset": "folder", "data_dir": str(root), "loader": "torch", "workers": 0}),
+        CPU,
+        lines.append,
+    )
     return lines
 
 
 def test_a_class_that_is_never_tested_and_images_in_no_class_are_said_by_name(tmp_path):
     assert remarks(good_tree(tmp_path)) == []
     tree(tmp_path, {"train/cow/1.png": noise()})
-    assert remarks(tmp_path) == [f"{tmp_path / 'val'} has no images of class 'cow': they are never tested"]
-    tree(tmp_path, {"train/ewe/1.png": noise(), "val/ewe": None, "train/1.png": noise(), "train/.2.png": noise()})
+    assert remarks(tmp_path) == [
+        f"{tmp_path / 'val'} has no images of class 'cow': they are never tested"
+    ]
+    tree(
+        tmp_path,
+        {
+            "train/ewe/1.png": noise(),
+            "val/ewe": None,
+            "train/1.png": noise(),
+            "train/.2.png": noise(),
+        },
+    )
     tree(tmp_path, {"val/wolf/notes.txt": b"a folder of val alone, without images"})
     assert remarks(tmp_path) == [
         f"{tmp_path / 'val'} has no images of class 'cow' (nor 1 more): they are never tested",
@@ -238,13 +277,17 @@ def bomb(width: int, height: int) -> bytes:
     """A valid PNG of one bit a pixel, all black: a few kilobytes for any size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     row = bytes(1 + (width + 7) // 8)
     press = zlib.compressobj(1)
     data = b"".join([*(press.compress(row * 100) for _ in range(height // 100)), press.flush()])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 BAD_FILES = {
@@ -267,7 +310,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, loader, workers, name):
     tree(good_tree(tmp_path), {f"train/dog/{name}": content})
     message = refusal(tmp_path, loader, workers)
     assert str(tmp_path / "train" / "dog" / name) in message
-    assert reason in message or (loader == "threads" and "corrupted: remove or replace it" in message)
+    assert reason in message or (
+        loader == "threads" and "corrupted: remove or replace it" in message
+    )
     assert message.endswith("; or serve it black with --on-bad-image zeros")
 
 
@@ -281,7 +326,8 @@ def test_a_broken_link_is_named(tmp_path, loader, workers):
 
 @every_loader
 def test_a_decoder_that_fails_in_its_own_way_is_one_line_too(tmp_path, loader, workers):
-    # Pillow goes by the content: this "PNG" is a Blizzard texture, whose decoder raises an error of its own
+    # Pillow goes by the content: this "PNG" is a Blizzard texture, whose decoder raises an error of
+    # its own
     content = bytearray(encoded(noise().convert("P"), "BLP"))
     content[4:8] = b"\xff\xff\xff\xff"  # the compression
     tree(good_tree(tmp_path), {"train/dog/texture.png": bytes(content)})
@@ -300,7 +346,8 @@ def test_the_first_of_many_bad_files_is_the_one_that_is_named(tmp_path, loader, 
 
 @pytest.mark.parametrize(("loader", "workers"), LOADERS[1:])
 def test_a_loader_that_met_a_bad_file_can_be_used_again(tmp_path, loader, workers):
-    tree(good_tree(tmp_path), {"train/dog/3.png": BAD_FILES["cut-short.png"][0]})  # its header is good
+    # its header is good
+    tree(good_tree(tmp_path), {"train/dog/3.png": BAD_FILES["cut-short.png"][0]})
     train = opened_folder(tmp_path, loader, workers).train
     for _ in range(2):
         with pytest.raises(DataError) as error:
@@ -335,7 +382,12 @@ def test_a_file_name_that_is_not_utf8_is_read_and_named(tmp_path, loader, worker
 def test_reading_files_in_threads_leaves_the_list_of_warning_filters_alone(cifar_folder):
     paths = tuple(map(str, sorted(cifar_folder.glob("train/*/*.png"))))
     before = list(warnings.filters)
-    images.decode_all(images.Split(np.zeros(len(paths), np.int64), paths=paths), 32, lambda image: image, pytest.fail)
+    images.decode_all(
+        images.Split(np.zeros(len(paths), np.int64), paths=paths),
+        32,
+        lambda image: image,
+        pytest.fail,
+    )
     assert warnings.filters == before
 
 
@@ -360,7 +412,13 @@ def test_imagenet_is_tested_on_torchvisions_central_crop(imagenet_folder):
     data = opened("torch", 2, dataset="imagenet", data_dir=str(imagenet_folder))
     paths = sorted(imagenet_folder.glob("val/*/*"))
     grey = [i for i, path in enumerate(paths) if Image.open(path).mode == "L"]
-    assert (data.classes, data.size, len(data.train), len(data.test), len(grey)) == (128, 224, 128, 128, 3)
+    assert (data.classes, data.size, len(data.train), len(data.test), len(grey)) == (
+        128,
+        224,
+        128,
+        128,
+        3,
+    )
     index = torch.tensor([*grey, *range(0, 128, 8)])
     view = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(MEAN, STD)])
     got = data.test.batches(index.split(8))
@@ -370,7 +428,9 @@ def test_imagenet_is_tested_on_torchvisions_central_crop(imagenet_folder):
         assert torch.equal(ours, view(Image.open(paths[i]).convert("RGB"))), paths[i]
 
 
-def test_imagenet_is_trained_on_torchvisions_random_crop_of_the_same_numbers(imagenet_folder, monkeypatch):
+def test_imagenet_is_trained_on_torchvisions_random_crop_of_the_same_numbers(
+    imagenet_folder, monkeypatch
+):
     data = opened("torch", 2, dataset="imagenet", data_dir=str(imagenet_folder), seed=3)
     paths = sorted(imagenet_folder.glob("train/*/*"))
     grey = [i for i, path in enumerate(paths) if Image.open(path).mode == "L"]
@@ -383,6 +443,8 @@ def test_imagenet_is_trained_on_torchvisions_random_crop_of_the_same_numbers(ima
         image = Image.open(paths[i]).convert("RGB")
         width, height = torch.tensor([image.size]).T
         (box,) = augment.crop_boxes(width, height, row[None, 1:]).tolist()
-        monkeypatch.setattr(T.RandomResizedCrop, "get_params", staticmethod(lambda *_, box=box: box))
+        monkeypatch.setattr(
+            T.RandomResizedCrop, "get_params", staticmethod(lambda *_, box=box: box)
+        )
         pipeline = [T.RandomResizedCrop(224), T.RandomHorizontalFlip(row[0].item()), T.ToTensor()]
         assert torch.equal(ours, T.Compose([*pipeline, T.Normalize(MEAN, STD)])(image)), paths[i]

@@ -1,4 +1,5 @@
-"""What runs on a GPU beside the same on a CPU or in float64: per-sample norms, estimators, tails, full gradients, whole runs."""
+"""What runs on a GPU beside the same on a CPU or in float64: per-sample norms, estimators, tails,
+full gradients, whole runs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,13 +20,16 @@ from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.train import main
 from fastsmooth.training import loop
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use"
+)
 DEVICE = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
 def as_a_process_of_its_own() -> Iterator[None]:
-    """Float32 that is float32, as the trainer has it; what runs set for the whole process is taken back."""
+    """Float32 that is float32, as the trainer has it; what runs set for the whole process is taken
+    back."""
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.compiler.reset()  # no function is compiled more than eight times in a process
     yield
@@ -36,14 +40,17 @@ def as_a_process_of_its_own() -> Iterator[None]:
 def on_the_gpu(model: nn.Module, *tensors: Tensor, layout=torch.channels_last) -> list:
     """The model and its images, in the order of memory that the trainer uses, and whatever else."""
     model = model.to(DEVICE, memory_format=layout)
-    return [model, *(t.to(DEVICE, memory_format=layout) if t.ndim == 4 else t.to(DEVICE) for t in tensors)]
+    return [
+        model,
+        *(t.to(DEVICE, memory_format=layout) if t.ndim == 4 else t.to(DEVICE) for t in tensors),
+    ]
 
 
 def close(found: Tensor, exact: Tensor, rtol: float) -> None:
     torch.testing.assert_close(found.cpu().double(), exact.cpu().double(), rtol=rtol, atol=1e-13)
 
 
-# Per-sample gradients ------------------------------------------------------------------------------------------------
+# Per-sample gradients
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
@@ -101,19 +108,25 @@ def test_a_compiled_model_gives_the_same_norms():
             close(found.noise, exact.noise, 1e-4)
 
 
-# Estimators, statistics, full gradients ------------------------------------------------------------------------------
+# Estimators, statistics, full gradients
 
 
 def test_estimators_agree_with_a_cpu():
     generator = torch.Generator().manual_seed(0)
-    parts = [[torch.randn(s, generator=generator, dtype=torch.float64) for s in ((40, 7), (9,), ())] for _ in range(5)]
+    parts = [
+        [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((40, 7), (9,), ())]
+        for _ in range(5)
+    ]
     sizes, noise = [9, 8, 8, 8, 8], torch.rand(41, generator=generator, dtype=torch.float64)
     found = []
     for device in (DEVICE, torch.device("cpu")):
         grads = [[t.to(device) for t in part] for part in parts]
         mean = estimators.weighted_mean(grads, sizes)
         found.append(
-            (estimators.per_sample([noise.to(device).tolist()], 90), estimators.micro_batch(grads, mean, sizes, 90))
+            (
+                estimators.per_sample([noise.to(device).tolist()], 90),
+                estimators.micro_batch(grads, mean, sizes, 90),
+            )
         )
     for ours, exact in zip(*found, strict=True):
         assert (ours.value, ours.error) == pytest.approx((exact.value, exact.error), rel=1e-12)
@@ -124,7 +137,10 @@ def test_statistics_of_noise_agree_with_a_cpu():
     sizes = [BLOCK["cuda"] - 5, 1001]  # a block of the GPU and a piece of the next
     summaries = []
     draws = [
-        [torch.randn(n, generator=generator).exp_() * torch.randn(n, generator=generator) for n in sizes]
+        [
+            torch.randn(n, generator=generator).exp_() * torch.randn(n, generator=generator)
+            for n in sizes
+        ]
         for _ in range(3)
     ]
     for device in (DEVICE, torch.device("cpu")):
@@ -153,17 +169,67 @@ def test_the_full_gradient_is_that_of_a_cpu(bn, norm):
         torch.testing.assert_close(g.cpu(), e, rtol=1e-8, atol=1e-12)
 
 
-# Whole runs ----------------------------------------------------------------------------------------------------------
+# Whole runs
 
 EAGER = [*EXACT, "--compile", "off"]
 RUNS = {
     "per-sample": ["--norm", "group", "--track-noise", "every=20", "--epochs", "2"],
     "per-sample, frozen": ["--bn", "frozen", "--track-noise", "every=20", "--epochs", "1"],
-    "micro-batch": ["--track-noise", "every=20", "--epochs", "2", "--method", "hybrid", "--decay-epoch", "1"],
-    "sampling": ["--mode", "sampling", "--steps", "0", "30", "--draws", "3", "--optimizer", "nshb", "--bn", "eval"],
-    "sampling, batch statistics": ["--mode", "sampling", "--steps", "0", "30", "--draws", "3", "--save-omega"],
-    "critical": ["--mode", "critical", "--eps", "1.6", "1.2", "1e-6", "--epochs", "2", "--min-epochs", "0"],
-    "critical, full gradients": ["--mode", "critical", "--criterion", "full-grad", "--eps", "0.5", "--epochs", "2"],
+    "micro-batch": [
+        "--track-noise",
+        "every=20",
+        "--epochs",
+        "2",
+        "--method",
+        "hybrid",
+        "--decay-epoch",
+        "1",
+    ],
+    "sampling": [
+        "--mode",
+        "sampling",
+        "--steps",
+        "0",
+        "30",
+        "--draws",
+        "3",
+        "--optimizer",
+        "nshb",
+        "--bn",
+        "eval",
+    ],
+    "sampling, batch statistics": [
+        "--mode",
+        "sampling",
+        "--steps",
+        "0",
+        "30",
+        "--draws",
+        "3",
+        "--save-omega",
+    ],
+    "critical": [
+        "--mode",
+        "critical",
+        "--eps",
+        "1.6",
+        "1.2",
+        "1e-6",
+        "--epochs",
+        "2",
+        "--min-epochs",
+        "0",
+    ],
+    "critical, full gradients": [
+        "--mode",
+        "critical",
+        "--criterion",
+        "full-grad",
+        "--eps",
+        "0.5",
+        "--epochs",
+        "2",
+    ],
 }
 
 
@@ -173,7 +239,9 @@ def run(out: Path, *flags: str, device: str = DEVICE.type, code: int = 0) -> Pat
 
 
 def without_times(out: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(out)]
+    return [
+        {key: value for key, value in row.items() if key not in TIMES} for row in read_rows(out)
+    ]
 
 
 def written(out: Path, name: str) -> dict | None:
@@ -193,7 +261,10 @@ def test_an_interrupted_run_ends_as_one_that_was_not(name, tmp_path):
 @pytest.mark.parametrize("name", ["per-sample", "per-sample, frozen", "micro-batch", "sampling"])
 def test_the_first_measurement_is_that_of_a_cpu(name, tmp_path):
     """Before training, which amplifies rounding."""
-    outs = [run(tmp_path / out, *EAGER, *RUNS[name], device=d) for out, d in (("gpu", DEVICE.type), ("cpu", "cpu"))]
+    outs = [
+        run(tmp_path / out, *EAGER, *RUNS[name], device=d)
+        for out, d in (("gpu", DEVICE.type), ("cpu", "cpu"))
+    ]
     found, exact = (next(row for row in read_rows(out) if row["kind"] == "measure") for out in outs)
     keys = (
         ["c2_sampled", "noise_norm", "full_grad_norm"]
@@ -216,15 +287,40 @@ def test_training_with_measurements_is_training_without(name, tmp_path):
 
 def test_a_growing_batch_compiles_once(tmp_path):
     """Training step and evaluation: two graphs, whatever lr and batch do."""
-    flags = ["--method", "hybrid", "--epochs", "5", "--decay-epoch", "1", "--optimizer", "shb", "--lr", "0.02"]
+    flags = [
+        "--method",
+        "hybrid",
+        "--epochs",
+        "5",
+        "--decay-epoch",
+        "1",
+        "--optimizer",
+        "shb",
+        "--lr",
+        "0.02",
+    ]
     out = run(tmp_path / "run", *flags, "--compile", "on")
     assert written(out, "summary.json")["compiled_graphs"] == 2
     assert written(out, "summary.json")["final_test_acc"] > 0.95
 
 
 @pytest.mark.parametrize("bn, graphs", [("train", 1), ("eval", 2)])
-def test_compiled_measurements_agree_with_eager_ones_and_compile_nothing_again(bn, graphs, tmp_path):
-    flags = ["--mode", "sampling", "--steps", "0", "2", "--draws", "3", "--batchsize", "100", "--bn", bn]
+def test_compiled_measurements_agree_with_eager_ones_and_compile_nothing_again(
+    bn, graphs, tmp_path
+):
+    flags = [
+        "--mode",
+        "sampling",
+        "--steps",
+        "0",
+        "2",
+        "--draws",
+        "3",
+        "--batchsize",
+        "100",
+        "--bn",
+        bn,
+    ]
     points = []
     for compile in ("on", "off"):
         out = run(tmp_path / compile, *flags, "--compile", compile)
@@ -234,7 +330,7 @@ def test_compiled_measurements_agree_with_eager_ones_and_compile_nothing_again(b
         assert points[0][key] == pytest.approx(points[1][key], rel=1e-3), key
 
 
-# Chunks that do not fit in memory ------------------------------------------------------------------------------------
+# Chunks that do not fit in memory
 
 SAMPLING = [*EAGER, "--mode", "sampling", "--draws", "2", "--bn", "eval", "--model", "resnet20"]
 

@@ -1,4 +1,5 @@
-"""The index of a tree's image files: what their headers say, which of them are bad, and how it is kept."""
+"""The index of a tree's image files: what their headers say, which of them are bad, and how it is
+kept."""
 
 import errno
 import os
@@ -41,7 +42,9 @@ def read(monkeypatch) -> list[str]:
 
 
 def listed(root: Path) -> tuple[str, ...]:
-    return tuple(sorted(os.path.join(base, file) for base, _, files in os.walk(root) for file in files))
+    return tuple(
+        sorted(os.path.join(base, file) for base, _, files in os.walk(root) for file in files)
+    )
 
 
 def indexed(root: Path, *given):
@@ -63,13 +66,22 @@ def png(bits: int, colour: int, interlace: int = 0, before: bytes = b"") -> byte
     """A PNG of 40x24 black pixels: colour 0 is gray, 2 is RGB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", *SIZE, bits, colour, 0, 0, interlace)
-    rows = 45 if interlace else SIZE[1]  # a byte each; the 7 passes of an interlaced image have rows of their own
+    # a byte each; the 7 passes of an interlaced image have rows of their own
+    rows = 45 if interlace else SIZE[1]
     data = zlib.compress(bytes(rows + SIZE[0] * SIZE[1] * bits * (3 if colour == 2 else 1) // 8))
     extra = chunk(b"tRNS", before) if before else b""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
+    )
 
 
 def rotated() -> bytes:
@@ -118,7 +130,9 @@ NOT_PLAIN = {
     [(*item, True) for item in PLAIN.items()] + [(*item, False) for item in NOT_PLAIN.items()],
     ids=[*PLAIN, *NOT_PLAIN],
 )
-def test_a_header_gives_the_stored_size_and_whether_the_file_is_plain(tmp_path, name, content, plain):
+def test_a_header_gives_the_stored_size_and_whether_the_file_is_plain(
+    tmp_path, name, content, plain
+):
     root = tree(tmp_path / "tree", {name: content})
     assert images.open_image(str(root / name)).size == SIZE
     for _ in range(2):  # read, then kept
@@ -128,11 +142,17 @@ def test_a_header_gives_the_stored_size_and_whether_the_file_is_plain(tmp_path, 
 
 
 def test_the_index_is_made_of_arrays_in_the_order_of_the_paths(tmp_path):
-    files = {f"{name[::-1]}/{k}.png": encoded(noise((9 + k, 30 + k)), "PNG") for name in ("ab", "ca") for k in range(9)}
+    files = {
+        f"{name[::-1]}/{k}.png": encoded(noise((9 + k, 30 + k)), "PNG")
+        for name in ("ab", "ca")
+        for k in range(9)
+    }
     paths = listed(tree(tmp_path / "tree", files))
     for order in (paths, paths[::-1], paths[5:] + paths[:5]):
         found = read_index(order, str(tmp_path / "tree"))
-        assert sizes(found) == [(9 + int(Path(path).stem), 30 + int(Path(path).stem)) for path in order]
+        assert sizes(found) == [
+            (9 + int(Path(path).stem), 30 + int(Path(path).stem)) for path in order
+        ]
         assert found.size.tolist() == [os.path.getsize(path) for path in order]
     dtypes = [array.dtype for array in (found.width, found.height, found.size, found.plain)]
     assert dtypes == [np.int32, np.int32, np.int64, bool]
@@ -141,7 +161,14 @@ def test_the_index_is_made_of_arrays_in_the_order_of_the_paths(tmp_path):
 def test_no_images_make_an_empty_index(tmp_path):
     for _ in range(2):
         found = read_index((), str(tmp_path))
-        assert len(found.width) == len(found.height) == len(found.size) == len(found.plain) == len(found.bad) == 0
+        assert (
+            len(found.width)
+            == len(found.height)
+            == len(found.size)
+            == len(found.plain)
+            == len(found.bad)
+            == 0
+        )
 
 
 def test_imagenets_sizes_are_pillows(imagenet_folder):
@@ -166,10 +193,16 @@ def refused(root: Path, name: str, reason: str) -> None:
     with pytest.raises(images.DataError) as error:
         images.open_image(str(root / name))
     for _ in range(2):  # read, then kept
-        found = read_index([str(root / n) for n in ("a-good-one.png", name, "z-good-one.png")], str(root))
+        found = read_index(
+            [str(root / n) for n in ("a-good-one.png", name, "z-good-one.png")], str(root)
+        )
         assert found.bad == {1: str(error.value)}
         assert found.bad[1].startswith(f"{root / name}: ") and reason in found.bad[1]
-        assert sizes(found) == [(32, 32), (0, 0), (32, 32)] and found.plain.tolist() == [True, False, True]
+        assert sizes(found) == [(32, 32), (0, 0), (32, 32)] and found.plain.tolist() == [
+            True,
+            False,
+            True,
+        ]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -178,12 +211,15 @@ def test_a_header_that_cannot_be_read_is_bad(tmp_path, name):
     refused(tree(tmp_path / "tree", {name: content}), name, reason)
 
 
-@pytest.mark.parametrize("share", [1.5, 3])  # Pillow itself only refuses what is over twice its limit
+# Pillow itself only refuses what is over twice its limit
+@pytest.mark.parametrize("share", [1.5, 3])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_that_is_too_large_to_decode_safely_is_bad(tmp_path, monkeypatch, share):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     root = tree(tmp_path / "tree", {"big.png": noise((100, int(50 * share)))})
-    refused(root, "big.png", "the image is too large to decode safely: remove it or make it smaller")
+    refused(
+        root, "big.png", "the image is too large to decode safely: remove it or make it smaller"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -197,7 +233,8 @@ def test_the_limit_on_pixels_holds_for_what_was_kept_before_it_fell(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("target", "reason"), [("gone.png", "No such file"), ("link.png", "symbolic links"), (".", "Is a directory")]
+    ("target", "reason"),
+    [("gone.png", "No such file"), ("link.png", "symbolic links"), (".", "Is a directory")],
 )
 def test_a_link_that_leads_to_no_file_is_bad(tmp_path, target, reason):
     root = tree(tmp_path / "tree", {"link.png": None})
@@ -216,7 +253,9 @@ def test_a_file_that_may_not_be_read_is_bad(tmp_path):
 
 def test_every_bad_file_is_named_by_its_position_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "CHUNK", 2)
-    root = tree(tmp_path / "tree", {f"{k:02}.png": b"bad" if k % 3 == 0 else solid() for k in range(20)})
+    root = tree(
+        tmp_path / "tree", {f"{k:02}.png": b"bad" if k % 3 == 0 else solid() for k in range(20)}
+    )
     for _ in range(2):
         bad = indexed(root).bad
         assert list(bad) == list(range(0, 20, 3))
@@ -240,7 +279,11 @@ def test_a_file_that_changes_while_it_is_read_is_bad(tmp_path, monkeypatch):
 
     def fail_once(path):
         calls.append(path)
-        return pillow(path) if path.endswith("2.png") and calls.count(path) > 1 else pillow(f"{path}.gone")
+        return (
+            pillow(path)
+            if path.endswith("2.png") and calls.count(path) > 1
+            else pillow(f"{path}.gone")
+        )
 
     monkeypatch.setattr(Image, "open", fail_once)
     assert "2.png: it changed while it was read" in indexed(root).bad[1]
@@ -251,7 +294,11 @@ def test_nothing_is_read_or_written_the_second_time(tmp_path, cache, read):
     first = indexed(root)
     (kept,) = cache.iterdir()
     before = kept.stat()
-    assert sorted(read) == ["1.png", "2.png", "3.png"] and kept.name.startswith("index-") and kept.suffix == ".npz"
+    assert (
+        sorted(read) == ["1.png", "2.png", "3.png"]
+        and kept.name.startswith("index-")
+        and kept.suffix == ".npz"
+    )
     read.clear()
     second = indexed(root)
     assert read == [] and kept.stat() == before
@@ -260,10 +307,12 @@ def test_nothing_is_read_or_written_the_second_time(tmp_path, cache, read):
 
 
 def overwrite(path: Path, size: int | None = None, later: int = 0) -> None:
-    """Another image in the file, of this many bytes and this much later, in ns; as before where not given."""
+    """Another image in the file, of this many bytes and this much later, in ns; as before where not
+    given."""
     before = os.stat(path)
     content = encoded(solid(size=(7, 5)), "PNG")
-    path.write_bytes(content + bytes((size or before.st_size) - len(content)))  # PNG readers stop at the end chunk
+    # PNG readers stop at the end chunk
+    path.write_bytes(content + bytes((size or before.st_size) - len(content)))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + later))
 
 
@@ -282,7 +331,13 @@ def test_files_that_were_added_are_read_alone(tmp_path, read):
     root = three_images(tmp_path / "tree")
     indexed(root)
     read.clear()
-    tree(root, {"0.png": encoded(solid(size=(7, 5)), "PNG"), "2-and-a-half.png": encoded(solid(size=(8, 6)), "PNG")})
+    tree(
+        root,
+        {
+            "0.png": encoded(solid(size=(7, 5)), "PNG"),
+            "2-and-a-half.png": encoded(solid(size=(8, 6)), "PNG"),
+        },
+    )
     expected = [(7, 5), THREE[0], (8, 6), *THREE[1:]]
     assert sizes(indexed(root)) == expected and sorted(read) == ["0.png", "2-and-a-half.png"]
     read.clear()
@@ -332,7 +387,11 @@ def test_a_tree_is_the_same_by_its_relative_path(tmp_path, monkeypatch, read):
     root = three_images(tmp_path / "tree")
     indexed(root)
     read.clear()
-    for folder, relative, prefix in [(tmp_path, "tree", "tree/"), (root, ".", ""), (root, "../tree/", "../tree/")]:
+    for folder, relative, prefix in [
+        (tmp_path, "tree", "tree/"),
+        (root, ".", ""),
+        (root, "../tree/", "../tree/"),
+    ]:
         monkeypatch.chdir(folder)
         assert sizes(read_index([f"{prefix}{k}.png" for k in (1, 2, 3)], relative)) == THREE
     assert read == []
@@ -372,7 +431,9 @@ UNFIT = {
     "a name too many": {"names": lambda a: np.append(a, a[:6])},
     "records of floats": {"table": lambda a: np.ones((3, 5))},
     "fields of another type": {
-        "table": lambda a: a.astype([(n, "<i8") if n == "width" else (n, a.dtype[n]) for n in a.dtype.names])
+        "table": lambda a: a.astype(
+            [(n, "<i8") if n == "width" else (n, a.dtype[n]) for n in a.dtype.names]
+        )
     },
     "a field too many": {"table": lambda a: np.ones(3, [*a.dtype.descr, ("more", "u1")])},
     "a record too few": {"table": lambda a: a[:-1]},
@@ -391,7 +452,9 @@ def test_a_cache_that_does_not_fit_is_built_again(tmp_path, cache, read, what):
     assert sizes(indexed(root)) == THREE and len(read) == 3
 
 
-@pytest.mark.parametrize("field", [{"width": -12}, {"height": -22}, {"width": -12, "height": -22}, {"width": 2**30}])
+@pytest.mark.parametrize(
+    "field", [{"width": -12}, {"height": -22}, {"width": -12, "height": -22}, {"width": 2**30}]
+)
 def test_a_record_with_an_impossible_size_is_read_again(tmp_path, cache, read, field):
     root = three_images(tmp_path / "tree")
     indexed(root)
@@ -421,8 +484,11 @@ DAMAGED = {
     "no bytes": lambda content: b"",
     "half": lambda content: content[: len(content) // 2],
     "words": lambda content: b"no cache\n" * 100,
-    "a flipped byte": lambda content: content.replace(b"2.png", b"7.png"),  # the archive has checksums
-    "one array": lambda content: b"\x93NUMPY\x01\x00" + struct.pack("<H", 61) + b"{'descr':'<i8'}".ljust(60) + b"\n",
+    # the archive has checksums
+    "a flipped byte": lambda content: content.replace(b"2.png", b"7.png"),
+    "one array": lambda content: (
+        b"\x93NUMPY\x01\x00" + struct.pack("<H", 61) + b"{'descr':'<i8'}".ljust(60) + b"\n"
+    ),
     "a pickle": pickle.dumps,
 }
 
@@ -439,10 +505,14 @@ def test_a_damaged_cache_is_built_again(tmp_path, cache, read, what):
 
 
 @pytest.mark.parametrize(
-    "who", ["is another user's", "may be written by the group", "may be written by all", "is a pipe"]
+    "who",
+    ["is another user's", "may be written by the group", "may be written by all", "is a pipe"],
 )
-def test_a_cache_that_others_may_have_written_is_not_believed(tmp_path, cache, read, monkeypatch, who):
-    """Sizes that are wrong would be other pixels, without a word; it is replaced by one that is believed."""
+def test_a_cache_that_others_may_have_written_is_not_believed(
+    tmp_path, cache, read, monkeypatch, who
+):
+    """Sizes that are wrong would be other pixels, without a word; it is replaced by one that is
+    believed."""
     before = os.umask(0o002)  # as on systems with a group for every user
     try:
         root = three_images(tmp_path / "tree")
@@ -490,8 +560,12 @@ def test_a_cache_with_python_objects_is_not_unpickled(tmp_path, cache, name):
     assert sizes(indexed(root)) == THREE and not mark.exists()
 
 
-@pytest.mark.parametrize("obstacle", ["a file for the folder", "a folder for the file", "no home", "read-only"])
-def test_a_cache_that_cannot_be_written_costs_nothing_but_the_cache(tmp_path, cache, monkeypatch, obstacle):
+@pytest.mark.parametrize(
+    "obstacle", ["a file for the folder", "a folder for the file", "no home", "read-only"]
+)
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_cache(
+    tmp_path, cache, monkeypatch, obstacle
+):
     root = three_images(tmp_path / "tree")
     if obstacle == "a file for the folder":
         cache.parent.write_bytes(b"")
@@ -526,7 +600,9 @@ def test_a_cache_that_could_not_be_finished_leaves_the_old_one(tmp_path, cache, 
     assert list(cache.iterdir()) == [kept] and kept.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", [b"two\nlines\r.png", b"\xff\xfe.png", b"\xff\xfe/\n/x.png", "é 素.png".encode()])
+@pytest.mark.parametrize(
+    "name", [b"two\nlines\r.png", b"\xff\xfe.png", b"\xff\xfe/\n/x.png", "é 素.png".encode()]
+)
 def test_odd_file_names_are_read_kept_and_named_on_one_line(tmp_path, read, name):
     root = three_images(tmp_path / "tree")
     path = os.fsencode(root) + b"/" + name
@@ -536,7 +612,11 @@ def test_odd_file_names_are_read_kept_and_named_on_one_line(tmp_path, read, name
             file.write(encoded(solid(size=(7, 5)), "PNG"))
     except OSError:
         pytest.skip("this file system wants UTF-8")
-    paths = [*listed(root)[:3], os.fsdecode(path)] if b"\n" not in name else [os.fsdecode(path), str(root / "1.png")]
+    paths = (
+        [*listed(root)[:3], os.fsdecode(path)]
+        if b"\n" not in name
+        else [os.fsdecode(path), str(root / "1.png")]
+    )
     at = paths.index(os.fsdecode(path))
     assert sizes(read_index(paths, str(root)))[at] == (7, 5)
     read.clear()
@@ -544,10 +624,13 @@ def test_odd_file_names_are_read_kept_and_named_on_one_line(tmp_path, read, name
     with open(path, "wb"):
         pass  # now it is empty
     message = read_index(paths, str(root)).bad[at]
-    assert message == " ".join(f"{os.fsdecode(path)}: not an image that can be read: remove it".splitlines())
+    assert message == " ".join(
+        f"{os.fsdecode(path)}: not an image that can be read: remove it".splitlines()
+    )
 
 
-@pytest.mark.parametrize("seconds", [-(10**9), 0, 10**10])  # 1938, 1970, 2286: in ns, the last needs 64 bits unsigned
+# 1938, 1970, 2286: in ns, the last needs 64 bits unsigned
+@pytest.mark.parametrize("seconds", [-(10**9), 0, 10**10])
 def test_a_file_may_be_of_any_time(tmp_path, read, seconds):
     root = three_images(tmp_path / "tree")
     os.utime(root / "2.png", (seconds, seconds))
@@ -563,7 +646,8 @@ def test_progress_is_told_now_and_then_only_when_it_takes_long(tmp_path, monkeyp
     assert lines == []
     shutil.rmtree(tmp_path / "cache")
     clock = iter(range(10**6))
-    monkeypatch.setattr(index, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a chunk
+    # a second a chunk
+    monkeypatch.setattr(index, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     indexed(root, lines.append)
     steps = [15, 70]  # the third chunk is after 2 s; then every 10 s, of which telling takes one
     phases = ["looking for changed image files", "reading image headers"]

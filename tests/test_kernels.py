@@ -1,6 +1,8 @@
-"""Every kernel in each of its implementations against float64: Triton (interpreted where there is no GPU), C++, PyTorch.
+"""Every kernel in each of its implementations against float64: Triton (interpreted where there is
+no GPU), C++, PyTorch.
 
-A result may be at most twice as far from float64 as plain PyTorch in the kernel's own precision, or two roundings.
+A result may be at most twice as far from float64 as plain PyTorch in the kernel's own precision, or
+two roundings.
 """
 
 import pytest
@@ -68,7 +70,9 @@ def assert_as_exact_as_torch(found, exact, plain):
 def tensors(dtype=torch.float32, form="shb", shapes=SHAPES):
     params = [randn(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes)]
     grads = [randn(*s, dtype=dtype, seed=100 + i) for i, s in enumerate(shapes)]
-    buffers = [randn(*s, dtype=backend.buffer_dtype(dtype), seed=200 + i) for i, s in enumerate(shapes)]
+    buffers = [
+        randn(*s, dtype=backend.buffer_dtype(dtype), seed=200 + i) for i, s in enumerate(shapes)
+    ]
     return params, grads, buffers if form != "sgd" else []
 
 
@@ -78,7 +82,9 @@ def copies(ts):
 
 def moved(implementation, form, params, grads, buffers, decay=0.0):
     params, buffers = copies(params), copies(buffers)
-    squares = update.IMPLEMENTATIONS[implementation](params, grads, buffers, *rule(form, decay=decay))
+    squares = update.IMPLEMENTATIONS[implementation](
+        params, grads, buffers, *rule(form, decay=decay)
+    )
     return params, buffers, squares
 
 
@@ -136,7 +142,8 @@ def test_cxx_has_the_bits_of_plain_pytorch(form, dtype):
 @every_implementation
 @pytest.mark.parametrize("offset", [0, 1])
 def test_update_stays_inside_its_tensors(implementation, offset):
-    """Parameters, gradient and momentum in the middle of larger memory, aligned to 16 bytes and not."""
+    """Parameters, gradient and momentum in the middle of larger memory, aligned to 16 bytes and
+    not."""
     size = 8193
     memory = [torch.full((16 + size + 16,), 7.0, device=DEVICE) for _ in range(3)]
     p, g, m = (x[16 + offset : 16 + offset + size] for x in memory)
@@ -171,7 +178,9 @@ def test_update_repeats_its_bits(implementation, form):
     given = tensors(torch.float32, form)
     first, second = moved(implementation, form, *given), moved(implementation, form, *given)
     assert torch.equal(first[2], second[2])
-    assert all(torch.equal(x, y) for x, y in zip(first[0] + first[1], second[0] + second[1], strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(first[0] + first[1], second[0] + second[1], strict=True)
+    )
 
 
 def at_threads(count, function):
@@ -191,7 +200,14 @@ def test_the_number_of_threads_changes_no_bit():
     def both():
         params, buffers, squares = moved("native", "shb", *given)
         x, v = p.clone(), m.clone()
-        return [*params, *buffers, squares, x, v, *persample_noise.persample_noise(G, x, v, *rule("qhm"))]
+        return [
+            *params,
+            *buffers,
+            squares,
+            x,
+            v,
+            *persample_noise.persample_noise(G, x, v, *rule("qhm")),
+        ]
 
     for found, expected in zip(at_threads(3, both), at_threads(1, both), strict=True):
         assert torch.equal(found, expected)
@@ -199,12 +215,19 @@ def test_the_number_of_threads_changes_no_bit():
 
 def test_update_serves_each_dtype_and_each_order_of_memory():
     p = randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
-    g, m = randn(8, 4, 3, 3, seed=1), torch.zeros_like(p)  # the gradient's values are in another order
-    q, h, n = randn(33, dtype=torch.bfloat16, seed=2), randn(33, dtype=torch.bfloat16, seed=3), randn(33, seed=4)
+    # the gradient's values are in another order
+    g, m = randn(8, 4, 3, 3, seed=1), torch.zeros_like(p)
+    q, h, n = (
+        randn(33, dtype=torch.bfloat16, seed=2),
+        randn(33, dtype=torch.bfloat16, seed=3),
+        randn(33, seed=4),
+    )
     exact = [definition("shb", *given, 0.0)[0] for given in ((p, g, m), (q, h, n))]
     squares = update.update([p, q], [g, h], [m, n], *rule("shb"))
     assert distance(p, exact[0]) < 1e-6 and distance(q, exact[1]) < 0.01
-    torch.testing.assert_close(squares[0], g.double().square().sum() + h.double().square().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        squares[0], g.double().square().sum() + h.double().square().sum(), rtol=1e-6, atol=0
+    )
 
 
 def test_update_refuses_what_does_not_fit():
@@ -262,7 +285,11 @@ def rows_and_vectors(B, P, form="shb", dtype=torch.float32, p_dtype=torch.float3
     return G, randn(P, dtype=p_dtype, seed=2), randn(P, seed=3) if form != "sgd" else None
 
 
-SIZES = [(B, P) for B in (2, 3, 8, 63, 64, 257) for P in (1, 7, 1023, 1024)] + [(2, 100_003), (8, 100_003), (257, 5003)]
+SIZES = [(B, P) for B in (2, 3, 8, 63, 64, 257) for P in (1, 7, 1023, 1024)] + [
+    (2, 100_003),
+    (8, 100_003),
+    (257, 5003),
+]
 
 
 def check_noise(implementation, form, G, p, m, decay):
@@ -311,7 +338,8 @@ def test_persample_noise_takes_float64(implementation, B, P):
 @every_implementation
 @pytest.mark.parametrize("B", [2, 64, 257])
 def test_small_deviations_from_a_large_mean_keep_their_digits(implementation, B):
-    """Mean 1e4, deviations 1e-2, of which float32 holds ten steps: E[x^2] - E[x]^2 would have none right."""
+    """Mean 1e4, deviations 1e-2, of which float32 holds ten steps: E[x^2] - E[x]^2 would have none
+    right."""
     G = 1e4 + 1e-2 * randn(B, 5000)
     p, m = randn(5000), randn(5000)
     found = noisy(implementation, "shb", G, p, m)[2]
@@ -373,7 +401,8 @@ def test_persample_noise_moves_as_update_does_along_the_mean(form):
     squares = update.update([q], [mean], [] if n is None else [n], *rule(form, decay=0.01))
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.sums[:2], squares, rtol=1e-5, atol=0)
-    total = found.noise.sum() + len(G) * found.sums[0]  # sum ||G_i||^2 = sum ||G_i - mean||^2 + B ||mean||^2
+    # sum ||G_i||^2 = sum ||G_i - mean||^2 + B ||mean||^2
+    total = found.noise.sum() + len(G) * found.sums[0]
     torch.testing.assert_close(found.squares.sum(), total, rtol=1e-6, atol=0)
 
 
@@ -402,11 +431,17 @@ def test_persample_noise_refuses_what_does_not_fit():
 
 def test_the_operators_are_registered_as_pytorch_expects():
     params, grads, buffers = tensors(shapes=[(5, 3), (7,)])
-    torch.library.opcheck(torch.ops.fastsmooth.update.default, (params, grads, buffers, *operands("shb")))
-    torch.library.opcheck(torch.ops.fastsmooth.update.default, (params, grads, [], *operands("sgd")))
+    torch.library.opcheck(
+        torch.ops.fastsmooth.update.default, (params, grads, buffers, *operands("shb"))
+    )
+    torch.library.opcheck(
+        torch.ops.fastsmooth.update.default, (params, grads, [], *operands("sgd"))
+    )
     G, p, m = rows_and_vectors(3, 40)
     torch.library.opcheck(torch.ops.fastsmooth.persample_noise.default, (G, p, m, *operands("qhm")))
-    torch.library.opcheck(torch.ops.fastsmooth.persample_noise.default, (G, p, None, *operands("sgd")))
+    torch.library.opcheck(
+        torch.ops.fastsmooth.persample_noise.default, (G, p, None, *operands("sgd"))
+    )
 
 
 def test_autograd_sees_that_the_kernels_change_their_tensors():
@@ -486,12 +521,15 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch, fre
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler found"):
         update.update([p], [g], [], *rule("sgd", device=torch.device("cpu")))
     torch.testing.assert_close(p, expected)
-    update.update([p], [g], [], *rule("sgd", device=torch.device("cpu")))  # a second warning would fail the test
+    # a second warning would fail the test
+    update.update([p], [g], [], *rule("sgd", device=torch.device("cpu")))
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, fresh_cache):
     failing = fresh_cache / "cc-broken"
-    failing.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit 0\necho "no such luck" >&2\nexit 1\n')
+    failing.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit 0\necho "no such luck" >&2\nexit 1\n'
+    )
     failing.chmod(0o755)
     monkeypatch.setenv("CXX", str(failing))
     with pytest.raises(native.BuildError, match="cc-broken: no such luck"):

@@ -1,4 +1,5 @@
-"""kernels.augment in each of its implementations, bit for bit what torchvision makes of PIL images."""
+"""kernels.augment in each of its implementations, bit for bit what torchvision makes of PIL
+images."""
 
 import itertools
 import json
@@ -37,7 +38,8 @@ def chosen(implementation, monkeypatch):
 
 @pytest.fixture
 def few(implementation, size, monkeypatch):
-    """Whether to be content with few images: Triton's interpreter takes 30 ms a block. At 224 it gets larger blocks."""
+    """Whether to be content with few images: Triton's interpreter takes 30 ms a block. At 224 it
+    gets larger blocks."""
     interpreted = implementation == "triton" and DEVICE.type == "cpu"
     if interpreted and size == 224:
         monkeypatch.setattr(kernel, "BLOCK", 1 << 14)
@@ -46,7 +48,9 @@ def few(implementation, size, monkeypatch):
 
 def stored(count: int, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(size)
-    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator).to(DEVICE)
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator).to(
+        DEVICE
+    )
 
 
 def table() -> torch.Tensor:
@@ -67,23 +71,35 @@ def drawn_moves(params: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def extreme_moves(size: int) -> torch.Tensor:
-    """Far and barely out of the image on every side, the largest angles, and any other number for a flip."""
+    """Far and barely out of the image on every side, the largest angles, and any other number for a
+    flip."""
     one = drawing.ONE
     rotations = [
         (0, 0, one, 0, 0),
         (one * (size - 1), one * (size - 1), -one, 0, 0),
         (0, one * (size - 1), 0, one, -one),
     ]
-    rotations += [(2**30, -(2**30), one, 0, 0), (-(2**30), 2**30, 0, one, -one), (-1, -1, one, 0, 0)]
+    rotations += [
+        (2**30, -(2**30), one, 0, 0),
+        (-(2**30), 2**30, 0, one, -one),
+        (-1, -1, one, 0, 0),
+    ]
     rotations += [(one // 2, one // 2, 3 * one, one, -one), (5, 9, one // 7, -one // 3, one // 3)]
     shifts = [(0, 0), (size, 0), (0, -size), (size - 1, 1 - size), (-(2**29), 2**29), (1, 1)]
-    rows = [(*rotation, *shift, flip) for rotation in rotations for shift in shifts for flip in (0, 1, -3)]
+    rows = [
+        (*rotation, *shift, flip)
+        for rotation in rotations
+        for shift in shifts
+        for flip in (0, 1, -3)
+    ]
     return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
 
 
 def reference(pixels, rows, moves, table):
     count = len(pixels) if rows is None else len(rows)
-    return kernel.augment_ref(pixels, rows, moves, table, torch.empty(count, *pixels.shape[1:], device=pixels.device))
+    return kernel.augment_ref(
+        pixels, rows, moves, table, torch.empty(count, *pixels.shape[1:], device=pixels.device)
+    )
 
 
 def torchvision(array: torch.Tensor, row: list[float] | None, size: int) -> torch.Tensor:
@@ -103,13 +119,20 @@ def torchvision(array: torch.Tensor, row: list[float] | None, size: int) -> torc
 def test_a_batch_has_torchvisions_bits(chosen, few, size, moved):
     count = 6 if size == 224 else 48
     pixels, params = stored(count, size), parameters(count, size)
-    rows = torch.tensor([3, 0, count - 1, 3, *range(count)], device=DEVICE)  # one image is there more than once
+    # one image is there more than once
+    rows = torch.tensor([3, 0, count - 1, 3, *range(count)], device=DEVICE)
     if few:
         rows = rows[: 4 if size == 224 else 16]
     found = chosen(pixels, rows, drawn_moves(params, size) if moved else None, table())
-    assert found.dtype == torch.float32 and found.shape == (len(rows), size, size, 3) and found.is_contiguous()
+    assert (
+        found.dtype == torch.float32
+        and found.shape == (len(rows), size, size, 3)
+        and found.is_contiguous()
+    )
     for image, i in zip(found.cpu(), rows.tolist(), strict=True):
-        assert torch.equal(image, torchvision(pixels[i], params[i].tolist() if moved else None, size)), i
+        assert torch.equal(
+            image, torchvision(pixels[i], params[i].tolist() if moved else None, size)
+        ), i
 
 
 @every_implementation
@@ -152,8 +175,12 @@ def test_what_is_given_to_write_to_is_written_and_nothing_beside_it(chosen, size
         out = memory[64 + offset : 64 + offset + count * values].view(count, size, size, 3)
         before = pixels.clone()
         assert chosen(pixels, rows, moves, table(), out) is out
-        assert torch.equal(out, reference(pixels, rows, moves, table())) and torch.equal(pixels, before)
-        assert (memory[: 64 + offset] == 7).all() and (memory[64 + offset + count * values :] == 7).all()
+        assert torch.equal(out, reference(pixels, rows, moves, table())) and torch.equal(
+            pixels, before
+        )
+        assert (memory[: 64 + offset] == 7).all() and (
+            memory[64 + offset + count * values :] == 7
+        ).all()
 
 
 @every_implementation
@@ -161,7 +188,12 @@ def test_what_is_given_to_write_to_is_written_and_nothing_beside_it(chosen, size
 def test_a_batch_of_none_is_empty(chosen, size):
     pixels, moves = stored(4, size), drawn_moves(parameters(4, size), size)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    for given in [(pixels, none, moves), (pixels, none, None), (pixels[:0], None, moves[:0]), (pixels[:0], none, None)]:
+    for given in [
+        (pixels, none, moves),
+        (pixels, none, None),
+        (pixels[:0], None, moves[:0]),
+        (pixels[:0], none, None),
+    ]:
         assert chosen(*given, table()).shape == (0, size, size, 3)
     out = torch.empty(0, size, size, 3, device=DEVICE)
     assert chosen(pixels, none, moves, table(), out) is out
@@ -181,7 +213,11 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_what_does_not_fit_is_refused():
-    pixels, rows, moves = stored(4, 8), torch.tensor([0, 3, 1], device=DEVICE), drawn_moves(parameters(4, 8), 8)
+    pixels, rows, moves = (
+        stored(4, 8),
+        torch.tensor([0, 3, 1], device=DEVICE),
+        drawn_moves(parameters(4, 8), 8),
+    )
     out, values = torch.empty(3, 8, 8, 3, device=DEVICE), table()
     apart = torch.zeros(4, 8, 3, 8, dtype=torch.uint8, device=DEVICE).transpose(2, 3)
     meta = torch.device("meta")
@@ -212,7 +248,9 @@ def test_what_does_not_fit_is_refused():
         ("out", torch.empty(3, 3, 8, 8, device=DEVICE).permute(0, 2, 3, 1)),
         ("out", out.to(meta)),
     ]:
-        given = {"pixels": pixels, "rows": rows, "moves": moves, "table": values, "out": out} | {name: replaced}
+        given = {"pixels": pixels, "rows": rows, "moves": moves, "table": values, "out": out} | {
+            name: replaced
+        }
         with pytest.raises(ValueError, match=rf"^{name} \[.*wanted contiguous") as error:
             kernel.augment(**given)
         assert len(str(error.value).splitlines()) == 1
@@ -235,17 +273,21 @@ for arch, indexed, moved in itertools.product((80, 90, 100), (True, False), (Tru
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, "kernel.cubin")
         open(path, "wb").write(made.asm["cubin"])
-        usage, sass = aot.tool("cuobjdump", "-res-usage", path), aot.tool("nvdisasm", "-c", "-ndf", path)
+        usage = aot.tool("cuobjdump", "-res-usage", path)
+        sass = aot.tool("nvdisasm", "-c", "-ndf", path)
     code = aot.parse(sass, list(types), aot.LIMITS[arch].arguments)
     stores = [8 * a.width for a in code.accesses if not a.load]
-    print(json.dumps([arch, indexed, moved, usage, {k: len(v) for k, v in code.others.items()}, stores]))
+    others = {k: len(v) for k, v in code.others.items()}
+    print(json.dumps([arch, indexed, moved, usage, others, stores]))
 """
 
 
 @needs_triton
 def test_the_kernel_compiles_for_every_architecture_without_a_spill():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(cases) == 12 and {arch for arch, *_ in cases} == set(aot.LIMITS)

@@ -23,11 +23,13 @@ ALLOWED = {
     "runfolder": set(),
     "models": {"names"},
     "optim": {"forms", "kernels"},
-    "cli": {"forms", "schedule", "runfolder", "names", "processors", "data", "kernels"},  # the last two to examine them
+    # the last two to examine them
+    "cli": {"forms", "schedule", "runfolder", "names", "processors", "data", "kernels"},
     "data": {"kernels", "runfolder", "processors"},
     "noise": {"kernels", "schedule", "ranks", "optim"},
     "training": {
-        "noise", "data", "optim", "models", "schedule", "ranks", "cli", "runfolder", "kernels", "processors",
+        "noise", "data", "optim", "models", "schedule", "ranks", "cli", "runfolder", "kernels",
+        "processors",
     },
     "train": {"training", "noise", "data", "models", "ranks", "cli", "runfolder", "processors"},
     "sharpness": {"noise", "data", "models", "cli", "runfolder", "processors"},
@@ -42,14 +44,20 @@ def parts_imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "fastsmooth" else [f"fastsmooth.{a.name}" for a in node.names]
+            names = (
+                [node.module]
+                if node.module != "fastsmooth"
+                else [f"fastsmooth.{a.name}" for a in node.names]
+            )
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("fastsmooth.")}
     return found - {"__version__"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "fastsmooth").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "fastsmooth").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_imports_point_down_only(path):
     part = path.relative_to(ROOT / "fastsmooth").parts[0].removesuffix(".py")
     assert parts_imported(path) <= ALLOWED[part] | {part, "messages", "terminal"}
@@ -57,8 +65,10 @@ def test_imports_point_down_only(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
 def test_kernels_import_nothing_of_the_package_but_kernels(path):
-    assert parts_imported(path) <= {"kernels"} | ({"messages"} if path.name == "aot.py" else set())  # a command
-    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide other packages of that name
+    # a command
+    assert parts_imported(path) <= {"kernels"} | ({"messages"} if path.name == "aot.py" else set())
+    # it would hide other packages of that name
+    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def test_every_part_is_named_in_the_readme():
@@ -69,7 +79,10 @@ def test_every_part_is_named_in_the_readme():
 
 
 def test_flags_are_refused_before_torch_is_imported():
-    code = "import sys\nfrom fastsmooth.train import main\nassert main({argv}) == {code}\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys\nfrom fastsmooth.train import main\nassert main({argv}) == {code}\nassert "
+        "'torch' not in sys.modules"
+    )
     for argv, exit_code in ((["--help"], 0), (["--plan"], 0), (["--lr", "nan"], 2)):
         command = [sys.executable, "-c", code.format(argv=argv, code=exit_code)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

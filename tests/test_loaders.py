@@ -1,4 +1,5 @@
-"""The stream and its engines: every sample once whatever the batches, and PIL's pixels whoever decodes them."""
+"""The stream and its engines: every sample once whatever the batches, and PIL's pixels whoever
+decodes them."""
 
 import gc
 import json
@@ -63,7 +64,7 @@ def gone(names: tuple[str, ...] = ("fastsmooth data",)) -> bool:
     return True
 
 
-# The stream -----------------------------------------------------------------------------------------------------------
+# The stream
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,9 @@ def digits_by_epoch() -> list[torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_any_batches_on_any_ranks_are_the_permutation(digits_by_epoch, loader, workers, size, world):
+def test_any_batches_on_any_ranks_are_the_permutation(
+    digits_by_epoch, loader, workers, size, world
+):
     rng = random.Random(f"{loader} {size} {world}")
     data = opened(loader, workers, augment="crop-flip", seed=4, **chunk(loader, size))
     n, drop_last = len(data.train), world % 2 == 0
@@ -99,7 +102,9 @@ def test_any_batches_on_any_ranks_are_the_permutation(digits_by_epoch, loader, w
             for r, (x, y) in enumerate(batches):
                 places = torch.arange(cursor, end)
                 index = order[places[places % world == r]]
-                assert torch.equal(x, digits_by_epoch[epoch][index]) and torch.equal(y, labels[index])
+                assert torch.equal(x, digits_by_epoch[epoch][index]) and torch.equal(
+                    y, labels[index]
+                )
                 seen += index.tolist()
             cursor, batch_size = end, rng.randint(20, 400)
             for stream in ranks:  # in force at the very next batch
@@ -107,7 +112,11 @@ def test_any_batches_on_any_ranks_are_the_permutation(digits_by_epoch, loader, w
                 stream.batch_size = batch_size
         if not drop_last:
             assert cursor == n
-        assert cursor <= n and n - cursor < batch_size and sorted(seen) == sorted(order[:cursor].tolist())
+        assert (
+            cursor <= n
+            and n - cursor < batch_size
+            and sorted(seen) == sorted(order[:cursor].tolist())
+        )
     assert all((stream.epoch, stream.cursor) == (3, 0) for stream in ranks)
     for stream in ranks:
         stream.close()
@@ -118,7 +127,9 @@ def test_a_stream_goes_on_with_another_chunk_and_another_number_of_ranks(loader,
     rng = random.Random(loader)
     data = opened(loader, workers, augment="crop-flip-rotate", seed=2**40 + 1, **chunk(loader, 64))
     n, seed = len(data.train), 2**40 + 1
-    expected = [torch.cat([x for x, _ in every_batch(data.train, 100, seed, epoch)]) for epoch in range(3)]
+    expected = [
+        torch.cat([x for x, _ in every_batch(data.train, 100, seed, epoch)]) for epoch in range(3)
+    ]
     for other_size, world in [(7, 1), (100, 3), (2048, 2)]:
         first = stream_of(data, seed)
         first.batch_size = rng.randint(20, 200)
@@ -135,14 +146,18 @@ def test_a_stream_goes_on_with_another_chunk_and_another_number_of_ranks(loader,
         }  # fmt: skip
         assert state["epoch"] == 1 and 0 < state["cursor"] < n
         state = json.loads(json.dumps(state))
-        other = opened(loader, workers, augment="crop-flip-rotate", seed=seed, **chunk(loader, other_size))
+        other = opened(
+            loader, workers, augment="crop-flip-rotate", seed=seed, **chunk(loader, other_size)
+        )
         ranks = [stream_of(other, seed, rank=r, world=world) for r in range(world)]
         for r, stream in enumerate(ranks):
             stream.load_state_dict(state)
             for epoch, start in [(1, state["cursor"]), (2, 0)]:
                 stream.batch_size = rng.randint(20, 200)
                 found = torch.cat([x for x, _ in stream.rest_of_epoch()])
-                assert torch.equal(found, expected[epoch][[i for i in range(start, n) if i % world == r]])
+                assert torch.equal(
+                    found, expected[epoch][[i for i in range(start, n) if i % world == r]]
+                )
             stream.close()
 
 
@@ -158,7 +173,7 @@ def test_the_state_of_other_images_or_of_another_seed_is_refused():
     assert stream.cursor == 40
 
 
-# Pixels ---------------------------------------------------------------------------------------------------------------
+# Pixels
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +193,10 @@ def real_pixels(tmp_path_factory) -> np.ndarray:
 def test_images_in_memory_get_pils_pixels(real_pixels, kind):
     split, index = images.Split(np.zeros(4096, np.int64), real_pixels), torch.arange(4096)
     rows = augment.draw(kind, 32, 9, 4, index).tolist()
-    made = [augment.crop_flip_rotate(Image.fromarray(a), row, 32) for a, row in zip(real_pixels, rows, strict=True)]
+    made = [
+        augment.crop_flip_rotate(Image.fromarray(a), row, 32)
+        for a, row in zip(real_pixels, rows, strict=True)
+    ]
     expected = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)
     value, zero = torch.arange(256) / 255, (0.0, 0.0, 0.0)
     for name in ("resident", "threads", *(["dali"] if HAS_DALI else [])):
@@ -195,7 +213,8 @@ def test_images_in_memory_get_pils_pixels(real_pixels, kind):
 
 @pytest.fixture(scope="module")
 def photographs(imagenet_folder) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """The views by PIL and which of them are grey: uint8 [128, 3, 224, 224], as they are tested and of epoch 1."""
+    """The views by PIL and which of them are grey: uint8 [128, 3, 224, 224], as they are tested and
+    of epoch 1."""
     drawn = augment.draw("resized-crop-flip", 224, 3, 1, torch.arange(128))
     found = {}
     for split, directory in [("test", "val"), ("train", "train")]:
@@ -228,7 +247,8 @@ def test_photographs_are_decoded_as_by_pil(imagenet_folder, photographs, decoder
         assert split == "train" or len(grey) == 3
         for i in grey:
             assert difference[i] <= (0.3 if TOLERANCE[decoder] else 1e-4)
-            assert (pixels_of(found[i]) - pixels_of(found[i])[0]).abs().max() < 1e-4  # three equal channels
+            # three equal channels
+            assert (pixels_of(found[i]) - pixels_of(found[i])[0]).abs().max() < 1e-4
 
 
 @fast_decoders
@@ -242,7 +262,7 @@ def test_a_photograph_has_the_same_bits_in_any_chunk_and_batch(imagenet_folder, 
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-# Files that are not photographs ---------------------------------------------------------------------------------------
+# Files that are not photographs
 
 
 def picture(width: int = 160, height: int = 120) -> Image.Image:
@@ -250,7 +270,9 @@ def picture(width: int = 160, height: int = 120) -> Image.Image:
     rng = np.random.default_rng(width)
     y, x = np.mgrid[:height, :width] / 40
     waves = np.stack([np.sin(x + y), np.cos(x - y), np.sin(2 * x) * np.cos(y)], axis=-1)
-    return Image.fromarray((127 + 90 * waves + rng.normal(0, 8, (height, width, 3))).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (127 + 90 * waves + rng.normal(0, 8, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    )
 
 
 def oriented() -> bytes:
@@ -294,14 +316,30 @@ def test_a_file_of_any_kind_is_read_as_pil_reads_it(tmp_path, decoder, kind, mon
     files = odd_files()
     tree(
         tmp_path,
-        {f"{split}/{c}/{name}.JPEG": data for split in ("train", "val") for c in "ab" for name, data in files.items()},
+        {
+            f"{split}/{c}/{name}.JPEG": data
+            for split in ("train", "val")
+            for c in "ab"
+            for name, data in files.items()
+        },
     )
-    data = opened(decoder, 2, dataset="folder", data_dir=str(tmp_path), augment=kind, image_size=48, seed=1, chunk=9)
+    data = opened(
+        decoder,
+        2,
+        dataset="folder",
+        data_dir=str(tmp_path),
+        augment=kind,
+        image_size=48,
+        seed=1,
+        chunk=9,
+    )
     paths = sorted((tmp_path / "train").glob("*/*"))
     drawn = augment.draw(kind, 48, 1, 2, torch.arange(len(paths)))
     assert len(paths) == 2 * len(files)
     slowly, by_pil = [], Source.by_pil
-    monkeypatch.setattr(Source, "by_pil", lambda source, i, view: slowly.append(i) or by_pil(source, i, view))
+    monkeypatch.setattr(
+        Source, "by_pil", lambda source, i, view: slowly.append(i) or by_pil(source, i, view)
+    )
     for split, epoch in [("test", None), ("train", 2)]:
         ((x, _),) = getattr(data, split).batches([torch.arange(len(paths))], epoch)
         for path, found, row in zip(paths, pixels_of(x), drawn, strict=True):
@@ -309,11 +347,15 @@ def test_a_file_of_any_kind_is_read_as_pil_reads_it(tmp_path, decoder, kind, mon
             if epoch is None:
                 image = augment.evaluation_view(image, kind, 48)
             elif kind == "crop-flip":
-                image = augment.crop_flip_rotate(augment.evaluation_view(image, kind, 48), row.tolist(), 48)
+                image = augment.crop_flip_rotate(
+                    augment.evaluation_view(image, kind, 48), row.tolist(), 48
+                )
             else:
                 (box,) = augment.crop_boxes(*torch.tensor([image.size]).T, row[None, 1:]).tolist()
                 image = augment.resized_crop_flip(image, box, row[0].item(), 48)
-            difference = (found - torch.from_numpy(np.array(image)).permute(2, 0, 1)).abs().mean().item()
+            difference = (
+                (found - torch.from_numpy(np.array(image)).permute(2, 0, 1)).abs().mean().item()
+            )
             allowed = TOLERANCE[decoder] if path.stem in PLAIN else 0
             assert difference <= allowed + 1e-4, (path.stem, split, difference)
     # the fast decoders themselves have read what is plain, and nothing else
@@ -322,7 +364,10 @@ def test_a_file_of_any_kind_is_read_as_pil_reads_it(tmp_path, decoder, kind, mon
 
 
 def bad_files() -> dict[str, bytes]:
-    jpeg, progressive = encoded(picture(), "JPEG", quality=90), encoded(picture(), "JPEG", progressive=True)
+    jpeg, progressive = (
+        encoded(picture(), "JPEG", quality=90),
+        encoded(picture(), "JPEG", progressive=True),
+    )
     png = encoded(picture(), "PNG")
     cut = {
         f"{name}-{share}": data[: len(data) * share // 100]
@@ -340,8 +385,15 @@ def opened_saying(root: Path, decoder: str, **given):
 
 
 def good_files() -> dict[str, bytes]:
-    names = [f"{split}/{c}/{k}.JPEG" for split in ("train", "val") for c in ("cat", "dog") for k in range(4)]
-    return {name: encoded(picture(150 + k, 120), "JPEG", quality=90) for k, name in enumerate(names)}
+    names = [
+        f"{split}/{c}/{k}.JPEG"
+        for split in ("train", "val")
+        for c in ("cat", "dog")
+        for k in range(4)
+    ]
+    return {
+        name: encoded(picture(150 + k, 120), "JPEG", quality=90) for k, name in enumerate(names)
+    }
 
 
 @every_decoder
@@ -385,7 +437,7 @@ def test_damaged_files_may_be_black_and_their_neighbours_keep_their_pixels(tmp_p
     assert all(len(line.splitlines()) == 1 and "it is served black" in line for line in said)
 
 
-# Threads and memory ---------------------------------------------------------------------------------------------------
+# Threads and memory
 
 
 @pytest.mark.parametrize("loader", [name for name in ("threads", "dali") if name in DECODERS])
@@ -419,7 +471,8 @@ def test_threads_end_with_what_they_work_for(tmp_path, loader):
         for _ in stream.rest_of_epoch():
             pass
     assert gone()
-    with pytest.raises(DataError, match=r"9\.JPEG"):  # not an end of the data, also for whoever asks again
+    # not an end of the data, also for whoever asks again
+    with pytest.raises(DataError, match=r"9\.JPEG"):
         list(stream.rest_of_epoch())
     stream.close()
     del data, files, stream, batches
@@ -440,7 +493,9 @@ class Watched:
             assert place not in self.held  # no two chunks in the same memory
             self.held[place] = len(made.pixels)
             self.places.append(place)
-            yield made._replace(release=lambda place=place, give=made.release: (self.held.pop(place), give()))
+            yield made._replace(
+                release=lambda place=place, give=made.release: (self.held.pop(place), give())
+            )
 
 
 def test_the_memory_of_chunks_is_used_again(tmp_path):
@@ -450,7 +505,8 @@ def test_the_memory_of_chunks_is_used_again(tmp_path):
     index = torch.arange(8).repeat(20)
     taken = [(x, x.clone()) for x, _ in data.train.batches(index.split(3), 0)]
     assert len(watched.places) == 80 and not watched.held
-    assert len(set(watched.places)) <= 6  # two in the works, two ready, one at hand, one just given back
+    # two in the works, two ready, one at hand, one just given back
+    assert len(set(watched.places)) <= 6
     assert all(torch.equal(x, copy) for x, copy in taken)
     x = torch.cat([x for x, _ in taken]).view(20, 8, 3, 48, 48)
     assert (x == x[0]).all()
@@ -461,9 +517,14 @@ def test_the_memory_of_chunks_is_used_again(tmp_path):
 def test_a_chunk_that_is_held_keeps_its_pixels(tmp_path, decoder, dataset):
     tree(tmp_path, good_files())
     folder = {"dataset": "folder", "data_dir": str(tmp_path), "image_size": 48}
-    data = opened(decoder, 2, augment="crop-flip", **(folder if dataset == "folder" else {}), chunk=5)
+    data = opened(
+        decoder, 2, augment="crop-flip", **(folder if dataset == "folder" else {}), chunk=5
+    )
     index = torch.arange(len(data.train)).repeat(20)[:160]
-    held = [(made, made.pixels.clone()) for made in data.train.engine.chunks(jobs([Segment(index, 0)], 5))]
+    held = [
+        (made, made.pixels.clone())
+        for made in data.train.engine.chunks(jobs([Segment(index, 0)], 5))
+    ]
     assert len(held) == 32 and all(torch.equal(made.pixels, copy) for made, copy in held)
 
 
@@ -479,19 +540,27 @@ def test_dali_keeps_its_pipeline_between_passes(monkeypatch):
         next(abandoned)
         abandoned.close()
     assert made == [100] and len(engine.idle) == 1
-    expected = every_batch(data.test, 100)  # nothing of a pass that was given up is left in the pipeline
-    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(expected, every_batch(opened().test, 100), strict=True))
+    # nothing of a pass that was given up is left in the pipeline
+    expected = every_batch(data.test, 100)
+    assert all(
+        torch.equal(x, y)
+        for (x, _), (y, _) in zip(expected, every_batch(opened().test, 100), strict=True)
+    )
 
 
 def test_chunks_are_cut_at_the_same_places_wherever_a_segment_starts():
     index = torch.arange(100, 150)
     made = list(jobs([Segment(index, 3, 37), Segment(index, 4)], 16))
-    assert [(job.segment, job.epoch, job.skip) for job in made] == [(0, 3, 5), (0, 3, 0), *[(1, 4, 0)] * 4]
+    assert [(job.segment, job.epoch, job.skip) for job in made] == [
+        (0, 3, 5),
+        (0, 3, 0),
+        *[(1, 4, 0)] * 4,
+    ]
     assert torch.equal(torch.cat([job.index for job in made]), torch.cat([index[32:], index]))
     assert [len(job.index) for job in made] == [16, 2, 16, 16, 16, 2]
 
 
-# Whole runs -----------------------------------------------------------------------------------------------------------
+# Whole runs
 
 
 def final_weights(out: Path) -> dict:
@@ -500,7 +569,9 @@ def final_weights(out: Path) -> dict:
 
 
 @fast_decoders
-def test_a_run_on_photographs_ends_in_the_same_weights_wherever_it_was_interrupted(tmp_path, imagenet_folder, decoder):
+def test_a_run_on_photographs_ends_in_the_same_weights_wherever_it_was_interrupted(
+    tmp_path, imagenet_folder, decoder
+):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
         for folder in sorted((imagenet_folder / split).iterdir())[:32]:
@@ -515,13 +586,27 @@ def test_a_run_on_photographs_ends_in_the_same_weights_wherever_it_was_interrupt
         "--image-size",
         "48",
     ]
-    line += ["--method", "hybrid", "--epochs", "2", "--decay-epoch", "1", "--batchsize", "8", "--checkpoint-every", "3"]
+    line += [
+        "--method",
+        "hybrid",
+        "--epochs",
+        "2",
+        "--decay-epoch",
+        "1",
+        "--batchsize",
+        "8",
+        "--checkpoint-every",
+        "3",
+    ]
     line += ["--loader", decoder, "--workers", "2", "--chunk", "14", "--on-bad-image", "zeros"]
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     assert main([*line, "--out", str(whole)]) == 0
     code, runs = main([*line, "--out", str(halved), "--max-time", "0.001"]), 1
     while code == 75 and runs < 20:
-        code, runs = main(["--resume", "--out", str(halved), "--max-time", "0.001" if runs < 3 else "1h"]), runs + 1
+        code, runs = (
+            main(["--resume", "--out", str(halved), "--max-time", "0.001" if runs < 3 else "1h"]),
+            runs + 1,
+        )
     assert code == 0 and runs >= 3
     weights, others = final_weights(whole), final_weights(halved)
     assert weights.keys() == others.keys()

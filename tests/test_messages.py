@@ -1,4 +1,5 @@
-"""Lines on stdout and stderr whose reader is gone or whose disk is full, and what is said of errors."""
+"""Lines on stdout and stderr whose reader is gone or whose disk is full, and what is said of
+errors."""
 
 import contextlib
 import errno
@@ -32,15 +33,26 @@ PRODUCTS = {
 WITH_FULL = pytest.mark.full
 
 
-@pytest.mark.parametrize("name", [n if "JSON" in n else pytest.param(n, marks=WITH_FULL) for n in PRODUCTS])
+@pytest.mark.parametrize(
+    "name", [n if "JSON" in n else pytest.param(n, marks=WITH_FULL) for n in PRODUCTS]
+)
 def test_what_a_command_is_there_to_print_is_printed_or_it_fails(name):
-    """A disk that is full and a stdout that was closed: 74 and a line. A reader that has enough (| head): 0 and nothing."""
+    """A disk that is full and a stdout that was closed: 74 and a line. A reader that has enough (|
+    head): 0 and nothing."""
     command = [sys.executable, "-m", *PRODUCTS[name]]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, one_line(done.stderr)) == (74, "cannot write standard output: No space left on device")
-    done = subprocess.run(["sh", "-c", '"$@" >&-', "-", *command], stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, one_line(done.stderr)) == (74, "cannot write standard output: it is closed")
+    assert (done.returncode, one_line(done.stderr)) == (
+        74,
+        "cannot write standard output: No space left on device",
+    )
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "-", *command], stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, one_line(done.stderr)) == (
+        74,
+        "cannot write standard output: it is closed",
+    )
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
@@ -95,13 +107,18 @@ def test_the_table_of_a_sweep_survives_its_reader(stream, monkeypatch, tmp_path)
 
 def test_streams_that_were_closed_are_not_those_of_the_next_file():
     """With 1 and 2 free, metrics.jsonl would be what others take for stdout and stderr."""
-    code = "import os, fastsmooth.train as t; t.main(['--version']); print(*map(os.readlink, ['/proc/self/fd/1', '/proc/self/fd/2']), file=os.fdopen(3, 'w'))"
+    code = (
+        "import os, fastsmooth.train as t; t.main(['--version']); print(*map(os.readlink, "
+        "['/proc/self/fd/1', '/proc/self/fd/2']), file=os.fdopen(3, 'w'))"
+    )
     shell = 'exec 3>&1; exec "$0" -c "$1" 1>&- 2>&-'
-    done = subprocess.run(["sh", "-c", shell, sys.executable, code], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable, code], stdout=subprocess.PIPE, text=True
+    )
     assert done.stdout == "/dev/null /dev/null\n"
 
 
-# Signals ---------------------------------------------------------------------------------------------------------------
+# Signals
 
 
 def test_what_was_ignored_at_the_start_stays_ignored():
@@ -123,7 +140,7 @@ def test_what_was_ignored_at_the_start_stays_ignored():
             signal.signal(number, handler)
 
 
-# Errors ----------------------------------------------------------------------------------------------------------------
+# Errors
 
 
 def raised(error: BaseException) -> BaseException:
@@ -134,14 +151,21 @@ def raised(error: BaseException) -> BaseException:
 
 
 FAILURES = {
-    "a write": (CannotWrite(errno.EIO, "Input/output error", "x/y.json"), 74, "cannot write x/y.json: Input/output error"),
-    "a library's write": (OSError(errno.ENOSPC, "No space left on device", "fig.pdf"), 74, "cannot write fig.pdf: No space left"),
-    "files": (OSError(errno.EMFILE, "Too many open files", "a.jpg"), 74, "Too many open files (a.jpg): raise the limit (ulimit -n)"),
-    "files in a write": (CannotWrite(errno.EMFILE, "Too many open files", "a"), 74, "Too many open files (a): raise the limit"),
+    "a write": (CannotWrite(errno.EIO, "Input/output error", "x/y.json"), 74,
+        "cannot write x/y.json: Input/output error"),
+    "a library's write": (OSError(errno.ENOSPC, "No space left on device", "fig.pdf"), 74,
+        "cannot write fig.pdf: No space left"),
+    "files": (OSError(errno.EMFILE, "Too many open files", "a.jpg"), 74,
+        "Too many open files (a.jpg): raise the limit (ulimit -n)"),
+    "files in a write": (CannotWrite(errno.EMFILE, "Too many open files", "a"), 74,
+        "Too many open files (a): raise the limit"),
     "a process": (ChildProcessError("a process was killed: why"), 74, "a process was killed: why"),
-    "a pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 74, "BrokenPipeError: [Errno 32] Broken pipe: the traceback is in "),
-    "a read": (FileNotFoundError(2, "No such file", "z"), 74, "FileNotFoundError: [Errno 2] No such file: 'z': the traceback is in "),
-    "/dev/shm": (OSError(errno.ENOSPC, "No space left on device"), 74, "OSError: [Errno 28] No space left on device: the traceback"),
+    "a pipe": (BrokenPipeError(errno.EPIPE, "Broken pipe"), 74,
+        "BrokenPipeError: [Errno 32] Broken pipe: the traceback is in "),
+    "a read": (FileNotFoundError(2, "No such file", "z"), 74,
+        "FileNotFoundError: [Errno 2] No such file: 'z': the traceback is in "),
+    "/dev/shm": (OSError(errno.ENOSPC, "No space left on device"), 74,
+        "OSError: [Errno 28] No space left on device: the traceback"),
     "one of ours": (KeyError("batch"), 70, "KeyError: 'batch': the traceback is in "),
     "one without words": (AssertionError(), 70, "AssertionError: the traceback is in "),
     "one of many lines": (RuntimeError("a\n  b"), 70, "RuntimeError: a b: the traceback is in "),
@@ -156,15 +180,24 @@ def test_an_error_is_named_after_what_happened(name, tmp_path):
     kept = tmp_path / "traceback.txt"
     assert kept.exists() == ("traceback" in words)
     if kept.exists():
-        assert line.endswith(f"the traceback is in {kept}") and type(error).__name__ in kept.read_text()
+        assert (
+            line.endswith(f"the traceback is in {kept}")
+            and type(error).__name__ in kept.read_text()
+        )
         assert "in raised" in kept.read_text()
 
 
-def test_a_traceback_without_a_folder_is_in_a_temporary_file_and_without_one_its_place_is_said(tmp_path, monkeypatch):
+def test_a_traceback_without_a_folder_is_in_a_temporary_file_and_without_one_its_place_is_said(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(messages.tempfile, "tempdir", str(tmp_path))
     code, line = failure(raised(KeyError("x")), tmp_path / "gone")
     (kept,) = tmp_path.iterdir()
-    assert code == 70 and line.endswith(f"the traceback is in {kept}") and "KeyError" in kept.read_text()
+    assert (
+        code == 70
+        and line.endswith(f"the traceback is in {kept}")
+        and "KeyError" in kept.read_text()
+    )
     monkeypatch.setattr(messages.tempfile, "tempdir", str(tmp_path / "gone"))
     assert f"raised in {__file__}:" in failure(raised(KeyError("x")))[1]
 
@@ -183,7 +216,10 @@ COMMANDS = {
 def test_no_command_ends_in_a_traceback(name, tmp_path, monkeypatch):
     main, argv, function = COMMANDS[name]
     monkeypatch.setattr(messages.tempfile, "tempdir", str(tmp_path))
-    for error, code in ((ZeroDivisionError("of ours"), UNEXPECTED), (OSError(errno.EIO, "bad", "f"), CANNOT_WRITE)):
+    for error, code in (
+        (ZeroDivisionError("of ours"), UNEXPECTED),
+        (OSError(errno.EIO, "bad", "f"), CANNOT_WRITE),
+    ):
 
         def fail(*_, error=error):
             raise error
@@ -226,7 +262,7 @@ def test_the_exit_codes_are_those_of_the_readme():
     assert {BAD_INPUT, UNEXPECTED, CANNOT_WRITE, messages.PREEMPTED} == {2, 70, 74, 75}
 
 
-# metrics.jsonl -----------------------------------------------------------------------------------------------------------
+# metrics.jsonl
 
 
 def test_a_metrics_file_that_is_removed_or_replaced_is_written_again(tmp_path, capsys):

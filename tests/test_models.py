@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastsmooth.models import BUILDERS, ModelError, WideResNet, build, count_parameters, replace_batchnorm
+from fastsmooth.models import (
+    BUILDERS,
+    ModelError,
+    WideResNet,
+    build,
+    count_parameters,
+    replace_batchnorm,
+)
 
 # With 100 classes: parameters, tensors, BatchNorm layers and the inputs of the head.
 COUNTS = {
@@ -32,7 +39,8 @@ def has_batchnorm(model: nn.Module) -> bool:
 def fixed_seed_one_thread_and_no_graph():
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # images this small gain nothing from a second one, and lose much on a busy machine
+    # images this small gain nothing from a second one, and lose much on a busy machine
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
@@ -126,7 +134,9 @@ def test_resnets_compute_what_torchvision_computes_with_a_small_stem(name, size)
     theirs.load_state_dict(dict(zip(state, source.values(), strict=True)))
     x = torch.randn(3, 3, size, size, dtype=torch.float64)
     for training in (False, True):
-        torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            ours.train(training)(x), theirs.train(training)(x), rtol=1e-10, atol=1e-10
+        )
     for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
 
@@ -150,7 +160,8 @@ def test_wide_resnet_computes_the_published_pre_activation_blocks():
         activated = normalise(y, state).relu()
         first = F.conv2d(activated, next(state), stride=stride, padding=1)
         second = F.conv2d(normalise(first, state).relu(), next(state), padding=1)
-        shortcut = F.conv2d(activated, next(state), stride=stride) if block == 0 else y  # 16 -> 32 -> 64 -> 128 widths
+        # 16 -> 32 -> 64 -> 128 widths
+        shortcut = F.conv2d(activated, next(state), stride=stride) if block == 0 else y
         y = second + shortcut
     y = normalise(y, state).relu().mean(dim=(2, 3))
     expected = F.linear(y, next(state), next(state))
@@ -170,14 +181,23 @@ def test_wide_resnet_starts_kaiming_normal_by_fan_out_with_a_zero_head_bias():
     for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
         n, std = conv.weight.numel(), math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
         assert conv.bias is None
-        assert conv.weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * n))  # five standard errors
+        # five standard errors
+        assert conv.weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * n))
         assert abs(conv.weight.mean().item()) < 5 * std / math.sqrt(n)
         assert conv.weight.abs().max() > 2.5 * std  # normal, not uniform, which ends at 1.73
     assert not model.head.bias.any()
 
 
 def test_mobilenet_computes_the_published_stages():
-    stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1)]
+    stages = [
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 1),
+        (6, 320, 1, 1),
+    ]
     model = build("mobilenetv2", 10).double().eval()
     settle_norms(model)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -193,7 +213,9 @@ def test_mobilenet_computes_the_published_stages():
         for block in range(blocks):
             stride = first_stride if block == 0 else 1
             z = normalise(conv(y), state).clamp(0, 6)
-            z = normalise(conv(z, stride=stride, padding=1, groups=channels * expansion), state).clamp(0, 6)
+            z = normalise(
+                conv(z, stride=stride, padding=1, groups=channels * expansion), state
+            ).clamp(0, 6)
             z = normalise(conv(z), state)
             if stride == 1 and channels == outputs:
                 z, shortcuts = z + y, shortcuts + 1
@@ -216,7 +238,8 @@ def test_group_norm_leaves_no_batch_norm_and_stays_finite(name, size):
     x = torch.randn(4, 3, size, size)
     together = model(x)
     assert torch.isfinite(together).all()
-    alone = torch.cat([model(x[i : i + 1]) for i in range(4)])  # no sample sees another, even in training
+    # no sample sees another, even in training
+    alone = torch.cat([model(x[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -229,15 +252,24 @@ def test_group_norm_keeps_every_parameter_and_sixteen_channels_a_group(name):
         assert count_parameters(model) == COUNTS[name][0]
     for norm in groups:
         width = norm.num_channels // norm.num_groups
-        assert width == math.gcd(norm.num_channels, 16) and norm.num_groups * width == norm.num_channels
+        assert (
+            width == math.gcd(norm.num_channels, 16)
+            and norm.num_groups * width == norm.num_channels
+        )
     assert any(norm.num_groups * 16 == norm.num_channels for norm in groups)
 
 
 def test_group_norm_takes_widths_that_sixteen_does_not_divide():
-    model = nn.Sequential(nn.Conv2d(3, 24, 1), nn.BatchNorm2d(24, eps=1e-3), nn.BatchNorm2d(24), nn.Conv2d(24, 7, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 1), nn.BatchNorm2d(24, eps=1e-3), nn.BatchNorm2d(24), nn.Conv2d(24, 7, 1)
+    )
     model.append(nn.BatchNorm2d(7))
     assert replace_batchnorm(model) == 3
-    assert [(m.num_groups, m.eps) for m in model if isinstance(m, nn.GroupNorm)] == [(3, 1e-3), (3, 1e-5), (7, 1e-5)]
+    assert [(m.num_groups, m.eps) for m in model if isinstance(m, nn.GroupNorm)] == [
+        (3, 1e-3),
+        (3, 1e-5),
+        (7, 1e-5),
+    ]
     assert torch.isfinite(model(torch.randn(2, 3, 4, 4))).all()
 
 
@@ -301,7 +333,8 @@ def test_timm_missing_is_an_error_that_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet19", "", "ResNet18", "torchvision/", "torchvision/resnet19", "torchvision/maskrcnn_resnet50_fpn",
+    ["resnet19", "", "ResNet18", "torchvision/", "torchvision/resnet19",
+    "torchvision/maskrcnn_resnet50_fpn",
      "timm/", "timm/resnet19x", "timm/resnet18.no_such_tag", "other/resnet18"],
 )  # fmt: skip
 def test_unknown_names_are_refused_in_one_line(name):
@@ -316,4 +349,6 @@ def test_unknown_names_are_refused_in_one_line(name):
 def test_an_unknown_name_is_answered_with_every_name_there_is():
     with pytest.raises(ModelError) as refused:
         build("resnet19", 10)
-    assert all(known in str(refused.value) for known in [*BUILDERS, "torchvision/NAME", "timm/NAME"])
+    assert all(
+        known in str(refused.value) for known in [*BUILDERS, "torchvision/NAME", "timm/NAME"]
+    )

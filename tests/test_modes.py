@@ -61,7 +61,12 @@ def there(full):
 def noisy_model() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 10)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(144, 10),
     )
 
 
@@ -84,7 +89,10 @@ def test_a_measurement_leaves_no_trace(bn):
     after = (*model.parameters(), *model.buffers(), torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
-    assert all(torch.equal(a, s["momentum_buffer"]) for a, s in zip(buffers, optimizer.state.values(), strict=True))
+    assert all(
+        torch.equal(a, s["momentum_buffer"])
+        for a, s in zip(buffers, optimizer.state.values(), strict=True)
+    )
     assert model.training and not model[1].training
 
 
@@ -149,7 +157,9 @@ def per_sample_variance(model, x, y) -> float:
     """C^2 = (1/N) sum ||g_i - mean||^2, one backward a sample."""
     rows = torch.stack(
         [
-            torch.cat([g.flatten() for g in gradients.batch_gradient(model, x[i : i + 1], y[i : i + 1])])
+            torch.cat(
+                [g.flatten() for g in gradients.batch_gradient(model, x[i : i + 1], y[i : i + 1])]
+            )
             for i in range(len(x))
         ]
     )
@@ -158,7 +168,8 @@ def per_sample_variance(model, x, y) -> float:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_c2_sampled_is_unbiased_for_batches_without_replacement(batch):
-    """Over all subsets of 6 samples the estimate's mean is C^2 exactly: the factor (N - 1)/(N - b) is right."""
+    """Over all subsets of 6 samples the estimate's mean is C^2 exactly: the factor (N - 1)/(N - b)
+    is right."""
     model, n = linear_model(), 6
     x, y = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
     subsets = [list(s) for s in itertools.combinations(range(n), batch)]
@@ -183,13 +194,17 @@ def test_c2_sampled_agrees_with_the_per_sample_variance_within_its_error():
         index = subset(0, 5, i, 300, 20)
         return x[index], y[index]
 
-    c2 = gradients.direction_noise(optimizer, drawn(model, batch), 20, there(full), 60, 300).grad_variance()
+    c2 = gradients.direction_noise(
+        optimizer, drawn(model, batch), 20, there(full), 60, 300
+    ).grad_variance()
     assert abs(c2.value - per_sample_variance(model, x, y)) < 4 * c2.error
     assert c2.error < 0.2 * c2.value
 
 
 @pytest.mark.parametrize("form", ["sgd", "shb", "nshb", "qhm"])
-def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_at_the_same_point(form):
+def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_at_the_same_point(
+    form,
+):
     model, n = linear_model(), 30
     x, y = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
     optimizer = NoisySGD(model.parameters(), form, 0.1, 0.0 if form == "sgd" else 0.9, 0.6)
@@ -200,7 +215,9 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
     full = gradients.full_gradient(model, [(x, y)], n)
     kept = []
     gradient = drawn(model, lambda i: (x[7:15], y[7:15]))
-    noise = gradients.direction_noise(optimizer, gradient, 8, there(full), 2, n, lambda i, w: kept.append(w))
+    noise = gradients.direction_noise(
+        optimizer, gradient, 8, there(full), 2, n, lambda i, w: kept.append(w)
+    )
     before = [p.detach().clone() for p in model.parameters()]
     model.zero_grad()
     F.cross_entropy(model(x[7:15]), y[7:15]).backward()
@@ -208,14 +225,19 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
     direction = [(b - p.detach()) / 0.1 for b, p in zip(before, model.parameters(), strict=True)]
     for w, m, g in zip(kept[0], direction, full, strict=True):
         torch.testing.assert_close(w, m - g, rtol=1e-9, atol=1e-12)
-    expected = math.sqrt(sum((m - g).square().sum().item() for m, g in zip(direction, full, strict=True)))
+    expected = math.sqrt(
+        sum((m - g).square().sum().item() for m, g in zip(direction, full, strict=True))
+    )
     assert noise.noise_norms[0] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.9])
-@pytest.mark.parametrize("form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)])
+@pytest.mark.parametrize(
+    "form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)]
+)
 def test_noise_of_linear_regression_at_a_frozen_point_has_its_closed_form(form, nu, beta):
-    """E||m_t - grad f||^2 over mini-batches drawn with replacement, one chain of draws a row of the parameter."""
+    """E||m_t - grad f||^2 over mini-batches drawn with replacement, one chain of draws a row of the
+    parameter."""
     chains, n, features, b = 4000, 60, 6, 8
     generator = torch.Generator().manual_seed(11)
     inputs = torch.randn(n, features, generator=generator, dtype=torch.float64)
@@ -231,7 +253,8 @@ def test_noise_of_linear_regression_at_a_frozen_point_has_its_closed_form(form, 
         "shb": s2 / (1 - beta**2) + (beta / (1 - beta)) ** 2 * full.square().sum().item(),
     }[form]
     w = frozen.repeat(chains, 1).requires_grad_()
-    optimizer = NoisySGD([w], form, 0.0, 0.0 if form == "sgd" else beta, nu)  # lr 0 freezes the point
+    # lr 0 freezes the point
+    optimizer = NoisySGD([w], form, 0.0, 0.0 if form == "sgd" else beta, nu)
 
     def drawn():
         return gradients[torch.randint(0, n, (chains, b), generator=generator)].mean(1)
@@ -300,11 +323,23 @@ def test_a_norm_that_is_not_a_number_is_no_crossing():
 
 
 def test_every_eps_has_a_key_of_its_own(tmp_path):
-    line = ["--mode", "critical", "--epochs", "1", "--min-epochs", "0", "--batchsize", "400", "--eps"]
+    line = [
+        "--mode",
+        "critical",
+        "--epochs",
+        "1",
+        "--min-epochs",
+        "0",
+        "--batchsize",
+        "400",
+        "--eps",
+    ]
     out = run(tmp_path, *line, "9.0000001", "9", "1e-6", "0.1")
     crossings = json.loads((out / "critical.json").read_text())["crossings"]
     assert list(crossings) == ["9.0000001", "9", "1e-06", "0.1"]
-    assert crossings["9"]["step"] == crossings["9.0000001"]["step"] == 1 and crossings["0.1"] is None
+    assert (
+        crossings["9"]["step"] == crossings["9.0000001"]["step"] == 1 and crossings["0.1"] is None
+    )
 
 
 CRITICAL = ["--mode", "critical", "--epochs", "4", "--eps", "1.6", "1.2", "0.9", "1e-6"]
@@ -332,7 +367,9 @@ def test_critical_finds_what_an_independent_loop_finds(tmp_path):
             update += 1
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
-            total += math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+            total += math.sqrt(
+                sum(p.grad.double().square().sum().item() for p in model.parameters())
+            )
             optimizer.step()
             for eps in (1.6, 1.2, 0.9):
                 if update > 45 and total / update <= eps:
@@ -347,22 +384,41 @@ def test_critical_finds_what_an_independent_loop_finds(tmp_path):
 def test_critical_stops_when_every_threshold_is_crossed(tmp_path):
     out = run(tmp_path, "--mode", "critical", "--epochs", "9", "--eps", "1.6", "--log-every", "5")
     found = json.loads((out / "critical.json").read_text())
-    assert found["crossings"]["1.6"]["step"] <= found["updates"] < found["crossings"]["1.6"]["step"] + 5
+    assert (
+        found["crossings"]["1.6"]["step"]
+        <= found["updates"]
+        < found["crossings"]["1.6"]["step"] + 5
+    )
 
 
-@pytest.mark.parametrize("how, first", [([], 46), (["--criterion", "full-grad", "--full-grad-every", "30"], 60)])
+@pytest.mark.parametrize(
+    "how, first", [([], 46), (["--criterion", "full-grad", "--full-grad-every", "30"], 60)]
+)
 def test_a_mean_that_is_below_eps_when_counting_begins_is_censored(how, first, tmp_path, capsys):
-    """45 updates are the epoch in which none counts; full gradients are taken at updates 30 and 60."""
+    """45 updates are the epoch in which none counts; full gradients are taken at updates 30 and
+    60."""
     out = run(tmp_path, "--mode", "critical", "--epochs", "2", "--eps", "1e9", "1e-9", *how)
     found = json.loads((out / "critical.json").read_text())
     early, never = found["crossings"].values()
-    assert (early["step"], early["censored"], never) == (first, True, None) and found["first_that_counts"] == first
+    assert (early["step"], early["censored"], never) == (first, True, None) and found[
+        "first_that_counts"
+    ] == first
     assert "the first that counts" in capsys.readouterr().out
 
 
 def test_a_crossing_at_the_very_first_update_is_none_that_was_there_before(tmp_path):
     found = run(
-        tmp_path, "--mode", "critical", "--epochs", "1", "--min-epochs", "0", "--log-every", "5", "--eps", "1e9"
+        tmp_path,
+        "--mode",
+        "critical",
+        "--epochs",
+        "1",
+        "--min-epochs",
+        "0",
+        "--log-every",
+        "5",
+        "--eps",
+        "1e9",
     )
     (found,) = json.loads((found / "critical.json").read_text())["crossings"].values()
     assert (found["step"], found["censored"]) == (1, False)
@@ -391,7 +447,9 @@ def test_the_full_gradient_criterion_averages_full_gradient_norms(tmp_path):
         for x, y in data.train.batches(epoch_batches(0, epoch, 1437, 32), epoch):
             update += 1
             if update % 30 == 0:
-                grads = torch.autograd.grad(F.cross_entropy(model(x_all), y_all), list(model.parameters()))
+                grads = torch.autograd.grad(
+                    F.cross_entropy(model(x_all), y_all), list(model.parameters())
+                )
                 norms.append(math.sqrt(sum(g.double().square().sum().item() for g in grads)))
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
@@ -404,12 +462,16 @@ def test_measuring_the_full_gradient_does_not_change_the_run(tmp_path):
     plain = run(tmp_path, "--epochs", "2", name="plain")
     flags = [*FULL_GRAD, "11", "--eps", "1e-9", "--epochs", "2"]
     measured = run(tmp_path, *flags, name="measured")
-    rows = [[r["test_loss"] for r in read_rows(out) if r["kind"] == "epoch"] for out in (plain, measured)]
+    rows = [
+        [r["test_loss"] for r in read_rows(out) if r["kind"] == "epoch"]
+        for out in (plain, measured)
+    ]
     assert rows[0] == rows[1]
 
 
 class Plain:
-    """NSHB (beta 0.9, lr 0.1) of the digits' resnet8 in plain autograd; weights, buffers and BatchNorm's own."""
+    """NSHB (beta 0.9, lr 0.1) of the digits' resnet8 in plain autograd; weights, buffers and
+    BatchNorm's own."""
 
     def __init__(self):
         self.data = open_data(resolve({}), CPU)
@@ -419,7 +481,9 @@ class Plain:
 
     def gradient(self, index) -> list[torch.Tensor]:
         x, y = next(self.data.train.batches([index]))
-        return list(torch.autograd.grad(F.cross_entropy(self.model(x), y), list(self.model.parameters())))
+        return list(
+            torch.autograd.grad(F.cross_entropy(self.model(x), y), list(self.model.parameters()))
+        )
 
     def update(self, index) -> None:
         grads = self.gradient(index)
@@ -434,12 +498,15 @@ FEW = ["--mode", "sampling", "--batchsize", "300", "--steps", "6", "--draws", "3
 
 
 def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
-    """The weights of the measurement are those of a plain run after --steps updates; the omega file holds m_t - grad f."""
+    """The weights of the measurement are those of a plain run after --steps updates; the omega file
+    holds m_t - grad f."""
     out = run(tmp_path, *FEW, "--optimizer", "nshb")
     (noise,) = points_of(out)
     omega = np.load(out / "omega-6.npy")
     assert omega.shape == (3, 78042) and noise["step"] == 6 and noise["epoch"] == 1
-    assert np.linalg.norm(omega.astype(np.float64), axis=1) == pytest.approx(noise["noise_norms"], rel=1e-5)
+    assert np.linalg.norm(omega.astype(np.float64), axis=1) == pytest.approx(
+        noise["noise_norms"], rel=1e-5
+    )
     centered = omega.astype(np.float64).ravel() - omega.mean(dtype=np.float64)
     assert noise["statistics"]["variance"]["value"] == pytest.approx(np.mean(centered**2), rel=1e-5)
     kurtosis = np.mean(centered**4) / np.mean(centered**2) ** 2 - 3
@@ -456,14 +523,18 @@ def test_sampling_measures_after_exactly_so_many_updates(tmp_path):
         full_norm = math.sqrt(sum(g.double().square().sum().item() for g in full))
         assert noise["full_grad_norms"][history] == pytest.approx(full_norm, rel=1e-3)
         grads = plain.gradient(subset(0, 6, history, 1437, 300))
-        direction = [0.9 * b + 0.1 * g - f for b, g, f in zip(plain.buffers, grads, full, strict=True)]
+        direction = [
+            0.9 * b + 0.1 * g - f for b, g, f in zip(plain.buffers, grads, full, strict=True)
+        ]
         expected = torch.cat([w.flatten() for w in direction]).numpy()
         # another batch or another point would be as far away as the noise is long
         assert np.linalg.norm(omega[history] - expected) < 0.02 * np.linalg.norm(expected), history
     variance = 300 * np.square(noise["grad_noise_norms"]) * 1436 / (1437 - 300)
     assert noise["c2_sampled"] == pytest.approx(variance.mean())
     assert noise["c2_sampled_se"] == pytest.approx(variance.std(ddof=1) / math.sqrt(3))
-    assert noise["noise_norm_se"] == pytest.approx(np.std(noise["noise_norms"], ddof=1) / math.sqrt(3))
+    assert noise["noise_norm_se"] == pytest.approx(
+        np.std(noise["noise_norms"], ddof=1) / math.sqrt(3)
+    )
     assert noise["se_over"] == "3 histories, the last 6 updates replayed"
     measured = [r for r in read_rows(out) if r["kind"] == "measure"]
     assert len(measured) == 1 and measured[0]["c2_sampled"] == noise["c2_sampled"]
@@ -479,7 +550,12 @@ def history_batches(history: int, updates: int) -> list[torch.Tensor]:
 
 def test_no_two_processes_drop_the_same_units_in_their_histories():
     places = [(history, Ranks(rank, 3)) for history in range(1, 9) for rank in range(3)]
-    seeds = {loop.history_seed(seed, update, *place) for seed in range(3) for update in (0, 9) for place in places}
+    seeds = {
+        loop.history_seed(seed, update, *place)
+        for seed in range(3)
+        for update in (0, 9)
+        for place in places
+    }
     assert len(seeds) == 3 * 2 * len(places)
     assert loop.history_seed(5, 2, 1, Ranks()) == (7 + 0x9E3779B97F4A7C15) % 2**63
 
@@ -497,16 +573,20 @@ def test_a_history_draws_from_what_the_epoch_has_left():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--optimizer", "shb"], ["--optimizer", "qhm", "--method", "hybrid", "--decay-epoch", "1"]]
+    "flags",
+    [["--optimizer", "shb"], ["--optimizer", "qhm", "--method", "hybrid", "--decay-epoch", "1"]],
 )
 def test_the_first_history_is_the_run_itself(flags, tmp_path, monkeypatch):
-    """Bit for bit, from the middle of an epoch over its edge; every other history ends elsewhere."""
+    """Bit for bit, from the middle of an epoch over its edge; every other history ends
+    elsewhere."""
     ends, places = [], []
     ahead, updates = loop.Run.ahead, loop.Run.updates
 
     def flat(live):
         buffers = [s["momentum_buffer"] for s in live.step.optimizer.state.values()]
-        return torch.cat([t.detach().double().flatten() for t in (*live.model.parameters(), *buffers)])
+        return torch.cat(
+            [t.detach().double().flatten() for t in (*live.model.parameters(), *buffers)]
+        )
 
     @contextlib.contextmanager
     def watched(live, count, history):
@@ -532,9 +612,15 @@ def test_the_first_history_is_the_run_itself(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form, nu", [("shb", 1.0), ("nshb", 1.0), ("qhm", 0.6)])
-def test_the_noise_of_a_direction_has_its_closed_form_where_the_point_does_not_move(form, nu, tmp_path):
-    """Second moments at a frozen iterate, for batches that an epoch gives out without replacement."""
-    flags = "--mode sampling --lr 1e-30 --norm group --steps 12 --batchsize 48 --draws 12 --beta 0.5 --optimizer"
+def test_the_noise_of_a_direction_has_its_closed_form_where_the_point_does_not_move(
+    form, nu, tmp_path
+):
+    """Second moments at a frozen iterate, for batches that an epoch gives out without
+    replacement."""
+    flags = (
+        "--mode sampling --lr 1e-30 --norm group --steps 12 --batchsize 48 --draws 12 --beta 0.5 "
+        "--optimizer"
+    )
     flags = [*flags.split(), form] + (["--nu", str(nu)] if form == "qhm" else [])
     (point,) = points_of(run(tmp_path, *flags))
     b, n, beta = 48, 1437, 0.5
@@ -548,13 +634,28 @@ def test_the_noise_of_a_direction_has_its_closed_form_where_the_point_does_not_m
     expected = alone + together + (sum(weights) - 1) ** 2 * full
     squares = Estimate.mean([w * w for w in point["noise_norms"]])
     assert squares.error < 0.2 * expected
-    assert abs(squares.value - expected) < 3.5 * math.hypot(squares.error, expected * point["c2_sampled_se"] / c2)
+    assert abs(squares.value - expected) < 3.5 * math.hypot(
+        squares.error, expected * point["c2_sampled_se"] / c2
+    )
     assert point["full_grad_norm_se"] < 1e-5 * point["full_grad_norm"]
 
 
 def test_the_error_of_a_direction_covers_its_history(tmp_path):
-    """It is the spread over histories; with the buffer held fixed the last gradient alone would vary, a tenth of it."""
-    flags = [*EXACT, "--mode", "sampling", "--optimizer", "nshb", "--steps", "24", "--draws", "4", "--batchsize", "100"]
+    """It is the spread over histories; with the buffer held fixed the last gradient alone would
+    vary, a tenth of it."""
+    flags = [
+        *EXACT,
+        "--mode",
+        "sampling",
+        "--optimizer",
+        "nshb",
+        "--steps",
+        "24",
+        "--draws",
+        "4",
+        "--batchsize",
+        "100",
+    ]
     (point,) = points_of(run(tmp_path, *flags))
     spread = np.std(point["noise_norms"], ddof=1)
     assert point["noise_norm_se"] == pytest.approx(spread / math.sqrt(4))
@@ -563,17 +664,31 @@ def test_the_error_of_a_direction_covers_its_history(tmp_path):
 
 @pytest.mark.parametrize("form", ["shb", "nshb", "qhm"])
 def test_a_direction_is_never_held_against_another_function(form, tmp_path, capsys):
-    flags = ["--mode", "sampling", "--steps", "3", "--optimizer", form, "--out", str(tmp_path / "run")]
+    flags = [
+        "--mode",
+        "sampling",
+        "--steps",
+        "3",
+        "--optimizer",
+        form,
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main([*flags, "--bn", "eval"]) == 2
     assert "use --bn train" in capsys.readouterr().err and not (tmp_path / "run").exists()
     augmented = resolve({"mode": "sampling", "optimizer": form, "augment": "crop-flip"})
     assert augmented.measure_augment
-    assert not resolve({"mode": "sampling", "optimizer": "sgd", "augment": "crop-flip"}).measure_augment
-    assert not resolve({"mode": "sampling", "optimizer": form}).measure_augment  # the digits are not augmented
+    assert not resolve(
+        {"mode": "sampling", "optimizer": "sgd", "augment": "crop-flip"}
+    ).measure_augment
+    # the digits are not augmented
+    assert not resolve({"mode": "sampling", "optimizer": form}).measure_augment
 
 
 def test_what_was_measured_is_said_in_words(tmp_path, capsys):
-    out = run(tmp_path, "--mode", "sampling", "--steps", "0", "3", "--draws", "2", "--optimizer", "shb")
+    out = run(
+        tmp_path, "--mode", "sampling", "--steps", "0", "3", "--draws", "2", "--optimizer", "shb"
+    )
     at_start, later = points_of(out)
     assert at_start["se_over"] == "2 mini-batches drawn at one point"  # no update lies before it
     assert later["se_over"] == "2 histories, the last 3 updates replayed"
@@ -585,12 +700,17 @@ def test_what_was_measured_is_said_in_words(tmp_path, capsys):
 def test_the_function_is_named_by_what_batchnorm_sees(tmp_path):
     flags = ["--mode", "sampling", "--steps", "0", "--draws", "2"]
     ways = {"whole": [], "parts": ["--micro-batch", "8"], "none": ["--norm", "group"]}
-    said = {how: points_of(run(tmp_path, *flags, *more, name=how))[0]["function"] for how, more in ways.items()}
+    said = {
+        how: points_of(run(tmp_path, *flags, *more, name=how))[0]["function"]
+        for how, more in ways.items()
+    }
     assert said["whole"].endswith(
-        "training mode: BatchNorm with the statistics of 32 samples at a time, in one order of the images"
+        "training mode: BatchNorm with the statistics of 32 samples at a time, in one order of the "
+        "images"
     )
     assert said["parts"].endswith(
-        "training mode: BatchNorm with the statistics of 8 samples at a time, in one order of the images"
+        "training mode: BatchNorm with the statistics of 8 samples at a time, in one order of the "
+        "images"
     )
     assert said["none"].endswith("the model in training mode")
 
@@ -605,7 +725,10 @@ def test_a_measurement_is_no_part_of_the_speed_that_is_told(tmp_path, monkeypatc
 
     monkeypatch.setattr(modes, "measure_noise", watched)
     run(tmp_path, "--mode", "sampling", "--steps", "0", "3", "--draws", "2")
-    assert all(started > 0 and begun == samples for started, begun, samples in clocks) and len(clocks) == 2
+    assert (
+        all(started > 0 and begun == samples for started, begun, samples in clocks)
+        and len(clocks) == 2
+    )
 
 
 @pytest.mark.parametrize("draw", [0, 1])
@@ -631,7 +754,9 @@ def test_a_measurement_that_is_asked_to_stop_saves_and_is_made_again(draw, tmp_p
     assert (out / "noise.json").read_bytes() == (undisturbed / "noise.json").read_bytes()
     assert (out / "omega-20.npy").read_bytes() == (undisturbed / "omega-20.npy").read_bytes()
     assert not list(out.glob(".omega*"))
-    a, b = (torch.load(o / "checkpoints" / "ckpt-15.pt", weights_only=True) for o in (out, undisturbed))
+    a, b = (
+        torch.load(o / "checkpoints" / "ckpt-15.pt", weights_only=True) for o in (out, undisturbed)
+    )
     for key in ("model", "optimizer", "meter", "rng", "samples", "data"):
         assert_same_bits(a[key], b[key], key)
 
@@ -643,10 +768,23 @@ def test_the_method_named_sampling_is_the_mode_with_a_constant_schedule(tmp_path
     assert (a / "noise.json").read_bytes() == (b / "noise.json").read_bytes()
 
 
-SEVERAL = [*EXACT, "--mode", "sampling", "--draws", "3", "--optimizer", "nshb", "--save-omega", "--log-every", "9"]
+SEVERAL = [
+    *EXACT,
+    "--mode",
+    "sampling",
+    "--draws",
+    "3",
+    "--optimizer",
+    "nshb",
+    "--save-omega",
+    "--log-every",
+    "9",
+]
 
 
-@pytest.mark.parametrize("how", [["--optimizer", "sgd", "--bn", "eval"], ["--optimizer", "nshb", "--beta", "0.3"]])
+@pytest.mark.parametrize(
+    "how", [["--optimizer", "sgd", "--bn", "eval"], ["--optimizer", "nshb", "--beta", "0.3"]]
+)
 def test_several_steps_in_one_run_are_those_of_separate_runs(how, tmp_path):
     """Bit for bit, in whatever order they are given; 45 updates are an epoch."""
     flags = [*SEVERAL, *how, "--batchsize", "32", "--steps"]
@@ -670,7 +808,10 @@ def test_training_after_a_measurement_is_that_of_a_run_without(how, tmp_path):
     plain = run(tmp_path, *flags, "--epochs", "1", name="plain")
     flags += ["--mode", "sampling", "--steps", "0", "5", "44", "--draws", "2", *how[2:]]
     measured = run(tmp_path, *flags, name="measured")
-    a, b = (torch.load(out / "checkpoints" / "ckpt-44.pt", weights_only=True) for out in (plain, measured))
+    a, b = (
+        torch.load(out / "checkpoints" / "ckpt-44.pt", weights_only=True)
+        for out in (plain, measured)
+    )
     # with momentum a point is measured where its histories begin
     expected = [0, 5] if "sgd" in how else [0, 5, 44]
     assert [p["step"] for p in b.pop("noise_points")] == expected and a.pop("noise_points") == []
@@ -678,9 +819,14 @@ def test_training_after_a_measurement_is_that_of_a_run_without(how, tmp_path):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
 
 
-@pytest.mark.parametrize("stop", [16, *(pytest.param(stop, marks=pytest.mark.full) for stop in (12, 26, 30))])
-def test_a_run_interrupted_between_its_measurements_neither_loses_nor_repeats_one(stop, tmp_path, monkeypatch):
-    """Checkpoints at every 7th update: some points are in one and kept, others are measured again."""
+@pytest.mark.parametrize(
+    "stop", [16, *(pytest.param(stop, marks=pytest.mark.full) for stop in (12, 26, 30))]
+)
+def test_a_run_interrupted_between_its_measurements_neither_loses_nor_repeats_one(
+    stop, tmp_path, monkeypatch
+):
+    """Checkpoints at every 7th update: some points are in one and kept, others are measured
+    again."""
     flags = [*SEVERAL, "--beta", "0.3", "--steps", "10", "25", "40", "--checkpoint-every", "7"]
     undisturbed = run(tmp_path, *flags, name="undisturbed")
     after_update = loop.Run.after_update
@@ -697,10 +843,15 @@ def test_a_run_interrupted_between_its_measurements_neither_loses_nor_repeats_on
     monkeypatch.undo()
     assert main(["--resume", "--out", str(out)]) == 0
     assert (out / "noise.json").read_bytes() == (undisturbed / "noise.json").read_bytes()
-    rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(o)] for o in (out, undisturbed)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(o)]
+        for o in (out, undisturbed)
+    ]
     assert rows[0] == rows[1]
     for step in (10, 25, 40):
-        assert (out / f"omega-{step}.npy").read_bytes() == (undisturbed / f"omega-{step}.npy").read_bytes()
+        assert (out / f"omega-{step}.npy").read_bytes() == (
+            undisturbed / f"omega-{step}.npy"
+        ).read_bytes()
     assert not list(out.glob(".omega*"))
 
 
@@ -717,16 +868,33 @@ def test_measurements_are_in_float32_under_bf16(tmp_path):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("bn, precision, graphs", [("train", "fp32", 1), ("eval", "fp32", 2), ("train", "bf16", 2)])
+@pytest.mark.parametrize(
+    "bn, precision, graphs", [("train", "fp32", 1), ("eval", "fp32", 2), ("train", "bf16", 2)]
+)
 def test_neither_draws_nor_chunks_compile_again(bn, precision, graphs, tmp_path):
-    """The training step's own graph serves where it can; batches of 100 leave 37 of 1,437 images over."""
-    flags = ["--mode", "sampling", "--steps", "0", "1", "2", "--draws", "3", "--batchsize", "100", "--bn", bn]
+    """The training step's own graph serves where it can; batches of 100 leave 37 of 1,437 images
+    over."""
+    flags = [
+        "--mode",
+        "sampling",
+        "--steps",
+        "0",
+        "1",
+        "2",
+        "--draws",
+        "3",
+        "--batchsize",
+        "100",
+        "--bn",
+        bn,
+    ]
     flags += ["--precision", precision]
     compiled = run(tmp_path, *flags, "--compile", "on", name="compiled")
     assert json.loads((compiled / "summary.json").read_text())["compiled_graphs"] == graphs
     found, expected = points_of(compiled), points_of(run(tmp_path, *flags, name="eager"))
     for key in ("full_grad_norm", "c2_sampled", "noise_norm"):
-        assert found[0][key] == pytest.approx(expected[0][key], rel=1e-4)  # before training, which amplifies rounding
+        # before training, which amplifies rounding
+        assert found[0][key] == pytest.approx(expected[0][key], rel=1e-4)
 
 
 def test_a_chunk_that_does_not_fit_in_memory_is_halved(tmp_path, monkeypatch):
@@ -743,8 +911,11 @@ def test_a_chunk_that_does_not_fit_in_memory_is_halved(tmp_path, monkeypatch):
     monkeypatch.setattr(gradients, "batch_gradient", small)
     halved = points_of(run(tmp_path, *flags, name="halved"))
     first = loop.EVAL_CHUNK["cpu"]
-    assert [p["chunk"] for p in whole] == [first] * 2 and [p["chunk"] for p in halved] == [first // 8] * 2
-    assert [sizes.count(first // part) for part in (1, 2, 4)] == [1, 1, 1]  # what did not fit is not tried again
+    assert [p["chunk"] for p in whole] == [first] * 2 and [p["chunk"] for p in halved] == [
+        first // 8
+    ] * 2
+    # what did not fit is not tried again
+    assert [sizes.count(first // part) for part in (1, 2, 4)] == [1, 1, 1]
     assert halved[0]["full_grad_norm"] == pytest.approx(whole[0]["full_grad_norm"], rel=1e-5)
 
 

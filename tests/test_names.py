@@ -1,4 +1,5 @@
-"""What is said of names that fastsmooth does not know: what other trainers call things, near misses, and no wrong guess."""
+"""What is said of names that fastsmooth does not know: what other trainers call things, near
+misses, and no wrong guess."""
 
 import re
 
@@ -60,15 +61,17 @@ def answer(flag: str) -> str:
     return str(refusal.value)
 
 
-@pytest.mark.parametrize("trainer", [TORCHVISION, TIMM, OTHERS], ids=["torchvision", "timm", "others"])
+@pytest.mark.parametrize(
+    "trainer", [TORCHVISION, TIMM, OTHERS], ids=["torchvision", "timm", "others"]
+)
 def test_every_flag_of_another_trainer_is_one_of_ours_or_answered_without_a_guess(trainer):
     for flag in trainer.split():
         plain = flag.replace("_", "-")
         if plain not in KNOWN and flag != "-c":
             said = answer(flag)
-            assert said.startswith((f"unknown flag {plain}: fastsmooth calls it --", f"fastsmooth has no {plain}: ")), (
-                said
-            )
+            assert said.startswith(
+                (f"unknown flag {plain}: fastsmooth calls it --", f"fastsmooth has no {plain}: ")
+            ), said
 
 
 @pytest.mark.parametrize(
@@ -81,9 +84,16 @@ def test_every_flag_of_another_trainer_is_one_of_ours_or_answered_without_a_gues
         ("--pretrained", "fastsmooth has no --pretrained: every run begins with random weights"),
         ("--weights", "fastsmooth has no --weights: every run begins with random weights"),
         ("--eval", "fastsmooth has no --eval: every epoch ends with a test"),
-        ("--milestones", "fastsmooth has no --milestones: --method lr lowers the learning rate every --decay-epoch"),
+        (
+            "--milestones",
+            "fastsmooth has no --milestones: --method lr lowers the learning rate every "
+            "--decay-epoch",
+        ),
         ("--warmup-epochs", "fastsmooth has no --warmup-epochs: no schedule warms up"),
-        ("--seeds", "fastsmooth has no --seeds: fastsmooth.sweep does a run for each of several seeds"),
+        (
+            "--seeds",
+            "fastsmooth has no --seeds: fastsmooth.sweep does a run for each of several seeds",
+        ),
         ("--frobnicate", "unknown flag --frobnicate: --help lists the flags"),
     ],
 )
@@ -110,28 +120,39 @@ def test_answers_about_values_are_values_or_say_why_there_is_none(flag):
 
 
 @pytest.mark.parametrize(
-    "names", [KNOWN, tuple(METHODS), tuple(FORMS), tuple(SETS), tuple(BUILDERS)], ids=lambda names: names[-1]
+    "names",
+    [KNOWN, tuple(METHODS), tuple(FORMS), tuple(SETS), tuple(BUILDERS)],
+    ids=lambda names: names[-1],
 )
 def test_a_slip_of_one_letter_is_understood_and_no_name_is_taken_for_another(names):
-    """A letter left out, doubled or wrong in a name of five letters or more; the case and signs of any."""
+    """A letter left out, doubled or wrong in a name of five letters or more; the case and signs of
+    any."""
     for name in names:
         bare = name.strip("-")
         assert hint(name.upper(), names) and hint(name.replace("-", "_"), names)
         if len(bare) < 5:
             continue
         for k in range(1, len(name) - 1):
-            for slip in (name[:k] + name[k + 1 :], name[:k] + name[k] + name[k:], name[:k] + "q" + name[k + 1 :]):
+            for slip in (
+                name[:k] + name[k + 1 :],
+                name[:k] + name[k] + name[k:],
+                name[:k] + "q" + name[k + 1 :],
+            ):
                 if name[k].isalpha() and slip not in names:
                     assert hint(slip, names).startswith("did you mean "), (name, slip)
 
 
-@pytest.mark.parametrize("word", ["--augur", "--seat", "--gramma-ray", "--precious", "--helpless", "-x", "--", ""])
+@pytest.mark.parametrize(
+    "word", ["--augur", "--seat", "--gramma-ray", "--precious", "--helpless", "-x", "--", ""]
+)
 def test_what_is_like_nothing_gets_no_guess(word):
     assert not hint(word, KNOWN)
 
 
 def test_another_number_is_no_slip():
-    assert not hint("resnet101", BUILDERS) and not hint("cifar11", SETS) and not hint("--beta2", KNOWN)
+    assert (
+        not hint("resnet101", BUILDERS) and not hint("cifar11", SETS) and not hint("--beta2", KNOWN)
+    )
 
 
 def test_flags_of_other_trainers_are_answered_in_files_and_in_sweeps(tmp_path):
@@ -146,7 +167,7 @@ def test_a_command_without_the_flag_does_not_name_it():
     assert about_flag("--wd", ["--seed", "--rho"]) == "unknown flag --wd: --help lists the flags"
 
 
-# --momentum -----------------------------------------------------------------------------------------------------------------
+# --momentum
 
 
 def test_momentum_is_a_name_of_beta_everywhere(tmp_path):
@@ -165,12 +186,13 @@ def test_momentum_is_a_name_of_beta_everywhere(tmp_path):
 
 def test_momentum_with_plain_sgd_names_the_optimizer_that_has_it():
     with pytest.raises(
-        ConfigError, match=r"--beta has no effect with --optimizer sgd.*with momentum is --optimizer shb"
+        ConfigError,
+        match=r"--beta has no effect with --optimizer sgd.*with momentum is --optimizer shb",
     ):
         resolve(parse(["--momentum", "0.9"]).given)
 
 
-# Values ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 @pytest.mark.parametrize(
@@ -217,7 +239,7 @@ def test_a_model_of_timm_is_answered_too():
         build("timm/ResNet-18", 10)
 
 
-# Several values -------------------------------------------------------------------------------------------------------------
+# Several values
 
 
 @pytest.mark.parametrize(
@@ -233,7 +255,8 @@ def test_a_model_of_timm_is_answered_too():
 def test_several_values_name_the_sweep(argv, word, flag):
     said = refused(train.main, argv.split())
     assert said == (
-        f"unexpected '{word}': {flag} takes one value; python -m fastsmooth.sweep does a run for each of several"
+        f"unexpected '{word}': {flag} takes one value; python -m fastsmooth.sweep does a run for "
+        "each of several"
     )
 
 
@@ -250,4 +273,8 @@ def test_a_folder_that_no_flag_takes_is_that_of_the_images(tmp_path):
 @pytest.mark.parametrize("argv", ["--seeds 0 1 2", "--seeds 0..2+1"])
 def test_seeds_with_a_list_says_what_it_wants(argv):
     said = refused(sweep.main, ["--out", "s", *argv.split()])
-    assert said == "--seeds takes one number N, for the seeds 0 to N - 1: for the seeds 0 1 2 write --seed 0 1 2"
+    assert (
+        said
+        == "--seeds takes one number N, for the seeds 0 to N - 1: for the seeds 0 1 2 write --seed "
+        "0 1 2"
+    )

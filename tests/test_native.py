@@ -45,7 +45,9 @@ def test_the_library_is_built_once_and_kept(cache, builds):
 DAMAGE = {
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: os.truncate(path, 0),
-    "altered": lambda path: path.write_bytes(path.read_bytes().replace(b"\x00\x01", b"\x00\x02", 1)),
+    "altered": lambda path: path.write_bytes(
+        path.read_bytes().replace(b"\x00\x01", b"\x00\x02", 1)
+    ),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "writable by the group": lambda path: path.chmod(0o720),
     "writable by all": lambda path: path.chmod(0o702),
@@ -64,7 +66,11 @@ def test_a_library_that_is_damaged_or_may_be_anothers_is_built_again(cache, dama
         pytest.skip("only root gives files away")
     DAMAGE[damage](first)
     path, (line,) = built()
-    assert line.startswith(f"{first} ") and line.endswith(": it is not loaded but built again") and builds() == 2
+    assert (
+        line.startswith(f"{first} ")
+        and line.endswith(": it is not loaded but built again")
+        and builds() == 2
+    )
     assert path.read_bytes() == content and stat.S_ISREG(os.lstat(path).st_mode)
     assert path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o777 == 0o700
     assert built() == (path, []) and builds() == 2  # said and done once
@@ -102,12 +108,17 @@ FOLDERS = {
     "writable by all": (lambda cache: cache.chmod(0o1777), "it may be written by other users"),
     "another user's": (give_away, "it belongs to another user"),
     "a file": (lambda cache: (cache.rmdir(), cache.write_bytes(b"")), "File exists"),
-    "a link to nothing": (lambda cache: (cache.rmdir(), cache.symlink_to("nowhere")), "File exists"),
+    "a link to nothing": (
+        lambda cache: (cache.rmdir(), cache.symlink_to("nowhere")),
+        "File exists",
+    ),
 }
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_folder_that_is_not_ours_alone_is_not_used(cache, folder, tmp_path, builds, quick_compiler):
+def test_a_folder_that_is_not_ours_alone_is_not_used(
+    cache, folder, tmp_path, builds, quick_compiler
+):
     """What lies there under the right name, with the right bytes, is not loaded either."""
     path, _ = built()
     shutil.move(path, tmp_path / path.name)
@@ -139,7 +150,10 @@ def test_where_no_folder_is_ours_alone_the_kernels_run_in_plain_pytorch(cache, m
     with pytest.warns(UserWarning) as said:
         assert native.library() is None
     (line,) = [str(warning.message) for warning in said]
-    assert line.startswith("the kernels run in plain PyTorch, slower: ") and line.count("belongs to another user") == 2
+    assert (
+        line.startswith("the kernels run in plain PyTorch, slower: ")
+        and line.count("belongs to another user") == 2
+    )
     assert "XDG_CACHE_HOME" in line and path.exists()
 
 
@@ -156,7 +170,8 @@ def test_without_a_home_directory_the_library_is_kept_among_temporary_files(
 
 @pytest.mark.parametrize("alike", [True, False], ids=["the same bytes", "other bytes each"])
 def test_many_that_build_at_once_all_have_a_whole_library(cache, monkeypatch, alike):
-    """Each would take half a library of another for its own where they were not named when they are whole."""
+    """Each would take half a library of another for its own where they were not named when they are
+    whole."""
     monkeypatch.setenv("SLOW", "0.2")
     if not alike:
         monkeypatch.setenv("MORE", "other")
@@ -164,7 +179,9 @@ def test_many_that_build_at_once_all_have_a_whole_library(cache, monkeypatch, al
     threads = [threading.Thread(target=lambda: found.append(native.build())) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert len(found) == 4 and all(path.name == native.name_of(path.name[4:20], path.read_bytes()) for path in found)
+    assert len(found) == 4 and all(
+        path.name == native.name_of(path.name[4:20], path.read_bytes()) for path in found
+    )
     assert sorted(set(found)) == sorted(cache.iterdir())  # and nothing half made
     again, said = built()
     assert again in found and not said

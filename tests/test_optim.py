@@ -53,7 +53,11 @@ def test_sgd_and_shb_have_the_bits_of_torch(form, weight_decay, foreach):
     mine, theirs = parameters(), parameters()
     ours = NoisySGD(mine, form, 0.1, 0.9, weight_decay=weight_decay)
     reference = torch.optim.SGD(
-        theirs, lr=0.1, momentum=0.9 if form == "shb" else 0.0, weight_decay=weight_decay, foreach=foreach
+        theirs,
+        lr=0.1,
+        momentum=0.9 if form == "shb" else 0.0,
+        weight_decay=weight_decay,
+        foreach=foreach,
     )
     for step, (lr, beta) in enumerate(CHANGING):
         ours.set_point(lr, beta)
@@ -93,7 +97,8 @@ def test_shb_state_goes_on_in_torch_sgd_with_the_same_bits():
 
 
 def plain_run(form, steps, lr, beta, nu, weight_decay, dtype=torch.float64):
-    """The update rule one number at a time: parameters after `steps`, with lr and beta functions of the step."""
+    """The update rule one number at a time: parameters after `steps`, with lr and beta functions of
+    the step."""
     ends = []
     for number, start in enumerate(parameters(dtype)):
         values = start.detach().flatten().tolist()
@@ -126,7 +131,15 @@ def test_every_form_follows_its_definition(form, nu, weight_decay):
         optimizer.set_point(lr, beta)
         set_grads(params, step, torch.float64)
         optimizer.step()
-    expected = plain_run(form, 12, lambda t: CHANGING[t][0], lambda t: CHANGING[t][1], nu, weight_decay, torch.float64)
+    expected = plain_run(
+        form,
+        12,
+        lambda t: CHANGING[t][0],
+        lambda t: CHANGING[t][1],
+        nu,
+        weight_decay,
+        torch.float64,
+    )
     for mine, value in zip(params, expected, strict=True):
         torch.testing.assert_close(mine.detach(), value, rtol=1e-12, atol=1e-14)
 
@@ -152,7 +165,9 @@ def finish(form, lr, beta, nu=1.0, steps=40):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
 def test_shb_is_nshb_at_a_learning_rate_divided_by_one_minus_beta(beta):
-    for x, y in zip(finish("shb", 0.01, beta), finish("nshb", 0.01 / (1 - beta), beta), strict=True):
+    for x, y in zip(
+        finish("shb", 0.01, beta), finish("nshb", 0.01 / (1 - beta), beta), strict=True
+    ):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
@@ -206,11 +221,15 @@ def test_directions_are_what_step_applies_and_change_nothing(form, weight_decay)
         assert len(optimizer.state) == len(held)  # no buffer was made either
         assert equal(found, given)
         assert not {t.data_ptr() for t in found if t.numel()} & {
-            t.data_ptr() for t in [*params, *(p.grad for p in params), *buffers(optimizer, params)] if t.numel()
+            t.data_ptr()
+            for t in [*params, *(p.grad for p in params), *buffers(optimizer, params)]
+            if t.numel()
         }
 
         optimizer.step()
-        assert equal(params, [x.add(m, alpha=-lr) for x, m in zip(points, found, strict=True)]), step
+        assert equal(params, [x.add(m, alpha=-lr) for x, m in zip(points, found, strict=True)]), (
+            step
+        )
         assert equal([p.grad for p in params], grads)
 
 
@@ -222,7 +241,10 @@ def test_directions_take_other_gradients_than_those_of_the_parameters():
     for p in params:
         p.grad = None
     found = optimizer.directions(gradients(7, torch.float64))
-    expected = [0.5 * a + b for a, b in zip(gradients(0, torch.float64), gradients(7, torch.float64), strict=True)]
+    expected = [
+        0.5 * a + b
+        for a, b in zip(gradients(0, torch.float64), gradients(7, torch.float64), strict=True)
+    ]
     for mine, value in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, value, rtol=1e-14, atol=1e-15)
     assert all(p.grad is None for p in params)
@@ -244,7 +266,9 @@ def test_parameters_without_a_gradient_stay_as_they_are(form):
     params[3].grad = gradients(0)[3]
     optimizer.step()
     start = parameters()
-    assert [i for i, (p, q) in enumerate(zip(params, start, strict=True)) if not torch.equal(p, q)] == [3]
+    assert [
+        i for i, (p, q) in enumerate(zip(params, start, strict=True)) if not torch.equal(p, q)
+    ] == [3]
     assert len(optimizer.directions()) == 1
 
 
@@ -268,12 +292,16 @@ def test_step_returns_the_loss_of_its_closure():
 @pytest.mark.parametrize("form", FORMS)
 def test_sq_norms_are_those_of_the_gradient_and_the_direction_over_all_groups(form):
     params = parameters()
-    optimizer = NoisySGD([{"params": params[:2]}, {"params": params[2:]}], form, 0.1, 0.9, 0.7, 0.05)
+    optimizer = NoisySGD(
+        [{"params": params[:2]}, {"params": params[2:]}], form, 0.1, 0.9, 0.7, 0.05
+    )
     for step in range(3):
         set_grads(params, step)
         directions = optimizer.directions()
         optimizer.step()
-        expected = [sum(t.double().square().sum() for t in ts) for ts in (gradients(step), directions)]
+        expected = [
+            sum(t.double().square().sum() for t in ts) for ts in (gradients(step), directions)
+        ]
         torch.testing.assert_close(optimizer.sq_norms, torch.stack(expected), rtol=1e-6, atol=0)
 
 
@@ -296,7 +324,9 @@ def test_bfloat16_parameters_have_float32_momentum_that_small_gradients_move():
         optimizer.step()
     (held,) = buffers(optimizer, [p])
     assert held.dtype == torch.float32
-    torch.testing.assert_close(held, torch.full((3,), 2**-7 * (1 - 0.9**40) / 0.1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        held, torch.full((3,), 2**-7 * (1 - 0.9**40) / 0.1), rtol=1e-6, atol=0
+    )
 
 
 # --- state
@@ -330,7 +360,8 @@ def test_a_saved_state_goes_on_with_the_same_bits(form):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"form": "adam"}, {"lr": -0.1}, {"lr": math.nan}, {"momentum": 1.0}, {"momentum": -0.1}, {"nu": 1.1},
+    [{"form": "adam"}, {"lr": -0.1}, {"lr": math.nan}, {"momentum": 1.0}, {"momentum": -0.1},
+    {"nu": 1.1},
      {"nu": -0.1}, {"weight_decay": -1.0}],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(wrong):
@@ -342,7 +373,9 @@ def test_values_out_of_range_are_refused(wrong):
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.9])
-@pytest.mark.parametrize("form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)])
+@pytest.mark.parametrize(
+    "form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)]
+)
 def test_search_direction_noise_at_a_frozen_iterate_has_its_closed_form(form, nu, beta):
     """E||m_t - G||^2 over independent coordinates with gradient G and noise of variance s^2."""
     coordinates, s, full = 30_000, 1.5, 0.8

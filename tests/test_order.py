@@ -1,4 +1,5 @@
-"""The order of the samples: the generator against its published vectors, permutations and subsets against chance."""
+"""The order of the samples: the generator against its published vectors, permutations and subsets
+against chance."""
 
 import itertools
 import math
@@ -35,7 +36,8 @@ def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
 
 
 class Indices(Loader):
-    """A loader whose samples are their indices, and whose labels say whose random numbers augment them."""
+    """A loader whose samples are their indices, and whose labels say whose random numbers augment
+    them."""
 
     def __init__(self, n: int):
         self.labels = torch.arange(n)
@@ -84,13 +86,16 @@ def order(n: int, batch_size: int, seed: int = 0, epoch: int = 0, **more) -> lis
 
 
 def rank_correlations(orders: list[torch.Tensor]) -> torch.Tensor:
-    """Spearman's, of the positions that the samples have in each two orders; its deviation is 1 / sqrt(n - 1)."""
+    """Spearman's, of the positions that the samples have in each two orders; its deviation is 1 /
+    sqrt(n - 1)."""
     return torch.corrcoef(torch.stack(orders).argsort(dim=1).double())
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_philox_gives_the_words_that_random123_publishes(counter, key, words):
-    assert philox_rounds([torch.tensor([word]) for word in counter], key).squeeze(1).tolist() == words
+    assert (
+        philox_rounds([torch.tensor([word]) for word in counter], key).squeeze(1).tolist() == words
+    )
 
 
 def test_philox_equals_plain_integer_arithmetic_on_many_counters():
@@ -115,7 +120,9 @@ def test_philox_words_depend_on_seed_epoch_sample_and_stream_up_to_their_highest
     ]:
         words = philox(seed, epoch, index, stream)
         key = [seed % 2**32, seed // 2**32]
-        expected = [philox_in_python([i % 2**32, epoch, stream, i // 2**32], key) for i in index.tolist()]
+        expected = [
+            philox_in_python([i % 2**32, epoch, stream, i // 2**32], key) for i in index.tolist()
+        ]
         assert words.T.tolist() == expected
         assert words.min() >= 0 and words.max() < 2**32
 
@@ -125,7 +132,9 @@ def test_every_epoch_visits_each_image_once_at_any_batch_size(n):
     for batch_size, epoch in itertools.product((1, 2, 3, 32, n, n + 5), (0, 1, 7)):
         batches = list(epoch_batches(3, epoch, n, batch_size))
         assert sorted(torch.cat(batches).tolist()) == list(range(n))
-        assert [len(batch) for batch in batches[:-1]] == [batch_size] * (math.ceil(n / batch_size) - 1)
+        assert [len(batch) for batch in batches[:-1]] == [batch_size] * (
+            math.ceil(n / batch_size) - 1
+        )
         assert 1 <= len(batches[-1]) <= batch_size
 
 
@@ -168,7 +177,9 @@ def test_epochs_follow_each_other_each_in_its_own_order():
     served.batch_size = 8
     for epoch in range(3):
         batches = list(served.rest_of_epoch())
-        assert torch.cat([x for x, _ in batches]).tolist() == permutation(3, epoch, 50)[:48].tolist()
+        assert (
+            torch.cat([x for x, _ in batches]).tolist() == permutation(3, epoch, 50)[:48].tolist()
+        )
         assert torch.cat([y for _, y in batches]).unique().tolist() == [epoch]
 
 
@@ -177,7 +188,8 @@ def test_epochs_follow_each_other_each_in_its_own_order():
 def test_ranks_serve_together_what_one_alone_serves(n, drop_last):
     for world, batch_size in itertools.product((2, 3, 4, 8), (1, 2, 5, 32)):
         ranks = [
-            list(epoch_batches(1, 0, n, batch_size, rank=r, world=world, drop_last=drop_last)) for r in range(world)
+            list(epoch_batches(1, 0, n, batch_size, rank=r, world=world, drop_last=drop_last))
+            for r in range(world)
         ]
         alone = list(epoch_batches(1, 0, n, batch_size, drop_last=drop_last))
         for k, parts in enumerate(zip(*ranks, strict=True)):
@@ -192,12 +204,17 @@ def test_the_same_seed_and_epoch_give_the_same_order_again():
 
 def test_orders_of_different_epochs_and_seeds_are_uncorrelated():
     n = 2000
-    keys = [*itertools.product((0, 1, 2, 2**32, 2**32 + 1, 2**62), (0, 1, 2, 199)), (1234, 5), (1234, 6)]
+    keys = [
+        *itertools.product((0, 1, 2, 2**32, 2**32 + 1, 2**62), (0, 1, 2, 199)),
+        (1234, 5),
+        (1234, 6),
+    ]
     orders = [torch.arange(n), *(permutation(seed, epoch, n) for seed, epoch in keys)]
     different = ~torch.eye(len(orders), dtype=torch.bool)
     assert rank_correlations(orders)[different].abs().max() < 5 / math.sqrt(n - 1)
     for a, b in itertools.combinations(orders, 2):
-        assert (a == b).sum() < 12  # images at the same place: Poisson of mean 1, and P(12 or more) < 1e-9
+        # images at the same place: Poisson of mean 1, and P(12 or more) < 1e-9
+        assert (a == b).sum() < 12
 
 
 def test_neighbours_in_one_epoch_are_not_neighbours_in_the_next():
@@ -213,7 +230,9 @@ def test_all_orders_of_four_images_are_equally_frequent():
     for fixed in ("seed", "epoch"):
         counts = [0] * 24
         for k in range(draws):
-            counts[index[tuple(permutation(*((7, k) if fixed == "seed" else (k, 7)), 4).tolist())]] += 1
+            counts[
+                index[tuple(permutation(*((7, k) if fixed == "seed" else (k, 7)), 4).tolist())]
+            ] += 1
         assert chi_square(counts, draws / 24) < chi_square_limit(23), f"same {fixed}"
 
 
@@ -252,7 +271,10 @@ def test_a_subset_is_a_function_of_seed_step_and_draw():
 
 def test_a_subset_shares_nothing_with_the_order_of_the_epoch_of_the_same_number():
     for number in range(5):
-        first, chosen = (set(x.tolist()) for x in (permutation(0, number, 1000)[:50], subset(0, number, 0, 1000, 50)))
+        first, chosen = (
+            set(x.tolist())
+            for x in (permutation(0, number, 1000)[:50], subset(0, number, 0, 1000, 50))
+        )
         assert len(first & chosen) < 16
 
 
@@ -271,6 +293,9 @@ def test_every_image_is_equally_often_in_a_subset():
     for draw in range(draws):
         counts[subset(4, 77, draw, n, size)] += 1
     share = size / n
-    # The indicators less their mean have covariance n share (1 - share) / (n - 1) in each of n - 1 dimensions.
-    statistic = (counts - draws * share).square().sum().item() * (n - 1) / (draws * n * share * (1 - share))
+    # The indicators less their mean have covariance n share (1 - share) / (n - 1) in each of n - 1
+    # dimensions.
+    statistic = (
+        (counts - draws * share).square().sum().item() * (n - 1) / (draws * n * share * (1 - share))
+    )
     assert statistic < chi_square_limit(n - 1)

@@ -13,7 +13,8 @@ CLASSES = 7
 
 
 class Layers(nn.Module):
-    """What the networks of the zoo lack: even kernels, "same" padding, dilation, groups, LayerNorm, tokens."""
+    """What the networks of the zoo lack: even kernels, "same" padding, dilation, groups, LayerNorm,
+    tokens."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +52,10 @@ def model_and_batch(name: str, dtype: torch.dtype, size: int = 5, side: int = 9)
 def rows_of(model, x, y) -> torch.Tensor:
     """[B, P]: the gradient of each sample, from a batch of its own."""
     params = list(model.parameters())
-    grads = [torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), params) for i in range(len(y))]
+    grads = [
+        torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), params)
+        for i in range(len(y))
+    ]
     return torch.stack([torch.cat([g.flatten() for g in one]) for one in grads])
 
 
@@ -63,7 +67,9 @@ def test_norms_are_those_of_one_backward_pass_a_sample(name, kernels, monkeypatc
     model, x, y = model_and_batch(name, torch.float64)
     found, rows = sample_norms(model, x, y), rows_of(model, x, y)
     mean = rows.mean(dim=0)
-    assert torch.allclose(torch.cat([g.flatten() for g in found.grads]), mean, rtol=1e-10, atol=1e-13)
+    assert torch.allclose(
+        torch.cat([g.flatten() for g in found.grads]), mean, rtol=1e-10, atol=1e-13
+    )
     for value, exact in (
         (found.squares, rows.square().sum(1)),
         (found.inner, rows @ mean),
@@ -86,7 +92,9 @@ def test_norms_alone_are_the_same(monkeypatch):
     model, x, y = model_and_batch("resnet8", torch.float64, side=4)
     whole = sample_norms(model, x, y)
     for kernels in ("native", "reference"):
-        monkeypatch.setattr("fastsmooth.kernels.backend.choose", lambda device, dtype, name=kernels: name)
+        monkeypatch.setattr(
+            "fastsmooth.kernels.backend.choose", lambda device, dtype, name=kernels: name
+        )
         alone = sample_norms(model, x, y, noise=False)
         assert alone.noise is None
         assert torch.allclose(alone.squares, whole.squares, rtol=1e-12)
@@ -113,7 +121,9 @@ def test_the_model_is_left_as_it_was():
 FROZEN = ["a.weight", "b.weight", "c.bias", "norm.weight", "norm.bias", "mix.weight", "mix.bias"]
 
 
-@pytest.mark.parametrize("frozen", [["mix.weight", "mix.bias"], *([name] for name in FROZEN)], ids=" ".join)
+@pytest.mark.parametrize(
+    "frozen", [["mix.weight", "mix.bias"], *([name] for name in FROZEN)], ids=" ".join
+)
 def test_frozen_parameters_take_no_part(frozen):
     model, x, y = model_and_batch("layers", torch.float64)
     all_of_it = sample_norms(model, x, y).squares
@@ -135,8 +145,14 @@ class Refused(nn.Module):
         super().__init__()
         self.how, self.layer = how, nn.Linear(12, CLASSES)
         scaled = ("scale", "unused", "listed", "turned")
-        self.scale = nn.Parameter(torch.ones(CLASSES, CLASSES if how == "turned" else 1)) if how in scaled else None
-        self.attention = nn.MultiheadAttention(CLASSES, 1, batch_first=True) if how == "attention" else None
+        self.scale = (
+            nn.Parameter(torch.ones(CLASSES, CLASSES if how == "turned" else 1))
+            if how in scaled
+            else None
+        )
+        self.attention = (
+            nn.MultiheadAttention(CLASSES, 1, batch_first=True) if how == "attention" else None
+        )
         self.memory = nn.LSTM(CLASSES, CLASSES, batch_first=True) if how == "memory" else None
 
     def forward(self, x):
@@ -165,7 +181,8 @@ class Refused(nn.Module):
         ("listed", "scale is used by cat, which gives no per-sample norms"),
         (
             "turned",
-            "scale is used, but not as it is by batch_norm, conv2d, group_norm, layer_norm, linear, which alone",
+            "scale is used, but not as it is by batch_norm, conv2d, group_norm, layer_norm, "
+            "linear, which alone",
         ),
         ("attention", "attention.in_proj_weight is used by multi_head_attention_forward"),
         ("memory", "memory.weight_ih_l0 is used by lstm"),
@@ -199,7 +216,8 @@ def test_shares_of_a_batch_with_statistics_have_its_gradient_as_their_mean(name)
 
 
 def test_frozen_statistics_are_constants():
-    """Beside the same network in evaluation mode, its running statistics set to those of the batch."""
+    """Beside the same network in evaluation mode, its running statistics set to those of the
+    batch."""
     model, x, y = trained("resnet8")
     found = sample_norms(model, x, y, bn="frozen")
     for module in model.modules():
@@ -208,7 +226,9 @@ def test_frozen_statistics_are_constants():
     rows = rows_of_batch(model.eval(), x, y)
     assert torch.allclose(found.squares, rows.square().sum(1), rtol=1e-10)
     assert torch.allclose(found.noise, (rows - rows.mean(0)).square().sum(1), rtol=1e-10)
-    assert torch.allclose(torch.cat([g.flatten() for g in found.grads]), rows.mean(0), rtol=1e-8, atol=1e-12)
+    assert torch.allclose(
+        torch.cat([g.flatten() for g in found.grads]), rows.mean(0), rtol=1e-8, atol=1e-12
+    )
 
 
 def set_statistics(module, inputs):
@@ -231,7 +251,9 @@ def test_a_small_noise_around_a_large_mean_keeps_its_digits():
     x = x[:1] + 1e-4 * torch.randn_like(x)
     y = y[:1].expand(len(x))
     exact = sample_norms(model, x, y)
-    assert (exact.noise < 2e-5 * exact.grad_square).all() and exact.noise.min() < 1e-6 * exact.grad_square
+    assert (
+        exact.noise < 2e-5 * exact.grad_square
+    ).all() and exact.noise.min() < 1e-6 * exact.grad_square
     found = sample_norms(model.float(), x.float(), y)
     assert torch.allclose(found.noise, exact.noise, rtol=0.05)
 
@@ -240,7 +262,9 @@ def test_batch_statistics_and_a_batch_of_one_are_refused():
     model, x, y = model_and_batch("resnet8", torch.float32)
     with pytest.raises(NotCovered, match="two or more"):
         sample_norms(model, x[:1], y[:1])
-    with pytest.raises(NotCovered, match=r"norm.weight: BatchNorm with batch statistics mixes the samples"):
+    with pytest.raises(
+        NotCovered, match=r"norm.weight: BatchNorm with batch statistics mixes the samples"
+    ):
         sample_norms(model.train(), x, y)
 
 
@@ -257,11 +281,12 @@ def test_a_compiled_model_gives_the_same_in_one_graph():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-# Where the samples are -----------------------------------------------------------------------------------------------
+# Where the samples are
 
 
 class TimeFirst(nn.Module):
-    """Takes [B, T, 4] and works on [T, B, 4], as recurrent and attention layers do without batch_first."""
+    """Takes [B, T, 4] and works on [T, B, 4], as recurrent and attention layers do without
+    batch_first."""
 
     def __init__(self):
         super().__init__()
@@ -294,7 +319,9 @@ def test_a_batch_that_is_not_the_first_dimension_is_refused_where_the_sizes_agre
 def test_a_batch_first_model_is_accepted_whatever_its_other_sizes():
     for size, tokens in ((2, 2), (3, 2), (2, 3), (6, 6)):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Flatten(), nn.Linear(5 * tokens, CLASSES)).double()
+        model = nn.Sequential(
+            nn.Linear(4, 5), nn.GELU(), nn.Flatten(), nn.Linear(5 * tokens, CLASSES)
+        ).double()
         x, y = torch.randn(size, tokens, 4, dtype=torch.float64), torch.randint(CLASSES, (size,))
         expected = rows_of(model, x, y)
         found = sample_norms(model, x, y)
@@ -304,7 +331,11 @@ def test_a_batch_first_model_is_accepted_whatever_its_other_sizes():
 def test_the_look_at_the_layout_leaves_no_trace():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(CLASSES)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.LazyLinear(CLASSES),
     )
     x, y = torch.randn(6, 3, 8, 8), torch.randint(CLASSES, (6,))
     model(x)

@@ -1,4 +1,5 @@
-"""Several processes train the model that one would: against plain PyTorch, against one process, and to the last bit when interrupted."""
+"""Several processes train the model that one would: against plain PyTorch, against one process, and
+to the last bit when interrupted."""
 
 import json
 import os
@@ -35,7 +36,8 @@ SHORT = ["--epochs", "1", "--log-every", "1"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As the processes have: another order of a sum in one layer grows where BatchNorm sees one sample."""
+    """As the processes have: another order of a sum in one layer grows where BatchNorm sees one
+    sample."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,12 +52,15 @@ def weights_of(out) -> dict:
     return final_state(out)["model"]
 
 
-# The gradient and BatchNorm ---------------------------------------------------------------------------------------------
+# The gradient and BatchNorm
 
 
-def by_hand(world: int, batch: int, lr: float, updates: int | None, beta: float = 0.9) -> dict[str, torch.Tensor]:
-    """resnet8 on the digits as `world` processes train it, in plain PyTorch: every process's share of the permutation through
-    the model by itself, gradients and BatchNorm's statistics averaged over samples."""
+def by_hand(
+    world: int, batch: int, lr: float, updates: int | None, beta: float = 0.9
+) -> dict[str, torch.Tensor]:
+    """resnet8 on the digits as `world` processes train it, in plain PyTorch: every process's share
+    of the permutation through the model by itself, gradients and BatchNorm's statistics averaged
+    over samples."""
     torch.manual_seed(0)
     images = data.open_data(resolve({}), CPU)
     model = models.build("resnet8", 10)
@@ -108,11 +113,14 @@ def test_every_process_has_its_share_of_the_batch_and_its_own_batchnorm(world, b
     ("world", "norm", "tolerance"),
     [
         (2, ["--sync-bn", "--drop-last"], 1e-4),
-        (3, ["--sync-bn"], 1e-3),  # BatchNorm over the one sample of the last batch makes much of rounding
+        # BatchNorm over the one sample of the last batch makes much of rounding
+        (3, ["--sync-bn"], 1e-3),
         (3, ["--norm", "group"], 2e-5),
     ],
 )
-def test_what_does_not_depend_on_the_share_is_what_one_process_computes(world, norm, tolerance, tmp_path):
+def test_what_does_not_depend_on_the_share_is_what_one_process_computes(
+    world, norm, tolerance, tmp_path
+):
     argv = [*SHORT, "--batchsize", "359", "--optimizer", "nshb"]
     finish([*argv, *norm], tmp_path / "many", world)
     finish([*argv, *(flag for flag in norm if flag != "--sync-bn")], tmp_path / "one")
@@ -121,37 +129,54 @@ def test_what_does_not_depend_on_the_share_is_what_one_process_computes(world, n
         torch.testing.assert_close(
             many[name], value, rtol=2e-4, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
         )
-    for a, b in zip(rows_of(tmp_path / "many", "step"), rows_of(tmp_path / "one", "step"), strict=True):
-        assert a["samples"] == b["samples"] and a["train_acc"] == pytest.approx(b["train_acc"], abs=1e-6)
+    for a, b in zip(
+        rows_of(tmp_path / "many", "step"), rows_of(tmp_path / "one", "step"), strict=True
+    ):
+        assert a["samples"] == b["samples"] and a["train_acc"] == pytest.approx(
+            b["train_acc"], abs=1e-6
+        )
         for key in ("train_loss", "grad_norm", "direction_norm"):
             assert a[key] == pytest.approx(b[key], rel=10 * tolerance), key
 
 
 def normalised(rank: int, world: int, port: int, folder: str) -> None:
-    """This process's samples of the batch in `folder` through a SyncBatchNorm, with their share of a loss over all."""
+    """This process's samples of the batch in `folder` through a SyncBatchNorm, with their share of
+    a loss over all."""
     torch.set_num_threads(1)
     if world > 1:
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        torch.distributed.init_process_group(
+            "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+        )
     x, weights, owner = torch.load(f"{folder}/batch.pt")
     mine = owner == rank
-    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU(), torch.nn.BatchNorm2d(3)).double()
+    model = torch.nn.Sequential(
+        torch.nn.BatchNorm2d(3), torch.nn.ReLU(), torch.nn.BatchNorm2d(3)
+    ).double()
     if world > 1:
         convert(model)
     own = x[mine].requires_grad_()
     for _ in range(2):
         (model(own) * weights[mine]).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
-    torch.save((own.grad, grads, dict(model.named_buffers()), model.eval()(x)), f"{folder}/{world}-{rank}.pt")
+    torch.save(
+        (own.grad, grads, dict(model.named_buffers()), model.eval()(x)),
+        f"{folder}/{world}-{rank}.pt",
+    )
 
 
 def test_synchronised_batchnorm_is_batchnorm_over_the_batch_of_all(tmp_path):
     """In float64, with shares of 5, 0 and 2 samples, gradients and running statistics included."""
     torch.manual_seed(2)
-    x, weights = torch.randn(7, 3, 2, 4, dtype=torch.float64), torch.randn(7, 3, 2, 4, dtype=torch.float64)
+    x, weights = (
+        torch.randn(7, 3, 2, 4, dtype=torch.float64),
+        torch.randn(7, 3, 2, 4, dtype=torch.float64),
+    )
     owner = torch.tensor([0, 0, 2, 0, 2, 0, 0])
     torch.save((x, weights, owner), tmp_path / "batch.pt")
     port = free_port()
-    processes = [SERVER.Process(target=normalised, args=(rank, 3, port, str(tmp_path))) for rank in range(3)]
+    processes = [
+        SERVER.Process(target=normalised, args=(rank, 3, port, str(tmp_path))) for rank in range(3)
+    ]
     for process in processes:
         process.start()
     assert codes(processes, 60) == [0, 0, 0]
@@ -168,13 +193,16 @@ def test_synchronised_batchnorm_is_batchnorm_over_the_batch_of_all(tmp_path):
 
 
 def test_evaluation_counts_every_test_image_once(tmp_path):
-    """With frozen weights the test loss is the mean over the same batches, whoever computes them."""
+    """With frozen weights the test loss is the mean over the same batches, whoever computes
+    them."""
     argv = [*SHORT, "--lr", "1e-30", "--norm", "group", "--batchsize", "500"]
     for world in (1, 2, 4):  # 360 test images are two batches: two of four processes have none
         finish(argv, tmp_path / str(world), world)
     (one,), *others = (rows_of(tmp_path / str(world), "epoch") for world in (1, 2, 4))
     for (row,) in others:
-        assert row["test_acc"] == one["test_acc"] and row["test_loss"] == pytest.approx(one["test_loss"], rel=1e-12)
+        assert row["test_acc"] == one["test_acc"] and row["test_loss"] == pytest.approx(
+            one["test_loss"], rel=1e-12
+        )
 
 
 def test_micro_batches_give_the_gradient_of_the_batch(tmp_path):
@@ -191,18 +219,36 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path):
     assert "BatchNorm sees 100 samples at a time" in logs(tmp_path / "batchnorm")
 
 
-# Measuring ----------------------------------------------------------------------------------------------------------------
+# Measuring
 
 
 @pytest.mark.parametrize(
-    "flags", [["--bn", "eval"], ["--bn", "train", "--sync-bn"], ["--norm", "group", "--micro-batch", "9"]]
+    "flags",
+    [["--bn", "eval"], ["--bn", "train", "--sync-bn"], ["--norm", "group", "--micro-batch", "9"]],
 )
 def test_sampling_measures_the_noise_of_the_whole_batch(flags, tmp_path):
-    argv = ["--mode", "sampling", "--steps", "0", "3", "--draws", "3", "--batchsize", "200", "--lr", "1e-30", *flags]
+    argv = [
+        "--mode",
+        "sampling",
+        "--steps",
+        "0",
+        "3",
+        "--draws",
+        "3",
+        "--batchsize",
+        "200",
+        "--lr",
+        "1e-30",
+        *flags,
+    ]
     finish([*argv, "--save-omega"], tmp_path / "many", 3)
     finish([flag for flag in argv if flag != "--sync-bn"], tmp_path / "one")
-    many, one = (json.loads((tmp_path / name / "noise.json").read_text())["points"] for name in ("many", "one"))
-    # BatchNorm's statistics are of shares in training, so that only the first point is the same in evaluation mode
+    many, one = (
+        json.loads((tmp_path / name / "noise.json").read_text())["points"]
+        for name in ("many", "one")
+    )
+    # BatchNorm's statistics are of shares in training, so that only the first point is the same in
+    # evaluation mode
     points = zip(many[:1], one[:1], strict=True) if "eval" in flags else zip(many, one, strict=True)
     for a, b in points:
         for key in ("noise_norm", "full_grad_norm", "c2_sampled"):
@@ -213,20 +259,44 @@ def test_sampling_measures_the_noise_of_the_whole_batch(flags, tmp_path):
 
 @pytest.mark.parametrize("criterion", ["mean-norm", "full-grad"])
 def test_critical_finds_the_crossings_that_one_process_finds(criterion, tmp_path):
-    argv = ["--mode", "critical", "--eps", "4.5", "3.5", "--criterion", criterion, "--norm", "group", "--epochs", "3"]
+    argv = [
+        "--mode",
+        "critical",
+        "--eps",
+        "4.5",
+        "3.5",
+        "--criterion",
+        criterion,
+        "--norm",
+        "group",
+        "--epochs",
+        "3",
+    ]
     argv += ["--batchsize", "100", "--lr", "0.005"]
     found = []
     for world in (1, 2):
         finish(argv, tmp_path / str(world), world)
         found.append(json.loads((tmp_path / str(world) / "critical.json").read_text()))
-    assert found[0]["crossings"] == found[1]["crossings"] and found[0]["crossings"]["4.5"] is not None
+    assert (
+        found[0]["crossings"] == found[1]["crossings"] and found[0]["crossings"]["4.5"] is not None
+    )
     assert found[1]["grad_norm_mean"] == pytest.approx(found[0]["grad_norm_mean"], rel=1e-3)
 
 
 @pytest.mark.parametrize("estimator", ["per-sample", "micro-batch"])
 def test_tracked_noise_is_that_of_all_processes(estimator, tmp_path):
     """Against gradients of samples and of parts by plain autograd, at the first update."""
-    argv = [*SHORT, "--norm", "group", "--batchsize", "250", "--track-noise", "every=100", "--estimator", estimator]
+    argv = [
+        *SHORT,
+        "--norm",
+        "group",
+        "--batchsize",
+        "250",
+        "--track-noise",
+        "every=100",
+        "--estimator",
+        estimator,
+    ]
     finish(argv, tmp_path / "run", 2)
     (row,) = rows_of(tmp_path / "run", "measure")
     torch.manual_seed(0)
@@ -235,21 +305,28 @@ def test_tracked_noise_is_that_of_all_processes(estimator, tmp_path):
     x, y = next(images.train.batches([permutation(0, 0, 1437)[:250]]))
 
     def gradient(index: list[int]) -> torch.Tensor:
-        grads = torch.autograd.grad(F.cross_entropy(model(x[index]), y[index]), list(model.parameters()))
+        grads = torch.autograd.grad(
+            F.cross_entropy(model(x[index]), y[index]), list(model.parameters())
+        )
         return torch.cat([g.flatten() for g in grads]).double()
 
     mean = gradient(list(range(250)))
     if estimator == "per-sample":
         shares = [list(range(rank, 250, 2)) for rank in (0, 1)]
-        squares = sum((gradient([i]) - gradient(share)).square().sum() for share in shares for i in share) / 248
+        squares = (
+            sum((gradient([i]) - gradient(share)).square().sum() for share in shares for i in share)
+            / 248
+        )
     else:
-        parts = [part.tolist() for rank in (0, 1) for part in torch.arange(rank, 250, 2).tensor_split(4)]
+        parts = [
+            part.tolist() for rank in (0, 1) for part in torch.arange(rank, 250, 2).tensor_split(4)
+        ]
         squares = sum(len(part) * (gradient(part) - mean).square().sum() for part in parts) / 7
     assert row["c2_sampled"] == pytest.approx(squares.item() * 1436 / 1437, rel=1e-3)
     assert row["grad_norm"] == pytest.approx(mean.norm().item(), rel=1e-3)
 
 
-# Interruptions and refusals ----------------------------------------------------------------------------------------------
+# Interruptions and refusals
 
 
 def test_one_process_writes_and_speaks(tmp_path):
@@ -283,13 +360,16 @@ def test_a_lost_process_ends_the_others_in_one_line(victim, tmp_path):
     found = codes(processes, 30)
     assert found[victim] == -signal.SIGKILL and found[1 - victim] == 75
     errors = [line for line in logs(tmp_path / "run").splitlines() if "error" in line]
-    assert errors == ["fastsmooth: error: another process of the run was lost: start again with --resume"]
+    assert errors == [
+        "fastsmooth: error: another process of the run was lost: start again with --resume"
+    ]
     if victim == 1:
         assert read_status(tmp_path / "run")["state"] == "preempted"
     finish(["--resume", "--max-time", "1h"], tmp_path / "run", 2)
 
 
-@pytest.mark.parametrize("seed", [3, 4])  # seed 3 gives the image to the second process, seed 4 to the first
+# seed 3 gives the image to the second process, seed 4 to the first
+@pytest.mark.parametrize("seed", [3, 4])
 def test_an_image_that_one_process_cannot_read_ends_all_in_its_words(seed, tmp_path):
     from PIL import Image
 
@@ -302,13 +382,25 @@ def test_an_image_that_one_process_cannot_read_ends_all_in_its_words(seed, tmp_p
                 Image.fromarray(noise).save(folder / f"{i}.jpg", quality=100)
     whole = (tmp_path / "images" / "train" / "b" / "3.jpg").read_bytes()
     (tmp_path / "images" / "train" / "b" / "3.jpg").write_bytes(whole[: len(whole) // 2])
-    argv = ["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--loader", "torch", "--workers", "0"]
+    argv = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(tmp_path / "images"),
+        "--loader",
+        "torch",
+        "--workers",
+        "0",
+    ]
     argv += ["--model", "resnet8", "--epochs", "9", "--batchsize", "4", "--seed", str(seed)]
     processes = start_ranks(argv, tmp_path / "run", 2)
     assert codes(processes, 60) == [2, 2]
     (line,) = [line for line in logs(tmp_path / "run").splitlines() if "error" in line]
     assert "b/3.jpg" in line
-    assert read_status(tmp_path / "run")["state"] == "failed" and "3.jpg" in read_status(tmp_path / "run")["reason"]
+    assert (
+        read_status(tmp_path / "run")["state"] == "failed"
+        and "3.jpg" in read_status(tmp_path / "run")["reason"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -356,7 +448,10 @@ def see_other_images() -> None:
 
 
 def test_processes_that_see_other_images_are_refused(tmp_path):
-    assert codes(start_ranks(["--epochs", "1"], tmp_path / "run", 2, see_other_images), 60) == [2, 2]
+    assert codes(start_ranks(["--epochs", "1"], tmp_path / "run", 2, see_other_images), 60) == [
+        2,
+        2,
+    ]
     (line,) = logs(tmp_path / "run").splitlines()
     assert "process 1 has other images" in line and not (tmp_path / "run").exists()
 
@@ -370,14 +465,30 @@ def have_little_memory() -> None:
 
 
 def test_processes_for_which_auto_chooses_otherwise_are_refused(tmp_path):
-    assert codes(start_ranks(["--epochs", "1"], tmp_path / "run", 2, have_little_memory), 60) == [2, 2]
+    assert codes(start_ranks(["--epochs", "1"], tmp_path / "run", 2, have_little_memory), 60) == [
+        2,
+        2,
+    ]
     (line,) = logs(tmp_path / "run").splitlines()
     assert "process 1 has --loader threads, process 0 resident: give --loader yourself" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_torchrun_does_it(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fastsmooth.train"]
-    done = subprocess.run([*command, "--epochs", "1", "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "fastsmooth.train",
+    ]
+    done = subprocess.run(
+        [*command, "--epochs", "1", "--out", str(tmp_path / "run")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert "2 processes share every batch" in done.stdout and read_status(tmp_path / "run")["state"] == "done"
+    assert (
+        "2 processes share every batch" in done.stdout
+        and read_status(tmp_path / "run")["state"] == "done"
+    )

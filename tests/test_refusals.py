@@ -1,4 +1,5 @@
-"""Bad input of every kind: one line on stderr that says what was wrong, exit code 2, and nothing left behind.
+"""Bad input of every kind: one line on stderr that says what was wrong, exit code 2, and nothing
+left behind.
 
 Each case prepares an empty working directory, which is then compared before and after.
 """
@@ -30,31 +31,51 @@ def refused(capsys, argv: list[str]) -> str:
 
 
 def listing(directory: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
+        for p in directory.rglob("*")
+    }
 
 
 def both(root: Path, files: dict) -> Path:
     """A tree of images with two good classes a split, and `files` over it."""
-    good = {f"{split}/{name}/0.png": noise() for split in ("train", "val") for name in ("ant", "bee")}
+    good = {
+        f"{split}/{name}/0.png": noise() for split in ("train", "val") for name in ("ant", "bee")
+    }
     return tree(root, good | files)
 
 
-# Command lines ------------------------------------------------------------------------------------------------------
+# Command lines
 
 FLAGS = [
     ("--methd lr", "did you mean --method?"),
     ("--method hybird", "did you mean hybrid?"),
-    ("--dataset mnist", "folder reads any tree train/CLASS/IMAGE and val/CLASS/IMAGE: choose from digits"),
+    (
+        "--dataset mnist",
+        "folder reads any tree train/CLASS/IMAGE and val/CLASS/IMAGE: choose from digits",
+    ),
     ("--dataset cifar", "did you mean cifar10 or cifar100?"),
     ("--optimizer adam", "fastsmooth has no adaptive optimizer: choose from sgd"),
     ("--track-noise 50", "not every=N (updates) or every=Nep (epochs)"),
     ("--track-noise every=0", "not every=N (updates) or every=Nep (epochs)"),
     ("--track-noise every=50 --batchsize 7", "batches of 8 or more, not --batchsize 7"),
-    ("--track-noise every=50 --norm group --batchsize 1", "batches of 2 or more, not --batchsize 1"),
-    ("--track-noise every=50 --estimator per-sample", "norm.weight: BatchNorm with batch statistics"),
+    (
+        "--track-noise every=50 --norm group --batchsize 1",
+        "batches of 2 or more, not --batchsize 1",
+    ),
+    (
+        "--track-noise every=50 --estimator per-sample",
+        "norm.weight: BatchNorm with batch statistics",
+    ),
     ("--track-noise every=50 --bn frozen --model mobilenetv3", "mobilenetv3"),
-    ("--track-noise every=50 --bn frozen --estimator micro-batch", "--bn frozen is a choice of per-sample gradients"),
-    ("--track-noise every=50 --bn batch --mode sampling --steps 3", "--bn batch has no meaning for a full gradient"),
+    (
+        "--track-noise every=50 --bn frozen --estimator micro-batch",
+        "--bn frozen is a choice of per-sample gradients",
+    ),
+    (
+        "--track-noise every=50 --bn batch --mode sampling --steps 3",
+        "--bn batch has no meaning for a full gradient",
+    ),
     ("--bn frozen", "needs --track-noise"),
     ("--estimator per-sample", "--estimator has no effect without --track-noise"),
     ("--mode train", "fastsmooth calls it normal"),
@@ -148,7 +169,7 @@ def test_a_missing_torch_is_refused(tmp_path, monkeypatch, capsys):
     assert listing(tmp_path) == {}
 
 
-# Files and directories ----------------------------------------------------------------------------------------------
+# Files and directories
 
 
 def with_config(content: bytes) -> Callable[[Path], list[str]]:
@@ -214,31 +235,48 @@ FILES = {
     "config: a directory": (lambda here: ["--config", str(here)], "directory"),
     "out: not empty": (with_out(full), "choose another folder"),
     "out: a file": (with_out(lambda path: path.write_text("a letter")), "choose another folder"),
-    "out: below a file": (with_out(lambda path: path.write_text("a letter"), "out/run"), "Not a directory"),
+    "out: below a file": (
+        with_out(lambda path: path.write_text("a letter"), "out/run"),
+        "Not a directory",
+    ),
     "out: too long a name": (with_out(lambda path: None, "x" * 300), "File name too long"),
     "out: where nobody can write": (with_out(lambda path: None, "/proc/run"), "/proc/run"),
     "folder: empty": (with_folder(Path.mkdir), "has no train/"),
     "folder: a file": (with_folder(lambda path: path.write_text("x")), "no such directory"),
     "folder: no test split": (
-        with_folder(lambda path: tree(path, {"train/ant/0.png": noise(), "train/bee/0.png": noise()})),
+        with_folder(
+            lambda path: tree(path, {"train/ant/0.png": noise(), "train/bee/0.png": noise()})
+        ),
         "has no val/ or test/",
     ),
     "folder: one class": (
-        with_folder(lambda path: tree(path, {"train/ant/0.png": noise(), "val/ant/0.png": noise()})),
+        with_folder(
+            lambda path: tree(path, {"train/ant/0.png": noise(), "val/ant/0.png": noise()})
+        ),
         "at least two are needed",
     ),
     "folder: no images": (
-        with_folder(lambda path: both(path, {"test": None}) and [p.unlink() for p in path.glob("train/*/*")]),
+        with_folder(
+            lambda path: both(path, {"test": None}) and [p.unlink() for p in path.glob("train/*/*")]
+        ),
         "has no images",
     ),
     "folder: a class only in val": (
         with_folder(lambda path: both(path, {"val/cat/0.png": noise()})),
         "a class folder 'cat' that train/ has not",
     ),
-    "folder: a text as image": (with_folder(lambda path: both(path, {"train/ant/1.jpg": b"hello"})), "1.jpg"),
-    "folder: an empty image": (with_folder(lambda path: both(path, {"val/bee/1.png": b""})), "bee/1.png"),
+    "folder: a text as image": (
+        with_folder(lambda path: both(path, {"train/ant/1.jpg": b"hello"})),
+        "1.jpg",
+    ),
+    "folder: an empty image": (
+        with_folder(lambda path: both(path, {"val/bee/1.png": b""})),
+        "bee/1.png",
+    ),
     "folder: half an image": (
-        with_folder(lambda path: both(path, {"train/ant/1.png": encoded(noise((64, 64)), "png")[:500]})),
+        with_folder(
+            lambda path: both(path, {"train/ant/1.png": encoded(noise((64, 64)), "png")[:500]})
+        ),
         "ant/1.png",
     ),
     "folder: a decompression bomb": (with_folder(bomb), "too large to decode safely"),
@@ -270,14 +308,16 @@ def test_a_file_or_directory_is_refused(name, tmp_path, monkeypatch, capsys):
     assert listing(tmp_path) == before
 
 
-# Run folders --------------------------------------------------------------------------------------------------------
+# Run folders
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
     """A run that --max-time stopped in its first updates."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    assert main(["--out", str(out), "--max-time", "1e-3", "--epochs", "2", "--log-every", "1"]) == 75
+    assert (
+        main(["--out", str(out), "--max-time", "1e-3", "--epochs", "2", "--log-every", "1"]) == 75
+    )
     return out
 
 
@@ -310,7 +350,9 @@ def other_state(run: Path) -> None:
     torch.save({"state_dict": {"w": torch.zeros(2)}}, buffer)
     (path,) = run.glob("checkpoints/*.pt")
     path.write_bytes(buffer.getvalue())
-    edit_json(f"checkpoints/{path.stem}.json", sha256=hashlib.sha256(buffer.getvalue()).hexdigest())(run)
+    edit_json(
+        f"checkpoints/{path.stem}.json", sha256=hashlib.sha256(buffer.getvalue()).hexdigest()
+    )(run)
 
 
 def no_edit(run: Path) -> None:
@@ -328,7 +370,11 @@ RUNS = {
     "a config with a wrong value": (edit_json("config.json", lr=-1), [], "out of range"),
     "a config without its values": (overwrite("config.json", b"{}"), [], "config.json"),
     "empty checkpoints": (overwrite("checkpoints/*.pt", b""), [], "is valid: start a new run"),
-    "damaged manifests": (overwrite("checkpoints/*.json", b"\xff{"), [], "is valid: start a new run"),
+    "damaged manifests": (
+        overwrite("checkpoints/*.json", b"\xff{"),
+        [],
+        "is valid: start a new run",
+    ),
     "a checkpoint of another program": (other_state, [], "checkpoint"),
     "a shorter metrics file": (overwrite("metrics.jsonl", b""), [], "it was changed"),
     "another network": (edit_json("config.json", model="resnet20"), [], "checkpoint"),
@@ -342,7 +388,8 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_folder_is_refused_and_not_changed(name, stopped, tmp_path, monkeypatch, capsys):
-    """A warning about each damaged file may come first; config, rows and checkpoints stay as they were."""
+    """A warning about each damaged file may come first; config, rows and checkpoints stay as they
+    were."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(stopped, tmp_path / "run")
     edit, flags, part = RUNS[name]
@@ -377,4 +424,7 @@ def test_a_good_run_is_not_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     both(tmp_path / "images", {})
     assert np.asarray(noise()).shape == (32, 32, 3)
-    assert main(["--dataset", "folder", "--data-dir", "images", "--epochs", "1", "--batchsize", "2"]) == 0
+    assert (
+        main(["--dataset", "folder", "--data-dir", "images", "--epochs", "1", "--batchsize", "2"])
+        == 0
+    )

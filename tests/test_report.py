@@ -1,4 +1,5 @@
-"""The report: its numbers against the rows of the runs, its markup against hostile input, and how it looks in a browser."""
+"""The report: its numbers against the rows of the runs, its markup against hostile input, and how
+it looks in a browser."""
 
 import base64
 import fcntl
@@ -24,17 +25,21 @@ from fastsmooth.report.__main__ import main
 from fastsmooth.runfolder.read import find_runs, read_run
 
 HOSTILE = (
-    "<script>alert(1)</script>", "\" onload='alert(1)' x=\"", "]]></style></title>--><svg onload=alert(1)>", "a\n\r\tb\x00\x1b[31m\u202ec",
-    "x" * 10_000, "../../../etc/passwd", "&lt;b&gt; &amp; &", "url(http://example.org/x)", "$\\frac{", "\ud800",
+    "<script>alert(1)</script>", "\" onload='alert(1)' x=\"",
+    "]]></style></title>--><svg onload=alert(1)>", "a\n\r\tb\x00\x1b[31m\u202ec",
+    "x" * 10_000, "../../../etc/passwd", "&lt;b&gt; &amp; &", "url(http://example.org/x)",
+    "$\\frac{", "\ud800",
 )  # fmt: skip
 CONFIG = {
-    "dataset": "digits", "model": "resnet8", "norm": "group", "method": "constant", "optimizer": "sgd", "mode": "normal",
-    "lr": 0.1, "batch_size": 32, "beta": 0.9, "nu": 1.0, "epochs": 6, "c2": None, "k2": None, "seed": 0, "device": "auto",
+    "dataset": "digits", "model": "resnet8", "norm": "group", "method": "constant",
+    "optimizer": "sgd", "mode": "normal",
+    "lr": 0.1, "batch_size": 32, "beta": 0.9, "nu": 1.0, "epochs": 6, "c2": None, "k2": None,
+    "seed": 0, "device": "auto",
     "out": "runs/x", "eps": [0.5],
 }  # fmt: skip
 
 
-# Run folders ------------------------------------------------------------------------------------------------------------
+# Run folders
 
 
 def wave(seed: int, epoch: int, lr: float) -> float:
@@ -46,16 +51,37 @@ def epoch_rows(config: dict, epochs: int, updates: int = 45) -> list[dict]:
     lr, batch = config["lr"], config["batch_size"]
     rows = []
     for e in range(epochs):
-        grown = 1 - 0.8 ** (e + 1) + 0.02 * wave(config["seed"], e, lr if isinstance(lr, float) else 0.1)
-        row = {"kind": "epoch", "epoch": e, "step": updates * (e + 1), "samples": 1437 * (e + 1), "lr": lr}
-        row |= {"batch_size": batch, "momentum": 0.0, "delta": lr / batch**0.5 if isinstance(lr, float) else 0.01}
-        row |= {"train_loss": 2.3 * 0.8**e + 0.05 * grown, "train_acc": grown, "test_loss": 2.4 * 0.85**e}
+        grown = (
+            1
+            - 0.8 ** (e + 1)
+            + 0.02 * wave(config["seed"], e, lr if isinstance(lr, float) else 0.1)
+        )
+        row = {
+            "kind": "epoch",
+            "epoch": e,
+            "step": updates * (e + 1),
+            "samples": 1437 * (e + 1),
+            "lr": lr,
+        }
+        row |= {
+            "batch_size": batch,
+            "momentum": 0.0,
+            "delta": lr / batch**0.5 if isinstance(lr, float) else 0.01,
+        }
+        row |= {
+            "train_loss": 2.3 * 0.8**e + 0.05 * grown,
+            "train_acc": grown,
+            "test_loss": 2.4 * 0.85**e,
+        }
         rows.append(row | {"test_acc": 0.95 * grown, "train_seconds": 1.5, "eval_seconds": 0.25})
     return rows
 
 
-def run_folder(path: Path, *, state="done", reason="", epochs=6, rows=None, tail="", files=None, **settings) -> Path:
-    """A run folder as fastsmooth.train writes it; the config's seed, lr, batch size say what its rows are."""
+def run_folder(
+    path: Path, *, state="done", reason="", epochs=6, rows=None, tail="", files=None, **settings
+) -> Path:
+    """A run folder as fastsmooth.train writes it; the config's seed, lr, batch size say what its
+    rows are."""
     path.mkdir(parents=True)
     config = CONFIG | {"out": str(path)} | settings
     rows = epoch_rows(config, epochs) if rows is None else rows
@@ -78,7 +104,13 @@ def critical_folder(path: Path, batch: int, seed: int, **settings) -> Path:
 
 
 def noise_folder(path: Path, batch: int, seed: int = 0, **settings) -> Path:
-    point = {"step": 50, "epoch": 2, "lr": 0.1, "batch_size": batch, "noise_norm": 8.0 / batch**0.5 * (1 + 0.01 * seed)}
+    point = {
+        "step": 50,
+        "epoch": 2,
+        "lr": 0.1,
+        "batch_size": batch,
+        "noise_norm": 8.0 / batch**0.5 * (1 + 0.01 * seed),
+    }
     point |= {
         "noise_norm_se": 0.01,
         "full_grad_norm": 0.4,
@@ -90,7 +122,12 @@ def noise_folder(path: Path, batch: int, seed: int = 0, **settings) -> Path:
     counts = [int(5000 * math.exp(-(e**2) / 2)) for e in edges[1:]]
     hill = [{"share": s, "value": 3.0 + s, "error": 0.1} for s in (0.05, 0.01, 0.001)]
     qq = {"normal": [-3, -1, 0, 1, 3], "observed": [-4, -1, 0, 1, 4]}
-    point["statistics"] = {"variance": {"value": 1.0, "error": 0.1}, "zeros": 10, "hill": hill, "qq": qq}
+    point["statistics"] = {
+        "variance": {"value": 1.0, "error": 0.1},
+        "zeros": 10,
+        "hill": hill,
+        "qq": qq,
+    }
     point["statistics"]["histogram"] = {"edges": edges, "positive": counts, "negative": counts}
     settings = {"mode": "sampling", "batch_size": batch, "seed": seed} | settings
     return run_folder(path, files={"noise.json": {"points": [point]}}, **settings)
@@ -105,10 +142,27 @@ def everything(root: Path) -> Path:
     """Runs of every kind and in every state."""
     for seed in range(3):
         for method in ("constant", "lr", "hybrid"):
-            run_folder(root / f"{method}-{seed}", method=method, seed=seed, lr={"constant": 0.1, "lr": 0.2, "hybrid": 0.05}[method],
-                       files={"sharpness.json": sharpness_file({0.001: 0.1 + 0.01 * seed, 0.002: 0.3})})  # fmt: skip
-    run_folder(root / "diverged", method="batch", seed=0, state="diverged", reason="the loss is nan", epochs=2)
-    run_folder(root / "running", method="lr", lr=0.2, seed=4, state="running", epochs=3, tail='{"kind": "epo')
+            run_folder(root / f"{method}-{seed}", method=method, seed=seed,
+            lr={"constant": 0.1, "lr": 0.2, "hybrid": 0.05}[method],
+                       files={"sharpness.json": sharpness_file({0.001: 0.1 + 0.01 * seed,
+                           0.002: 0.3})})  # fmt: skip
+    run_folder(
+        root / "diverged",
+        method="batch",
+        seed=0,
+        state="diverged",
+        reason="the loss is nan",
+        epochs=2,
+    )
+    run_folder(
+        root / "running",
+        method="lr",
+        lr=0.2,
+        seed=4,
+        state="running",
+        epochs=3,
+        tail='{"kind": "epo',
+    )
     for batch in (16, 32, 64, 128, 256):
         for seed in range(2):
             critical_folder(root / f"critical-{batch}-{seed}", batch, seed, c2=20.0)
@@ -119,11 +173,17 @@ def everything(root: Path) -> Path:
 def report(tmp_path: Path, *runs: Path) -> tuple[str, list[Path]]:
     out = tmp_path / "out"
     assert main([*map(str, runs), "--out", str(out)]) == 0
-    return (out / "report.html").read_text(encoding="utf-8"), sorted((out / "figures").glob("*.svg"))
+    return (out / "report.html").read_text(encoding="utf-8"), sorted(
+        (out / "figures").glob("*.svg")
+    )
 
 
 def figures_of(*runs: Path) -> dict:
-    return {f.name: f for part in page.sections([read_run(p) for p in find_runs(runs)]) for f in part.figures}
+    return {
+        f.name: f
+        for part in page.sections([read_run(p) for p in find_runs(runs)])
+        for f in part.figures
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +193,7 @@ def no_pdf(request, monkeypatch):
         monkeypatch.setattr("fastsmooth.figures.pdf.available", lambda: False)
 
 
-# Reading the page -------------------------------------------------------------------------------------------------------
+# Reading the page
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -185,13 +245,26 @@ def checked(markup: str) -> Page:
     found = Page(markup)
     ET.fromstring(markup.removeprefix("<!DOCTYPE html>"))  # well-formed XML too
     for tag, attributes in found.elements:
-        assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form", "foreignobject", "image"), tag
+        assert tag not in (
+            "script",
+            "iframe",
+            "object",
+            "embed",
+            "link",
+            "base",
+            "form",
+            "foreignobject",
+            "image",
+        ), tag
         for name, value in attributes.items():
             assert not name.startswith("on"), name
             assert name not in ("src", "srcset", "xlink:href", "action", "data"), name
             assert name != "href" or value.startswith("#"), value
             assert "url(" not in (value or "") or name in ("aria-label", "data-name"), value
-    assert all("url(" not in s and "@import" not in s for s in re.findall(r"<style>(.*?)</style>", markup, re.S))
+    assert all(
+        "url(" not in s and "@import" not in s
+        for s in re.findall(r"<style>(.*?)</style>", markup, re.S)
+    )
     return found
 
 
@@ -206,7 +279,7 @@ def checked_svg(path: Path) -> ET.Element:
     return root
 
 
-# Numbers ----------------------------------------------------------------------------------------------------------------
+# Numbers
 
 
 def test_the_results_table_says_mean_deviation_and_count_of_the_rows(tmp_path):
@@ -221,7 +294,9 @@ def test_the_results_table_says_mean_deviation_and_count_of_the_rows(tmp_path):
         row = next(r for r in rows if re.search(rf"\b{method},", r["configuration"]))
         finals, bests, losses = [], [], []
         for seed in range(seeds):
-            lines = (tmp_path / "runs" / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines()
+            lines = (
+                (tmp_path / "runs" / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines()
+            )
             of = [json.loads(line) for line in lines]
             finals.append(100 * of[-1]["test_acc"])
             bests.append(max(100 * r["test_acc"] for r in of))
@@ -234,19 +309,35 @@ def test_the_results_table_says_mean_deviation_and_count_of_the_rows(tmp_path):
             spread = f" ± {statistics.stdev(values):.{digits}f}" if seeds > 1 else ""
             assert row[name] == f"{statistics.fmean(values):.{digits}f}{spread}"
         assert row["n"] == str(seeds)
-        assert row["updates"] == "270" and row["samples"] == f"{6 * 1437:,}" and row["time, s"].startswith("10.5")
+        assert (
+            row["updates"] == "270"
+            and row["samples"] == f"{6 * 1437:,}"
+            and row["time, s"].startswith("10.5")
+        )
 
 
 def test_summary_json_has_the_last_word_on_the_accuracy(tmp_path):
-    run_folder(tmp_path / "r", files={"summary.json": {"final_test_acc": 0.4242, "best_test_acc": 0.5, "updates": 7}})
+    run_folder(
+        tmp_path / "r",
+        files={"summary.json": {"final_test_acc": 0.4242, "best_test_acc": 0.5, "updates": 7}},
+    )
     row = checked(report(tmp_path, tmp_path / "r")[0]).table("configuration")[0]
-    assert (row["final accuracy, %"], row["best accuracy, %"], row["updates"]) == ("42.42", "50.00", "7")
+    assert (row["final accuracy, %"], row["best accuracy, %"], row["updates"]) == (
+        "42.42",
+        "50.00",
+        "7",
+    )
 
 
 def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest_seed(tmp_path):
     for method in ("constant", "lr"):
         for seed in range(4):
-            run_folder(tmp_path / f"{method}-{seed}", method=method, seed=seed, lr=0.1 if method == "lr" else 0.3)
+            run_folder(
+                tmp_path / f"{method}-{seed}",
+                method=method,
+                seed=seed,
+                lr=0.1 if method == "lr" else 0.3,
+            )
     found = figures_of(tmp_path)
     for unit in ("epochs", "updates"):
         accuracy, loss = found[f"training-1-{unit}"].panels[:2]
@@ -254,7 +345,12 @@ def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest_seed(tmp
             assert [c.label.split(",")[0] for c in panel.curves] == ["method constant", "method lr"]
             for curve, method in zip(panel.curves, ("constant", "lr"), strict=True):
                 rows = [
-                    [json.loads(x) for x in (tmp_path / f"{method}-{s}" / "metrics.jsonl").read_text().splitlines()]
+                    [
+                        json.loads(x)
+                        for x in (tmp_path / f"{method}-{s}" / "metrics.jsonl")
+                        .read_text()
+                        .splitlines()
+                    ]
                     for s in range(4)
                 ]
                 for e in range(6):
@@ -264,15 +360,25 @@ def test_lines_are_means_and_bands_reach_from_the_lowest_to_the_highest_seed(tmp
                     assert curve.band[e] == pytest.approx((x, min(values), max(values)))
 
 
-def test_updates_stand_on_a_logarithmic_axis_where_some_runs_take_many_times_those_of_others(tmp_path):
+def test_updates_stand_on_a_logarithmic_axis_where_some_runs_take_many_times_those_of_others(
+    tmp_path,
+):
     for batch, updates in ((8, 180), (256, 6)):
-        run_folder(tmp_path / f"{batch}", batch_size=batch, rows=epoch_rows(CONFIG | {"batch_size": batch}, 6, updates))
+        run_folder(
+            tmp_path / f"{batch}",
+            batch_size=batch,
+            rows=epoch_rows(CONFIG | {"batch_size": batch}, 6, updates),
+        )
     found = figures_of(tmp_path)
     assert not found["training-1-epochs"].x_log
-    assert found["training-1-updates"].x_log and found["training-1-updates"].x_title == "Updates, log scale"
+    assert (
+        found["training-1-updates"].x_log
+        and found["training-1-updates"].x_title == "Updates, log scale"
+    )
     ends = [c.line[-1][0] for c in found["training-1-updates"].panels[0].curves]
     assert ends == [1080, 36]
-    shapes = page.drawn(found["training-1-updates"]).shapes  # the schedule begins at update 0, which no such axis has
+    # the schedule begins at update 0, which no such axis has
+    shapes = page.drawn(found["training-1-updates"]).shapes
     assert all(0 <= x <= page.WIDE for s in shapes for x, _ in getattr(s, "points", ()))
     run_folder(tmp_path / "64", batch_size=64, rows=epoch_rows(CONFIG | {"batch_size": 64}, 6, 22))
     shutil.rmtree(tmp_path / "256")
@@ -281,18 +387,26 @@ def test_updates_stand_on_a_logarithmic_axis_where_some_runs_take_many_times_tho
 
 def test_runs_are_one_configuration_whatever_seed_path_and_device_they_have(tmp_path):
     run_folder(tmp_path / "a", seed=0, device="cpu", data_dir="/one", workers=2)
-    run_folder(tmp_path / "b", seed=1, device="cuda", data_dir="/two", wandb_mode="offline", max_time=5)
+    run_folder(
+        tmp_path / "b", seed=1, device="cuda", data_dir="/two", wandb_mode="offline", max_time=5
+    )
     run_folder(tmp_path / "c", seed=0, weight_decay=0.1)
     rows = checked(report(tmp_path, tmp_path)[0]).table("configuration")
     assert sorted(row["n"] for row in rows) == ["1", "2"]
-    assert "weight decay 0.1" in rows[1]["configuration"] and "weight decay none" in rows[0]["configuration"]
+    assert (
+        "weight decay 0.1" in rows[1]["configuration"]
+        and "weight decay none" in rows[0]["configuration"]
+    )
 
 
 def test_a_folder_of_images_is_known_by_its_last_name(tmp_path):
     for i, place in enumerate(("/home/a/flowers", "/data/flowers", "/data/birds")):
         run_folder(tmp_path / str(i), seed=i, dataset="folder", data_dir=place)
     rows = checked(report(tmp_path, tmp_path)[0]).table("configuration")
-    assert [(row["configuration"].split(" ", 1)[1], row["n"]) for row in rows] == [("birds", "1"), ("flowers", "2")]
+    assert [(row["configuration"].split(" ", 1)[1], row["n"]) for row in rows] == [
+        ("birds", "1"),
+        ("flowers", "2"),
+    ]
 
 
 def test_accuracy_against_delta_and_sharpness_has_one_point_a_configuration(tmp_path):
@@ -301,19 +415,25 @@ def test_accuracy_against_delta_and_sharpness_has_one_point_a_configuration(tmp_
             for seed in range(2):
                 value = lr / batch + 0.001 * seed
                 run_folder(tmp_path / f"{lr}-{batch}-{seed}", lr=lr, batch_size=batch, seed=seed,
-                           files={"sharpness.json": sharpness_file({0.01: value}), "summary.json": {"final_test_acc": lr + batch / 100 + seed / 50}})  # fmt: skip
+                           files={"sharpness.json": sharpness_file({0.01: value}),
+                               "summary.json": {"final_test_acc": lr + batch / 100 + seed / 50}})  # fmt: skip
     found = figures_of(tmp_path)
     expected = {}
     for lr in (0.05, 0.1):
         for batch in (8, 64):
             a = lr + batch / 100
-            expected[lr / batch**0.5] = ((100 * a, 100 * (a + 0.02)), (lr / batch, lr / batch + 0.001))
+            expected[lr / batch**0.5] = (
+                (100 * a, 100 * (a + 0.02)),
+                (lr / batch, lr / batch + 0.001),
+            )
     for name, which in (("smoothing-1-accuracy-delta", 0), ("sharpness-1-c-sharpness-delta", 1)):
         curves = found[name].panels[0].curves
         marks = sorted((m.x, m.y) for c in curves for m in c.marks)
         bars = sorted(bar for c in curves for bar in c.bars)
         assert len(marks) == 4
-        for (x, y), (at, low, high), (delta, spans) in zip(marks, bars, sorted(expected.items()), strict=True):
+        for (x, y), (at, low, high), (delta, spans) in zip(
+            marks, bars, sorted(expected.items()), strict=True
+        ):
             assert x == at == pytest.approx(delta)
             assert (y, low, high) == pytest.approx((statistics.fmean(spans[which]), *spans[which]))
     page_ = checked(report(tmp_path, tmp_path)[0])
@@ -328,12 +448,25 @@ def test_the_critical_batch_is_circled_and_theory_squared(tmp_path):
     curves = found["critical-1-sfo"].panels[0].curves
     marks = [m for c in curves for m in c.marks]
     (circle,) = [m for m in marks if m.shape == "circle"]
-    assert circle.x == 64 and circle.y == pytest.approx(statistics.fmean((64 * 62, 64 * 63)))  # 62.5 rounds to even
+    # 62.5 rounds to even
+    assert circle.x == 64 and circle.y == pytest.approx(statistics.fmean((64 * 62, 64 * 63)))
     (square,) = [m for m in marks if m.shape == "square"]
     theory = 1 * 0.1 * 150 / 0.5**2  # kappa of SGD, lr, C^2, eps^2
     assert square.x == pytest.approx(theory) == pytest.approx(60)
-    low, high = (batch * statistics.fmean(json.loads((tmp_path / f"{batch}-{seed}" / "critical.json").read_text())["crossings"]["0.5"]["step"] for seed in range(2)) for batch in (32, 64))  # fmt: skip
-    assert square.y == pytest.approx(low * (high / low) ** math.log2(theory / 32)) and "150" in square.tip
+    found = {
+        (batch, seed): json.loads((tmp_path / f"{batch}-{seed}" / "critical.json").read_text())
+        for batch in (32, 64)
+        for seed in range(2)
+    }
+    low, high = (
+        batch
+        * statistics.fmean(found[batch, seed]["crossings"]["0.5"]["step"] for seed in range(2))
+        for batch in (32, 64)
+    )
+    assert (
+        square.y == pytest.approx(low * (high / low) ** math.log2(theory / 32))
+        and "150" in square.tip
+    )
     rows = checked(report(tmp_path, tmp_path)[0]).table("runs, ε")
     assert {row["runs, ε"]: row["b*"] for row in rows} == {"ε 0.1": "\u2013", "ε 0.5": "64"}
 
@@ -353,13 +486,21 @@ def test_a_censored_crossing_is_a_ring_and_in_no_mean(tmp_path):
     assert "censored, and in no mean, at batch 128" in checked(report(tmp_path, tmp_path)[0]).words
 
 
-def test_no_square_where_no_gradient_variance_is_known_and_an_open_one_where_it_was_sampled(tmp_path):
+def test_no_square_where_no_gradient_variance_is_known_and_an_open_one_where_it_was_sampled(
+    tmp_path,
+):
     for batch in (16, 32, 64, 128):
         critical_folder(tmp_path / "runs" / f"{batch}", batch, 0)
-    shapes = {m.shape for c in figures_of(tmp_path / "runs")["critical-1-sfo"].panels[0].curves for m in c.marks}
+    shapes = {
+        m.shape
+        for c in figures_of(tmp_path / "runs")["critical-1-sfo"].panels[0].curves
+        for m in c.marks
+    }
     assert shapes == {"dot", "circle"}
     noise_folder(tmp_path / "noise", 32)
-    shapes = {m.shape for c in figures_of(tmp_path)["critical-1-sfo"].panels[0].curves for m in c.marks}
+    shapes = {
+        m.shape for c in figures_of(tmp_path)["critical-1-sfo"].panels[0].curves for m in c.marks
+    }
     assert shapes == {"dot", "circle", "open-square"}
 
 
@@ -393,13 +534,19 @@ def test_one_seeds_noise_has_the_error_of_its_draws(tmp_path):
 def test_the_table_of_noise_has_every_error_that_the_run_found(tmp_path):
     noise_folder(tmp_path / "run", 8)
     cells = dict(noise.summary(groups.group([read_run(tmp_path / "run")])[0]))
-    assert cells["‖m − ∇f‖"][1] == 0.01 and cells["‖∇f‖"] == (0.4, 0.02) and cells["c2_sampled"] == (64.0, 2.0)
+    assert (
+        cells["‖m − ∇f‖"][1] == 0.01
+        and cells["‖∇f‖"] == (0.4, 0.02)
+        and cells["c2_sampled"] == (64.0, 2.0)
+    )
 
 
 def test_the_histogram_is_a_density_in_standard_deviations(tmp_path):
     edges, sd = [0.5, 1.0, 2.0, 4.0], 2.0
-    found = {"variance": {"value": sd**2}, "zeros": 0, "histogram": {"edges": edges, "positive": [10, 20, 0], "negative": [30, 20, 20]}}  # fmt: skip
-    run_folder(tmp_path / "r", mode="sampling", files={"noise.json": {"points": [{"batch_size": 8, "step": 1, "noise_norm": 1.0, "statistics": found}]}})  # fmt: skip
+    found = {"variance": {"value": sd**2}, "zeros": 0, "histogram": {"edges": edges,
+        "positive": [10, 20, 0], "negative": [30, 20, 20]}}  # fmt: skip
+    run_folder(tmp_path / "r", mode="sampling", files={"noise.json": {"points": [{"batch_size": 8,
+        "step": 1, "noise_norm": 1.0, "statistics": found}]}})  # fmt: skip
     curve = figures_of(tmp_path)["noise-1-histogram"].panels[0].curves[0]
     expected = [
         (-1.5, 20 / 100 / 1),
@@ -408,21 +555,31 @@ def test_the_histogram_is_a_density_in_standard_deviations(tmp_path):
         (0.375, 10 / 100 / 0.25),
         (0.75, 20 / 100 / 0.5),
     ]
-    assert list(curve.line) == [pytest.approx(point) for point in expected]  # an empty bin has no logarithm
+    # an empty bin has no logarithm
+    assert list(curve.line) == [pytest.approx(point) for point in expected]
 
 
-# What is damaged or not done ------------------------------------------------------------------------------------------------
+# What is damaged or not done
 
 
 def test_torn_lines_nan_rows_and_damaged_files_are_counted_and_shown(tmp_path):
     broken = epoch_rows(CONFIG, 6)
     broken[2] |= {"test_acc": float("nan"), "train_loss": float("inf")}
-    run_folder(tmp_path / "r" / "bad", rows=broken, tail='[1]\nnot json\n{"kind": "ep', files={"summary.json": "{", "noise.json": "[]"})  # fmt: skip
+    run_folder(tmp_path / "r" / "bad", rows=broken, tail='[1]\nnot json\n{"kind": "ep',
+    files={"summary.json": "{", "noise.json": "[]"})  # fmt: skip
     run_folder(tmp_path / "r" / "good", seed=1)
     found = checked(report(tmp_path, tmp_path / "r")[0])
-    assert "3 torn lines, the NaN or infinite values of 1 row, 2 files that cannot be read" in found.words
+    assert (
+        "3 torn lines, the NaN or infinite values of 1 row, 2 files that cannot be read"
+        in found.words
+    )
     row = next(r for r in found.table("run") if r["run"] == "bad")
-    for words in ("3 torn lines", "1 row with NaN or infinity", "summary.json cannot be read", "noise.json cannot"):
+    for words in (
+        "3 torn lines",
+        "1 row with NaN or infinity",
+        "summary.json cannot be read",
+        "noise.json cannot",
+    ):
         assert words in row["remarks"]
     line = figures_of(tmp_path / "r")["training-1-epochs"].panels[0].curves[0].line
     assert [x for x, _ in line] == [1, 2, 4, 5, 6]  # a mean of one seed alone would jump
@@ -432,7 +589,9 @@ def test_torn_lines_nan_rows_and_damaged_files_are_counted_and_shown(tmp_path):
 def test_an_epoch_that_one_seed_lacks_is_in_no_mean(tmp_path, lacking):
     for seed in range(2):
         rows = epoch_rows(CONFIG | {"seed": seed}, 6)
-        run_folder(tmp_path / str(seed), seed=seed, rows=rows[:3] + rows[4:] if seed == lacking else rows)
+        run_folder(
+            tmp_path / str(seed), seed=seed, rows=rows[:3] + rows[4:] if seed == lacking else rows
+        )
     curve = figures_of(tmp_path)["training-1-epochs"].panels[0].curves[0]
     assert [x for x, _ in curve.line] == [1, 2, 3, 5, 6]
 
@@ -442,7 +601,10 @@ def test_a_configuration_without_finished_runs_is_named_once(tmp_path):
         run_folder(tmp_path / f"a-{seed}", seed=seed, state="running", epochs=2 + seed)
         run_folder(tmp_path / f"b-{seed}", seed=seed, method="lr")
     curves = figures_of(tmp_path)["training-1-epochs"].panels[0].curves
-    assert sorted((c.label, len(c.line)) for c in curves if c.label) == [("method constant", 4), ("method lr", 6)]
+    assert sorted((c.label, len(c.line)) for c in curves if c.label) == [
+        ("method constant", 4),
+        ("method lr", 6),
+    ]
 
 
 def test_runs_that_are_not_done_are_shown_as_such_and_in_no_mean(tmp_path):
@@ -454,17 +616,29 @@ def test_runs_that_are_not_done_are_shown_as_such_and_in_no_mean(tmp_path):
     found = checked(report(tmp_path, tmp_path / "r")[0])
     row = found.table("configuration")[0]
     assert row["n"] == "1" and row["not done"] == "1 diverged, 1 failed, 1 running, 1 unknown"
-    final = json.loads((tmp_path / "r" / "a" / "metrics.jsonl").read_text().splitlines()[-1])["test_acc"]
+    final = json.loads((tmp_path / "r" / "a" / "metrics.jsonl").read_text().splitlines()[-1])[
+        "test_acc"
+    ]
     assert row["final accuracy, %"] == f"{100 * final:.2f}"
     assert {r["run"]: r["state"] for r in found.table("run")} == dict(
         a="done", b="running", c="diverged", d="failed", e="unknown"
     )
     assert (
-        "1 diverged, 1 failed, 1 running, 1 unknown: not in any mean." in found.words and "loss is nan" in found.words
+        "1 diverged, 1 failed, 1 running, 1 unknown: not in any mean." in found.words
+        and "loss is nan" in found.words
     )
     curves = figures_of(tmp_path / "r")["training-1-epochs"].panels[0].curves
-    ends = {c.marks[0].tip.rsplit(" ", 1)[-1]: (c.marks[0].shape, c.marks[0].x) for c in curves if c.dash}
-    assert ends == {"running": ("ring", 3), "diverged": ("cross", 2), "failed": ("cross", 4), "unknown": ("ring", 6)}
+    ends = {
+        c.marks[0].tip.rsplit(" ", 1)[-1]: (c.marks[0].shape, c.marks[0].x)
+        for c in curves
+        if c.dash
+    }
+    assert ends == {
+        "running": ("ring", 3),
+        "diverged": ("cross", 2),
+        "failed": ("cross", 4),
+        "unknown": ("ring", 6),
+    }
 
 
 def test_files_of_any_shape_stop_nothing(tmp_path):
@@ -472,16 +646,22 @@ def test_files_of_any_shape_stop_nothing(tmp_path):
     for i, value in enumerate(values):
         rows = epoch_rows(CONFIG, 3)
         rows[1] |= dict.fromkeys(("epoch", "test_acc", "lr", "delta", "step", "batch_size"), value)
-        files = {"summary.json": {"final_test_acc": value, "updates": value}, "critical.json": {"crossings": value, "batch_size": value},
-                 "noise.json": {"points": [value, {"batch_size": value, "statistics": value, "noise_norm": value}, {"batch_size": 8, "noise_norm": 1.0, "statistics": {"variance": {"value": 1.0}, "histogram": value, "qq": {"normal": value}, "hill": [value]}}]},
-                 "sharpness.json": {"results": [value, {"rho": value, "value": value}]}, "status.json": {"state": "done", "reason": value}}  # fmt: skip
+        files = {"summary.json": {"final_test_acc": value, "updates": value},
+            "critical.json": {"crossings": value, "batch_size": value},
+                 "noise.json": {"points": [value, {"batch_size": value, "statistics": value,
+                     "noise_norm": value}, {"batch_size": 8, "noise_norm": 1.0,
+                         "statistics": {"variance": {"value": 1.0}, "histogram": value,
+                             "qq": {"normal": value}, "hill": [value]}}]},
+                 "sharpness.json": {"results": [value, {"rho": value, "value": value}]},
+                     "status.json": {"state": "done", "reason": value}}  # fmt: skip
         for mode in ("normal", "sampling", "critical"):
-            run_folder(tmp_path / "r" / f"{i}-{mode}", rows=rows, files=files, lr=value, batch_size=value, mode=mode, c2=value, beta=value)  # fmt: skip
+            run_folder(tmp_path / "r" / f"{i}-{mode}", rows=rows, files=files, lr=value,
+            batch_size=value, mode=mode, c2=value, beta=value)  # fmt: skip
             checked(report(tmp_path, tmp_path / "r" / f"{i}-{mode}")[0])
     checked(report(tmp_path, tmp_path / "r")[0])
 
 
-# Markup -----------------------------------------------------------------------------------------------------------------
+# Markup
 
 
 def test_hostile_names_and_values_are_text_on_the_page_in_svg_and_in_file_names(tmp_path):
@@ -495,10 +675,18 @@ def test_hostile_names_and_values_are_text_on_the_page_in_svg_and_in_file_names(
         "url(x)",
     ]
     for i, value in enumerate(HOSTILE):
-        settings = {"model": value, "method": value, "dataset": value, "norm": value, "weight_decay": value}
+        settings = {
+            "model": value,
+            "method": value,
+            "dataset": value,
+            "norm": value,
+            "weight_decay": value,
+        }
         folder = tmp_path / "r" / names[i % len(names)] / str(i)
         run_folder(folder, state=value, reason=value, **settings)
-        run_folder(folder / "done", optimizer=value, batch_size=8 + i, files={"sharpness.json": {"results": [{"algorithm": value, "split": value, "rho": 0.1, "value": 1.0}]}}, **settings)  # fmt: skip
+        run_folder(folder / "done", optimizer=value, batch_size=8 + i,
+        files={"sharpness.json": {"results": [{"algorithm": value, "split": value, "rho": 0.1,
+            "value": 1.0}]}}, **settings)  # fmt: skip
         critical_folder(folder / "critical", 8 * 2**i, 0, **{value: value}, c2=1.0)
         noise_folder(folder / "noise", 8 * 2**i, **settings)
     markup, figures = report(tmp_path, tmp_path / "r")
@@ -508,7 +696,9 @@ def test_hostile_names_and_values_are_text_on_the_page_in_svg_and_in_file_names(
     assert len(figures) > 10
     for path in figures:
         assert re.fullmatch(r"[a-z0-9-]+\.svg", path.name)
-        assert all(len(t.text or "") < 400 for t in checked_svg(path).iter() if not t.tag.endswith("style"))
+        assert all(
+            len(t.text or "") < 400 for t in checked_svg(path).iter() if not t.tag.endswith("style")
+        )
     written = {p.relative_to(tmp_path / "out").parts[0] for p in (tmp_path / "out").rglob("*")}
     assert written == {"report.html", "figures"}
     for i, value in enumerate(HOSTILE):  # alone, where it is the title of the page
@@ -521,11 +711,25 @@ def test_page_and_figures_of_every_kind_are_strict_and_the_same_bytes_again(tmp_
     markup, figures = report(tmp_path, root)
     found = checked(markup)
     names = {path.stem for path in figures}
-    assert {"training-1-epochs", "training-1-updates", "smoothing-1-accuracy-delta", "critical-1-steps"} <= names
-    assert {"critical-1-sfo", "noise-norm", "noise-c2", "noise-1-histogram", "noise-1-qq", "noise-1-tail"} <= names
+    assert {
+        "training-1-epochs",
+        "training-1-updates",
+        "smoothing-1-accuracy-delta",
+        "critical-1-steps",
+    } <= names
+    assert {
+        "critical-1-sfo",
+        "noise-norm",
+        "noise-c2",
+        "noise-1-histogram",
+        "noise-1-qq",
+        "noise-1-tail",
+    } <= names
     for path in figures:
         assert float(checked_svg(path).attrib["width"]) > 0
-    assert len({e["id"] for _, e in found.elements if "id" in e}) == sum("id" in e for _, e in found.elements)
+    assert len({e["id"] for _, e in found.elements if "id" in e}) == sum(
+        "id" in e for _, e in found.elements
+    )
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     report(tmp_path, root)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
@@ -536,7 +740,10 @@ def test_figures_in_files_say_what_their_letters_stand_for(tmp_path):
     for i in range(3):
         run_folder(tmp_path / "r" / str(i), model=f"a model with a rather long name, number {i}")
     markup, (epochs, _) = report(tmp_path, tmp_path / "r")
-    texts = [(t.text, float(t.attrib["y"])) for t in checked_svg(epochs).iter("{http://www.w3.org/2000/svg}text")]
+    texts = [
+        (t.text, float(t.attrib["y"]))
+        for t in checked_svg(epochs).iter("{http://www.w3.org/2000/svg}text")
+    ]
     assert [text for text, _ in texts].count("A") == 3  # beside two lines, and in the legend
     for key, i in zip("ABC", range(3), strict=True):
         name = f"a model with a rather long name, number {i}"
@@ -566,9 +773,17 @@ def test_series_of_parted_plots_are_called_by_their_values_where_names_have_no_r
 def test_settings_without_effect_are_not_said_of_all_runs(tmp_path):
     for seed, lr in enumerate((0.1, 0.2)):
         run_folder(tmp_path / "sgd" / str(seed), lr=lr, power=0.7, gamma=0.6)
-        run_folder(tmp_path / "qhm" / str(seed), lr=lr, optimizer="qhm", method="poly", power=0.7, gamma=0.6)
+        run_folder(
+            tmp_path / "qhm" / str(seed),
+            lr=lr,
+            optimizer="qhm",
+            method="poly",
+            power=0.7,
+            gamma=0.6,
+        )
     all_sgd, all_qhm = (
-        re.search(r"All runs: (.*?)\.<", report(tmp_path, tmp_path / name)[0])[1] for name in ("sgd", "qhm")
+        re.search(r"All runs: (.*?)\.<", report(tmp_path, tmp_path / name)[0])[1]
+        for name in ("sgd", "qhm")
     )
     assert [name for name in ("beta", "nu", "power", "gamma") if name in all_sgd] == []
     assert [name for name in ("beta 0.9", "nu 1", "power 0.7", "gamma") if name in all_qhm] == [
@@ -581,16 +796,26 @@ def test_settings_without_effect_are_not_said_of_all_runs(tmp_path):
 def test_a_single_run_is_shown(tmp_path):
     run_folder(tmp_path / "one", files={"sharpness.json": sharpness_file({0.01: 0.2})})
     found = checked(report(tmp_path, tmp_path / "one")[0])
-    assert len(found.table("configuration")) == 1 and "±" not in found.table("configuration")[0]["final accuracy, %"]
-    assert "resnet8 on digits" in found.words and "Each line is one run" in found.words and "1 runs" not in found.words
-    assert not any(c.label for f in figures_of(tmp_path / "one").values() for c in f.panels[0].curves)
+    assert (
+        len(found.table("configuration")) == 1
+        and "±" not in found.table("configuration")[0]["final accuracy, %"]
+    )
+    assert (
+        "resnet8 on digits" in found.words
+        and "Each line is one run" in found.words
+        and "1 runs" not in found.words
+    )
+    assert not any(
+        c.label for f in figures_of(tmp_path / "one").values() for c in f.panels[0].curves
+    )
 
 
 def test_150_runs_of_200_epochs_make_a_small_page(tmp_path):
     for lr in range(10):
         for batch in (8, 16, 32, 64, 128):
             for seed in range(3):
-                run_folder(tmp_path / "r" / f"{lr}-{batch}-{seed}", epochs=200, lr=0.01 * (lr + 1), batch_size=batch, seed=seed)  # fmt: skip
+                run_folder(tmp_path / "r" / f"{lr}-{batch}-{seed}", epochs=200, lr=0.01 * (lr + 1),
+                batch_size=batch, seed=seed)  # fmt: skip
     markup, figures = report(tmp_path, tmp_path / "r")
     assert len(markup.encode()) < 2_000_000 and sum(f.stat().st_size for f in figures) < 2_000_000
     assert len(checked(markup).table("configuration")) == 50
@@ -598,14 +823,21 @@ def test_150_runs_of_200_epochs_make_a_small_page(tmp_path):
 
 def test_names_without_room_are_left_out_and_none_is_written_over_another():
     for count in (5, 12, 40):
-        curves = tuple(chart.Curve("c0", ((0.0, 1.0), (1.0, 1.0 + i % 3)), label=f"series {i}") for i in range(count))
-        drawing = chart.draw(chart.Figure("f", "t", "x", (chart.Panel("y", curves, height=160),)), page.WIDE, 150)
-        heights = sorted(s.y for s in drawing.shapes if isinstance(s, chart.Text) and s.text.startswith("series"))
+        curves = tuple(
+            chart.Curve("c0", ((0.0, 1.0), (1.0, 1.0 + i % 3)), label=f"series {i}")
+            for i in range(count)
+        )
+        drawing = chart.draw(
+            chart.Figure("f", "t", "x", (chart.Panel("y", curves, height=160),)), page.WIDE, 150
+        )
+        heights = sorted(
+            s.y for s in drawing.shapes if isinstance(s, chart.Text) and s.text.startswith("series")
+        )
         assert len(heights) == (0 if count == 40 else count)
         assert all(b - a >= chart.LINE - 1e-6 for a, b in pairwise(heights))
 
 
-# Files ------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def test_pdf_figures_are_written_and_the_same_bytes_again(tmp_path):
@@ -614,16 +846,26 @@ def test_pdf_figures_are_written_and_the_same_bytes_again(tmp_path):
     report(tmp_path, tmp_path / "r")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out" / "figures").glob("*.pdf")}
     assert set(before) == {"training-1-epochs.pdf", "training-1-updates.pdf"}
-    assert all(b.startswith(b"%PDF-") and b.rstrip().endswith(b"%%EOF") and len(b) > 2000 for b in before.values())
+    assert all(
+        b.startswith(b"%PDF-") and b.rstrip().endswith(b"%%EOF") and len(b) > 2000
+        for b in before.values()
+    )
     report(tmp_path, tmp_path / "r")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out" / "figures").glob("*.pdf")} == before
 
 
 def test_without_matplotlib_one_line_says_so_and_svg_is_written(tmp_path):
     run_folder(tmp_path / "r")
-    code = "import sys; sys.modules['matplotlib'] = None\nfrom fastsmooth.report.__main__ import main\nsys.exit(main())"
-    told = subprocess.run([sys.executable, "-c", code, tmp_path / "r", "--out", tmp_path / "out"], capture_output=True, text=True, check=True)  # fmt: skip
-    assert told.stderr == "fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n"
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\nfrom fastsmooth.report.__main__ import "
+        "main\nsys.exit(main())"
+    )
+    told = subprocess.run([sys.executable, "-c", code, tmp_path / "r", "--out", tmp_path / "out"],
+    capture_output=True, text=True, check=True)  # fmt: skip
+    assert (
+        told.stderr
+        == "fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n"
+    )
     assert "(SVG in" in told.stdout
     assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} == {".svg", ".html"}
 
@@ -656,7 +898,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1 and (tmp_path / "file").read_text() == "x"
 
 
-# In a browser -----------------------------------------------------------------------------------------------------------
+# In a browser
 
 CHROMIUM = shutil.which("chromium", path="/usr/bin")
 QUIET = [
@@ -667,7 +909,12 @@ QUIET = [
     "--no-first-run",
     "--disable-background-networking",
 ]
-QUIET += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars"]
+QUIET += [
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+]
 LAID_OUT = """(() => {
   const found = [];
   for (const svg of document.querySelectorAll("figure svg")) {
@@ -716,8 +963,18 @@ class Browser:
         self.back, theirs_out = os.pipe()
         a, b = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (theirs_in, theirs_out))
         start = f'exec "$0" "$@" 3<&{a} 4>&{b}'
-        asked = ["bash", "-c", start, CHROMIUM, *QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-        self.process = subprocess.Popen(asked, pass_fds=(a, b), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        asked = [
+            "bash",
+            "-c",
+            start,
+            CHROMIUM,
+            *QUIET,
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
+        self.process = subprocess.Popen(
+            asked, pass_fds=(a, b), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         for fd in (a, b, theirs_in, theirs_out):
             os.close(fd)
         self.session = None
@@ -737,7 +994,11 @@ class Browser:
     def ask(self, method: str, **params) -> dict:
         self.count += 1
         message = {"id": self.count, "method": method, "params": params}
-        os.write(self.to, json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
+        os.write(
+            self.to,
+            json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode()
+            + b"\0",
+        )
         while (answer := self.read()).get("id") != self.count:
             self.events.append(answer)
         assert "error" not in answer, answer
@@ -745,14 +1006,25 @@ class Browser:
 
     def open(self, path: Path, width: int, scheme: str) -> tuple[dict, bytes]:
         """(what LAID_OUT says, a screenshot of the whole page)."""
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.ask(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         before = len(self.events)
         self.ask("Page.navigate", url=path.as_uri())
         while not any(e.get("method") == "Page.loadEventFired" for e in self.events[before:]):
             self.events.append(self.read())
         said = json.loads(self.ask("Runtime.evaluate", expression=LAID_OUT)["result"]["value"])
-        return said, base64.b64decode(self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        return said, base64.b64decode(
+            self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        )
 
     def close(self):
         self.process.kill()
@@ -775,13 +1047,16 @@ def grid_of(root: Path) -> Path:
     for lr in (0.01, 0.05, 0.1, 0.5):
         for batch in (8, 16, 64, 256, 1024):
             for optimizer in ("sgd", "shb"):
-                run_folder(root / f"{optimizer}-{lr}-{batch}", lr=lr, batch_size=batch, optimizer=optimizer)
+                run_folder(
+                    root / f"{optimizer}-{lr}-{batch}", lr=lr, batch_size=batch, optimizer=optimizer
+                )
     return root
 
 
 def long_names(root: Path) -> Path:
     for i in range(12):
-        run_folder(root / str(i), model=f"WWWW<{i}>" + "m" * 3 * i, method=f"q{i}" * 9, norm="x" * 10_000, lr=10.0**-i, batch_size=3**i)  # fmt: skip
+        run_folder(root / str(i), model=f"WWWW<{i}>" + "m" * 3 * i, method=f"q{i}" * 9,
+        norm="x" * 10_000, lr=10.0**-i, batch_size=3**i)  # fmt: skip
     return root
 
 
@@ -800,9 +1075,16 @@ def test_a_browser_shows_the_page_whole_and_asks_for_nothing(tmp_path, browser, 
             shot = image.open(io.BytesIO(png)).convert("RGB")
             colors = {color: count for count, color in shot.getcolors(1 << 24)}
             assert shot.width == width and shot.height == said["height"] > 900
-            assert len(colors) > 50 and 0.02 < 1 - colors.get(paper, 0) / (shot.width * shot.height) < 0.8
+            assert (
+                len(colors) > 50
+                and 0.02 < 1 - colors.get(paper, 0) / (shot.width * shot.height) < 0.8
+            )
     events = browser.events[first:]
-    asked = [e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"]
+    asked = [
+        e["params"]["request"]["url"]
+        for e in events
+        if e.get("method") == "Network.requestWillBeSent"
+    ]
     assert asked and set(asked) == {(tmp_path / "out" / "report.html").as_uri()}
     complaints = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     assert [e for e in events if e.get("method") in complaints] == []

@@ -1,4 +1,5 @@
-"""Going on with a run: from its beginning, not at all, not twice. tests/faults has the kills and the signals."""
+"""Going on with a run: from its beginning, not at all, not twice. tests/faults has the kills and
+the signals."""
 
 import os
 import signal
@@ -11,7 +12,17 @@ from fastsmooth import sharpness
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.train import main
 
-BASE = [*EXACT, "--epochs", "3", "--decay-epoch", "1", "--checkpoint-every", "7", "--log-every", "5"]
+BASE = [
+    *EXACT,
+    "--epochs",
+    "3",
+    "--decay-epoch",
+    "1",
+    "--checkpoint-every",
+    "7",
+    "--log-every",
+    "5",
+]
 PLAIN = [*EXACT, "--epochs", "3", "--checkpoint-every", "7", "--log-every", "5"]
 
 
@@ -46,7 +57,12 @@ def test_a_run_folder_works_from_any_directory(tmp_path, monkeypatch):
     home, away = tmp_path / "home", tmp_path / "away"
     tree(
         home / "images",
-        {f"{s}/{c}/{i}.png": noise() for s in ("train", "val") for c in ("ant", "bee") for i in range(4)},
+        {
+            f"{s}/{c}/{i}.png": noise()
+            for s in ("train", "val")
+            for c in ("ant", "bee")
+            for i in range(4)
+        },
     )
     away.mkdir()
     monkeypatch.chdir(home)
@@ -62,7 +78,23 @@ def test_a_run_folder_works_from_any_directory(tmp_path, monkeypatch):
         "--norm",
         "group",
     ]
-    assert main([*EXACT, *line, "--epochs", "2", "--batchsize", "2", "--out", "run", "--max-time", "1e-3"]) == 75
+    assert (
+        main(
+            [
+                *EXACT,
+                *line,
+                "--epochs",
+                "2",
+                "--batchsize",
+                "2",
+                "--out",
+                "run",
+                "--max-time",
+                "1e-3",
+            ]
+        )
+        == 75
+    )
     monkeypatch.chdir(away)
     assert main(["--resume", "--out", str(home / "run"), "--max-time", "1h"]) == 0
     flags = ["--samples", "4", "--batch", "2", "--n-iters", "1"]
@@ -72,9 +104,24 @@ def test_a_run_folder_works_from_any_directory(tmp_path, monkeypatch):
 
 
 def test_the_config_of_a_run_does_the_same_run(tmp_path):
-    argv = [*EXACT, "--method", "hybrid", "--decay-epoch", "1", "--epochs", "2", "--batchsize", "100", "--seed", "3"]
+    argv = [
+        *EXACT,
+        "--method",
+        "hybrid",
+        "--decay-epoch",
+        "1",
+        "--epochs",
+        "2",
+        "--batchsize",
+        "100",
+        "--seed",
+        "3",
+    ]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
-    assert main(["--config", str(tmp_path / "one" / "config.json"), "--out", str(tmp_path / "two")]) == 0
+    assert (
+        main(["--config", str(tmp_path / "one" / "config.json"), "--out", str(tmp_path / "two")])
+        == 0
+    )
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 

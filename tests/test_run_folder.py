@@ -32,12 +32,18 @@ def test_the_last_two_checkpoints_are_kept_and_the_newest_is_loaded(tmp_path):
         "ckpt-10.json", "ckpt-10.pt", "ckpt-15.json", "ckpt-15.pt",
     ]  # fmt: skip
     loaded = checkpoints.load()
-    assert torch.equal(loaded["weights"], state(15.0)["weights"]) and loaded["list"] == [1, 2.5, "x", None]
+    assert torch.equal(loaded["weights"], state(15.0)["weights"]) and loaded["list"] == [
+        1,
+        2.5,
+        "x",
+        None,
+    ]
     assert warnings == []
 
 
 def test_no_damage_is_loaded_silently(tmp_path):
-    """Bits flipped and files cut at random places in data and manifest: always the one before, with one warning."""
+    """Bits flipped and files cut at random places in data and manifest: always the one before, with
+    one warning."""
     rng = random.Random(0)
     directory = tmp_path / "checkpoints"
     saved(tmp_path, 1, 2)
@@ -54,7 +60,8 @@ def test_no_damage_is_loaded_silently(tmp_path):
         path.write_bytes(data)
         warnings: list[str] = []
         loaded = Checkpoints(directory, warnings.append).load()
-        # a flipped bit in the manifest's byte count or white space changes nothing that is relied on
+        # a flipped bit in the manifest's byte count or white space changes nothing that is relied
+        # on
         harmless = path.name.endswith("json") and loaded["step"] == 2.0
         assert harmless or (loaded["step"] == 1.0 and len(warnings) == 1), trial
 
@@ -92,7 +99,10 @@ def test_what_an_interrupted_save_left_is_removed(tmp_path):
     for name in (".ckpt-2.pt.0123abcd.tmp", "ckpt-2.pt"):
         (tmp_path / "checkpoints" / name).write_bytes(b"half")
     checkpoints.clean()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["ckpt-1.json", "ckpt-1.pt"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "ckpt-1.json",
+        "ckpt-1.pt",
+    ]
     assert checkpoints.load()["step"] == 1.0
 
 
@@ -106,7 +116,10 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         checkpoints.save(2, state(2.0))
     monkeypatch.undo()
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["ckpt-1.json", "ckpt-1.pt"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "ckpt-1.json",
+        "ckpt-1.pt",
+    ]
     assert checkpoints.load()["step"] == 1.0
 
 
@@ -142,7 +155,8 @@ def sharpness_row(step: int) -> str:
 
 
 def test_what_was_measured_of_a_checkpoint_survives_a_rewind(tmp_path):
-    """Wherever it lies among rows of updates that are done again, and as often as the run goes back to that checkpoint."""
+    """Wherever it lies among rows of updates that are done again, and as often as the run goes back
+    to that checkpoint."""
     path = tmp_path / "run" / "metrics.jsonl"
     folder = RunFolder.create(tmp_path / "run", {}, {})
     folder.row("step", {"step": 1})
@@ -162,7 +176,12 @@ def test_what_was_measured_of_a_checkpoint_survives_a_rewind(tmp_path):
         folder.close()
         assert path.read_bytes().startswith(first)
         assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 1, 2, 2]
-        assert [row["kind"] for row in read_rows(tmp_path / "run")] == ["step", "measure", "measure", "step"]
+        assert [row["kind"] for row in read_rows(tmp_path / "run")] == [
+            "step",
+            "measure",
+            "measure",
+            "step",
+        ]
 
 
 def test_what_only_looks_like_a_later_row_does_not(tmp_path):
@@ -201,11 +220,16 @@ def test_a_claimed_folder_is_claimed_once(tmp_path):
     (tmp_path / "runs" / "run").mkdir()
     (tmp_path / "runs" / "run-3").write_text("")
     found = []
-    threads = [threading.Thread(target=lambda: found.append(claim(tmp_path / "runs" / "run"))) for _ in range(16)]
+    threads = [
+        threading.Thread(target=lambda: found.append(claim(tmp_path / "runs" / "run")))
+        for _ in range(16)
+    ]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     names = sorted(path.name for path in found)
-    assert names == sorted(f"run-{k}" for k in range(2, 19) if k != 3) and all(path.is_dir() for path in found)
+    assert names == sorted(f"run-{k}" for k in range(2, 19) if k != 3) and all(
+        path.is_dir() for path in found
+    )
     with pytest.raises(RunFolderError, match="choose another folder"):
         claim(tmp_path / "runs" / "run-3" / "run")
 
@@ -235,7 +259,14 @@ def test_the_clock_gives_each_second_to_one_part(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.4, "0 s"), (42, "42 s"), (150, "2.5 min"), (3120, "52 min"), (12_600, "3.5 h"), (600_000, "6.9 days")],
+    [
+        (0.4, "0 s"),
+        (42, "42 s"),
+        (150, "2.5 min"),
+        (3120, "52 min"),
+        (12_600, "3.5 h"),
+        (600_000, "6.9 days"),
+    ],
 )
 def test_lengths_of_time_are_for_people(seconds, words):
     assert span(seconds) == words

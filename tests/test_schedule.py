@@ -16,7 +16,12 @@ CIFAR = 50_000  # training images
 CHANGES = (40, 80, 120, 160)
 
 # ResNet-18 on CIFAR-100, lr 0.1 and beta 0.9: (C^2, K^2) as published; qhm takes those of nshb.
-CONSTANTS = {"sgd": (1280.0, 1.0), "shb": (25.318, 1.77**2), "nshb": (128.0, 4.5**2), "qhm": (128.0, 4.5**2)}
+CONSTANTS = {
+    "sgd": (1280.0, 1.0),
+    "shb": (25.318, 1.77**2),
+    "nshb": (128.0, 4.5**2),
+    "qhm": (128.0, 4.5**2),
+}
 MOMENTUM_FORMS = [("shb", "v3", 1.0), ("nshb", "v1", 1.0), ("nshb", "v3", 1.0), ("qhm", "v3", 0.7)]
 SOLVED = ("beta", "lr-beta", "beta-batch", "lr-batch")
 
@@ -28,7 +33,9 @@ def plain(method, batch=32, epochs=EPOCHS, **options):
 
 def momentum(method, optimizer="shb", form="v1", nu=1.0, batch=128, epochs=EPOCHS, **options):
     """A schedule of a momentum optimizer with the published constants."""
-    smoothing = Smoothing(optimizer, *CONSTANTS[optimizer], nu=nu, version=form if optimizer == "nshb" else None)
+    smoothing = Smoothing(
+        optimizer, *CONSTANTS[optimizer], nu=nu, version=form if optimizer == "nshb" else None
+    )
     return Schedule(method, epochs, Point(0.1, batch, 0.9), smoothing, **options)
 
 
@@ -90,7 +97,9 @@ def test_poly_and_cosine_span_the_epochs_of_the_run(epochs):
         ("cosine", lambda o: SCHEDULERS.CosineAnnealingLR(o, epochs)),
     ]:
         ours = [p.lr for p in plain(method, epochs=epochs).points()]
-        assert ours == pytest.approx(torch_lrs(make, epochs), rel=1e-12, abs=epochs * 0.1 * 2.0**-53)
+        assert ours == pytest.approx(
+            torch_lrs(make, epochs), rel=1e-12, abs=epochs * 0.1 * 2.0**-53
+        )
 
 
 PUBLISHED_LRS = {
@@ -98,7 +107,8 @@ PUBLISHED_LRS = {
                   120: "0.0353553", 159: "0.0353553", 160: "0.025", 199: "0.025"},
     ("hybrid", 0.9): {0: "0.1", 40: "0.0866025", 80: "0.075", 120: "0.0649519", 160: "0.05625"},
     ("batch", 0.9): {0: "0.1", 40: "0.1", 199: "0.1"},
-    ("poly", 0.9): {1: "0.0995499", 40: "0.0818052", 100: "0.0535887", 160: "0.0234924", 199: "0.000849323"},
+    ("poly", 0.9): {1: "0.0995499", 40: "0.0818052", 100: "0.0535887", 160: "0.0234924",
+    199: "0.000849323"},
     ("poly", 0.5): {100: "0.0707107", 199: "0.00707107"},
     ("cosine", 0.9): {40: "0.0904508", 100: "0.05", 160: "0.00954915", 199: "0.00000617"},
     ("exp", 0.9): {40: "0.00147809", 100: "0.000002656"},
@@ -138,7 +148,8 @@ def test_shifted_batch_grows_one_epoch_late_as_the_published_code_did(method, ba
 
 
 def published_loop(method, batch, epochs, decay_epoch, rate):
-    """(lr, batch) of every epoch as the CIFAR trainer of arXiv 2311.08745 sets them, with torch's own schedulers.
+    """(lr, batch) of every epoch as the CIFAR trainer of arXiv 2311.08745 sets them, with torch's
+    own schedulers.
 
     `rate` is its --power. Of its two fixed spans of 200 epochs ours are --epochs.
     """
@@ -171,10 +182,17 @@ def test_shifted_methods_are_the_published_loop_for_any_batch_and_any_epochs(met
         for start in STARTS if method in ("batch", "hybrid") else (32,):
             options = {"decay_epoch": decay_epoch, "power": 0.8, "gamma": 0.8, "shifted": True}
             ours = list(plain(method, start, epochs, **options).points())
-            lrs, batches = zip(*published_loop(method, start, epochs, decay_epoch, 0.8), strict=True)
+            lrs, batches = zip(
+                *published_loop(method, start, epochs, decay_epoch, 0.8), strict=True
+            )
             # a batch of 50 doublings is above what a schedule goes to, and above any data set
-            assert [p.batch_size for p in ours] == [min(b, schedule.MOST) for b in batches], (start, epochs)
-            assert [p.lr for p in ours] == pytest.approx(lrs, rel=1e-12, abs=epochs * 0.1 * 2.0**-53)
+            assert [p.batch_size for p in ours] == [min(b, schedule.MOST) for b in batches], (
+                start,
+                epochs,
+            )
+            assert [p.lr for p in ours] == pytest.approx(
+                lrs, rel=1e-12, abs=epochs * 0.1 * 2.0**-53
+            )
 
 
 def test_a_batch_of_7_grows_to_15_as_published_and_to_16_where_delta_is_matched():
@@ -199,7 +217,9 @@ def test_lr_and_batch_and_hybrid_smooth_equally_at_every_epoch():
             by_hand = [p.lr / math.sqrt(p.batch_size) for p in (s(epoch) for s in runs)]
             expected = 0.1 / math.sqrt(batch) * 2 ** -(epoch // 40 / 2)
             assert by_hand == pytest.approx([expected] * 3, rel=1e-12), epoch
-            assert [s.delta(s(epoch)) for s in runs] == pytest.approx([expected] * 3, rel=1e-12), epoch
+            assert [s.delta(s(epoch)) for s in runs] == pytest.approx([expected] * 3, rel=1e-12), (
+                epoch
+            )
 
 
 def test_delta_ends_at_a_quarter_of_its_start():
@@ -233,13 +253,18 @@ def test_updates_without_the_partial_batch_use_whole_batches_alone():
     whole = s.updates(CIFAR, drop_last=True)
     for updates, point in zip(whole, s.points(), strict=True):
         assert updates * point.batch_size <= CIFAR < (updates + 1) * point.batch_size
-    assert plain("constant", 1).updates(7, drop_last=True) == plain("constant", 1).updates(7) == [7] * EPOCHS
+    assert (
+        plain("constant", 1).updates(7, drop_last=True)
+        == plain("constant", 1).updates(7)
+        == [7] * EPOCHS
+    )
 
 
 # --- the degree of smoothing
 
 
-DELTA = {  # as published: batch -> delta of SGD, SHB, NSHB v3, NSHB v1 at lr 0.1, beta 0.9, ResNet-18
+# as published: batch -> delta of SGD, SHB, NSHB v3, NSHB v1 at lr 0.1, beta 0.9, ResNet-18
+DELTA = {
     8: ("1.265", "2.278", "1.265", "1.155"),
     32: (".6325", "1.795", ".6325", ".9087"),
     128: (".3162", "1.652", ".3162", ".8358"),
@@ -255,13 +280,18 @@ def test_delta_is_that_of_the_published_constants(batch):
     shb = Smoothing("shb", *CONSTANTS["shb"])
     nshb_v3 = Smoothing("nshb", *CONSTANTS["nshb"])
     nshb_v1 = Smoothing("nshb", *CONSTANTS["nshb"], version="v1")
-    found = [s.degree(0.1, batch, beta) for s, beta in [(sgd, 0.0), (shb, 0.9), (nshb_v3, 0.9), (nshb_v1, 0.9)]]
+    found = [
+        s.degree(0.1, batch, beta)
+        for s, beta in [(sgd, 0.0), (shb, 0.9), (nshb_v3, 0.9), (nshb_v1, 0.9)]
+    ]
     for value, printed in zip(found, DELTA[batch], strict=True):
         assert agrees(value, printed), (value, printed)
     assert found[2] == pytest.approx(found[0], rel=1e-12)  # 128 / (1 - 0.9) = 1280
 
 
-@pytest.mark.parametrize("beta, printed", [(0.0, "0"), (0.5, "1.5"), (0.9, "81.9"), (0.99, "9801.99")])
+@pytest.mark.parametrize(
+    "beta, printed", [(0.0, "0"), (0.5, "1.5"), (0.9, "81.9"), (0.99, "9801.99")]
+)
 def test_growth_of_shb_is_beta_over_one_minus_beta_squared_plus_beta(beta, printed):
     growth = Smoothing("shb", grad_variance=0.0, grad_norm_bound_sq=1.0).noise(1, beta)
     assert growth == pytest.approx(float(printed), rel=1e-12)
@@ -289,7 +319,9 @@ def test_shb_and_nshb_v1_keep_a_floor_at_any_batch_and_v3_does_not():
     k = 1.77
     shb = Smoothing("shb", 25.318, k**2).degree(0.1, 10**15, 0.9)
     assert shb == pytest.approx(0.1 * math.sqrt(81.9) * k, rel=1e-9)
-    assert Smoothing("nshb", 128.0, 4.5**2, version="v1").degree(0.1, 10**15, 0.9) == pytest.approx(0.1 * 2 * 0.9 * 4.5)
+    assert Smoothing("nshb", 128.0, 4.5**2, version="v1").degree(0.1, 10**15, 0.9) == pytest.approx(
+        0.1 * 2 * 0.9 * 4.5
+    )
     assert Smoothing("nshb", 128.0, 4.5**2).degree(0.1, 10**15, 0.9) < 1e-6
 
 
@@ -302,12 +334,17 @@ def test_critical_factor_has_all_its_published_shapes(beta):
     assert Smoothing("nshb").critical_factor(beta) == pytest.approx(1 / (1 - beta), rel=1e-12)
     assert Smoothing("sgd").critical_factor(beta) == 1
     assert Smoothing("qhm", nu=0.0).critical_factor(beta) == 1
-    assert Smoothing("qhm", nu=1.0).critical_factor(beta) == pytest.approx(1 / (1 - beta), rel=1e-12)
-    assert Smoothing("qhm", nu=0.4).critical_factor(beta) == pytest.approx(1 + 0.4 * beta / (1 - beta), rel=1e-12)
+    assert Smoothing("qhm", nu=1.0).critical_factor(beta) == pytest.approx(
+        1 / (1 - beta), rel=1e-12
+    )
+    assert Smoothing("qhm", nu=0.4).critical_factor(beta) == pytest.approx(
+        1 + 0.4 * beta / (1 - beta), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    "optimizer, critical_batch, printed", [("sgd", 2**9, "1280"), ("shb", 2**10, "25.3187"), ("nshb", 2**9, "128")]
+    "optimizer, critical_batch, printed",
+    [("sgd", 2**9, "1280"), ("shb", 2**10, "25.3187"), ("nshb", 2**9, "128")],
 )
 def test_critical_batch_gives_the_published_gradient_variance(optimizer, critical_batch, printed):
     kappa = Smoothing(optimizer).critical_factor(0.9)
@@ -339,7 +376,14 @@ def test_batch_is_a_whole_number_and_delta_belongs_to_it(method, shifted):
 
 
 GOLDEN = {  # the original recursion at ResNet-18, b 128, power 0.9
-    ("shb", "beta", "momentum"): {1: ".8996", 50: ".8739", 100: ".8270", 150: ".7130", 180: ".4818", 190: ".2583"},
+    ("shb", "beta", "momentum"): {
+        1: ".8996",
+        50: ".8739",
+        100: ".8270",
+        150: ".7130",
+        180: ".4818",
+        190: ".2583",
+    },
     ("shb", "beta", "delta"): {0: "1.65", 100: ".889", 190: ".121"},
     ("shb", "lr-beta", "lr"): {50: ".08792", 100: ".07337", 199: ".01256"},
     ("shb", "lr-beta", "momentum"): {100: ".8679", 190: ".6960", 199: ".4669"},
@@ -377,9 +421,11 @@ def test_shifted_momentum_is_zero_where_it_is_published_as_zero():
 
 
 def published_recursion(method, optimizer, b, epochs, power):
-    """(lr, batch, beta) of every epoch as the trainer of arXiv 2402.02325 sets them: what epoch m leaves for the next.
+    """(lr, batch, beta) of every epoch as the trainer of arXiv 2402.02325 sets them: what epoch m
+    leaves for the next.
 
-    The batch is a fraction, of which the loader serves int(). Its NSHB lr-batch forgot to set the rate that it had found.
+    The batch is a fraction, of which the loader serves int(). Its NSHB lr-batch forgot to set the
+    rate that it had found.
     """
     c2, k2 = CONSTANTS[optimizer]
     lr, beta, start, found = 0.1, 0.9, b, []
@@ -407,7 +453,9 @@ def published_recursion(method, optimizer, b, epochs, power):
             beta = math.sqrt(max(u / 4, 0))
         else:
             roots = np.roots([1, -(1 + u), 1 + 2 * u, -u])
-            beta = max(0, max(r.real for r in roots if abs(r.imag) < 1e-9 and r.real <= beta + 1e-9))
+            beta = max(
+                0, max(r.real for r in roots if abs(r.imag) < 1e-9 and r.real <= beta + 1e-9)
+            )
 
 
 @pytest.mark.parametrize("optimizer", ["shb", "nshb"])
@@ -418,16 +466,23 @@ def test_every_shifted_epoch_follows_the_published_recursion(method, optimizer):
     )
     for batch, epochs, power in cases:
         s = momentum(method, optimizer, batch=batch, epochs=epochs, power=power, shifted=True)
-        ours, theirs = list(s.points()), published_recursion(method, optimizer, batch, epochs, power)
+        ours, theirs = (
+            list(s.points()),
+            published_recursion(method, optimizer, batch, epochs, power),
+        )
         assert [p.batch_size for p in ours] == [b for _, b, _ in theirs], (batch, epochs, power)
         assert [p.lr for p in ours] == pytest.approx([lr for lr, _, _ in theirs], rel=1e-11)
-        assert [p.momentum for p in ours] == pytest.approx([beta for _, _, beta in theirs], abs=1e-7)
+        assert [p.momentum for p in ours] == pytest.approx(
+            [beta for _, _, beta in theirs], abs=1e-7
+        )
 
 
 @pytest.mark.parametrize("power", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("method", SOLVED)
 @pytest.mark.parametrize("optimizer, form, nu", MOMENTUM_FORMS)
-def test_delta_decays_as_the_theory_asks_wherever_momentum_is_left(optimizer, form, nu, method, power):
+def test_delta_decays_as_the_theory_asks_wherever_momentum_is_left(
+    optimizer, form, nu, method, power
+):
     s = momentum(method, optimizer, form, nu, power=power)
     first, followed = s.delta(s.start), 0
     assert s(0) == s.start
@@ -453,7 +508,11 @@ def test_solved_methods_change_what_their_name_says_and_nothing_else(method):
     }
     assert {name for name, changed in moved.items() if changed} == set(method.split("-"))
     for now, then in itertools.pairwise(points):
-        assert then.lr <= now.lr and then.batch_size >= now.batch_size and then.momentum <= now.momentum
+        assert (
+            then.lr <= now.lr
+            and then.batch_size >= now.batch_size
+            and then.momentum <= now.momentum
+        )
 
 
 @pytest.mark.parametrize("method", ["beta", "lr-beta", "beta-batch"])
@@ -467,7 +526,9 @@ def test_shb_momentum_is_the_root_of_the_published_cubic(method):
             assert p.momentum == 0
             continue
         roots = np.roots([1, -(1 + u), 1 + 2 * u, -u])
-        real = [r.real for r in roots if abs(r.imag) < 1e-9 and 0 <= r.real <= s.start.momentum + 1e-9]
+        real = [
+            r.real for r in roots if abs(r.imag) < 1e-9 and 0 <= r.real <= s.start.momentum + 1e-9
+        ]
         assert p.momentum == pytest.approx(max(real), abs=1e-9), epoch
         solved += 1
     assert solved > 190
@@ -522,7 +583,9 @@ def test_momentum_is_what_plain_bisection_finds_to_the_last_bit():
     for case in range(400):
         optimizer, form = rng.choice([("shb", "v3"), ("nshb", "v1"), ("nshb", "v3"), ("qhm", "v3")])
         c2, k2 = 10 ** rng.uniform(-6, 6), rng.choice([0.0, 10 ** rng.uniform(-6, 6)])
-        s = Smoothing(optimizer, c2, k2, rng.uniform(0.01, 1), form if optimizer == "nshb" else None)
+        s = Smoothing(
+            optimizer, c2, k2, rng.uniform(0.01, 1), form if optimizer == "nshb" else None
+        )
         lr, batch = 10 ** rng.uniform(-4, 2), rng.randint(1, 10_000)
         high = highest = rng.choice([0.9, 0.5, 0.99, 1 - 10 ** -rng.uniform(1, 15)])
         least, most = s.degree(lr, batch, 0.0), s.degree(lr, batch, highest)
@@ -549,9 +612,19 @@ def test_stages_are_the_batches_of_all_epochs_without_solving_any(method, shifte
     def never(*_):
         raise AssertionError("solved")
 
-    for batch, images, epochs in ((3, None, 61), (50, 1437, 200), (128, 50_000, 1), (1024, 50_000, 997)):
-        s = momentum(method, batch=batch, epochs=epochs, decay_epoch=7, largest_batch=images, shifted=shifted)
-        expected = [(len(list(alike)), size) for size, alike in itertools.groupby(p.batch_size for p in s.points())]
+    for batch, images, epochs in (
+        (3, None, 61),
+        (50, 1437, 200),
+        (128, 50_000, 1),
+        (1024, 50_000, 997),
+    ):
+        s = momentum(
+            method, batch=batch, epochs=epochs, decay_epoch=7, largest_batch=images, shifted=shifted
+        )
+        expected = [
+            (len(list(alike)), size)
+            for size, alike in itertools.groupby(p.batch_size for p in s.points())
+        ]
         with monkeypatch.context() as patch:
             patch.setattr(Smoothing, "solve_momentum", never)
             assert list(s.stages()) == expected
@@ -566,7 +639,8 @@ def test_largest_miss_finds_where_momentum_alone_saturates():
     s = momentum("beta", batch=16, shifted=True)
     epoch, target, reached = s.largest_miss()
     assert epoch == 199 and agrees(target, "0.031") and agrees(reached, "0.126")
-    assert reached == pytest.approx(0.1 * math.sqrt(25.318 / 16), rel=1e-12)  # the floor of plain SGD
+    # the floor of plain SGD
+    assert reached == pytest.approx(0.1 * math.sqrt(25.318 / 16), rel=1e-12)
     first = next(e for e in range(EPOCHS) if s(e).momentum == 0)
     assert abs(first - 191) <= 1
 
@@ -593,7 +667,8 @@ def test_largest_miss_reports_the_late_batches_of_the_published_code():
 def test_batch_never_exceeds_the_data_set(method):
     images = 1437
     s = momentum(method, largest_batch=images)
-    grows_to = {"batch": images, "beta-batch": images, "lr-batch": images, "hybrid": 648}  # 648 = 128 * 1.5^4
+    # 648 = 128 * 1.5^4
+    grows_to = {"batch": images, "beta-batch": images, "lr-batch": images, "hybrid": 648}
     assert max(p.batch_size for p in s.points()) == grows_to.get(method, 128)
 
 

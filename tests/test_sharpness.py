@@ -1,4 +1,5 @@
-"""Sharpness: against a plain float64 twin, brute force and integrals; and what the command leaves in a run folder."""
+"""Sharpness: against a plain float64 twin, brute force and integrals; and what the command leaves
+in a run folder."""
 
 import copy
 import dataclasses
@@ -18,7 +19,14 @@ from fastsmooth import models
 from fastsmooth.cli.config import resolve
 from fastsmooth.cli.parse import read_saved
 from fastsmooth.data import open_data
-from fastsmooth.noise.sharpness import ALGORITHMS, Ellipsoid, Landscape, Setting, checkpoints, sharpness
+from fastsmooth.noise.sharpness import (
+    ALGORITHMS,
+    Ellipsoid,
+    Landscape,
+    Setting,
+    checkpoints,
+    sharpness,
+)
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.write import read_rows
 from fastsmooth.sharpness import main, open_images, parse
@@ -33,7 +41,9 @@ ALGORITHM = pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def small_net() -> nn.Module:
     """With BatchNorm, whose statistics are those of no batch here, and weights that are zero."""
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).double()
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+    ).double()
     net(3 * torch.randn(40, 3, 6, 6, dtype=torch.float64))
     return net
 
@@ -50,7 +60,8 @@ def images(batches: int, size: int = 16) -> list[tuple[torch.Tensor, torch.Tenso
 
 
 # The twin: the published algorithms parameter by parameter in a copy of the model, with the steps
-# in Python floats. Its one change is that where the best weights come back, so does their perturbation.
+# in Python floats. Its one change is that where the best weights come back, so does their
+# perturbation.
 
 
 class Twin:
@@ -68,10 +79,16 @@ class Twin:
         logits = self.model(x)
         if self.s.normalize_logits:
             logits = logits - logits.mean(1, keepdim=True)
-            logits = logits / torch.clamp(torch.linalg.vector_norm(logits, dim=1, keepdim=True), min=1e-10)
+            logits = logits / torch.clamp(
+                torch.linalg.vector_norm(logits, dim=1, keepdim=True), min=1e-10
+            )
         loss = -F.log_softmax(logits, dim=1)[torch.arange(len(y)), y].mean()
         wrong = (logits.argmax(1) != y).double().mean().item()
-        return (loss.item(), wrong, torch.autograd.grad(loss, self.params)) if grad else (loss.item(), wrong)
+        return (
+            (loss.item(), wrong, torch.autograd.grad(loss, self.params))
+            if grad
+            else (loss.item(), wrong)
+        )
 
     def noise(self):
         total = sum(p.numel() for p in self.params)
@@ -83,7 +100,10 @@ class Twin:
 
     def project(self, d):
         if not self.l2:
-            return [torch.max(torch.min(e, self.rho * c), -self.rho * c) for e, c in zip(d, self.scale, strict=True)]
+            return [
+                torch.max(torch.min(e, self.rho * c), -self.rho * c)
+                for e, c in zip(d, self.scale, strict=True)
+            ]
 
         e, c = (np.concatenate([t.flatten().numpy() for t in part]) for part in (d, self.scale))
         e, c = e[c > 0], c[c > 0]
@@ -94,11 +114,19 @@ class Twin:
             high = 0.0
         for _ in range(80):  # halves an interval of doubles until nothing is left of it
             middle = (low + high) / 2
-            low, high = (middle, high) if np.linalg.norm(e / (c + middle / c)) > self.rho else (low, middle)
-        return [torch.where(c > 0, e / (1 + high / c**2), 0) for e, c in zip(d, self.scale, strict=True)]
+            low, high = (
+                (middle, high) if np.linalg.norm(e / (c + middle / c)) > self.rho else (low, middle)
+            )
+        return [
+            torch.where(c > 0, e / (1 + high / c**2), 0) for e, c in zip(d, self.scale, strict=True)
+        ]
 
     def ascend(self, x, y, clean):
-        d = self.project(self.noise()) if self.s.random_start else [torch.zeros_like(w) for w in self.original]
+        d = (
+            self.project(self.noise())
+            if self.s.random_start
+            else [torch.zeros_like(w) for w in self.original]
+        )
         previous, best_d = d, d
         worst, worst_error = clean
         prev_worst = worst
@@ -108,9 +136,14 @@ class Twin:
             _, _, grads = self.loss(d, x, y, grad=True)
             if self.l2:
                 length = math.sqrt(sum(g.square().sum().item() for g in grads))
-                moved = [e + step / (length + 1e-12) * g * c for e, g, c in zip(d, grads, self.scale, strict=True)]
+                moved = [
+                    e + step / (length + 1e-12) * g * c
+                    for e, g, c in zip(d, grads, self.scale, strict=True)
+                ]
             else:
-                moved = [e + step * g.sign() * c for e, g, c in zip(d, grads, self.scale, strict=True)]
+                moved = [
+                    e + step * g.sign() * c for e, g, c in zip(d, grads, self.scale, strict=True)
+                ]
             new = [0.75 * p + 0.25 * q for p, q in zip(self.project(moved), previous, strict=True)]
             previous, d = d, new
             loss, error = self.loss(d, x, y)
@@ -126,7 +159,8 @@ class Twin:
         return worst, worst_error
 
     def sharpness(self, batches):
-        """(rises of the loss, rises of the error), one a batch, and for the averages the draws of the loss."""
+        """(rises of the loss, rises of the error), one a batch, and for the averages the draws of
+        the loss."""
         rises, errors, draws = [], [], []
         for x, y in batches:
             clean = self.loss([torch.zeros_like(w) for w in self.original], x, y)
@@ -156,22 +190,29 @@ def test_sharpness_equals_a_plain_twin(algorithm, adaptive, rho):
     if algorithm.startswith("m_apgd"):
         assert min(found.per_batch) > 1e-3 and found.draw_error is None
     else:
-        assert found.draw_error == pytest.approx(math.sqrt((draws.var(axis=1, ddof=1) / 20).sum()) / 3, rel=1e-8)
+        assert found.draw_error == pytest.approx(
+            math.sqrt((draws.var(axis=1, ddof=1) / 20).sum()) / 3, rel=1e-8
+        )
 
 
 @ADAPTIVE
 @pytest.mark.parametrize("algorithm", ["m_apgd_l2", "m_apgd_linf"])
 @pytest.mark.parametrize(
-    "more", [{"restarts": 2, "random_start": True}, {"step_size_mult": 0.05}, {"normalize_logits": True}], ids=repr
+    "more",
+    [{"restarts": 2, "random_start": True}, {"step_size_mult": 0.05}, {"normalize_logits": True}],
+    ids=repr,
 )
 def test_options_of_the_ascent_equal_the_twins(algorithm, adaptive, more):
     setting, batches = Setting(algorithm, adaptive, seed=3, **more), images(2)
     (found,) = sharpness(small_net(), batches, setting, [RHO[algorithm]])
-    assert found.per_batch == pytest.approx(Twin(small_net(), setting, RHO[algorithm]).sharpness(batches)[0], abs=1e-10)
+    assert found.per_batch == pytest.approx(
+        Twin(small_net(), setting, RHO[algorithm]).sharpness(batches)[0], abs=1e-10
+    )
 
 
 def test_a_network_in_float32_is_as_sharp_as_in_float64():
-    """Its logits, of size one, are rounded by 6e-8, a quarter of that in the mean over 16 samples: 1.5e-3 of a rise of 1e-5.
+    """Its logits, of size one, are rounded by 6e-8, a quarter of that in the mean over 16 samples:
+    1.5e-3 of a rise of 1e-5.
 
     A float32 loss would be rounded by 6e-8 itself.
     """
@@ -186,7 +227,7 @@ def test_the_step_may_be_halved_where_the_published_code_halves_it():
     assert checkpoints(1) == [1]
 
 
-# A model of two parameters, whose loss is written down once more in numpy and looked at everywhere ----------------------
+# A model of two parameters, whose loss is written down once more in numpy and looked at everywhere
 
 
 class Pair(nn.Module):
@@ -204,7 +245,9 @@ POINT = np.array([0.9, -0.6])
 
 def pair_batch():
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(12, 2, generator=generator, dtype=torch.float64), torch.randint(0, 2, (12,), generator=generator)
+    return torch.randn(12, 2, generator=generator, dtype=torch.float64), torch.randint(
+        0, 2, (12,), generator=generator
+    )
 
 
 def pair_rise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -231,15 +274,18 @@ def region_grid(algorithm: str) -> tuple[np.ndarray, np.ndarray]:
 
 @ADAPTIVE
 @pytest.mark.parametrize("rho", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize("start", [{}, {"random_start": True, "restarts": 3}], ids=["zero", "random"])
+@pytest.mark.parametrize(
+    "start", [{}, {"random_start": True, "restarts": 3}], ids=["zero", "random"]
+)
 @pytest.mark.parametrize("algorithm", ["m_apgd_l2", "m_apgd_linf"])
 def test_the_ascent_reaches_the_largest_loss_and_no_larger_one(algorithm, start, rho, adaptive):
     """By brute force over the box or the disc.
 
-    From above: no point is farther than half a cell from one of the grid in either direction. From below: an iterate is
-    three quarters of a projected point and a quarter of the iterate before last, so that two iterations leave a quarter of
-    the way to the largest loss, and 20 leave 4^-10; each of the seven times that the step may be halved, one iteration may
-    be lost: 4^-6.5. No way within the box or disc, of unit size, is longer than 2 sqrt 2, and none is steeper than `slope`.
+    From above: no point is farther than half a cell from one of the grid in either direction. From
+    below: an iterate is three quarters of a projected point and a quarter of the iterate before
+    last, so that two iterations leave a quarter of the way to the largest loss, and 20 leave 4^-10;
+    each of the seven times that the step may be halved, one iteration may be lost: 4^-6.5. No way
+    within the box or disc, of unit size, is longer than 2 sqrt 2, and none is steeper than `slope`.
     """
     u, v = region_grid(algorithm)
     scale = rho * (np.abs(POINT) if adaptive else np.ones(2))
@@ -257,7 +303,9 @@ def test_the_ascent_reaches_the_largest_loss_and_no_larger_one(algorithm, start,
 def test_the_average_agrees_with_the_integral_within_its_error(algorithm, adaptive):
     normal = algorithm == "avg_l2"
     rho = 2.0 if normal else 4.0
-    points, weights = np.polynomial.hermite_e.hermegauss(100) if normal else np.polynomial.legendre.leggauss(100)
+    points, weights = (
+        np.polynomial.hermite_e.hermegauss(100) if normal else np.polynomial.legendre.leggauss(100)
+    )
     u, v = np.meshgrid(points, points)
     scale = rho * (np.abs(POINT) if adaptive else np.ones(2))
     rise = pair_rise(scale[0] * u, scale[1] * v)
@@ -267,13 +315,14 @@ def test_the_average_agrees_with_the_integral_within_its_error(algorithm, adapti
     assert found.error is None  # one batch
 
 
-# Properties -----------------------------------------------------------------------------------------------------------
+# Properties
 
 
 @pytest.mark.parametrize("decades", [0, 3, 8])
 @pytest.mark.parametrize("far", [1.001, 3.0, 1e3])
 def test_the_projection_is_the_nearest_point_of_the_ellipsoid(decades, far):
-    """p is nearest to d among the points z of a convex set where (d - p) (z - p) <= 0 for all of them.
+    """p is nearest to d among the points z of a convex set where (d - p) (z - p) <= 0 for all of
+    them.
 
     The largest (d - p) z over ||z / s|| <= rho is rho ||s (d - p)||, which (d - p) p has to be.
     """
@@ -281,11 +330,14 @@ def test_the_projection_is_the_nearest_point_of_the_ellipsoid(decades, far):
     scale = 10 ** (-decades * torch.rand(5000, generator=generator, dtype=torch.float64))
     scale[:7] = 0
     shape = torch.randn(5000, generator=generator, dtype=torch.float64)
-    for weight in (1.0, scale, scale**-1):  # much of the length in all, in the long or in the short axes
+    # much of the length in all, in the long or in the short axes
+    for weight in (1.0, scale, scale**-1):
         e = torch.where(scale > 0, shape * weight, 0.0)
         d = far * 0.01 * scale * e / e.norm()
         p = Ellipsoid(scale, 0.01).project(d)
-        assert (p[scale > 0] / scale[scale > 0]).norm() == pytest.approx(0.01, rel=1e-9) and not p[scale == 0].any()
+        assert (p[scale > 0] / scale[scale > 0]).norm() == pytest.approx(0.01, rel=1e-9) and not p[
+            scale == 0
+        ].any()
         away = d - p
         assert (away * p).sum() == pytest.approx(0.01 * (scale * away).norm().item(), rel=1e-6)
 
@@ -303,8 +355,12 @@ def test_no_iterate_leaves_the_region(algorithm, adaptive, monkeypatch):
     """Random starts included."""
     seen = []
     look = Landscape._values
-    monkeypatch.setattr(Landscape, "_values", lambda f, d: seen.append((f.weights, d.detach())) or look(f, d))
-    sharpness(small_net(), images(1), Setting(algorithm, adaptive, random_start=True, restarts=2), [0.3])
+    monkeypatch.setattr(
+        Landscape, "_values", lambda f, d: seen.append((f.weights, d.detach())) or look(f, d)
+    )
+    sharpness(
+        small_net(), images(1), Setting(algorithm, adaptive, random_start=True, restarts=2), [0.3]
+    )
     order = 2 if algorithm.endswith("l2") else math.inf
     lengths = []
     for w, d in seen:
@@ -324,7 +380,8 @@ def test_several_rho_at_once_equal_one_at_a_time(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["avg_l2", "avg_linf", "m_apgd_linf"])
 def test_adaptive_sharpness_does_not_change_with_the_units_of_the_weights(algorithm):
-    """A ReLU network computes the same with one layer times c and the next over c; only the absolute kind tells them apart."""
+    """A ReLU network computes the same with one layer times c and the next over c; only the
+    absolute kind tells them apart."""
 
     def net(c):
         torch.manual_seed(1)
@@ -337,7 +394,8 @@ def test_adaptive_sharpness_does_not_change_with_the_units_of_the_weights(algori
 
     for adaptive in (True, False):
         first, second = (
-            sharpness(net(c), images(1), Setting(algorithm, adaptive), [0.01])[0].value for c in (1.0, 8.0)
+            sharpness(net(c), images(1), Setting(algorithm, adaptive), [0.01])[0].value
+            for c in (1.0, 8.0)
         )
         assert (first == pytest.approx(second, rel=1e-9)) == adaptive
 
@@ -352,7 +410,8 @@ def test_normalized_logits_hide_the_scale_of_the_logits():
 
     for normalize in (True, False):
         first, second = (
-            sharpness(net(c), images(1), Setting(normalize_logits=normalize), [0.01])[0].value for c in (1.0, 8.0)
+            sharpness(net(c), images(1), Setting(normalize_logits=normalize), [0.01])[0].value
+            for c in (1.0, 8.0)
         )
         assert (first == pytest.approx(second, rel=1e-9)) == normalize
 
@@ -363,10 +422,16 @@ def test_sharpness_leaves_no_trace(algorithm):
     (x, y), *_ = batches = images(2)
     F.cross_entropy(model(x), y).backward()
     model[1].eval()  # a mode that must be as it was
-    before = copy.deepcopy([*model.state_dict().values(), *(p.grad for p in model.parameters()), torch.get_rng_state()])
+    before = copy.deepcopy(
+        [*model.state_dict().values(), *(p.grad for p in model.parameters()), torch.get_rng_state()]
+    )
     held = [(id(p), p.data_ptr(), p.requires_grad) for p in model.parameters()]
     sharpness(model, batches, Setting(algorithm), [0.1, 0.2])
-    after = [*model.state_dict().values(), *(p.grad for p in model.parameters()), torch.get_rng_state()]
+    after = [
+        *model.state_dict().values(),
+        *(p.grad for p in model.parameters()),
+        torch.get_rng_state(),
+    ]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert held == [(id(p), p.data_ptr(), p.requires_grad) for p in model.parameters()]
     assert model.training and not model[1].training
@@ -385,7 +450,7 @@ def test_no_iteration_waits_for_the_device(algorithm, monkeypatch):
     assert counts[0] == counts[1] > 0
 
 
-# The command ----------------------------------------------------------------------------------------------------------
+# The command
 
 QUICK = ["--samples", "128", "--batch", "64", "--n-iters", "3"]
 
@@ -417,7 +482,9 @@ def change_checkpoint(run, change) -> None:
 
 def test_the_plain_command_measures_what_is_published(trained):
     request = parse(["RUN"])
-    assert request.setting == Setting("m_apgd_linf", adaptive=True, normalize_logits=False, n_iters=20, restarts=1)
+    assert request.setting == Setting(
+        "m_apgd_linf", adaptive=True, normalize_logits=False, n_iters=20, restarts=1
+    )
     assert (request.rho, request.samples, request.batch) == ((0.0002,), 1024, 128)
     assert not request.test and not request.augment and not request.setting.random_start
 
@@ -458,18 +525,28 @@ def test_a_run_is_measured_on_its_own_images_and_the_result_joins_it(run, split,
     rows = read_rows(run)
     assert main([str(run), *QUICK, "--rho", "0.01", *["--test"] * (split == "test")]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 3 and table[0].startswith("adaptive m_apgd_linf, 3 iterations a batch, the first 128 ")
+    assert len(table) == 3 and table[0].startswith(
+        "adaptive m_apgd_linf, 3 iterations a batch, the first 128 "
+    )
 
     images = open_data(read_saved(run), CPU)
     model = models.build("resnet8", 10)
     model.load_state_dict(Checkpoints(run / "checkpoints", print).load()["model"])
     loader = images.train if split == "train" else images.test
-    batches = [(x.double(), y) for x, y in loader.batches([torch.arange(64), torch.arange(64, 128)])]
+    batches = [
+        (x.double(), y) for x, y in loader.batches([torch.arange(64), torch.arange(64, 128)])
+    ]
     rises, errors, _ = Twin(model, Setting(n_iters=3), 0.01).sharpness(batches)
     (entry,) = results(run)
     assert entry["per_batch"] == pytest.approx(rises, rel=1e-3, abs=1e-5)
     assert entry["error_increase"] == pytest.approx(errors.mean(), abs=1e-2)
-    known = {"algorithm": "m_apgd_linf", "adaptive": True, "rho": 0.01, "normalize_logits": False, "split": split}
+    known = {
+        "algorithm": "m_apgd_linf",
+        "adaptive": True,
+        "rho": 0.01,
+        "normalize_logits": False,
+        "split": split,
+    }
     known |= {"samples": 128, "batch": 64, "n_iters": 3, "restarts": 1, "seed": 0, "step": 46}
     assert known.items() <= entry.items() and {"value", "error", "clean_loss"} <= entry.keys()
     assert f"{entry['value']:.6g} +- {entry['error']:.2g}" in table[2]
@@ -478,7 +555,11 @@ def test_a_run_is_measured_on_its_own_images_and_the_result_joins_it(run, split,
     assert before == rows and row["kind"] == "measure"
     standard = ("epoch", "step", "samples", "lr", "batch_size", "momentum", "delta")
     assert [row[name] for name in standard] == [rows[-1][name] for name in standard]
-    assert (row["sharpness"], row["sharpness_se"], row["sharpness_rho"]) == (entry["value"], entry["error"], 0.01)
+    assert (row["sharpness"], row["sharpness_se"], row["sharpness_rho"]) == (
+        entry["value"],
+        entry["error"],
+        0.01,
+    )
     assert row["sharpness_batch"] == 64 and row["sharpness_samples"] == 128
 
 
@@ -510,7 +591,13 @@ def test_a_checkpoint_inside_an_epoch_says_what_is_known(run):
     change_checkpoint(run, lambda state: state.update(update=30, epoch=1, samples=1901))
     assert main([str(run), *QUICK]) == 0
     row = read_rows(run)[-1]
-    assert (row["step"], row["epoch"], row["samples"], row["lr"], row["delta"]) == (30, 1, 1901, None, None)
+    assert (row["step"], row["epoch"], row["samples"], row["lr"], row["delta"]) == (
+        30,
+        1,
+        1901,
+        None,
+        None,
+    )
     assert results(run)[0]["step"] == 30
 
 
@@ -532,14 +619,22 @@ def test_a_failing_run_leaves_the_others_measured(run, tmp_path, capsys):
     assert main([str(tmp_path / "nosuch"), str(run), str(tmp_path), *QUICK]) == 2
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 3 and len(results(run)) == 1
-    assert [line.startswith("fastsmooth: error: ") for line in output.err.splitlines()] == [True, True]
+    assert [line.startswith("fastsmooth: error: ") for line in output.err.splitlines()] == [
+        True,
+        True,
+    ]
 
 
-LOCKED = "import sys, pathlib; from fastsmooth.runfolder.write import lock; lock(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+LOCKED = (
+    "import sys, pathlib; from fastsmooth.runfolder.write import lock; "
+    "lock(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+)
 
 
 def test_a_run_that_is_being_written_is_refused(run, capsys):
-    writer = subprocess.Popen([sys.executable, "-c", LOCKED, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", LOCKED, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     writer.stdout.readline()
     assert main([str(run), *QUICK]) == 2
     writer.communicate()
@@ -560,10 +655,19 @@ def refused(capsys, words: str) -> None:
         (["RUN", "--rho", "-1"], "--rho"),
         (["RUN", "--rho", "nan"], "not a finite number"),
         (["RUN", "--rho", "0.1", "0.2", "0.1"], "more than once"),
-        (["RUN", "--algorithm", "avg_l2"], "needs --rho, since none is published for it; its authors scan 0.05"),
+        (
+            ["RUN", "--algorithm", "avg_l2"],
+            "needs --rho, since none is published for it; its authors scan 0.05",
+        ),
         (["RUN", "--algorithm", "avg_12", "--rho", "1"], "did you mean avg_l2?"),
-        (["RUN", "--algorithm", "avg_l2", "--rho", "1", "--random-start"], "--random-start has no effect"),
-        (["RUN", "--algorithm", "avg_linf", "--rho", "1", "--restarts", "2"], "--restarts has no effect"),
+        (
+            ["RUN", "--algorithm", "avg_l2", "--rho", "1", "--random-start"],
+            "--random-start has no effect",
+        ),
+        (
+            ["RUN", "--algorithm", "avg_linf", "--rho", "1", "--restarts", "2"],
+            "--restarts has no effect",
+        ),
         (["RUN", "--restarts", "2"], "add --random-start"),
         (["RUN", "--samples", "1000"], "give --samples 896"),
         (["RUN", "--samples", "100"], "give --samples 128"),
@@ -589,15 +693,21 @@ def other_head(state):
     ("damage", "words"),
     [
         (lose("config.json"), "is this a run folder?"),
-        (lambda run: (run / "config.json").write_text('{"dataset": "dig'), "config.json is damaged"),
+        (lambda run: (run / "config.json").write_text('{"dataset": "dig'),
+        "config.json is damaged"),
         (lambda run: (run / "config.json").write_text("[1]"), "config.json is damaged"),
         (lambda run: (run / "config.json").write_text('{"dataset": "digits"}'), "it lacks"),
         (lose("checkpoints"), "has no checkpoint"),
-        (lambda run: [p.write_bytes(b"") for p in (run / "checkpoints").glob("*.pt")], "none of its 2 checkpoints is valid"),
-        (lambda run: change_checkpoint(run, other_head), "its checkpoint is not of resnet8 with 10 classes"),
-        (lambda run: change_checkpoint(run, lambda state: state.pop("model")), "its checkpoint is not of"),
-        (lambda run: change_checkpoint(run, lambda s: s["data"].update(fingerprint="0")), "are not those it was trained on"),
-        (lambda run: (run / "sharpness.json").write_text("{"), "sharpness.json is damaged: move it away"),
+        (lambda run: [p.write_bytes(b"") for p in (run / "checkpoints").glob("*.pt")],
+        "none of its 2 checkpoints is valid"),
+        (lambda run: change_checkpoint(run, other_head),
+        "its checkpoint is not of resnet8 with 10 classes"),
+        (lambda run: change_checkpoint(run, lambda state: state.pop("model")),
+        "its checkpoint is not of"),
+        (lambda run: change_checkpoint(run, lambda s: s["data"].update(fingerprint="0")),
+        "are not those it was trained on"),
+        (lambda run: (run / "sharpness.json").write_text("{"),
+        "sharpness.json is damaged: move it away"),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_be_measured_is_refused_in_one_line(run, damage, words, capsys):
@@ -606,7 +716,9 @@ def test_a_run_that_cannot_be_measured_is_refused_in_one_line(run, damage, words
     rows = (run / "metrics.jsonl").read_bytes()
     assert main([str(run), *QUICK]) == 2
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("fastsmooth: error: ") and words in error.splitlines()[-1]
+    assert (
+        error.splitlines()[-1].startswith("fastsmooth: error: ") and words in error.splitlines()[-1]
+    )
     assert "Traceback" not in error and (run / "metrics.jsonl").read_bytes() == rows
 
 
@@ -636,10 +748,14 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
 
 def test_files_are_decoded_as_the_run_decoded_them(cifar_folder):
     """Only those that are measured, where the run had them all in memory."""
-    config = resolve({"dataset": "folder", "data_dir": str(cifar_folder), "loader": "resident", "image_size": 32})
+    config = resolve(
+        {"dataset": "folder", "data_dir": str(cifar_folder), "loader": "resident", "image_size": 32}
+    )
     resident = open_data(config, CPU)
     found = open_images(cifar_folder, config, parse(["RUN", *QUICK]), CPU)
     for split in ("train", "test"):
-        (x, y), (u, v) = (next(iter(getattr(d, split).batches([torch.arange(64)]))) for d in (resident, found))
+        (x, y), (u, v) = (
+            next(iter(getattr(d, split).batches([torch.arange(64)]))) for d in (resident, found)
+        )
         assert torch.equal(x, u) and torch.equal(y, v)
     assert found.fingerprint == resident.fingerprint and found.choice.startswith("loader threads")

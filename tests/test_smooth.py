@@ -68,7 +68,9 @@ def test_draws_have_the_distribution_and_moments_are_its_own(name):
     draws = NOISES[name].draw(np.random.default_rng(0), (20_000,))
     assert stats.kstest(draws, LAWS[name].cdf).pvalue > 1e-3
     if name in LIGHT:
-        assert (NOISES[name].mean, NOISES[name].variance) == pytest.approx((LAWS[name].mean(), LAWS[name].var()))
+        assert (NOISES[name].mean, NOISES[name].variance) == pytest.approx(
+            (LAWS[name].mean(), LAWS[name].var())
+        )
 
 
 def test_dawsons_integral_and_the_pareto_function_hold_far_out():
@@ -107,11 +109,14 @@ def test_draws_agree_within_four_standard_errors(name):
     for delta in (0.05, 0.5):
         draws = smoothing.drop_wave(X[:, None] - delta * u)
         error = draws.std(axis=1) / math.sqrt(len(u))
-        assert (abs(draws.mean(axis=1) - smooth_drop_wave(X, delta, NOISES[name], 0).values) < 4 * error).all()
+        assert (
+            abs(draws.mean(axis=1) - smooth_drop_wave(X, delta, NOISES[name], 0).values) < 4 * error
+        ).all()
 
 
 def test_a_tail_without_moments_has_its_exact_curve():
-    """Cauchy noise of scale delta widens 1 / (4 + y^2) to (1 + delta / 2) / ((2 + delta)^2 + y^2)."""
+    """Cauchy noise of scale delta widens 1 / (4 + y^2) to (1 + delta / 2) / ((2 + delta)^2 +
+    y^2)."""
     found = smooth_drop_wave(X, 2.0, NOISES["cauchy"], 0.0).values
     np.testing.assert_allclose(found, -2 * 2 / (16 + X**2), atol=1e-12)
 
@@ -127,17 +132,23 @@ def test_no_smoothing_leaves_the_function(name):
     assert (smooth_rastrigin(X, 0, NOISES[name], 0).values == smoothing.rastrigin(X)).all()
     assert (smooth_drop_wave(X, 0, NOISES[name], 0).values == smoothing.drop_wave(X)).all()
     # and a little leaves it almost, by the formulas
-    np.testing.assert_allclose(smooth_drop_wave(X, 1e-12, NOISES[name], 0).values, smoothing.drop_wave(X), atol=1e-4)
+    np.testing.assert_allclose(
+        smooth_drop_wave(X, 1e-12, NOISES[name], 0).values, smoothing.drop_wave(X), atol=1e-4
+    )
     if name in LIGHT:
-        np.testing.assert_allclose(smooth_rastrigin(X, 1e-9, NOISES[name], 0).values, smoothing.rastrigin(X), atol=1e-6)
+        np.testing.assert_allclose(
+            smooth_rastrigin(X, 1e-9, NOISES[name], 0).values, smoothing.rastrigin(X), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("delta", [0.25, 1.0, 3.0])
 def test_noise_of_unit_variance_adds_delta_squared_to_x_squared(delta):
-    """Rastrigin's waves of both signs cancel: f(x) + f(x + 1/2) is twice a square, but for a constant."""
+    """Rastrigin's waves of both signs cancel: f(x) + f(x + 1/2) is twice a square, but for a
+    constant."""
     x = X + 0.5
     pair = (
-        smooth_rastrigin(X, delta, NOISES["normal"], 0).values + smooth_rastrigin(x, delta, NOISES["normal"], 0).values
+        smooth_rastrigin(X, delta, NOISES["normal"], 0).values
+        + smooth_rastrigin(x, delta, NOISES["normal"], 0).values
     )
     np.testing.assert_allclose(pair, X**2 + x**2 + 20 + 2 * delta**2, rtol=1e-13)
 
@@ -151,7 +162,10 @@ def test_rastrigin_under_a_heavy_tail_is_undefined_and_no_number(name):
 
 def test_centred_noise_does_not_move_the_minimum():
     x = np.linspace(-1, 1, 201)
-    least = [x[smooth_rastrigin(x, 0.1, NOISES["exponential"], shift).values.argmin()] for shift in (0.0, 1.5)]
+    least = [
+        x[smooth_rastrigin(x, 0.1, NOISES["exponential"], shift).values.argmin()]
+        for shift in (0.0, 1.5)
+    ]
     assert least[0] > 0.05 and abs(least[1]) < least[0] / 2
 
 
@@ -175,16 +189,22 @@ def test_two_dimensions():
 PUBLISHED = {
     "rastrigin": lambda x: np.sum(x**2 - 10 * np.cos(2 * np.pi * x) + 10),
     "ackley": lambda x: (
-        -20 * np.exp(-0.2 * np.sqrt(np.mean(x**2))) - np.exp(np.mean(np.cos(2 * np.pi * x))) + 20 + np.e
+        -20 * np.exp(-0.2 * np.sqrt(np.mean(x**2)))
+        - np.exp(np.mean(np.cos(2 * np.pi * x)))
+        + 20
+        + np.e
     ),
     "drop_wave": lambda x: 1 - (1 + np.cos(12 * np.linalg.norm(x))) / (2 + 0.5 * np.sum(x**2)),
     "schwefel": lambda x: 418.9828872724337 * len(x) - np.sum(x * np.sin(np.sqrt(abs(x)))),
-    "griewank": lambda x: np.sum(x**2) / 4000 - np.prod(np.cos(x / np.sqrt(np.arange(1, len(x) + 1)))) + 1,
+    "griewank": lambda x: (
+        np.sum(x**2) / 4000 - np.prod(np.cos(x / np.sqrt(np.arange(1, len(x) + 1)))) + 1
+    ),
 }
 
 
 def naive(f, x, lr, deltas, steps, noises):
-    """Graduated optimization as published: a loop over perturbations and coordinates, two values of f for each."""
+    """Graduated optimization as published: a loop over perturbations and coordinates, two values of
+    f for each."""
     values, h = [], graduated.STEP
     for delta in deltas:
         for _ in range(steps):
@@ -219,7 +239,9 @@ def test_gradients_are_autograds(name):
     (exact,) = torch.autograd.grad(LANDSCAPES[name](x).sum(), x)
     # the differences of f round by eps f / h
     rounding = 1e-15 * LANDSCAPES[name](x).abs().max().item() / graduated.STEP
-    np.testing.assert_allclose(LANDSCAPES[name].gradient(x.detach()), exact, rtol=1e-6, atol=1e-6 + 4 * rounding)
+    np.testing.assert_allclose(
+        LANDSCAPES[name].gradient(x.detach()), exact, rtol=1e-6, atol=1e-6 + 4 * rounding
+    )
 
 
 def test_every_function_is_least_at_zero():
@@ -258,7 +280,9 @@ def test_without_noise_it_is_gradient_descent_from_the_same_start():
 
 def test_smoothing_finds_what_plain_descent_does_not():
     r = study.Request(seeds=2, rounds=10, steps=20, draws=50, dim_ego=10)
-    best = {m: study.all_seeds(r, "rastrigin", "nice", m).min(dim=0).values for m in graduated.DESCENTS}
+    best = {
+        m: study.all_seeds(r, "rastrigin", "nice", m).min(dim=0).values for m in graduated.DESCENTS
+    }
     assert (best["graduated"] < best["plain"] / 3).all()
 
 
@@ -266,11 +290,19 @@ def test_a_result_is_mean_deviation_and_n_of_every_round():
     values = torch.tensor([[9.0, 5.0, 1.0], [4.0, 2.0, 6.0]])
     found = graduated.Descent("ackley", "geo", "plain", values).summary()
     assert found["best"] == [4, 2, 1] and found["n"] == 3
-    assert (found["mean_best"], found["sd_best"]) == pytest.approx((7 / 3, np.std([4, 2, 1], ddof=1)))
-    assert found["mean_by_round"] == pytest.approx([5, 4]) and found["sd_by_round"] == pytest.approx([4, 2])
+    assert (found["mean_best"], found["sd_best"]) == pytest.approx(
+        (7 / 3, np.std([4, 2, 1], ddof=1))
+    )
+    assert found["mean_by_round"] == pytest.approx([5, 4]) and found[
+        "sd_by_round"
+    ] == pytest.approx([4, 2])
     assert (found["mean_last"], found["sd_last"]) == pytest.approx((4, 2))
     alone = graduated.Descent("ackley", "geo", "plain", values[:, :1]).summary()
-    assert alone["sd_best"] is None and alone["sd_last"] is None and alone["sd_by_round"] == [None, None]
+    assert (
+        alone["sd_best"] is None
+        and alone["sd_last"] is None
+        and alone["sd_by_round"] == [None, None]
+    )
 
 
 # --- the command line
@@ -283,7 +315,9 @@ FEW_STEPS = ["--rounds", "2", "--steps", "2", "--draws", "5", "--dim-ego", "6", 
 @pytest.fixture
 def without_pdf(monkeypatch):
     """Most of the time of a figure goes into its PDF's fonts."""
-    monkeypatch.setattr(figures, "save", lambda figure, stem: figure.savefig(stem.with_suffix(".svg")))
+    monkeypatch.setattr(
+        figures, "save", lambda figure, stem: figure.savefig(stem.with_suffix(".svg"))
+    )
 
 
 def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
@@ -299,22 +333,40 @@ def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
             assert c["values"] is None and "undefined" in c["method"]
         else:
             assert len(c["values"]) == 41 and c["error"] <= smoothing.TOLERANCE
-    assert len(found["graduated"]["results"]) == 2 * 2 and found["graduated"]["deltas"]["geo"] == [1, 0.01]
-    names = {f"{stem}.{kind}" for stem in ("light", "heavy", "graduated") for kind in ("svg", "pdf")}
+    assert len(found["graduated"]["results"]) == 2 * 2 and found["graduated"]["deltas"]["geo"] == [
+        1,
+        0.01,
+    ]
+    names = {
+        f"{stem}.{kind}" for stem in ("light", "heavy", "graduated") for kind in ("svg", "pdf")
+    }
     assert {p.name for p in out.iterdir()} == names | {"smooth.json"}
 
 
 def test_centred_skips_what_has_no_mean_and_two_dimensions_are_drawn(tmp_path, capsys, without_pdf):
     flags = ["--parts", "smoothing", "--noise", "rayleigh", "levy", "--delta", "0.5", "--dim", "2"]
-    assert main([*flags, "--points", "9", "--samples", "50", "--centred", "--out", str(tmp_path)]) == 0
+    assert (
+        main([*flags, "--points", "9", "--samples", "50", "--centred", "--out", str(tmp_path)]) == 0
+    )
     assert "levy: skipped" in capsys.readouterr().out
     found = json.loads((tmp_path / "smooth.json").read_text())["smoothing"]["curves"]
-    assert [c["noise"] for c in found] == ["rayleigh"] * 2 and np.shape(found[1]["values"]) == (9, 9)
+    assert [c["noise"] for c in found] == ["rayleigh"] * 2 and np.shape(found[1]["values"]) == (
+        9,
+        9,
+    )
     assert (tmp_path / "light.svg").exists() and not (tmp_path / "heavy.svg").exists()
 
 
 def test_a_descent_that_overflows_is_null(tmp_path, without_pdf):
-    flags = ["--parts", "graduated", "--functions", "rastrigin", "--delta-first", "1e100", *FEW_STEPS]
+    flags = [
+        "--parts",
+        "graduated",
+        "--functions",
+        "rastrigin",
+        "--delta-first",
+        "1e100",
+        *FEW_STEPS,
+    ]
     assert main([*flags, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "smooth.json").read_text())["graduated"]["results"]
     assert [r["sd_last"] for r in results if r["method"] == "plain"] == [None, None]
@@ -331,8 +383,14 @@ def test_a_descent_that_overflows_is_null(tmp_path, without_pdf):
         (["--centred", "--noise", "levy", "cauchy"], "no mean that could be removed"),
         (["--samples", "10"], "add --dim 2"),
         (["--dim", "2", "--points", "501"], "at most 500"),
-        (["--parts", "smoothing", "--seeds", "3"], "--seeds has no effect without the part graduated"),
-        (["--parts", "graduated", "--delta", "1"], "--delta has no effect without the part smoothing"),
+        (
+            ["--parts", "smoothing", "--seeds", "3"],
+            "--seeds has no effect without the part graduated",
+        ),
+        (
+            ["--parts", "graduated", "--delta", "1"],
+            "--delta has no effect without the part smoothing",
+        ),
         (["--delta-last", "2"], "exceeds --delta-first 1"),
         (["--rounds", "1"], "--rounds 1 has one delta"),
         (["--functions", "sphere"], "choose from"),
@@ -359,7 +417,12 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, tmp_path,
 @pytest.mark.parametrize("name", ["smooth.json", "heavy.svg"])
 def test_results_that_are_there_are_never_overwritten(name, tmp_path, capsys):
     (tmp_path / name).write_text("of an earlier command")
-    assert main(["--out", str(tmp_path), "--parts", "smoothing", "--noise", "normal", "--delta", "0.5"]) == 2
+    assert (
+        main(
+            ["--out", str(tmp_path), "--parts", "smoothing", "--noise", "normal", "--delta", "0.5"]
+        )
+        == 2
+    )
     refused(capsys, f"has {name} already")
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "of an earlier command"

@@ -54,10 +54,12 @@ def one_thread(monkeypatch):
 
 def call(out: Path, *flags: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "fastsmooth.sweep", "--out", str(out), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
-# What the runs are ----------------------------------------------------------------------------------------------------
+# What the runs are
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,8 @@ def test_the_flags_of_a_run_are_those_that_train_understands():
 def test_tables_of_a_grid_file_are_added_up(tmp_path):
     file = tmp_path / "grid.toml"
     file.write_text(
-        'epochs = 5\nbatch-size = "8..32x2"\n[[grid]]\nmethod = ["lr", "constant"]\nbatch_size = 128\n'
+        'epochs = 5\nbatch-size = "8..32x2"\n[[grid]]\nmethod = ["lr", "constant"]\nbatch_size = '
+        "128\n"
         '[[grid]]\nmethod = "batch"\ndrop-last = true\n'
     )
     runs = planned("--grid", str(file), "--lr", "0.3")
@@ -145,7 +148,9 @@ def test_tables_of_a_grid_file_are_added_up(tmp_path):
         ("--method=batch", "--epochs=5", "--lr=0.3", "--batchsize=16"),
         ("--method=batch", "--epochs=5", "--lr=0.3", "--batchsize=32"),
     ]
-    assert [run.flags[0] for run in runs] == ["--method=lr", "--method=constant"] + ["--drop-last"] * 3
+    assert [run.flags[0] for run in runs] == ["--method=lr", "--method=constant"] + [
+        "--drop-last"
+    ] * 3
 
 
 def test_equal_runs_are_done_once():
@@ -154,14 +159,31 @@ def test_equal_runs_are_done_once():
 
 def test_values_make_safe_folder_names():
     runs = planned(
-        "--model", "torchvision/resnet18", "timm/../x", "--dataset", "folder", "--data-dir", "a/b", "--image-size", "32"
+        "--model",
+        "torchvision/resnet18",
+        "timm/../x",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "a/b",
+        "--image-size",
+        "32",
     )
     assert [run.name for run in runs] == ["model=torchvision-resnet18", "model=timm-..-x"]
 
 
 def places(*folders: str) -> list[str]:
     """The flags of a sweep over these data folders."""
-    return ["--dataset", "folder", "--image-size", "32", "--model", "resnet8", "--data-dir", *folders]
+    return [
+        "--dataset",
+        "folder",
+        "--image-size",
+        "32",
+        "--model",
+        "resnet8",
+        "--data-dir",
+        *folders,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +196,8 @@ def places(*folders: str) -> list[str]:
         ("stra\u00dfe", "STRASSE", "strasse"),
         ("\u00e9", "\u00c9"),
         tuple("x" * 200 + end for end in "abc"),
-        tuple("\U00020000" * 150 + end for end in "ab"),  # four bytes each: 255 are the most that a name has
+        # four bytes each: 255 are the most that a name has
+        tuple("\U00020000" * 150 + end for end in "ab"),
         ("", "-", "/", "..", "."),
     ],
 )
@@ -185,18 +208,26 @@ def test_no_two_runs_share_a_folder(folders, tmp_path):
     assert len(names) == len(folders)
     for run, folder in zip(runs, folders, strict=True):
         assert f"--data-dir={tmp_path}{folder}" in run.flags
-        assert len(f"{run.name}.log".encode()) <= 255 and store.planned(run.name, [], {}).name == run.name
+        assert (
+            len(f"{run.name}.log".encode()) <= 255
+            and store.planned(run.name, [], {}).name == run.name
+        )
     assert len({name.casefold() for name in names}) == len(folders)
 
 
 def test_the_runs_of_a_sweep_keep_their_folders(tmp_path, monkeypatch):
-    """Those that an earlier version named, and those of a sweep to which runs are added, wherever they come."""
+    """Those that an earlier version named, and those of a sweep to which runs are added, wherever
+    they come."""
     monkeypatch.setattr(sweep, "carry_out", lambda *args: 0)
     out, flags = tmp_path / "sweep", places("a/b", "a-b", "c")
     runs = planned(*flags)
-    names = dict(zip((run.flags for run in runs), ["data-dir=a-b", "data-dir=a-b_1", "earlier"], strict=True))
+    names = dict(
+        zip((run.flags for run in runs), ["data-dir=a-b", "data-dir=a-b_1", "earlier"], strict=True)
+    )
     out.mkdir()
-    before = [{"name": names[run.flags], "flags": run.flags, "differs": run.differs} for run in runs]
+    before = [
+        {"name": names[run.flags], "flags": run.flags, "differs": run.differs} for run in runs
+    ]
     (out / "sweep.json").write_text(json.dumps({"runs": before}))
     (out / "data-dir=a b").mkdir()  # somebody's
     for added in ([], ["c/d", "a b"], ["a_b", "A/B", "a-b_1"]):
@@ -211,7 +242,7 @@ def test_the_runs_of_a_sweep_keep_their_folders(tmp_path, monkeypatch):
     assert {run.flags: run.name for run in store.read_sweep(out)} == names
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -269,15 +300,21 @@ def test_a_folder_of_other_things_and_of_another_sweep_are_refused(tmp_path, cap
     before = (tmp_path / "sweep" / "sweep.json").read_text()
     assert "holds another sweep" in refusal(capsys, "--out", out, "--lr", "0.1", "0.3")
     assert (tmp_path / "sweep" / "sweep.json").read_text() == before
-    assert sweep.main(["--out", out, "--lr", "0.1", "0.2", "0.3"]) == 0  # more of the same is welcome
+    # more of the same is welcome
+    assert sweep.main(["--out", out, "--lr", "0.1", "0.2", "0.3"]) == 0
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     assert "is damaged" in refusal(capsys, "--out", out)
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "carry_out", lambda *args: 0)
-    script = "import sys, time; from fastsmooth.runfolder.write import lock; lock(__import__('pathlib').Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    script = (
+        "import sys, time; from fastsmooth.runfolder.write import lock; "
+        "lock(__import__('pathlib').Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
     try:
         holder.stdout.readline()
         assert "another process" in refusal(capsys, "--out", str(tmp_path), "--lr", "0.1")
@@ -285,7 +322,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
         holder.kill()
 
 
-# Doing the runs -------------------------------------------------------------------------------------------------------
+# Doing the runs
 
 
 def outcome(folder: Path) -> list[dict]:
@@ -294,15 +331,23 @@ def outcome(folder: Path) -> list[dict]:
 
 def test_a_run_that_fails_is_reported_and_the_others_are_done(tmp_path):
     grid = tmp_path / "grid.toml"
-    grid.write_text('[[grid]]\nlr = [1e30, 0.1]\n[[grid]]\ndataset = "folder"\nlr = 0.1\ndata-dir = "/nowhere"\n')
+    grid.write_text(
+        '[[grid]]\nlr = [1e30, 0.1]\n[[grid]]\ndataset = "folder"\nlr = 0.1\ndata-dir = '
+        '"/nowhere"\n'
+    )
     process = call(tmp_path / "sweep", *SHORT, "--grid", str(grid), "--jobs", "1")
     shown, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     diverged, failed = errors.splitlines()
     assert diverged.startswith("diverged: lr=1e+30: the loss or its gradient is not finite")
-    assert failed.startswith("failed to start: dataset=folder") and "/nowhere: no such directory" in failed
+    assert (
+        failed.startswith("failed to start: dataset=folder")
+        and "/nowhere: no such directory" in failed
+    )
     assert "lr=0.1  test acc" in shown
-    states = [result["state"] for result in json.loads((tmp_path / "sweep" / "results.json").read_text())]
+    states = [
+        result["state"] for result in json.loads((tmp_path / "sweep" / "results.json").read_text())
+    ]
     assert states == ["diverged", "done", "failed to start"]
     assert not machines.unfinished(
         tmp_path / "sweep", store.read_sweep(tmp_path / "sweep")[0]
@@ -323,9 +368,13 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path):
 
 
 def test_results_are_current_while_a_sweep_goes_on(tmp_path, monkeypatch):
-    """At every look at the runs, once the clock allows; whoever kills the sweep finds what was done."""
+    """At every look at the runs, once the clock allows; whoever kills the sweep finds what was
+    done."""
     seen = watched_sweep(tmp_path, monkeypatch)
-    assert sweep.main(["--out", str(tmp_path / "sweep"), "--lr", "0.1", "0.2", "0.3", "--jobs", "1"]) == 0
+    assert (
+        sweep.main(["--out", str(tmp_path / "sweep"), "--lr", "0.1", "0.2", "0.3", "--jobs", "1"])
+        == 0
+    )
     assert_current(seen)
 
 
@@ -351,7 +400,8 @@ def status(folder: Path, state: str) -> None:
 
 
 def watched_sweep(tmp_path: Path, monkeypatch) -> list:
-    """Runs that are begun at one look and done two looks later, and a clock by which two seconds pass between them."""
+    """Runs that are begun at one look and done two looks later, and a clock by which two seconds
+    pass between them."""
     out, seen, clock = tmp_path / "sweep", [], [0.0]
 
     def look(seconds: float) -> None:
@@ -457,7 +507,9 @@ def crossed(folder: Path, step: int, *flags: str) -> SavedRun:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(c.to_json()))
     about = {"batch_size": c.batch_size, "seed": c.seed, "momentum": c.momentum}
-    found = about | {"crossings": {"1": {"step": step, "samples": step * c.batch_size, "censored": False}}}
+    found = about | {
+        "crossings": {"1": {"step": step, "samples": step * c.batch_size, "censored": False}}
+    }
     return SavedRun(folder, c.to_json(), status={"state": "done"}, critical=found)
 
 
@@ -467,14 +519,26 @@ def crossed(folder: Path, step: int, *flags: str) -> SavedRun:
         ["--optimizer", "nshb", "--criterion", "full-grad", "--bn", "eval"],
         ["--criterion", "full-grad", "--bn", "eval"],
         ["--track-noise", "every=50", "--bn", "frozen"],
-        ["--optimizer", "shb", "--augment", "crop-flip", "--track-noise", "every=1ep", "--estimator", "micro-batch"],
+        [
+            "--optimizer",
+            "shb",
+            "--augment",
+            "crop-flip",
+            "--track-noise",
+            "every=1ep",
+            "--estimator",
+            "micro-batch",
+        ],
     ],
 )
 def test_the_noise_at_the_best_batch_can_be_sampled_however_crossings_were_found(flags, tmp_path):
     run = crossed(tmp_path / "run", 50, *flags)
     c = resolve(parse(list(critical.sampling_run(run, 50).flags)).given)
     assert (
-        c.mode == "sampling" and c.steps == (49,) and c.track_noise is None and c.optimizer == run.config["optimizer"]
+        c.mode == "sampling"
+        and c.steps == (49,)
+        and c.track_noise is None
+        and c.optimizer == run.config["optimizer"]
     )
     assert c.bn == ("eval" if flags == ["--criterion", "full-grad", "--bn", "eval"] else "train")
 
@@ -490,17 +554,26 @@ def test_a_run_that_cannot_be_sampled_is_said_with_the_reason(tmp_path, monkeypa
 
     def refused(out, runs, *_):
         (out / "logs").mkdir()
-        (out / "logs" / f"{runs[0].name}.log").write_text("fastsmooth: error: the batch is the whole training set\n")
+        (out / "logs" / f"{runs[0].name}.log").write_text(
+            "fastsmooth: error: the batch is the whole training set\n"
+        )
 
     monkeypatch.setattr(critical, "on_this_machine", refused)
     assert critical.sample_at_best(tmp_path, runs, {}, machines.Stop()) is True
-    assert capsys.readouterr().err == "failed to start: run: fastsmooth: error: the batch is the whole training set\n"
+    assert (
+        capsys.readouterr().err
+        == "failed to start: run: fastsmooth: error: the batch is the whole training set\n"
+    )
     (curve,) = json.loads((tmp_path / "critical.json").read_text())["curves"]
     assert curve["best"] == 32 and curve["c2_sampled"] is None
 
 
-@pytest.mark.parametrize("received, failed, code", [("SIGTERM", False, 75), (None, True, 1), (None, False, 0)])
-def test_how_the_runs_at_b_star_end_is_how_the_sweep_ends(received, failed, code, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "received, failed, code", [("SIGTERM", False, 75), (None, True, 1), (None, False, 0)]
+)
+def test_how_the_runs_at_b_star_end_is_how_the_sweep_ends(
+    received, failed, code, tmp_path, monkeypatch, capsys
+):
     def done(out, runs, own, stop, results):
         for run in runs:
             crossed(out / run.name, 50)
@@ -517,7 +590,7 @@ def test_how_the_runs_at_b_star_end_is_how_the_sweep_ends(received, failed, code
     assert ("stopped by SIGTERM" in capsys.readouterr().out) == (code == 75)
 
 
-# Slurm and Ray --------------------------------------------------------------------------------------------------------
+# Slurm and Ray
 
 
 @pytest.mark.full
@@ -535,14 +608,19 @@ def test_the_job_array_does_the_runs_and_queues_a_preempted_one_again(tmp_path):
     assert "#SBATCH --array=0-1%3" in directives and "#SBATCH --signal=USR1@120" in directives
     assert "#SBATCH --requeue" in directives and "#SBATCH --time=4:00:00" in directives
     bin.mkdir()
-    for name, line in (("srun", '"$@"'), ("scontrol", f'echo "$@" >> {shlex.quote(str(tmp_path / "queued"))}')):
+    for name, line in (
+        ("srun", '"$@"'),
+        ("scontrol", f'echo "$@" >> {shlex.quote(str(tmp_path / "queued"))}'),
+    ):
         (bin / name).write_text(f"#!/bin/bash\n{line}\n")
         (bin / name).chmod(0o755)
 
     def task(number: int, before: str = "") -> int:
         env = os.environ | {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": f"77{number}"}
         env["PATH"] = f"{before}{bin}:{os.environ['PATH']}"
-        return subprocess.run(["bash", script], env=env, capture_output=True, timeout=120).returncode
+        return subprocess.run(
+            ["bash", script], env=env, capture_output=True, timeout=120
+        ).returncode
 
     assert task(1) == 0
     assert read_status(out / "lr=0.2")["state"] == "done"
@@ -576,6 +654,10 @@ def test_ray_does_the_same_runs(tmp_path):
         assert outcome(tmp_path / "sweep" / run.name) == outcome(tmp_path / run.name)
 
 
-def test_ray_that_is_not_installed_is_said_with_the_line_that_installs_it(tmp_path, capsys, monkeypatch):
+def test_ray_that_is_not_installed_is_said_with_the_line_that_installs_it(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "pip install 'fastsmooth[ray]'" in refusal(capsys, "--out", str(tmp_path / "s"), "--lr", "0.1", "--ray")
+    assert "pip install 'fastsmooth[ray]'" in refusal(
+        capsys, "--out", str(tmp_path / "s"), "--lr", "0.1", "--ray"
+    )

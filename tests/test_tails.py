@@ -1,4 +1,5 @@
-"""Noise statistics beside scipy and numpy on the same coordinates, and beside laws whose tail index is known."""
+"""Noise statistics beside scipy and numpy on the same coordinates, and beside laws whose tail index
+is known."""
 
 import json
 import math
@@ -38,7 +39,7 @@ def estimates(summary: dict) -> list[dict]:
     ]
 
 
-# Moments -----------------------------------------------------------------------------------------------------------
+# Moments
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -59,14 +60,17 @@ def test_moments_are_those_of_scipy(n, dtype, device):
 
 @pytest.mark.parametrize("offset", [0.0, 2.0**30, -(2.0**36)])
 def test_a_mean_far_above_the_deviation_cancels_nothing(offset):
-    """Multiples of 2^-16 stay exact beside the offset, so only the mean may change. Stored means of draws are rounded,
-    which costs a relative epsilon |mean| / deviation; raw power sums would lose its square and more."""
+    """Multiples of 2^-16 stay exact beside the offset, so only the mean may change. Stored means of
+    draws are rounded, which costs a relative epsilon |mean| / deviation; raw power sums would lose
+    its square and more."""
     x = np.round(heavy(50_000) * 2**10) / 2**16
     draws = [x, x[::-1] / 2, 2 * x]
     pooled = np.concatenate(draws)
     found = summary_of(*(d + offset for d in draws))
     loss = 1e-12 + 4 * np.finfo(np.float64).eps * abs(offset) / pooled.std()
-    assert found["mean"]["value"] - offset == pytest.approx(pooled.mean(), abs=1e-15 * abs(offset) + 1e-14)
+    assert found["mean"]["value"] - offset == pytest.approx(
+        pooled.mean(), abs=1e-15 * abs(offset) + 1e-14
+    )
     assert found["variance"]["value"] == pytest.approx(pooled.var(), rel=loss)
     assert found["skewness"]["value"] == pytest.approx(stats.skew(pooled), rel=loss)
     assert found["excess_kurtosis"]["value"] == pytest.approx(stats.kurtosis(pooled), rel=loss)
@@ -105,19 +109,23 @@ def test_it_does_not_matter_how_coordinates_are_split_into_tensors(dtype):
     whole.observe([x])
     split = NoiseStatistics(len(x), x.device)
     shapes = [(1,), (131_071,), (0,), (), (2, 3, 5), (7, 11), (140_000,), (28_820,)]
-    split.observe([p.view(s) for p, s in zip(x.split([math.prod(s) for s in shapes]), shapes, strict=True)])
+    split.observe(
+        [p.view(s) for p, s in zip(x.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+    )
     transposed = NoiseStatistics(len(x), x.device)
     transposed.observe([x.view(600, 500).T.contiguous().T])
     assert whole.summary() == split.summary() == transposed.summary()
 
 
-# The histogram -----------------------------------------------------------------------------------------------------
+# The histogram
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_histogram_counts_every_coordinate_in_its_bin(device):
     rng = np.random.default_rng(1)
-    x = (10 ** rng.uniform(-30, 10, 20_000) * rng.choice([-1, 1], 20_000, p=[0.3, 0.7])).astype(np.float32)
+    x = (10 ** rng.uniform(-30, 10, 20_000) * rng.choice([-1, 1], 20_000, p=[0.3, 0.7])).astype(
+        np.float32
+    )
     edges = np.float32(2.0) ** np.arange(-20, 20)
     x = np.concatenate([x, edges, -edges, [0, -0.0, 1e-45, 3e38, -3e38]]).astype(np.float32)
     found = summary_of(x, device=device)
@@ -176,8 +184,12 @@ def test_qq_of_a_normal_law_is_straight_and_of_a_heavy_one_bends_outwards():
         (lambda rng: rng.laplace(0.4, 2.0, 100_000), 0.01),
         (lambda rng: rng.exponential(1e-6, 100_000), 0.01),
         (lambda rng: np.where(rng.random(100_000) < 0.3, 0.0, rng.standard_normal(100_000)), 0.01),
-        (lambda rng: 50 + rng.standard_normal(100_000), 0.5),  # bins half a deviation wide: the bound says so
-        (lambda rng: rng.choice([-1, 1], 100_000, p=[0.3, 0.7]) * rng.uniform(1, 1.2, 100_000), 0.01),
+        # bins half a deviation wide: the bound says so
+        (lambda rng: 50 + rng.standard_normal(100_000), 0.5),
+        (
+            lambda rng: rng.choice([-1, 1], 100_000, p=[0.3, 0.7]) * rng.uniform(1, 1.2, 100_000),
+            0.01,
+        ),
     ],
 )
 def test_ks_distance_is_that_of_scipy_within_the_stated_bound(law, close):
@@ -188,13 +200,17 @@ def test_ks_distance_is_that_of_scipy_within_the_stated_bound(law, close):
     assert 0 < found["bound"] < close
 
 
-# Tail indices ------------------------------------------------------------------------------------------------------
+# Tail indices
 
 
 @pytest.mark.parametrize("alpha", [0.8, 1.5, 3.0])
 def test_hill_finds_the_index_of_pareto_samples(alpha):
     rng = np.random.default_rng(4)
-    x = 1e-3 * stats.pareto.rvs(alpha, size=400_000, random_state=rng) * rng.choice([-1, 1], 400_000)
+    x = (
+        1e-3
+        * stats.pareto.rvs(alpha, size=400_000, random_state=rng)
+        * rng.choice([-1, 1], 400_000)
+    )
     found = summary_of(*x.reshape(4, -1))
     assert [h["share"] for h in found["hill"]] == list(SHARES)
     for hill in found["hill"]:
@@ -212,7 +228,8 @@ def test_hill_is_that_of_the_sorted_magnitudes():
         k = hill["k"]
         assert ordered[k - 1] >= hill["threshold"] > ordered[k]
         mantissa, exponent = math.frexp(hill["threshold"])
-        lower = math.ldexp(mantissa * 256 - 1, exponent - 8)  # the edge below has eight significant bits, too
+        # the edge below has eight significant bits, too
+        lower = math.ldexp(mantissa * 256 - 1, exponent - 8)
         assert k <= hill["share"] * len(ordered) < np.count_nonzero(ordered >= lower)
         exact = 1 / np.mean(np.log(ordered[:k] / hill["threshold"]))
         assert hill["value"] == pytest.approx(exact, abs=0.05 * hill["error_if_independent"])
@@ -228,19 +245,31 @@ def test_log_moments_find_the_index_of_stable_samples(alpha):
     assert found["alpha"]["error"] < 0.02
     assert found["inverse_square"]["value"] == pytest.approx(found["alpha"]["value"] ** -2)
     logs = np.log(np.abs(x).ravel())
-    assert found["inverse_square"]["value"] == pytest.approx(6 / np.pi**2 * logs.var() - 0.5, abs=2e-5)
-    # independent coordinates: the spread over draws is what the fourth moment of the logs says, up to 20 draws' chance
-    theory = 6 / np.pi**2 * np.sqrt((((logs - logs.mean()) ** 4).mean() - logs.var() ** 2) / logs.size)
+    assert found["inverse_square"]["value"] == pytest.approx(
+        6 / np.pi**2 * logs.var() - 0.5, abs=2e-5
+    )
+    # independent coordinates: the spread over draws is what the fourth moment of the logs says, up
+    # to 20 draws' chance
+    theory = (
+        6 / np.pi**2 * np.sqrt((((logs - logs.mean()) ** 4).mean() - logs.var() ** 2) / logs.size)
+    )
     assert 0.5 < found["inverse_square"]["error"] / theory < 1.7
 
 
 def test_log_moments_above_two_and_without_an_index_stand_as_they_are():
     rng = np.random.default_rng(6)
     even = summary_of(rng.uniform(-1, 1, 100_000))["log_moment"]
-    assert even["alpha"]["value"] == pytest.approx((6 / np.pi**2 - 0.5) ** -0.5, abs=0.25)  # Var log |U| = 1
+    # Var log |U| = 1
+    assert even["alpha"]["value"] == pytest.approx((6 / np.pi**2 - 0.5) ** -0.5, abs=0.25)
     flat = summary_of(rng.choice([-1, 1], 10_000) * rng.uniform(1, 2, 10_000))["log_moment"]
     assert flat["inverse_square"]["value"] < 0
-    assert flat["alpha"] == {"value": None, "error": None, "draws_mean": None, "draws_error": None, "draws": 0}
+    assert flat["alpha"] == {
+        "value": None,
+        "error": None,
+        "draws_mean": None,
+        "draws_error": None,
+        "draws": 0,
+    }
 
 
 def test_zeros_are_counted_and_leave_the_tail_indices_alone():
@@ -256,7 +285,7 @@ def test_zeros_are_counted_and_leave_the_tail_indices_alone():
     assert found["quantiles"] != without["quantiles"]
 
 
-# Errors ------------------------------------------------------------------------------------------------------------
+# Errors
 
 
 def test_errors_are_the_spread_of_the_estimates_of_single_draws():
@@ -277,9 +306,14 @@ def test_errors_of_pooled_values_are_those_of_the_jackknife(count):
     found = summary_of(*draws)
     groups = [[draws[i] for i in range(g, count, 32)] for g in range(min(count, 32))]
     without = [
-        np.concatenate([d for j, others in enumerate(groups) if j != i for d in others]) for i in range(len(groups))
+        np.concatenate([d for j, others in enumerate(groups) if j != i for d in others])
+        for i in range(len(groups))
     ]
-    for name, exact in (("variance", np.var), ("skewness", stats.skew), ("excess_kurtosis", stats.kurtosis)):
+    for name, exact in (
+        ("variance", np.var),
+        ("skewness", stats.skew),
+        ("excess_kurtosis", stats.kurtosis),
+    ):
         values = np.array([exact(x) for x in without])
         error = math.sqrt((len(values) - 1) * values.var())
         assert found[name]["error"] == pytest.approx(error, rel=1e-9)
@@ -287,17 +321,21 @@ def test_errors_of_pooled_values_are_those_of_the_jackknife(count):
     ranked = [np.quantile(x, 0.95, method="inverted_cdf") for x in without]
     q = found["quantiles"][LEVELS.index(0.95)]
     assert q["error"] == pytest.approx(
-        math.sqrt((len(ranked) - 1) * np.var(ranked)), abs=0.008 * q["value"] * math.sqrt(len(ranked))
+        math.sqrt((len(ranked) - 1) * np.var(ranked)),
+        abs=0.008 * q["value"] * math.sqrt(len(ranked)),
     )
 
 
 def test_errors_hold_for_coordinates_that_vary_together():
-    """Each draw has a scale and a shift of its own: errors that took coordinates for independent would be far too small."""
+    """Each draw has a scale and a shift of its own: errors that took coordinates for independent
+    would be far too small."""
     rng = np.random.default_rng(7)
     n, draws = 1000, 6
     summaries = []
     for _ in range(30):
-        x = rng.standard_normal((draws, n)) * rng.uniform(0.5, 1.5, (draws, 1)) + 0.1 * rng.standard_normal((draws, 1))
+        x = rng.standard_normal((draws, n)) * rng.uniform(
+            0.5, 1.5, (draws, 1)
+        ) + 0.1 * rng.standard_normal((draws, 1))
         summaries.append(summary_of(*x))
     independent = {
         "mean": 1,
@@ -313,7 +351,8 @@ def test_errors_hold_for_coordinates_that_vary_together():
 
 
 def test_the_error_of_a_pooled_kurtosis_is_not_that_of_the_mean_over_draws():
-    """Normal draws of many scales: no single draw has kurtosis, all together have, and how much is known less well."""
+    """Normal draws of many scales: no single draw has kurtosis, all together have, and how much is
+    known less well."""
     rng = np.random.default_rng(9)
     scales = np.exp(0.5 * rng.standard_normal(32))
     found = summary_of(*(rng.standard_normal((32, 2000)) * scales[:, None]))["excess_kurtosis"]
@@ -331,16 +370,23 @@ def test_a_single_draw_has_no_errors():
         assert estimate["draws_mean"] == estimate["value"] is not None
 
 
-# Edges -------------------------------------------------------------------------------------------------------------
+# Edges
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", [0.0, 0.3, -7e5])
 def test_constant_vectors_have_no_shape(value, dtype):
-    x = np.full(262_221, value, dtype=dtype)  # in blocks and draws for which sum(count mean) / count is not 0.3
+    # in blocks and draws for which sum(count mean) / count is not 0.3
+    x = np.full(262_221, value, dtype=dtype)
     found = summary_of(x, x, x)
     assert found["mean"]["value"] == float(dtype(value))
-    assert found["variance"] == {"value": 0.0, "error": 0.0, "draws_mean": 0.0, "draws_error": 0.0, "draws": 3}
+    assert found["variance"] == {
+        "value": 0.0,
+        "error": 0.0,
+        "draws_mean": 0.0,
+        "draws_error": 0.0,
+        "draws": 3,
+    }
     for name in ("skewness", "excess_kurtosis", "ks_distance"):
         assert found[name]["value"] is None
         assert found[name]["draws"] == 0

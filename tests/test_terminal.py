@@ -1,4 +1,5 @@
-"""What is said fits the terminal: no word is broken, what matters least goes first, and what is redirected keeps everything."""
+"""What is said fits the terminal: no word is broken, what matters least goes first, and what is
+redirected keeps everything."""
 
 import fcntl
 import os
@@ -24,7 +25,7 @@ from fastsmooth.terminal import Fields, Table, cells, columns, wrapped
 WIDTHS = [60, 80, 100, 120]
 
 
-# The parts ------------------------------------------------------------------------------------------------------------------
+# The parts
 
 
 def test_lines_are_wrapped_as_textwrap_does_it():
@@ -32,9 +33,15 @@ def test_lines_are_wrapped_as_textwrap_does_it():
     for _ in range(300):
         line = " ".join("x" * rng.choice([1, 2, 3, 5, 9, 40]) for _ in range(rng.randint(1, 30)))
         room = rng.randint(10, 70)
-        expected = textwrap.wrap(line, room, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        expected = textwrap.wrap(
+            line, room, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
         assert wrapped(line, room) == expected
-    assert wrapped("a  b   c", 6) == ["a  b", "   c"] and wrapped("a  b", None) == ["a  b"] and wrapped("", 5) == [""]
+    assert (
+        wrapped("a  b   c", 6) == ["a  b", "   c"]
+        and wrapped("a  b", None) == ["a  b"]
+        and wrapped("", 5) == [""]
+    )
 
 
 def test_letters_of_east_asia_take_two_columns():
@@ -55,7 +62,10 @@ def test_fields_are_left_out_in_their_order_and_stay_out():
 
 def test_a_table_keeps_its_columns_below_each_other():
     table = Table({"name": "<6", "one": ">5", "two": ">5"}, ("one",))
-    assert [table.heading(20), table.row(["a", "1", "2"], 20)] == ["name      one    two", "a           1      2"]
+    assert [table.heading(20), table.row(["a", "1", "2"], 20)] == [
+        "name      one    two",
+        "a           1      2",
+    ]
     assert [table.heading(15), table.row(["a", "1", "2"], 15)] == ["name      two", "a           2"]
 
 
@@ -74,7 +84,7 @@ def test_the_width_is_that_of_the_terminal(monkeypatch):
     os.close(master)
 
 
-# The commands -----------------------------------------------------------------------------------------------------------------
+# The commands
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +102,27 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_lines_of_a_run_fit(width):
-    flags = ["--method", "exp", "--optimizer", "nshb", "--lr", "0.01", "--epochs", "2", "--batchsize", "256"]
+    flags = [
+        "--method",
+        "exp",
+        "--optimizer",
+        "nshb",
+        "--lr",
+        "0.01",
+        "--epochs",
+        "2",
+        "--batchsize",
+        "256",
+    ]
     found = seen(train.main, [*flags, "--out", "run"], width)
     assert found.code == 0 and found.widest <= width
     epochs = [line for line in found.lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("test acc" in line and "train loss" in line for line in epochs)
-    assert ("lr 0.009" in epochs[1], "images/s" in epochs[1], "delta" in epochs[1]) == (True, False, width >= 100)
+    assert ("lr 0.009" in epochs[1], "images/s" in epochs[1], "delta" in epochs[1]) == (
+        True,
+        False,
+        width >= 100,
+    )
     words = " ".join(found.lines).split()
     assert "1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth" in " ".join(words)
     assert "━" in found.raw
@@ -110,7 +135,10 @@ PRINTED = {
     "the help of a report": (report.main, ["--help"]),
     "the help of smooth": (smooth.main, ["--help"]),
     "the commands": (every.main, []),
-    "the runs of a sweep": (sweep.main, ["--plan", "--out", "s", "--method", "lr", "hybrid", "--batchsize", "8..64x2"]),
+    "the runs of a sweep": (
+        sweep.main,
+        ["--plan", "--out", "s", "--method", "lr", "hybrid", "--batchsize", "8..64x2"],
+    ),
     "the machine": (train.main, ["--doctor"]),
     "a refusal": (train.main, ["--lr", "0.1", "0.2"]),
 }
@@ -134,7 +162,8 @@ def test_what_is_printed_has_the_same_words_at_every_width(name, width, monkeypa
 
 def test_the_plan_and_sharpness_leave_out_what_matters_least(run):
     plan = {
-        width: seen(train.main, ["--plan", "--dataset", "cifar100", "--method", "hybrid"], width) for width in (60, 80)
+        width: seen(train.main, ["--plan", "--dataset", "cifar100", "--method", "hybrid"], width)
+        for width in (60, 80)
     }
     assert plan[60].widest <= 60 and plan[80].widest <= 80
     assert plan[60].lines[0].split() == ["epochs", "lr", "batch", "momentum", "delta"]
@@ -142,12 +171,30 @@ def test_the_plan_and_sharpness_leave_out_what_matters_least(run):
     measured = ["--samples", "4", "--batch", "2", "--n-iters", "1"]
     narrow = seen(sharpness.main, [run, *measured], len(run) + 40)
     wide = seen(sharpness.main, [run, *measured], 300)
-    assert narrow.lines[-3].split()[:3] == ["run", "rho", "sharpness"] and "clean loss" not in narrow.lines[-3]
-    assert wide.lines[-3].split() == ["run", "update", "rho", "sharpness", "error", "increase", "clean", "loss"]
+    assert (
+        narrow.lines[-3].split()[:3] == ["run", "rho", "sharpness"]
+        and "clean loss" not in narrow.lines[-3]
+    )
+    assert wide.lines[-3].split() == [
+        "run",
+        "update",
+        "rho",
+        "sharpness",
+        "error",
+        "increase",
+        "clean",
+        "loss",
+    ]
 
 
 @pytest.mark.parametrize(
-    "argv", [["--plan"], ["--plan", "--json"], ["--help"], ["--epochs", "1", "--out", "run", "--batchsize", "256"]]
+    "argv",
+    [
+        ["--plan"],
+        ["--plan", "--json"],
+        ["--help"],
+        ["--epochs", "1", "--out", "run", "--batchsize", "256"],
+    ],
 )
 def test_what_is_redirected_keeps_everything(argv, monkeypatch):
     import shutil

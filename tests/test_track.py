@@ -49,14 +49,21 @@ def final_weights(out) -> dict:
     ids=" ".join,
 )
 def test_training_is_the_same_bit_for_bit(flags, tmp_path):
-    plain = [f for f in flags if f not in ("--bn", "frozen", "batch", "eval", "--estimator", "micro-batch")]
+    plain = [
+        f
+        for f in flags
+        if f not in ("--bn", "frozen", "batch", "eval", "--estimator", "micro-batch")
+    ]
     line = ["--epochs", "2", "--method", "hybrid", "--decay-epoch", "1", "--optimizer", "nshb"]
     one = final_weights(run(tmp_path / "plain", *line, *plain))
     other = final_weights(run(tmp_path / "tracked", *line, *flags, "--track-noise", "every=20"))
     assert len(rows_of(tmp_path / "tracked")) == 4
     for part in ("model", "optimizer"):
         a, b = (torch.utils._pytree.tree_leaves(state[part]) for state in (one, other))
-        assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
+        assert all(
+            torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+            for x, y in zip(a, b, strict=True)
+        )
     assert torch.equal(one["rng"][0][0], other["rng"][0][0])
 
 
@@ -69,14 +76,26 @@ def first_batch(size: int):
 
 
 def test_the_first_row_is_that_of_one_backward_pass_a_sample(tmp_path):
-    out = run(tmp_path / "run", "--epochs", "1", "--norm", "group", "--track-noise", "every=1ep", "--batchsize", "64")
+    out = run(
+        tmp_path / "run",
+        "--epochs",
+        "1",
+        "--norm",
+        "group",
+        "--track-noise",
+        "every=1ep",
+        "--batchsize",
+        "64",
+    )
     (row,) = rows_of(out)
     x, y, n = first_batch(64)
     model = models.build("resnet8", 10, "group").double()
     params = list(model.parameters())
     G = []
     for i in range(64):
-        grads = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1]), params)
+        grads = torch.autograd.grad(
+            F.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1]), params
+        )
         G.append(torch.cat([g.flatten() for g in grads]))
     G = torch.stack(G)
     mean = G.mean(0)
@@ -99,7 +118,9 @@ def test_the_first_row_is_that_of_one_backward_pass_a_sample(tmp_path):
 
 
 def test_parts_of_a_batch_have_batch_statistics_of_their_own(tmp_path):
-    (row,) = rows_of(run(tmp_path / "run", "--epochs", "1", "--track-noise", "every=100", "--batchsize", "18"))
+    (row,) = rows_of(
+        run(tmp_path / "run", "--epochs", "1", "--track-noise", "every=100", "--batchsize", "18")
+    )
     x, y, n = first_batch(18)
     model = models.build("resnet8", 10).double()
     params = list(model.parameters())
@@ -117,9 +138,17 @@ def test_parts_of_a_batch_have_batch_statistics_of_their_own(tmp_path):
 
 
 def test_measured_when_due(tmp_path):
-    line = ["--epochs", "3", "--norm", "group", "--batchsize", "359"]  # 5 updates an epoch, the last of one sample
-    assert [r["step"] for r in rows_of(run(tmp_path / "a", *line, "--track-noise", "every=4"))] == [0, 5, 8, 12]
-    assert [r["step"] for r in rows_of(run(tmp_path / "b", *line, "--track-noise", "every=2ep"))] == [0, 10]
+    # 5 updates an epoch, the last of one sample
+    line = ["--epochs", "3", "--norm", "group", "--batchsize", "359"]
+    assert [r["step"] for r in rows_of(run(tmp_path / "a", *line, "--track-noise", "every=4"))] == [
+        0,
+        5,
+        8,
+        12,
+    ]
+    assert [
+        r["step"] for r in rows_of(run(tmp_path / "b", *line, "--track-noise", "every=2ep"))
+    ] == [0, 10]
 
 
 def tracker(optimizer: str, **constants) -> NoiseTracker:
@@ -154,20 +183,43 @@ def test_maximum_mean_square_and_delta_run_over_the_measurements():
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    run(tmp_path / "run", "--epochs", "2", "--norm", "group", "--lr", "1e18", "--track-noise", "every=1", code=3)
+    run(
+        tmp_path / "run",
+        "--epochs",
+        "2",
+        "--norm",
+        "group",
+        "--lr",
+        "1e18",
+        "--track-noise",
+        "every=1",
+        code=3,
+    )
     error = capsys.readouterr().err
     assert "the gradient is not finite at update" in error and len(error.splitlines()) == 1
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "diverged"
 
 
 def test_going_on_measures_what_an_uninterrupted_run_measures(tmp_path):
-    line = ["--epochs", "2", "--checkpoint-every", "13", "--track-noise", "every=10", "--norm", "group"]
+    line = [
+        "--epochs",
+        "2",
+        "--checkpoint-every",
+        "13",
+        "--track-noise",
+        "every=10",
+        "--norm",
+        "group",
+    ]
     whole = run(tmp_path / "whole", *line)
     halved = run(tmp_path / "halved", *line, "--max-time", "0.001", code=75)
     for _ in range(2):
         main(["--resume", "--out", str(halved), "--max-time", "0.001"])
     assert main(["--resume", "--out", str(halved), "--max-time", "1h"]) == 0
-    rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)] for out in (whole, halved)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)]
+        for out in (whole, halved)
+    ]
     assert sum(row["kind"] == "measure" for row in rows[0]) == 9
     assert rows[0] == rows[1]
 

@@ -38,7 +38,8 @@ def without(tmp_path_factory) -> list[dict]:
 
 
 def entries_of_log(data: bytes) -> Iterator[bytes]:
-    """The entries of a LevelDB log: blocks of 32 KiB, pieces of (checksum, length, type), after wandb's 7-byte header."""
+    """The entries of a LevelDB log: blocks of 32 KiB, pieces of (checksum, length, type), after
+    wandb's 7-byte header."""
     at, entry = 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
@@ -62,7 +63,9 @@ class Recorded(NamedTuple):
     id: str
     resumes: (
         bool | None
-    )  # whether it is to be added to what is there of its id; None where this wandb does not write it
+        # whether it is to be added to what is there of its id; None where this wandb does not write
+        # it
+    )
     axes: dict[str, str]  # the x axis of each metric that was defined
 
 
@@ -72,7 +75,9 @@ def recorded(path: Path) -> Recorded:
     history, config, summary, exit_code, about, axes = [], {}, {}, None, None, {}
 
     def entries(items) -> dict:
-        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+        return {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items
+        }
 
     for data in entries_of_log(path.read_bytes()):
         record = Record()
@@ -89,11 +94,20 @@ def recorded(path: Path) -> Recorded:
             summary |= entries(record.summary.update)
         elif kind == "exit":
             exit_code = record.exit.exit_code
-    return Recorded(history, config, summary, exit_code, about and about.run_id, getattr(about, "resume", None), axes)
+    return Recorded(
+        history,
+        config,
+        summary,
+        exit_code,
+        about and about.run_id,
+        getattr(about, "resume", None),
+        axes,
+    )
 
 
 def parts_of(out: Path) -> list[Recorded]:
-    """The parts of an offline run in its folder, in their order, once wandb's own process has written all of them."""
+    """The parts of an offline run in its folder, in their order, once wandb's own process has
+    written all of them."""
     paths = sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
     deadline = time.monotonic() + 60  # it may write the end of its file after finish() has returned
     while any(recorded(path).exit_code is None for path in paths) and time.monotonic() < deadline:
@@ -111,8 +125,15 @@ def test_an_offline_run_holds_every_row_the_config_and_the_summary(tmp_path, wit
     (part,) = parts_of(out)
     assert len(read_rows(out)) == 6
     assert_sent(part.history, read_rows(out))
-    assert part.config["method"] == "constant" and part.config["batch_size"] == 32 and part.config["lr"] == 0.1
-    assert part.summary["final_test_acc"] == json.loads((out / "summary.json").read_text())["final_test_acc"]
+    assert (
+        part.config["method"] == "constant"
+        and part.config["batch_size"] == 32
+        and part.config["lr"] == 0.1
+    )
+    assert (
+        part.summary["final_test_acc"]
+        == json.loads((out / "summary.json").read_text())["final_test_acc"]
+    )
     assert part.exit_code == 0
     assert part.axes["*"] == "update"  # of every metric: wandb's own count of rows is none of ours
 
@@ -125,8 +146,11 @@ def assert_sent(history: list[dict], rows: list[dict]) -> None:
         assert numbers and {key: sent[key] for key in numbers} == numbers
 
 
-def test_a_resumed_offline_run_is_one_run_that_one_command_sends(tmp_path, without, monkeypatch, capsys):
-    """Two parts of one id, the second to be added to the first; the command that the run names finds both."""
+def test_a_resumed_offline_run_is_one_run_that_one_command_sends(
+    tmp_path, without, monkeypatch, capsys
+):
+    """Two parts of one id, the second to be added to the first; the command that the run names
+    finds both."""
     pytest.importorskip("wandb")
     out, after = tmp_path / "a run's" / "run", loop.Run.after_update
     flags = ["--out", str(out), "--wandb-mode", "offline"]
@@ -141,7 +165,9 @@ def test_a_resumed_offline_run_is_one_run_that_one_command_sends(tmp_path, witho
     assert main(["--resume", *flags]) == 0
     assert results(out) == without
     first, second = parts_of(out)
-    assert first.id == second.id and json.loads((out / "wandb.json").read_text()) == {"id": first.id}
+    assert first.id == second.id and json.loads((out / "wandb.json").read_text()) == {
+        "id": first.id
+    }
     assert {first.resumes, second.resumes} <= {True, None}
     assert_sent(first.history + second.history, read_rows(out))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wandb: ")]
@@ -149,7 +175,10 @@ def test_a_resumed_offline_run_is_one_run_that_one_command_sends(tmp_path, witho
     command = lines[0].partition("; to send it: wandb ")[2]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     done = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m wandb {command} --dry-run"], capture_output=True, text=True, env=environment
+        ["sh", "-c", f"{sys.executable} -m wandb {command} --dry-run"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0 and done.stderr.count(f"run-{first.id}.wandb") == 2, done.stderr
 
@@ -173,7 +202,9 @@ def fake_wandb(**faults):
             "dir": f"{kwargs['dir']}/wandb/offline-run-1-{kwargs['id']}/files",
             "url": f"https://wandb/{kwargs['id']}",
         }
-        return types.SimpleNamespace(summary=types.SimpleNamespace(update=call("summary")), **methods, **at)
+        return types.SimpleNamespace(
+            summary=types.SimpleNamespace(update=call("summary")), **methods, **at
+        )
 
     return types.SimpleNamespace(init=init, Settings=lambda **kwargs: kwargs), calls
 
@@ -187,7 +218,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("part", FAULTS)
-def test_a_tracker_that_fails_is_one_warning_and_changes_nothing(part, tmp_path, without, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_one_warning_and_changes_nothing(
+    part, tmp_path, without, monkeypatch, capsys
+):
     module, _ = fake_wandb(**{part: FAULTS[part]})
     monkeypatch.setitem(sys.modules, "wandb", module)
     out = tmp_path / "run"
@@ -240,11 +273,16 @@ def test_where_the_rows_go(flag, environment, mode, tmp_path, monkeypatch):
     tracker = tracked(tmp_path / "run", flag)
     tracker.finish({}, 0)
     if mode is None:
-        assert calls == [] and tracker.where == "" and not (tmp_path / "run" / "wandb.json").exists()
+        assert (
+            calls == [] and tracker.where == "" and not (tmp_path / "run" / "wandb.json").exists()
+        )
         return
     assert calls[0][0] == "init" and calls[0][2]["mode"] == mode
     known = json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
-    where = f"offline, in {tmp_path}/run/wandb; to send it: wandb sync {tmp_path}/run/wandb/offline-run-*"
+    where = (
+        f"offline, in {tmp_path}/run/wandb; to send it: wandb sync "
+        f"{tmp_path}/run/wandb/offline-run-*"
+    )
     assert tracker.where == f"wandb: {where if mode == 'offline' else 'https://wandb/' + known}"
     assert (os.environ["WANDB_ERROR_REPORTING"] == "false") == (mode == "offline")
 
@@ -252,7 +290,11 @@ def test_where_the_rows_go(flag, environment, mode, tmp_path, monkeypatch):
 def tracked(folder: Path, mode: str = "online") -> Tracker:
     """A tracker of the run with seed 0 in this folder, which is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Tracker({"wandb_mode": mode, "wandb_project": "p", "wandb_entity": None, "seed": 0}, folder, pytest.fail)
+    return Tracker(
+        {"wandb_mode": mode, "wandb_project": "p", "wandb_entity": None, "seed": 0},
+        folder,
+        pytest.fail,
+    )
 
 
 def test_two_runs_of_one_name_and_seed_are_two_and_a_resumed_one_is_itself(tmp_path, monkeypatch):
@@ -269,7 +311,9 @@ def test_two_runs_of_one_name_and_seed_are_two_and_a_resumed_one_is_itself(tmp_p
     assert ("define_metric", ("*",), {"step_metric": "update"}) in calls
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"id": 3}', b'{"id": "../x"}', b'{"id": ""}', None])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"id": 3}', b'{"id": "../x"}', b'{"id": ""}', None]
+)
 def test_a_damaged_id_is_replaced_by_a_new_one(content, tmp_path, monkeypatch):
     module, calls = fake_wandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -287,7 +331,9 @@ def test_a_damaged_id_is_replaced_by_a_new_one(content, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["the id cannot be kept", "the axis is refused"])
 def test_a_tracker_that_cannot_begin_is_one_warning(what, tmp_path, monkeypatch):
-    module, _ = fake_wandb(**({"define_metric": ValueError("no\nsuch axis")} if "axis" in what else {}))
+    module, _ = fake_wandb(
+        **({"define_metric": ValueError("no\nsuch axis")} if "axis" in what else {})
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     said: list[str] = []
     config = {"wandb_mode": "online", "wandb_project": "p", "wandb_entity": None, "seed": 0}

@@ -47,7 +47,8 @@ def test_the_first_run_reaches_95_percent_on_the_held_out_digits(tmp_path, capsy
     assert summary["final_test_acc"] >= 0.95
     assert read_status(out)["state"] == "done"
     assert {p.name for p in out.iterdir()} == {
-        ".lock", "checkpoints", "config.json", "env.json", "metrics.jsonl", "status.json", "summary.json",
+        ".lock", "checkpoints", "config.json", "env.json", "metrics.jsonl", "status.json",
+        "summary.json",
     }  # fmt: skip
     assert len(list((out / "checkpoints").iterdir())) == 4  # two checkpoints with their manifests
     shown = capsys.readouterr().out
@@ -73,7 +74,11 @@ def test_every_method_trains_and_logs_the_points_of_its_schedule(method, tmp_pat
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     for epoch, row in enumerate(rows):
         point = schedule(epoch)
-        assert (row["lr"], row["batch_size"], row["momentum"]) == (point.lr, point.batch_size, point.momentum)
+        assert (row["lr"], row["batch_size"], row["momentum"]) == (
+            point.lr,
+            point.batch_size,
+            point.momentum,
+        )
         assert row["delta"] == schedule.delta(point)
         mine = [u for u in used if u[0] == epoch]
         assert {u[1:3] for u in mine} == {(point.lr, point.momentum)}
@@ -120,7 +125,8 @@ def test_evaluation_is_exact():
 
 
 def test_the_training_loss_is_the_mean_over_samples(tmp_path):
-    """Every sample counts the same, in the last partial batch too; rows of updates add up to the row of the epoch."""
+    """Every sample counts the same, in the last partial batch too; rows of updates add up to the
+    row of the epoch."""
     out = train(tmp_path / "run", "--epochs", "1", "--log-every", "1", "--batchsize", "100")
     rows = read_rows(out)
     steps, epoch = [r for r in rows if r["kind"] == "step"], rows[-1]
@@ -143,12 +149,27 @@ def test_drop_last_drops_the_partial_batch(tmp_path):
 
 
 def test_bf16_trains(tmp_path):
-    assert epochs_of(train(tmp_path / "run", "--epochs", "3", "--precision", "bf16"))[-1]["test_acc"] > 0.9
+    assert (
+        epochs_of(train(tmp_path / "run", "--epochs", "3", "--precision", "bf16"))[-1]["test_acc"]
+        > 0.9
+    )
 
 
 def test_a_growing_batch_compiles_once(tmp_path, capsys):
-    """Training step and evaluation: two graphs, whatever lr and batch do; the results stay those of eager."""
-    flags = ["--method", "hybrid", "--epochs", "5", "--decay-epoch", "1", "--optimizer", "shb", "--lr", "0.02"]
+    """Training step and evaluation: two graphs, whatever lr and batch do; the results stay those of
+    eager."""
+    flags = [
+        "--method",
+        "hybrid",
+        "--epochs",
+        "5",
+        "--decay-epoch",
+        "1",
+        "--optimizer",
+        "shb",
+        "--lr",
+        "0.02",
+    ]
     out = train(tmp_path / "compiled", *flags, "--compile", "on")
     assert json.loads((out / "summary.json").read_text())["compiled_graphs"] == 2
     assert "compiled 2 graphs" in capsys.readouterr().out
@@ -159,7 +180,8 @@ def test_a_growing_batch_compiles_once(tmp_path, capsys):
 
 
 def test_the_ninth_compiled_step_of_a_process_is_compiled_like_the_first():
-    """PyTorch keeps eight graphs a function, which all steps share, and then runs eagerly without a word."""
+    """PyTorch keeps eight graphs a function, which all steps share, and then runs eagerly without a
+    word."""
     x, y = torch.randn(5, 3, 2, 2), torch.arange(5)
     for _ in range(9):
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
@@ -205,7 +227,17 @@ def test_a_disk_that_is_full_leaves_the_run_going_until_its_end(tmp_path, monkey
 
 
 def test_a_saturating_schedule_warns_with_target_and_reached_delta(capsys):
-    flags = ["--plan", "--dataset", "cifar100", "--method", "beta", "--optimizer", "shb", "--batchsize", "16"]
+    flags = [
+        "--plan",
+        "--dataset",
+        "cifar100",
+        "--method",
+        "beta",
+        "--optimizer",
+        "shb",
+        "--batchsize",
+        "16",
+    ]
     assert main(flags) == 0
     assert "misses its target: at epoch 199 that is delta" in capsys.readouterr().out
 
@@ -213,11 +245,20 @@ def test_a_saturating_schedule_warns_with_target_and_reached_delta(capsys):
 @pytest.mark.parametrize(
     "flags, why",
     [
-        (["--method", "beta", "--optimizer", "shb", "--batchsize", "16"], "the momentum cannot fall below 0"),
-        (["--method", "batch", "--optimizer", "shb"], "a part of the optimizer's bound does not fall with the batch"),
+        (
+            ["--method", "beta", "--optimizer", "shb", "--batchsize", "16"],
+            "the momentum cannot fall below 0",
+        ),
+        (
+            ["--method", "batch", "--optimizer", "shb"],
+            "a part of the optimizer's bound does not fall with the batch",
+        ),
         (["--method", "batch", "--batchsize", "10000"], "no batch exceeds the data set"),
         (["--method", "hybrid", "--batchsize", "3"], "a batch is a whole number"),
-        (["--method", "batch", "--compat", "original"], "the published code grows the batch an epoch late"),
+        (
+            ["--method", "batch", "--compat", "original"],
+            "the published code grows the batch an epoch late",
+        ),
     ],
 )
 def test_why_a_schedule_misses_its_target_is_said(flags, why, capsys):
@@ -233,7 +274,11 @@ def test_the_plan_prints_every_epoch(capsys):
     assert rows[160]["batch_size"] == 162 and rows[160]["lr"] == pytest.approx(0.05625)
     assert main(["--plan", "--dataset", "cifar100", "--method", "hybrid"]) == 0
     table = capsys.readouterr().out
-    assert "0-39" in table and "160-199" in table and "162,880 updates, 10,000,000 gradient evaluations" in table
+    assert (
+        "0-39" in table
+        and "160-199" in table
+        and "162,880 updates, 10,000,000 gradient evaluations" in table
+    )
     for name in SETS:
         assert main(["--plan", "--dataset", name]) == 0  # touches no data: none of them is here
 
@@ -241,7 +286,15 @@ def test_the_plan_prints_every_epoch(capsys):
 def test_a_terminal_gets_a_bar_and_every_epoch(tmp_path):
     pytest.importorskip("rich")
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "fastsmooth.train", "--epochs", "2", "--out", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "fastsmooth.train",
+        "--epochs",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "160"}
     process = subprocess.Popen(command, stdout=slave, stderr=slave, cwd=ROOT, env=env)
     os.close(slave)
@@ -252,12 +305,27 @@ def test_a_terminal_gets_a_bar_and_every_epoch(tmp_path):
     except OSError:
         pass  # Linux says EIO at the end of a terminal
     assert process.wait() == 0
-    assert b"epoch 2/2" in shown and b"images/s" in shown and b"\x1b[" in shown and "━".encode() in shown
+    assert (
+        b"epoch 2/2" in shown
+        and b"images/s" in shown
+        and b"\x1b[" in shown
+        and "━".encode() in shown
+    )
 
 
 def test_real_images_of_a_folder_are_learned(cifar_folder, tmp_path):
-    """1,500 CIFAR-100 images of 15 classes with the batch growing: far above the 6.7 % of chance."""
-    flags = ["--dataset", "folder", "--data-dir", str(cifar_folder), "--model", "resnet8", "--method", "hybrid"]
+    """1,500 CIFAR-100 images of 15 classes with the batch growing: far above the 6.7 % of
+    chance."""
+    flags = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(cifar_folder),
+        "--model",
+        "resnet8",
+        "--method",
+        "hybrid",
+    ]
     out = train(tmp_path / "run", *flags, "--epochs", "8")
     rows = epochs_of(out)
     assert [r["batch_size"] for r in rows] == [32, 48, 72, 108, 162, 243, 364, 546]

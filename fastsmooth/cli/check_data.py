@@ -1,4 +1,5 @@
-"""Every image of a data set decoded once, so that a bad one is found before a run meets it: --check-data"""
+"""Every image of a data set decoded once, so that a bad one is found before a run meets it:
+--check-data"""
 
 from __future__ import annotations
 
@@ -11,15 +12,19 @@ from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import note, one_line, printable_path, show, warn
 from fastsmooth.processors import processors
 
-CHUNK = 16  # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
+# files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
+CHUNK = 16
 
 
 def check(c: Config) -> None:
-    """List the bad images of `c`'s data set on stdout, then count all. Raises ConfigError where some are bad."""
+    """List the bad images of `c`'s data set on stdout, then count all. Raises ConfigError where
+    some are bad."""
     try:
         from fastsmooth import data  # with PyTorch: it takes seconds
     except Exception as error:  # of a broken installation, which may raise anything
-        raise ConfigError(f"no image can be read ({one_line(error)}): --doctor says what is missing") from None
+        raise ConfigError(
+            f"no image can be read ({one_line(error)}): --doctor says what is missing"
+        ) from None
     started = time.perf_counter()
     try:
         images = data.read_set(c)
@@ -40,9 +45,12 @@ def check(c: Config) -> None:
             else:
                 sizes.add((width, height))
     counted = [f"{len(split):,} {name}" for name, split in splits.items()]
-    by_class = [f"{name} {spread(split.labels, len(images.classes))}" for name, split in splits.items()]
+    by_class = [
+        f"{name} {spread(split.labels, len(images.classes))}" for name, split in splits.items()
+    ]
     show(
-        f"{c.dataset}: {' and '.join(counted)} images, {len(images.classes)} classes, {bad:,} bad; {extent(sizes)}; "
+        f"{c.dataset}: {' and '.join(counted)} images, {len(images.classes)} classes, {bad:,} bad; "
+        f"{extent(sizes)}; "
         f"images a class: {', '.join(by_class)}; {time.perf_counter() - started:.1f} s"
     )
     if bad:
@@ -65,7 +73,8 @@ def looked_at(name: str, paths: tuple[str, ...], threads: int):
 
 
 def look(path: str) -> tuple[int, int, str]:
-    """Width and height in pixels, and what is wrong with the file, in words: nothing, or why it cannot be read."""
+    """Width and height in pixels, and what is wrong with the file, in words: nothing, or why it
+    cannot be read."""
     from fastsmooth.data.images import DataError, open_image
 
     try:

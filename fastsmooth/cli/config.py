@@ -1,4 +1,5 @@
-"""Every choice of a run as one frozen Config; flags, TOML files and config.json are all made from its fields.
+"""Every choice of a run as one frozen Config; flags, TOML files and config.json are all made from
+its fields.
 
 Nothing here imports torch, so that --help, --plan and every refusal answer at once.
 """
@@ -42,7 +43,9 @@ MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
 BETA_METHODS = {name for name, method in METHODS.items() if method.solves == "momentum"}
 WITH_BUFFER = {name for name, form in FORMS.items() if form.has_buffer}
 WITH_NU = {name for name, form in FORMS.items() if form.uses_nu}
-WITH_K2 = {name for name, form in FORMS.items() if any(bound.uses_k2 for bound in form.bounds.values())}
+WITH_K2 = {
+    name for name, form in FORMS.items() if any(bound.uses_k2 for bound in form.bounds.values())
+}
 WITH_VERSIONS = {name for name, form in FORMS.items() if len(form.bounds) > 1}
 MODES = ("normal", "critical", "sampling")
 AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
@@ -57,33 +60,43 @@ def using(name: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. A value of None means "the data set's or the published default"; resolve() leaves none that matters."""
+    """One run. A value of None means "the data set's or the published default"; resolve() leaves
+    none that matters."""
 
     # fmt: off
     dataset: str = option("digits", "data", "what to train on", choices=SETS)
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", MEMORY_SETS))
-    image_size: int | None = option(None, "data", "pixels a side (folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", {"folder", "imagenet"}))
+    image_size: int | None = option(None, "data", "pixels a side (folder: what the images call "
+                                                  "for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", {"folder", "imagenet"}))
     augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
-    loader: str = option("auto", "data", "resident: all images on the device; dali, threads: decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
+    loader: str = option("auto", "data", "resident: all images on the device; dali, threads: "
+                                         "decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
-    chunk: int | None = option(None, "data", "samples decoded together (512, on CUDA 2048; files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
+    chunk: int | None = option(None, "data", "samples decoded together (512, on CUDA 2048; "
+                                             "files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
     on_bad_image: str = option("raise", "data", "raise: stop; zeros: serve it black and count it", choices=("raise", "zeros"), only=("dataset", {"folder", "imagenet"}))
     hw_decoder_load: float = option(0.65, "data", "dali on CUDA: share of the hardware decoder", real(0, 1), metavar="X", only=("loader", DALI))
-    decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))
+    decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers "
+                                                    "begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))
     decoder_host_memory: int = option(8, "data", "the same in host memory", whole(0, 65536), metavar="MB", only=("loader", DALI))
     drop_last: bool = option(False, "data", "drop the last partial batch of an epoch")
 
-    model: str | None = option(None, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
+    model: str | None = option(None, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 "
+                                              "wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
-    sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
-    micro_batch: int | None = option(None, "model", "at most so many samples through the model together, to save memory", whole(1), metavar="N")
+    sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all "
+                                           "of them", only=("norm", {"batch"}))
+    micro_batch: int | None = option(None, "model", "at most so many samples through the model "
+                                                    "together, to save memory", whole(1), metavar="N")
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
     epochs: int | None = option(None, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
-    budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or samples=N", budget, metavar="WHAT=N")
+    budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or "
+                                                  "samples=N", budget, metavar="WHAT=N")
     lr: float | None = option(None, "schedule", "learning rate at the start", positive, metavar="X")
     batch_size: int | None = option(None, "schedule", "batch size at the start", whole(1), names=("-b", "--batchsize"), metavar="N")
-    decay_epoch: int | None = option(None, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
+    decay_epoch: int | None = option(None, "schedule", "epochs between steps (a fifth of "
+                                                       "--epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
     power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", using("power")))
     gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", using("gamma")))
     c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X")
@@ -100,19 +113,28 @@ class Config:
     eps: tuple[float, ...] = option((0.5,), "measure", "critical: thresholds", positive, metavar="X", many=True, only=("mode", {"critical"}))
     criterion: str = option("mean-norm", "measure", "critical: what must fall below eps", choices=("mean-norm", "rms-norm", "full-grad"), only=("mode", {"critical"}))
     min_epochs: int | None = option(None, "measure", "critical: no crossing counts before", whole(0), metavar="N", only=("mode", {"critical"}))
-    full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
-    steps: tuple[int, ...] | None = option(None, "measure", "sampling: updates before each measurement", whole(0), metavar="N", many=True, only=("mode", {"sampling"}))
-    draws: int | None = option(None, "measure", "sampling: directions drawn at each point (16; with momentum 8, each after a history of its own)", whole(2, 65535), metavar="N", only=("mode", {"sampling"}))
-    track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training batches: every=50 updates, every=2ep", every, metavar="WHEN")
-    estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
-    bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen or eval", choices=("train", "eval", "batch", "frozen"))
+    full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between "
+                                                          "looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
+    steps: tuple[int, ...] | None = option(None, "measure", "sampling: updates before each "
+                                                            "measurement", whole(0), metavar="N", many=True, only=("mode", {"sampling"}))
+    draws: int | None = option(None, "measure", "sampling: directions drawn at each point (16; "
+                                                "with momentum 8, each after a history of its "
+                                                "own)", whole(2, 65535), metavar="N", only=("mode", {"sampling"}))
+    track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training "
+                                                      "batches: every=50 updates, every=2ep", every, metavar="WHEN")
+    estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where "
+                                               "BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
+    bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen "
+                                         "or eval", choices=("train", "eval", "batch", "frozen"))
     measure_augment: bool = option(False, "measure", "measure on augmented images")
-    save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, omega-<step>.npy", only=("mode", {"sampling"}))
+    save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, "
+                                                "omega-<step>.npy", only=("mode", {"sampling"}))
 
     seed: int = option(0, "run", "of weights, order and augmentation", whole(0), metavar="N")
     device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", device, metavar="DEV")
     compile: str = option("auto", "run", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
-    kernels: str = option("auto", "run", "native: C++, on CPUs; triton: on NVIDIA GPUs; reference: plain PyTorch", choices=("auto", "native", "triton", "reference"))
+    kernels: str = option("auto", "run", "native: C++, on CPUs; triton: on NVIDIA GPUs; "
+                                         "reference: plain PyTorch", choices=("auto", "native", "triton", "reference"))
     precision: str = option("fp32", "run", "of the forward and backward pass", choices=("fp32", "tf32", "bf16"))
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
@@ -120,7 +142,8 @@ class Config:
     checkpoint_every: int | None = option(None, "run", "updates between checkpoints (an epoch)", whole(1), metavar="N")
     log_every: int = option(50, "run", "updates between step rows", whole(1), metavar="N")
     max_time: float | None = option(None, "run", "save and stop after: 90, 45s, 30m, 1.5h", duration, metavar="T")
-    wandb_mode: str = option("off", "run", "Weights & Biases; auto: online with a key, else offline", choices=("off", "auto", "offline", "online"))
+    wandb_mode: str = option("off", "run", "Weights & Biases; auto: online with a key, else "
+                                           "offline", choices=("off", "auto", "offline", "online"))
     wandb_project: str = option("fastsmooth", "run", "wandb project", text, metavar="NAME")
     wandb_entity: str | None = option(None, "run", "wandb entity", text, metavar="NAME")
     # fmt: on
@@ -151,8 +174,11 @@ class Config:
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        """The constants behind delta that are taken as 1: not given, and not published for this setting."""
-        return (("c2",) if self.c2 is None else ()) + (("k2",) if self.k2 is None and uses_k2(self) else ())
+        """The constants behind delta that are taken as 1: not given, and not published for this
+        setting."""
+        return (("c2",) if self.c2 is None else ()) + (
+            ("k2",) if self.k2 is None and uses_k2(self) else ()
+        )
 
     @property
     def delta_unit(self) -> str:
@@ -160,14 +186,28 @@ class Config:
         return {(): "", ("c2",): " C"}.get(self.assumed, f" ({' = '.join([*self.assumed, '1'])})")
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {
+            name: list(v) if isinstance(v, tuple) else v
+            for name, v in dataclasses.asdict(self).items()
+        }
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-# Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it again.
+# Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it
+# again.
 RESOLVED_ONCE = ("device", "loader", "compile", "kernels", "estimator")
-# What may differ between the two halves of an interrupted run: nothing that changes a bit of its result.
-FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers"}
+# What may differ between the two halves of an interrupted run: nothing that changes a bit of its
+# result.
+FREE_ON_RESUME = {
+    "out",
+    "resume",
+    "max_time",
+    "wandb_mode",
+    "wandb_project",
+    "wandb_entity",
+    "data_dir",
+    "workers",
+}
 
 
 def flag(name: str) -> str:
@@ -179,17 +219,26 @@ def check(c: Config) -> None:
     """Refuse contradictions that no default can resolve."""
     if c.batch_size is not None and c.images is not None and c.batch_size > c.images:
         raise ConfigError(
-            f"--batchsize {c.batch_size} exceeds the {c.images} training images of {c.dataset}: lower --batchsize"
+            f"--batchsize {c.batch_size} exceeds the {c.images} training images of {c.dataset}: "
+            "lower --batchsize"
         )
     if c.method in BETA_METHODS and c.optimizer not in WITH_BUFFER:
-        raise ConfigError(f"--method {c.method} changes the momentum: choose --optimizer {listed(WITH_BUFFER)}")
+        raise ConfigError(
+            f"--method {c.method} changes the momentum: choose --optimizer {listed(WITH_BUFFER)}"
+        )
     if c.method in BETA_METHODS and c.beta == 0:
-        raise ConfigError(f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise --beta")
+        raise ConfigError(
+            f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise "
+            "--beta"
+        )
     if c.mode == "critical" and c.method != "constant":
-        raise ConfigError(f"--mode critical holds the noise fixed: use --method constant, not {c.method}")
+        raise ConfigError(
+            f"--mode critical holds the noise fixed: use --method constant, not {c.method}"
+        )
     if c.mode == "sampling" and c.budget is not None:
         raise ConfigError(
-            "--budget has no meaning with --mode sampling, which ends at the last of --steps: use --epochs"
+            "--budget has no meaning with --mode sampling, which ends at the last of --steps: use "
+            "--epochs"
         )
     for name, thing in (("steps", "update"), ("eps", "threshold")):
         values = getattr(c, name) or ()
@@ -200,22 +249,32 @@ def check(c: Config) -> None:
         raise ConfigError("--estimator has no effect without --track-noise every=N")
     if c.bn in ("batch", "frozen"):
         if c.track_noise is None or c.estimator == "micro-batch":
-            raise ConfigError(f"--bn {c.bn} is a choice of per-sample gradients: it needs --track-noise every=N")
+            raise ConfigError(
+                f"--bn {c.bn} is a choice of per-sample gradients: it needs --track-noise every=N"
+            )
         if c.mode == "sampling" or c.criterion == "full-grad":
-            raise ConfigError(f"--bn {c.bn} has no meaning for a full gradient: use --bn train or eval")
+            raise ConfigError(
+                f"--bn {c.bn} has no meaning for a full gradient: use --bn train or eval"
+            )
     if c.mode == "sampling" and c.bn == "eval" and c.momentum:
         raise ConfigError(
-            f"--bn eval with {c.optimizer}: its direction is made of gradients in training mode, which the gradient in "
+            f"--bn eval with {c.optimizer}: its direction is made of gradients in training mode, "
+            "which the gradient in "
             "evaluation mode is not the mean of: use --bn train, or --optimizer sgd"
         )
     if c.sync_bn and c.micro_batch is not None:
-        raise ConfigError("--sync-bn wants the whole batch at once, --micro-batch cuts it: leave one of them out")
+        raise ConfigError(
+            "--sync-bn wants the whole batch at once, --micro-batch cuts it: leave one of them out"
+        )
     if c.sync_bn and c.compile == "on":
         raise ConfigError(
-            "--sync-bn exchanges numbers within the forward pass, which --compile on cannot: leave one out"
+            "--sync-bn exchanges numbers within the forward pass, which --compile on cannot: leave "
+            "one out"
         )
     if c.sync_bn and c.track_noise is not None:
-        raise ConfigError("--track-noise measures parts of a batch, which --sync-bn mixes: leave --sync-bn out")
+        raise ConfigError(
+            "--track-noise measures parts of a batch, which --sync-bn mixes: leave --sync-bn out"
+        )
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
     if c.dataset == "digits" and c.augment == "resized-crop-flip":
@@ -236,30 +295,36 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
-    """What was given in its plainest form, and the Config of it with the defaults of the data set."""
+    """What was given in its plainest form, and the Config of it with the defaults of the data
+    set."""
     given = dict(given)
     if given.get("method") == "sampling":
         if given.setdefault("mode", "sampling") != "sampling":
-            raise ConfigError(f"--method sampling means --mode sampling, but --mode is {given['mode']}")
+            raise ConfigError(
+                f"--method sampling means --mode sampling, but --mode is {given['mode']}"
+            )
         given["method"] = "constant"
     facts = SETS[given.get("dataset", "digits")]
     values = facts.defaults | given
     if values["image_size"] is not None:
         values = suited(values)
-    # of sgd the directions of one point, with momentum those of histories, each with a full gradient of its own
+    # of sgd the directions of one point, with momentum those of histories, each with a full
+    # gradient of its own
     momentum = values.get("beta", 0.9) if values.get("optimizer", "sgd") in WITH_BUFFER else 0.0
     values.setdefault("draws", 8 if momentum else 16)
     if follows_augmentation(values.get("mode", "normal"), momentum, values["augment"]):
         values["measure_augment"] = True
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
-    if values.get("decay_epoch") is None and "budget" not in given:  # else once the epochs are known
+    # else once the epochs are known
+    if values.get("decay_epoch") is None and "budget" not in given:
         values["decay_epoch"] = max(1, values["epochs"] // 5)
     return given, Config(**values)
 
 
 def suited(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with the network and the augmentation that images of their size call for, where none was given."""
+    """The values with the network and the augmentation that images of their size call for, where
+    none was given."""
     size = values["image_size"]
     network = next(name for largest, name in NETWORKS.items() if size <= largest)
     augment = "crop-flip" if size <= SMALL else "resized-crop-flip"
@@ -267,10 +332,11 @@ def suited(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def fitted(c: Config, side: int) -> Config:
-    """`c` with what was left to the images, whose shorter side has `side` pixels: --image-size, --model and --augment.
+    """`c` with what was left to the images, whose shorter side has `side` pixels: --image-size,
+    --model and --augment.
 
-    Images up to SMALL pixels are taken as they are, larger ones at a multiple of STEP. A network for small images (all but
-    torchvision's and timm's) is given SMALL pixels at the most.
+    Images up to SMALL pixels are taken as they are, larger ones at a multiple of STEP. A network
+    for small images (all but torchvision's and timm's) is given SMALL pixels at the most.
     """
     small = side <= SMALL or (c.model is not None and "/" not in c.model)
     size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
@@ -280,12 +346,14 @@ def fitted(c: Config, side: int) -> Config:
 
 
 def follows_augmentation(mode: str, momentum: float, augment: str | None) -> bool:
-    """Whether a direction is measured on augmented images: where its buffer is made of gradients of augmented ones."""
+    """Whether a direction is measured on augmented images: where its buffer is made of gradients of
+    augmented ones."""
     return mode == "sampling" and momentum > 0 and augment not in (None, "none")
 
 
 def constants(c: Config) -> dict[str, float]:
-    """The published C^2 and K^2 where none were given; a schedule that is solved from them refuses to guess."""
+    """The published C^2 and K^2 where none were given; a schedule that is solved from them refuses
+    to guess."""
     as_published = all(getattr(c, name) == value for name, value in PUBLISHED_WITH.items())
     c2, k2 = PUBLISHED.get(setting(c), (None, None)) if as_published else (None, None)
     found = {}
@@ -295,7 +363,8 @@ def constants(c: Config) -> dict[str, float]:
         found["k2"] = k2
     if c.method in SOLVED and uses_k2(c) and dataclasses.replace(c, **found).assumed:
         raise ConfigError(
-            f"--method {c.method} with {c.optimizer} is solved from the noise constants, and none are published for "
+            f"--method {c.method} with {c.optimizer} is solved from the noise constants, and none "
+            "are published for "
             f"{setting_of(c)}: give --c2 and --k2 (measure them with --mode sampling)"
         )
     return found
@@ -308,9 +377,16 @@ def setting(c: Config) -> tuple[str, str, str | None, float | None, float]:
 
 def setting_of(c: Config) -> str:
     """The same in words, with what keeps published constants from it."""
-    network = f" with {c.model}" if c.model else ""  # of a folder's images before they are looked at
-    words = f"{c.optimizer}{network} on {c.dataset} at lr {c.lr:g}" + (f", beta {c.beta:g}" if c.momentum else "")
-    others = [f"{flag(name)} {getattr(c, name)}" for name, value in PUBLISHED_WITH.items() if getattr(c, name) != value]
+    # of a folder's images before they are looked at
+    network = f" with {c.model}" if c.model else ""
+    words = f"{c.optimizer}{network} on {c.dataset} at lr {c.lr:g}" + (
+        f", beta {c.beta:g}" if c.momentum else ""
+    )
+    others = [
+        f"{flag(name)} {getattr(c, name)}"
+        for name, value in PUBLISHED_WITH.items()
+        if getattr(c, name) != value
+    ]
     return " ".join([words, *others]) if setting(c) in PUBLISHED else words
 
 
@@ -327,7 +403,11 @@ def listed(names: Iterable[str]) -> str:
 def idle(given: dict[str, Any], c: Config) -> list[str]:
     """The names of what was given without effect."""
     limited = {name: FIELDS[name].metadata["only"] for name in given}
-    return [name for name, only in limited.items() if only is not None and getattr(c, only[0]) not in only[1]]
+    return [
+        name
+        for name, only in limited.items()
+        if only is not None and getattr(c, only[0]) not in only[1]
+    ]
 
 
 HINTS = {  # where a flag has no effect with this value of the flag that it hangs on
@@ -340,17 +420,22 @@ HINTS = {  # where a flag has no effect with this value of the flag that it hang
 def refuse_idle(given: dict[str, Any], c: Config) -> None:
     """A flag that would change nothing is a misunderstanding: say so instead of ignoring it.
 
-    The published command lines have theirs always, so under --compat original those pass; not the --power of exp, which was
-    its factor there.
+    The published command lines have theirs always, so under --compat original those pass; not the
+    --power of exp, which was its factor there.
     """
     for name in idle(given, c):
-        if c.compat == "original" and name in PUBLISHED_FLAGS and (name, c.method) != ("power", "exp"):
+        if (
+            c.compat == "original"
+            and name in PUBLISHED_FLAGS
+            and (name, c.method) != ("power", "exp")
+        ):
             continue
         only = FIELDS[name].metadata["only"]
         values = " or ".join(sorted(only[1], key=str))
         hint = HINTS.get((name, getattr(c, only[0])), "")
         raise ConfigError(
-            f"{flag(name)} has no effect with {flag(only[0])} {getattr(c, only[0])}: it needs {flag(only[0])} {values}{hint}"
+            f"{flag(name)} has no effect with {flag(only[0])} {getattr(c, only[0])}: it needs "
+            f"{flag(only[0])} {values}{hint}"
         )
 
 

@@ -1,6 +1,7 @@
 """What is installed and usable on this machine, and what a run would miss: --doctor
 
-Nothing is imported before it is examined, so that an installation without PyTorch, or with a broken one, is told too.
+Nothing is imported before it is examined, so that an installation without PyTorch, or with a broken
+one, is told too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from fastsmooth.runfolder.files import cache_folder, only_mine
 
 
 def check_launch() -> None:
-    """Refuse the environment of a launcher that does not say all that several processes need to meet."""
+    """Refuse the environment of a launcher that does not say all that several processes need to
+    meet."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     wrong = [
@@ -41,8 +43,10 @@ def check_launch() -> None:
     ]
     if wrong:
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} "
-            "not set to what several processes need: start them with torchrun, or unset WORLD_SIZE for one process"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {', '.join(wrong)} "
+            f"{'is' if len(wrong) == 1 else 'are'} "
+            "not set to what several processes need: start them with torchrun, or unset WORLD_SIZE "
+            "for one process"
         )
 
 
@@ -99,14 +103,22 @@ EXTRAS = (
         "'fastsmooth[dali]'",
     ),
     Extra("timm", "timm", ("timm",), "--model timm/NAME", "'fastsmooth[timm]'", heavy=True),
-    Extra("matplotlib", "matplotlib", ("matplotlib",), "fastsmooth.smooth, PDF figures", "'fastsmooth[plot]'"),
+    Extra(
+        "matplotlib",
+        "matplotlib",
+        ("matplotlib",),
+        "fastsmooth.smooth, PDF figures",
+        "'fastsmooth[plot]'",
+    ),
     Extra("wandb", "wandb", ("wandb",), "--wandb-mode", "'fastsmooth[wandb]'", heavy=True),
     Extra("rich", "rich", ("rich",), "a progress bar", "'fastsmooth[progress]'"),
     Extra("ray", "ray", ("ray",), "fastsmooth.sweep --ray", "'fastsmooth[ray]'", heavy=True),
 )
 
 
-def examine(c: Config, check_launch: Callable[[], None], pick_device: Callable[[Config, Any], Any]) -> None:
+def examine(
+    c: Config, check_launch: Callable[[], None], pick_device: Callable[[Config, Any], Any]
+) -> None:
     """Print what a run of `c` finds here, a line each. Raises ConfigError where no run can be done.
 
     `check_launch()` and `pick_device(c, torch)` refuse as a run does.
@@ -152,7 +164,8 @@ def rows(c: Config, check_launch, pick_device) -> Iterator[Row]:
 
 
 def guarded(name: str, look: Callable[[], Row]) -> Row:
-    """The row, or what looking raised: what is broken may raise anything, and the next rows are wanted all the same."""
+    """The row, or what looking raised: what is broken may raise anything, and the next rows are
+    wanted all the same."""
     try:
         return look()
     except Exception as error:
@@ -160,11 +173,14 @@ def guarded(name: str, look: Callable[[], Row]) -> Row:
 
 
 def described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__
+    return (
+        f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__
+    )
 
 
 def attempt(module: str) -> tuple[Any, str]:
-    """The imported module, or None and what the import raised; what it prints and warns of is not shown."""
+    """The imported module, or None and what the import raised; what it prints and warns of is not
+    shown."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return importlib.import_module(module), ""
@@ -175,7 +191,8 @@ def attempt(module: str) -> tuple[Any, str]:
 
 
 def present(module: str) -> bool:
-    """Whether there is something to import under this name; a mere folder of that name is nothing."""
+    """Whether there is something to import under this name; a mere folder of that name is
+    nothing."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of the package that it would be in
@@ -205,13 +222,20 @@ def required(name: str, needed: Required) -> tuple[Any, Row]:
         return None, Row(name, f"missing: pip install {needed.pip}", BAD)
     module, why = attempt(needed.module)
     if module is None:
-        return None, Row(name, f"cannot be imported ({why}): pip install --force-reinstall {needed.pip}", BAD)
+        return None, Row(
+            name, f"cannot be imported ({why}): pip install --force-reinstall {needed.pip}", BAD
+        )
     if not hasattr(module, needed.holds):
         place = getattr(module, "__file__", "another module")
-        return None, Row(name, f"is hidden by {place}, which is something else of that name: rename that", BAD)
+        return None, Row(
+            name, f"is hidden by {place}, which is something else of that name: rename that", BAD
+        )
     version = str(module.__version__)
     if numbers(version) < numbers(needed.oldest):
-        text = f"{version} is too old, {needed.oldest} is the oldest: pip install --upgrade {needed.pip}"
+        text = (
+            f"{version} is too old, {needed.oldest} is the oldest: pip install --upgrade "
+            f"{needed.pip}"
+        )
         return None, Row(name, text, BAD)
     return module, Row(name, version + (f", {built_for(module)}" if name == "torch" else ""))
 
@@ -230,7 +254,8 @@ def without_torch() -> Row:
 
 
 def belonging(row: Row, torch, torchvision) -> Row:
-    """Whether this torchvision was made for this PyTorch: what it records, and whether its compiled part works with it."""
+    """Whether this torchvision was made for this PyTorch: what it records, and whether its compiled
+    part works with it."""
     try:
         boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
         torchvision.ops.nms(boxes, torch.tensor([0.5, 1.0]), 0.5)
@@ -240,7 +265,8 @@ def belonging(row: Row, torch, torchvision) -> Row:
     wanted = wanted_torch()
     if wanted and not wanted.holds(torch.__version__):
         text = (
-            f"{row.text} was made for PyTorch {wanted.version}, not {torch.__version__}: pip install --upgrade {TORCH}"
+            f"{row.text} was made for PyTorch {wanted.version}, not {torch.__version__}: pip "
+            f"install --upgrade {TORCH}"
         )
         return Row(row.name, text, NOTE)
     return Row(row.name, f"{row.text}, works with this PyTorch")
@@ -288,8 +314,13 @@ def extra(package: Extra, c: Config, torch) -> Row:
         again = f"pip install --force-reinstall --no-deps {' '.join(found) or pip}"
         text = f"{versions} cannot be imported ({why}); for {package.use}: {again}"
         return Row(package.name, text.strip(), wrong)
-    if package.name == "dali" and (len(found) > 1 or (cuda and unlike(next(iter(found), ""), cuda))):
-        text = f"{versions} of {' and '.join(found)} beside a PyTorch of CUDA {cuda}: pip uninstall {' '.join(found)}, "
+    if package.name == "dali" and (
+        len(found) > 1 or (cuda and unlike(next(iter(found), ""), cuda))
+    ):
+        text = (
+            f"{versions} of {' and '.join(found)} beside a PyTorch of CUDA {cuda}: pip uninstall "
+            f"{' '.join(found)}, "
+        )
         return Row(package.name, f"{text}then pip install {pip}", NOTE)
     versions = versions or getattr(module, "__version__", "of unknown version")
     return Row(package.name, f"{versions}, for {package.use}")
@@ -307,7 +338,9 @@ def threads(torch) -> Row:
     if torch is not None:
         keep_within_quota(torch)  # as a run does
         said = [f"{name}={os.environ[name]}" for name in THREADS if os.environ.get(name)]
-        text += f", PyTorch takes {torch.get_num_threads()} threads" + (f" ({', '.join(said)})" if said else "")
+        text += f", PyTorch takes {torch.get_num_threads()} threads" + (
+            f" ({', '.join(said)})" if said else ""
+        )
     return Row("processors", text)
 
 
@@ -339,7 +372,10 @@ def devices(c: Config, torch, pick_device) -> Iterator[Row]:
         return
     except Exception as error:
         yield Row(
-            "device", f"--device {c.device} cannot compute ({described(error)}): --device cpu trains without it", BAD
+            "device",
+            f"--device {c.device} cannot compute ({described(error)}): --device cpu trains "
+            "without it",
+            BAD,
         )
         return
     yield Row("device", f"--device {c.device} is {device}")
@@ -352,7 +388,8 @@ def gpu(number: int, torch) -> Row:
     name = torch.cuda.get_device_name(number)
     major, minor = torch.cuda.get_device_capability(number)
     return Row(
-        f"cuda:{number}", f"{name}, {gigabytes(free)} free of {gigabytes(total)}, compute capability {major}.{minor}"
+        f"cuda:{number}",
+        f"{name}, {gigabytes(free)} free of {gigabytes(total)}, compute capability {major}.{minor}",
     )
 
 
@@ -362,13 +399,17 @@ def no_gpu(torch, said: list[str]) -> Row:
     if said:
         return Row("GPU", f"{text}: {' '.join(' '.join(said).split())}", NOTE)
     if not mps and Path("/proc/driver/nvidia/version").exists():
-        text += f", though an NVIDIA driver is here: this PyTorch is {built_for(torch)}; CUDA_VISIBLE_DEVICES is "
+        text += (
+            f", though an NVIDIA driver is here: this PyTorch is {built_for(torch)}; "
+            "CUDA_VISIBLE_DEVICES is "
+        )
         return Row("GPU", text + repr(os.environ.get("CUDA_VISIBLE_DEVICES", "not set")), NOTE)
     return Row("GPU", text)
 
 
 def kernels(device, torch, asked: str) -> Row:
-    """Which implementation runs on the device, of which `asked` is asked for; for a CPU this builds it."""
+    """Which implementation runs on the device, of which `asked` is asked for; for a CPU this builds
+    it."""
     name = f"{device.type} kernels"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -383,7 +424,10 @@ def kernels(device, torch, asked: str) -> Row:
     if asked not in ("auto", chosen):
         return Row(name, f"--kernels {asked} cannot run here: give --kernels {chosen}", BAD)
     if chosen == "native":
-        return Row(name, "; ".join([f"native: C++, built by {native.compiler()}", *map(one_line, messages)]))
+        return Row(
+            name,
+            "; ".join([f"native: C++, built by {native.compiler()}", *map(one_line, messages)]),
+        )
     if chosen == "triton":
         return Row(name, "triton")
     why = "; ".join(map(one_line, messages)) or "plain PyTorch, slower"
@@ -428,7 +472,9 @@ def cache() -> Row:
         return Row("cache", f"{text}, cannot be written: {remedy}", NOTE)
     if path.is_dir() and not only_mine(path):
         return Row(
-            "cache", f"{text}, other users may write there, so the C++ kernels are kept elsewhere: {remedy}", NOTE
+            "cache",
+            f"{text}, other users may write there, so the C++ kernels are kept elsewhere: {remedy}",
+            NOTE,
         )
     return Row("cache", text)
 

@@ -1,4 +1,5 @@
-"""What is known of the data sets before any of them is opened, and the constants that were published of them."""
+"""What is known of the data sets before any of them is opened, and the constants that were
+published of them."""
 
 from __future__ import annotations
 
@@ -56,15 +57,24 @@ SETS = {
         None,
         None,
         # what is None the images say, once they are there
-        PAPER | {"model": None, "image_size": None, "augment": None, "epochs": 20, "min_epochs": 1, "steps": (200,)},
+        PAPER
+        | {
+            "model": None,
+            "image_size": None,
+            "augment": None,
+            "epochs": 20,
+            "min_epochs": 1,
+            "steps": (200,),
+        },
     ),
 }
 # The networks that images call for, by the largest size each is for, in pixels a side.
 NETWORKS = {16: "resnet20", 64: "resnet18", LARGEST_IMAGE: "torchvision/resnet34"}
-SMALL, USUAL = 64, 224  # images up to SMALL are taken as they are, others in steps of STEP up to USUAL
+# images up to SMALL are taken as they are, others in steps of STEP up to USUAL
+SMALL, USUAL = 64, 224
 STEP = 32
-# Published bounds (data set, optimizer, model, lr, momentum) -> (C^2, K^2), from critical batch sizes at eps 0.5; they say
-# nothing of another data set, network, learning rate or momentum.
+# Published bounds (data set, optimizer, model, lr, momentum) -> (C^2, K^2), from critical batch
+# sizes at eps 0.5; they say nothing of another data set, network, learning rate or momentum.
 PUBLISHED = {
     ("cifar100", "sgd", "resnet18", 0.1, 0.0): (1280.0, None),  # arXiv 2402.02325 and its reviews
     ("cifar100", "shb", "resnet18", 0.1, 0.9): (
@@ -78,4 +88,5 @@ PUBLISHED = {
 }
 # What else the published code trained with: another value is another gradient noise.
 PUBLISHED_WITH = {"augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0}
-PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}  # of the published code, some without effect
+# of the published code, some without effect
+PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}

@@ -1,4 +1,5 @@
-"""Parsers of what flags and files say: numbers, times, names, TOML; argparse that raises, and guesses what was meant."""
+"""Parsers of what flags and files say: numbers, times, names, TOML; argparse that raises, and
+guesses what was meant."""
 
 from __future__ import annotations
 
@@ -29,7 +30,13 @@ class ConfigError(ValueError):
     """A flag, a file or a combination that cannot be run; the message says what and what to do."""
 
 
-def real(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False):
+def real(
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+):
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -39,11 +46,20 @@ def real(low: float = -math.inf, high: float = math.inf, *, open_low: bool = Fal
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
             bound = f"at most {LARGEST:g}" if abs(value) > 1 else f"0 or at least {SMALLEST:g}"
-            raise argparse.ArgumentTypeError(f"{text} cannot be computed with: its size must be {bound}")
-        if value < low or value > high or (open_low and value == low) or (open_high and value == high):
+            raise argparse.ArgumentTypeError(
+                f"{text} cannot be computed with: its size must be {bound}"
+            )
+        if (
+            value < low
+            or value > high
+            or (open_low and value == low)
+            or (open_high and value == high)
+        ):
             bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
             bounds += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(bounds)}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: it must be {' and '.join(bounds)}"
+            )
         return value
 
     return parse
@@ -57,7 +73,9 @@ def whole(low: int, high: int = 2**63 - 1):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if not low <= value <= high:
             most = "" if high == 2**63 - 1 else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least {low}{most}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: it must be at least {low}{most}"
+            )
         return value
 
     return parse
@@ -75,7 +93,9 @@ def duration(text: str) -> float:
 
 def text(value: str) -> str:
     if value.splitlines() != [value] or "\0" in value:  # every message that quotes it is one line
-        raise argparse.ArgumentTypeError("it holds a line break or a NUL character" if value else "it is empty")
+        raise argparse.ArgumentTypeError(
+            "it holds a line break or a NUL character" if value else "it is empty"
+        )
     try:
         value.encode()  # nor could a page, a tracker or a terminal be told of it
     except UnicodeEncodeError:
@@ -91,7 +111,9 @@ def device(value: str) -> str:
 
 def every(value: str) -> str:
     if not re.fullmatch(r"every=[1-9]\d{0,8}(ep)?", value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not every=N (updates) or every=Nep (epochs)")
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not every=N (updates) or every=Nep (epochs)"
+        )
     return value
 
 
@@ -113,7 +135,8 @@ def option(
     many: bool = False,
     only: tuple[str, set[str]] | None = None,
 ) -> Any:
-    """A field of Config with what its flag needs. `only` names the field and values without which it has no effect."""
+    """A field of Config with what its flag needs. `only` names the field and values without which
+    it has no effect."""
     metadata = {
         "group": group,
         "help": help,
@@ -157,7 +180,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: list[str], namespace: Any = None) -> argparse.Namespace:
         for word in args:
-            if re.fullmatch(r"(--[^=]+=|-[^-]=?)--", word):  # argparse would give the flag an empty list
+            # argparse would give the flag an empty list
+            if re.fullmatch(r"(--[^=]+=|-[^-]=?)--", word):
                 self.error(f"{word}: -- is no value")
         found, rest = self.parse_known_args(args, namespace)
         if rest:
@@ -175,7 +199,10 @@ class Parser(argparse.ArgumentParser):
             takes = f"no value: {before.help}" if before.nargs == 0 else f"one value{self.several}"
             return f"unexpected {word!r}: {before.option_strings[0]} takes {takes}"
         if "--data-dir" in known and os.path.isdir(word):
-            return f"unexpected {word!r}: a folder of images is given as --dataset folder --data-dir {word}"
+            return (
+                f"unexpected {word!r}: a folder of images is given as --dataset folder --data-dir "
+                f"{word}"
+            )
         return f"unexpected {word!r}: {hint(name, known) or '--help lists the flags'}"
 
     def flag_before(self, word: str, args: list[str]) -> argparse.Action | None:
@@ -195,14 +222,20 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             name = action.option_strings[0]
-            raise argparse.ArgumentError(None, f"{name} {value}: {about_value(name, value, action.choices)}")
+            raise argparse.ArgumentError(
+                None, f"{name} {value}: {about_value(name, value, action.choices)}"
+            )
 
     def print_help(self, file: Any = None) -> None:
         show(*self.format_help().splitlines())
 
     def error(self, message: str) -> None:
         message = re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message)
-        message = re.sub(r"^the following arguments are required: (.*)", r"\1 is missing: --help says how", message)
+        message = re.sub(
+            r"^the following arguments are required: (.*)",
+            r"\1 is missing: --help says how",
+            message,
+        )
         message = re.sub(r"\S{200,}", lambda word: word[0][:100] + "…", message)
         raise ConfigError(message.replace("\n", " "))
 
@@ -216,7 +249,8 @@ def plain(word: str) -> str:
 
 
 def text_of(path: str, source: str) -> str:
-    """The text of a file of flags. Raises ConfigError, before it reads a file that is too large to be one."""
+    """The text of a file of flags. Raises ConfigError, before it reads a file that is too large to
+    be one."""
     try:
         return read_file(Path(path), LARGEST_TOML).decode()
     except OSError as error:
@@ -231,7 +265,9 @@ def json_table(path: str, source: str) -> dict[str, Any]:
         table = json.loads(text_of(path, source))
         return {key: value for key, value in table.items() if value is not None}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{source}: not JSON of flags: {error}: give the config.json of a run") from None
+        raise ConfigError(
+            f"{source}: not JSON of flags: {error}: give the config.json of a run"
+        ) from None
 
 
 def toml_table(path: str, source: str) -> dict[str, Any]:
@@ -241,11 +277,14 @@ def toml_table(path: str, source: str) -> dict[str, Any]:
         if any(line.count(".") > MOST_DOTS for line in content.splitlines()):
             raise RecursionError
         table = tomllib.loads(content)
-        str(table)  # raises ValueError for more digits than Python writes: of a hexadecimal number it reads them
+        # raises ValueError for more digits than Python writes: of a hexadecimal number it reads
+        # them
+        str(table)
         return table
     except RecursionError:
         raise ConfigError(
-            f"{source}: not TOML of flags: it is nested too deep: write plain lines such as lr = 0.1"
+            f"{source}: not TOML of flags: it is nested too deep: write plain lines such as lr = "
+            "0.1"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{source}: not TOML: {error}") from None

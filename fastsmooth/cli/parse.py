@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.cli.config import FIELDS, FREE_ON_RESUME, RESOLVED_ONCE, Config, flag, resolve, shown, without_idle
+from fastsmooth.cli.config import (
+    FIELDS,
+    FREE_ON_RESUME,
+    RESOLVED_ONCE,
+    Config,
+    flag,
+    resolve,
+    shown,
+    without_idle,
+)
 from fastsmooth.cli.facts import SETS
 from fastsmooth.cli.flags import ConfigError, Parser, json_table, plain, text, text_of, toml_table
 from fastsmooth.messages import command
@@ -22,7 +31,8 @@ def parser() -> Parser:
     p = Parser(
         prog=command("train"),
         usage="%(prog)s [flags]",
-        description="Train or measure one image classifier; without flags, a small network on the digits that ship with it. "
+        description="Train or measure one image classifier; without flags, a small network on the "
+        "digits that ship with it. "
         "Defaults come with --dataset; the run prints what it uses.",
         argument_default=argparse.SUPPRESS,
         add_help=False,
@@ -40,7 +50,11 @@ def parser() -> Parser:
             if meta["many"]:
                 kind |= {"nargs": "+"}
         shown = meta["help"]
-        if not isinstance(f.default, bool | tuple) and f.default is not None and f.default != "auto":
+        if (
+            not isinstance(f.default, bool | tuple)
+            and f.default is not None
+            and f.default != "auto"
+        ):
             shown += f" ({f.default})"
         if meta["choices"] and meta["metavar"]:  # too many to stand in braces
             shown += ": " + " ".join(meta["choices"])
@@ -54,12 +68,18 @@ def parser() -> Parser:
         type=text,
         help="a TOML file of flags, or config.json of a run; the command line overrides it",
     )
-    other.add_argument("--plan", action="store_true", help="print the schedule and its cost, touch no data")
+    other.add_argument(
+        "--plan", action="store_true", help="print the schedule and its cost, touch no data"
+    )
     other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
     other.add_argument(
-        "--doctor", action="store_true", help="say what is installed and usable here, and what is missing"
+        "--doctor",
+        action="store_true",
+        help="say what is installed and usable here, and what is missing",
     )
-    other.add_argument("--check-data", action="store_true", help="decode every image once and list the bad ones")
+    other.add_argument(
+        "--check-data", action="store_true", help="decode every image once and list the bad ones"
+    )
     other.add_argument("-h", "--help", action="store_true", help="this page")
     other.add_argument("--version", action="store_true", help="print the version")
     return p
@@ -78,11 +98,13 @@ class Request:
     version: bool = False
 
 
-REQUESTS = {f.name for f in dataclasses.fields(Request)} - {"given"}  # flags that are no field of a Config
+# flags that are no field of a Config
+REQUESTS = {f.name for f in dataclasses.fields(Request)} - {"given"}
 
 
 def parse(argv: list[str]) -> Request:
-    """Flags (dashes and underscores alike) over the file that --config names. Raises ConfigError."""
+    """Flags (dashes and underscores alike) over the file that --config names. Raises
+    ConfigError."""
     p = parser()
     values = vars(p.parse_args([plain(word) for word in argv]))
     extra = {key: values.pop(key, False) for key in REQUESTS}
@@ -105,9 +127,11 @@ def parse(argv: list[str]) -> Request:
 
 
 def read_flags(p: Parser, path: str) -> dict[str, Any]:
-    """The flags in a TOML or JSON file, or those that a run was started with, out of its config.json."""
+    """The flags in a TOML or JSON file, or those that a run was started with, out of its
+    config.json."""
     source = f"--config {path}"
-    if path.endswith(".json") or text_of(path, source).lstrip().startswith("{"):  # with which no TOML begins
+    # with which no TOML begins
+    if path.endswith(".json") or text_of(path, source).lstrip().startswith("{"):
         table = json_table(path, source)
         if "resume" in table:  # as every run's has, and no file of flags
             return flags_of(at_home(saved_config(table, source), Path(path).parent))
@@ -130,7 +154,9 @@ def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
         ):  # argparse would split "lr=1", and take "" for the end of all flags
             raise ConfigError(f"{source}: {key[:100]!r} is no flag: --help lists them")
         if isinstance(value, dict):
-            raise ConfigError(f"{source}: [{key[:100]}] is a table: write plain lines such as lr = 0.1")
+            raise ConfigError(
+                f"{source}: [{key[:100]}] is a table: write plain lines such as lr = 0.1"
+            )
         if isinstance(value, bool):
             (words if value else absent).append(name)
         elif isinstance(value, list):
@@ -138,7 +164,8 @@ def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
         else:
             words.append(f"{name}={value}")
     try:
-        p.parse_args(absent)  # false leaves a flag out, but only a flag that exists and takes no value
+        # false leaves a flag out, but only a flag that exists and takes no value
+        p.parse_args(absent)
         values = vars(p.parse_args(words))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -163,16 +190,22 @@ def saved_config(given: dict[str, Any], source: str) -> Config:
     filled = {*SETS["digits"].defaults, "decay_epoch", "draws"}  # by resolve(), for every data set
     lacking = sorted(filled - given.keys())
     if lacking:
-        raise ConfigError(f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}")
+        raise ConfigError(
+            f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}"
+        )
     found = from_table(parser(), given, source)
     stranger = next((name for name in found if name not in FIELDS), None)
     if stranger:
-        raise ConfigError(f"{source} is damaged, so the run cannot be identified: {stranger} is no setting of a run")
+        raise ConfigError(
+            f"{source} is damaged, so the run cannot be identified: {stranger} is no setting of a "
+            "run"
+        )
     return Config(**found)
 
 
 def at_home(c: Config, folder: Path) -> Config:
-    """`c` with its images where they lay when the run in `folder` was started, wherever this process was."""
+    """`c` with its images where they lay when the run in `folder` was started, wherever this
+    process was."""
     home = (read_object(folder / "env.json") or {}).get("data_dir")
     if isinstance(home, str) and home.isprintable() and os.path.isdir(home):
         return dataclasses.replace(c, data_dir=home)
@@ -180,7 +213,8 @@ def at_home(c: Config, folder: Path) -> Config:
 
 
 def flags_of(c: Config) -> dict[str, Any]:
-    """The fewest flags that make this Config, but for where it runs: what was given, as far as it can be told."""
+    """The fewest flags that make this Config, but for where it runs: what was given, as far as it
+    can be told."""
     left = {name: getattr(c, name) for name, f in FIELDS.items() if getattr(c, name) != f.default}
     left = {name: value for name, value in left.items() if name not in ("out", "resume")}
     if c.budget is not None:  # the images said how many epochs that is
@@ -198,12 +232,15 @@ def flags_of(c: Config) -> dict[str, Any]:
 
 
 def resumed(given: dict[str, Any]) -> Config:
-    """The Config of the run in --out; flags that are given again must agree with what it was started with."""
+    """The Config of the run in --out; flags that are given again must agree with what it was
+    started with."""
     if "out" not in given:
         raise ConfigError("--resume needs --out DIR: the run folder to go on with")
     saved = read_saved(Path(given["out"]))
     if given.get("method") == "sampling":
-        given = {key: value for key, value in given.items() if key != "method"} | {"mode": "sampling"}
+        given = {key: value for key, value in given.items() if key != "method"} | {
+            "mode": "sampling"
+        }
     # what auto chose may give way to what is asked for
     free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
     for name, value in given.items():
@@ -212,11 +249,16 @@ def resumed(given: dict[str, Any]) -> Config:
             was = f"has {flag(name)} {shown(before)}, not {shown(value)}"
             if before is None or before is False:
                 was = f"was started without {flag(name)}"
-            raise ConfigError(f"--resume: the run in {given['out']} {was}: leave the flag out, or start a new run")
+            raise ConfigError(
+                f"--resume: the run in {given['out']} {was}: leave the flag out, or start a new run"
+            )
     return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in free})
 
 
 def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:
-    """`c` with what `auto` chose before, read from a checkpoint. Raises ConfigError where that is nothing it can choose."""
+    """`c` with what `auto` chose before, read from a checkpoint. Raises ConfigError where that is
+    nothing it can choose."""
     names = [name for name in RESOLVED_ONCE if getattr(c, name) == "auto" and name in chosen]
-    return dataclasses.replace(c, **from_table(parser(), {name: str(chosen[name]) for name in names}, source))
+    return dataclasses.replace(
+        c, **from_table(parser(), {name: str(chosen[name]) for name in names}, source)
+    )

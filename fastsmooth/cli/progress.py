@@ -1,4 +1,5 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and early on what the run will cost."""
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and early on what the
+run will cost."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def span(seconds: float) -> str:
 
 
 class Progress:
-    """Told of every update and epoch; prints to stdout. `total` is the samples that the whole run will process.
+    """Told of every update and epoch; prints to stdout. `total` is the samples that the whole run
+    will process.
 
     `quiet`: another process of the same run does the talking. `delta_unit` follows every delta.
     """
@@ -47,7 +49,9 @@ class Progress:
         self.bar = self.task = None
         self.quiet, self.delta_unit = quiet, delta_unit
         self.at_work = Fields(("speed", "batch", "lr", "loss", "left"))
-        self.finished = Fields(("speed", "test loss", "c2", "momentum", "delta", "left", "batch", "lr", "train loss"))
+        self.finished = Fields(
+            ("speed", "test loss", "c2", "momentum", "delta", "left", "batch", "lr", "train loss")
+        )
         if on_terminal(sys.stdout) and not quiet:
             self._open_bar(done)
 
@@ -64,9 +68,13 @@ class Progress:
             rich.BarColumn(None, table_column=Column(min_width=least, max_width=most)),
             rich.TaskProgressColumn(),
         )
-        # lines on stderr go above the bar where both are on the terminal, else where the user sent them
+        # lines on stderr go above the bar where both are on the terminal, else where the user sent
+        # them
         self.bar = rich.Progress(
-            *shown, console=Console(file=Harmless()), transient=True, redirect_stderr=on_terminal(sys.stderr)
+            *shown,
+            console=Console(file=Harmless()),
+            transient=True,
+            redirect_stderr=on_terminal(sys.stderr),
         )
         self.task = self.bar.add_task("starting", total=self.total, completed=done)
         self.bar.start()
@@ -76,7 +84,8 @@ class Progress:
         self.started, self.begun_at = time.monotonic(), done
 
     def update(self, samples: int, epoch: int, point: Any, loss: float | None) -> None:
-        """After an update: `samples` processed so far, at the Point, with the mean loss of late where there is one."""
+        """After an update: `samples` processed so far, at the Point, with the mean loss of late
+        where there is one."""
         now = time.monotonic()
         rate = self._rate(samples, now)
         if not self.announced and now - self.started > ANNOUNCE_AFTER and rate > 0:
@@ -94,7 +103,9 @@ class Progress:
             "lr": f"lr {point.lr:.4g}",
             "batch": f"batch {point.batch_size}",
             "loss": f"loss {loss:.3f}" if loss is not None else "",
-            "share": f"{samples / self.epoch_samples - epoch:.0%} of the epoch" if self.bar is None else "",
+            "share": f"{samples / self.epoch_samples - epoch:.0%} of the epoch"
+            if self.bar is None
+            else "",
             "speed": f"{rate:,.0f} images/s" if rate > 0 else "",
             "left": self._left(samples, rate),
         }
@@ -114,7 +125,9 @@ class Progress:
             "lr": f"lr {row['lr']:.4g}",
             "batch": f"batch {row['batch_size']}",
             "momentum": f"momentum {row['momentum']:.4g}" if row["momentum"] else "",
-            "delta": f"delta {row['delta']:.4g}{self.delta_unit}" if row["delta"] is not None else "",
+            "delta": f"delta {row['delta']:.4g}{self.delta_unit}"
+            if row["delta"] is not None
+            else "",
             "c2": f"c2_sampled {row['c2_sampled']:.4g}" if row["c2_sampled"] is not None else "",
             "train loss": f"train loss {row['train_loss']:.4f}",
             "test loss": f"test loss {row['test_loss']:.4f}",
@@ -128,7 +141,11 @@ class Progress:
         return (samples - self.begun_at) / max(now - self.started, 1e-9)
 
     def _left(self, samples: int, rate: float) -> str:
-        return f"{span((self.total - samples) / rate)} left" if rate > 0 and samples < self.total else ""
+        return (
+            f"{span((self.total - samples) / rate)} left"
+            if rate > 0 and samples < self.total
+            else ""
+        )
 
     def say(self, line: str) -> None:
         if not self.quiet:

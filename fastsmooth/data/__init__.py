@@ -26,8 +26,10 @@ from fastsmooth.messages import note
 from fastsmooth.processors import processors
 
 MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
-CHUNK_OF_PIXELS = {"cuda": 2048}  # elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory
-CHUNK_OF_FILES = {"cuda": 128}  # the fastest on an H100 (benchmarks/gpu_decode.py); elsewhere 64, which is soon there
+# elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory
+CHUNK_OF_PIXELS = {"cuda": 2048}
+# the fastest on an H100 (benchmarks/gpu_decode.py); elsewhere 64, which is soon there
+CHUNK_OF_FILES = {"cuda": 128}
 
 SAMPLE = 256  # image headers that say what size the others have
 
@@ -49,13 +51,19 @@ class Data:
 
 
 def open_data(
-    config, device: torch.device, say: Callable[[str], None] = note, sharing: int = 1, images: ImageSet | None = None
+    config,
+    device: torch.device,
+    say: Callable[[str], None] = note,
+    sharing: int = 1,
+    images: ImageSet | None = None,
 ) -> Data:
-    """The data set of `config` (a resolved fastsmooth.cli.config.Config) behind its loader. Raises DataError.
+    """The data set of `config` (a resolved fastsmooth.cli.config.Config) behind its loader. Raises
+    DataError.
 
-    `say` gets a line where reading takes long, what may not be meant as it is (a class that is never tested), and one for
-    each image that cannot be read but may be black. `sharing`:
-    processes of this run on this machine, which share its processors and its memory. `images`: what read_set gave.
+    `say` gets a line where reading takes long, what may not be meant as it is (a class that is
+    never tested), and one for each image that cannot be read but may be black. `sharing`: processes
+    of this run on this machine, which share its processors and its memory. `images`: what read_set
+    gave.
     """
     if config.loader == "dali":
         dali.require()
@@ -71,17 +79,28 @@ def open_data(
     for split in (images.train, images.test):
         if name == "resident":
             kept = decode(split, config, bad)
-            loader = ResidentLoader(kept, config.augment, config.seed, images.mean, images.std, device)
+            loader = ResidentLoader(
+                kept, config.augment, config.seed, images.mean, images.std, device
+            )
         else:
-            source = Source(split, indexed(split, bad, say), config.augment, config.image_size, config.seed, bad)
+            source = Source(
+                split, indexed(split, bad, say), config.augment, config.image_size, config.seed, bad
+            )
             chunk = config.chunk or chunk_size(split, device)
             engine = make_engine(name, source, chunk, threads, device, config)
-            loader = ChunkedLoader(engine, split.labels, config.image_size, chunk, images.mean, images.std, device)
+            loader = ChunkedLoader(
+                engine, split.labels, config.image_size, chunk, images.mean, images.std, device
+            )
         loaders.append(loader)
     choice = f"loader {name}: {why}"
     if name != "resident":
-        choice += f", {threads} {'process' if name == 'torch' else 'thread'}{'s' * (threads != 1)}, chunks of {chunk}"
-    return Data(*loaders, len(images.classes), config.image_size, images.fingerprint(), name, choice, bad)
+        choice += (
+            f", {threads} {'process' if name == 'torch' else 'thread'}{'s' * (threads != 1)}, "
+            f"chunks of {chunk}"
+        )
+    return Data(
+        *loaders, len(images.classes), config.image_size, images.fingerprint(), name, choice, bad
+    )
 
 
 def read_set(config) -> ImageSet:
@@ -91,15 +110,19 @@ def read_set(config) -> ImageSet:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(
-            f"--data-dir {config.data_dir}: {error.strerror or error}{where}: repair that, or give another --data-dir"
+            f"--data-dir {config.data_dir}: {error.strerror or error}{where}: repair that, or give "
+            "another --data-dir"
         ) from None
 
 
 def usual_side(images: ImageSet) -> int:
-    """The median of the shorter sides of the training images, in pixels, from the headers of SAMPLE of them. Raises DataError."""
+    """The median of the shorter sides of the training images, in pixels, from the headers of SAMPLE
+    of them. Raises DataError."""
     paths = images.train.paths[:: max(1, len(images.train) // SAMPLE)]
     load_formats()
-    found = [header for _, part in in_threads(header_of, paths, "", None, THREADS, 1) for header in part]
+    found = [
+        header for _, part in in_threads(header_of, paths, "", None, THREADS, 1) for header in part
+    ]
     sides = sorted(min(width, height) for width, height, _, wrong in found if not wrong)
     if not sides:
         raise DataError(found[0][-1])
@@ -115,7 +138,12 @@ def choose(config, images: ImageSet, device: torch.device, sharing: int) -> tupl
         return "resident", why
     if images.train.pixels is None and dali.available():
         return "dali", f"{why}, and DALI is installed"
-    return "threads", f"{why}; pip install 'fastsmooth[dali]' decodes faster" if images.train.pixels is None else why
+    return (
+        "threads",
+        f"{why}; pip install 'fastsmooth[dali]' decodes faster"
+        if images.train.pixels is None
+        else why,
+    )
 
 
 def fits(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[bool, str]:
@@ -124,7 +152,10 @@ def fits(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[
         return False, "random resized crops need the whole images"
     needed = 3 * config.image_size**2 * (len(images.train) + len(images.test))
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
-    return needed <= MEMORY_SHARE * free, f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
+    return (
+        needed <= MEMORY_SHARE * free,
+        f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free",
+    )
 
 
 def make_engine(name: str, source: Source, chunk: int, threads: int, device: torch.device, config):
@@ -143,14 +174,18 @@ def make_engine(name: str, source: Source, chunk: int, threads: int, device: tor
 
 def chunk_size(split: Split, device: torch.device) -> int:
     of_files = split.pixels is None
-    return CHUNK_OF_FILES.get(device.type, 64) if of_files else CHUNK_OF_PIXELS.get(device.type, 512)
+    return (
+        CHUNK_OF_FILES.get(device.type, 64) if of_files else CHUNK_OF_PIXELS.get(device.type, 512)
+    )
 
 
 def indexed(split: Split, bad: BadImages, say: Callable[[str], None]):
     """The index of a split of files; its bad headers are reported now."""
     if split.pixels is not None:
         return None
-    index = read_index(split.paths, os.path.commonpath([os.path.dirname(path) for path in split.paths]), say)
+    index = read_index(
+        split.paths, os.path.commonpath([os.path.dirname(path) for path in split.paths]), say
+    )
     for count, (i, reason) in enumerate(index.bad.items()):
         more = len(index.bad) - 1 - count
         if bad.policy == "raise" and more:

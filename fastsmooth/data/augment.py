@@ -1,7 +1,8 @@
-"""Random crop, flip and rotation: the numbers drawn for each sample, and what they do to a batch or to one image.
+"""Random crop, flip and rotation: the numbers drawn for each sample, and what they do to a batch or
+to one image.
 
-The same numbers give the same pixels in both forms, and both equal torchvision's transforms on PIL images bit for bit
-(RandomCrop with zero padding, RandomHorizontalFlip, RandomRotation(15) nearest).
+The same numbers give the same pixels in both forms, and both equal torchvision's transforms on PIL
+images bit for bit (RandomCrop with zero padding, RandomHorizontalFlip, RandomRotation(15) nearest).
 """
 
 from __future__ import annotations
@@ -43,15 +44,18 @@ def padding(size: int) -> int:
 
 
 def draw(kind: str, size: int, seed: int, epoch: int, index: Tensor) -> Tensor:
-    """The augmentation's parameters for the samples `index` [n]: float64 [n, 4] rows (top, left, flip, angle).
+    """The augmentation's parameters for the samples `index` [n]: float64 [n, 4] rows (top, left,
+    flip, angle).
 
-    top and left count from 0 to 2 padding. For resized-crop-flip the row is (flip, then four uniforms an attempt),
-    since the box depends on the image: crop_boxes makes it.
+    top and left count from 0 to 2 padding. For resized-crop-flip the row is (flip, then four
+    uniforms an attempt), since the box depends on the image: crop_boxes makes it.
     """
     words = philox(seed, epoch, index, AUGMENT)
     if kind == "resized-crop-flip":
         streams = CROP_ATTEMPT + torch.arange(ATTEMPTS, device=index.device)[:, None]
-        uniforms = philox(seed, epoch, index, streams).transpose(0, 1).flatten(0, 1).double() / 2**32
+        uniforms = (
+            philox(seed, epoch, index, streams).transpose(0, 1).flatten(0, 1).double() / 2**32
+        )
         return torch.cat([(words[2] >> 31).double()[None], uniforms]).T
     spread = 2 * padding(size) + 1
     top, left = (words[0] * spread) >> 32, (words[1] * spread) >> 32
@@ -64,8 +68,8 @@ def draw(kind: str, size: int, seed: int, epoch: int, index: Tensor) -> Tensor:
 def moves(kind: str, size: int, params: Tensor) -> Tensor:
     """What `draw` gave, in the numbers of fastsmooth.kernels.augment: int32 [n, 8].
 
-    PIL's nearest affine transform works in 16.16 fixed point from coefficients rounded to 15 decimals. Of
-    resized-crop-flip only the flip is left: views has the rest.
+    PIL's nearest affine transform works in 16.16 fixed point from coefficients rounded to 15
+    decimals. Of resized-crop-flip only the flip is left: views has the rest.
     """
     if kind == "resized-crop-flip":
         top = left = angle = torch.zeros_like(params[:, 0])
@@ -82,7 +86,8 @@ def moves(kind: str, size: int, params: Tensor) -> Tensor:
 
 
 def views(kind: str, size: int, drawn: Tensor | None, width: Tensor, height: Tensor) -> Views:
-    """The views of images with these sizes, int64 [n]; `drawn` is what `draw` gave, None for the view that is tested."""
+    """The views of images with these sizes, int64 [n]; `drawn` is what `draw` gave, None for the
+    view that is tested."""
     zero = torch.zeros_like(width)
     corner = torch.stack([zero, zero], dim=1)
     if drawn is not None and kind == "resized-crop-flip":
@@ -94,18 +99,24 @@ def views(kind: str, size: int, drawn: Tensor | None, width: Tensor, height: Ten
         torch.where(wide, (short * width).double().div(height).floor().long(), short),
     ]
     scaled = torch.stack(scaled, dim=1)
-    return Views(torch.stack([zero, zero, height, width], dim=1), scaled, ((scaled - size) / 2).round().long())
+    return Views(
+        torch.stack([zero, zero, height, width], dim=1),
+        scaled,
+        ((scaled - size) / 2).round().long(),
+    )
 
 
 def short_side(kind: str, size: int) -> int:
-    """What the view that is tested is resized to before its centre is kept: 256 for 224 in ImageNet's recipe."""
+    """What the view that is tested is resized to before its centre is kept: 256 for 224 in
+    ImageNet's recipe."""
     return round(size * 256 / 224) if kind == "resized-crop-flip" else size
 
 
 def crop_boxes(width: Tensor, height: Tensor, uniforms: Tensor) -> Tensor:
-    """int64 [n, 4] rows (top, left, height, width) as torchvision's RandomResizedCrop.get_params draws them, for images of
-    these sizes, int64 [n], from given uniforms [n, 4 ATTEMPTS]."""
-    area, ratio, at_y, at_x = uniforms.view(len(uniforms), ATTEMPTS, 4).permute(2, 0, 1)  # each [n, ATTEMPTS]
+    """int64 [n, 4] rows (top, left, height, width) as torchvision's RandomResizedCrop.get_params
+    draws them, for images of these sizes, int64 [n], from given uniforms [n, 4 ATTEMPTS]."""
+    # each [n, ATTEMPTS]
+    area, ratio, at_y, at_x = uniforms.view(len(uniforms), ATTEMPTS, 4).permute(2, 0, 1)
     target = (width * height)[:, None] * (SCALE[0] + area * (SCALE[1] - SCALE[0]))
     low, high = map(math.log, RATIO)
     ratio = torch.exp(low + ratio * (high - low))
@@ -133,7 +144,8 @@ def crop_flip_rotate(image: Image.Image, params: list[float], size: int) -> Imag
 
 
 def resized_crop_flip(image: Image.Image, box: list[int], flip: float, size: int) -> Image.Image:
-    """One PIL image through torchvision's functions: the box (top, left, height, width), resized and flipped."""
+    """One PIL image through torchvision's functions: the box (top, left, height, width), resized
+    and flipped."""
     image = TF.resized_crop(image, *box, [size, size], antialias=True)
     return TF.hflip(image) if flip else image
 

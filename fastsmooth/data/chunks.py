@@ -1,8 +1,8 @@
 """Batches of any size cut from chunks of one size, which an engine makes ahead of time.
 
-A loader reads segments: sample indices in order, with the epoch whose random numbers augment them. Its reader gives the next
-`count` samples of the present segment, so that a new batch size holds from the next batch on while the engine, DALI's memory
-included, never sees but one size.
+A loader reads segments: sample indices in order, with the epoch whose random numbers augment them.
+Its reader gives the next `count` samples of the present segment, so that a new batch size holds
+from the next batch on while the engine, DALI's memory included, never sees but one size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Segment(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A chunk to be made. `skip` samples at its beginning are not wanted: chunks begin at the same places always."""
+    """A chunk to be made. `skip` samples at its beginning are not wanted: chunks begin at the same
+    places always."""
 
     segment: int
     index: Tensor
@@ -38,7 +39,8 @@ class Job(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A chunk that is made: uint8 pixels [m, S, S, 3] on the CPU or the device, and what is still to be done to them."""
+    """A chunk that is made: uint8 pixels [m, S, S, 3] on the CPU or the device, and what is still
+    to be done to them."""
 
     job: Job
     pixels: Tensor
@@ -55,7 +57,8 @@ class Engine(Protocol):
 
 
 def normalisation(mean, std, device: torch.device) -> Tensor:
-    """float32 [3, 256]: what ToTensor and Normalize make of a channel's value, by their own operations in their order."""
+    """float32 [3, 256]: what ToTensor and Normalize make of a channel's value, by their own
+    operations in their order."""
     mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
     return torch.arange(256, dtype=torch.float32).div(255).sub(mean).div(std).to(device)
 
@@ -69,14 +72,18 @@ class Loader:
         return len(self.labels)
 
     def reader(self, segments: Iterable[Segment]):
-        """take(count) gives (x, y) of the next samples of the present segment; advance() goes to the next; close() ends."""
+        """take(count) gives (x, y) of the next samples of the present segment; advance() goes to
+        the next; close() ends."""
         raise NotImplementedError
 
-    def batches(self, indices: Iterable[Tensor], epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) for each tensor of sample indices: x float32 [B, 3, size, size] normalised, y int64 [B].
+    def batches(
+        self, indices: Iterable[Tensor], epoch: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y) for each tensor of sample indices: x float32 [B, 3, size, size] normalised, y
+        int64 [B].
 
-        With an epoch the images are augmented with that epoch's numbers; with None they are as they are tested. Raises
-        DataError with the file's name where one cannot be read.
+        With an epoch the images are augmented with that epoch's numbers; with None they are as they
+        are tested. Raises DataError with the file's name where one cannot be read.
         """
         indices = list(indices)
         if not indices:
@@ -92,7 +99,9 @@ class Loader:
 class ChunkedLoader(Loader):
     """Batches on `device` from the chunks of an engine."""
 
-    def __init__(self, engine: Engine, labels, size: int, chunk: int, mean, std, device: torch.device):
+    def __init__(
+        self, engine: Engine, labels, size: int, chunk: int, mean, std, device: torch.device
+    ):
         self.engine, self.size, self.chunk, self.device = engine, size, chunk, device
         self.labels = torch.from_numpy(labels).to(device)
         self.table = normalisation(mean, std, device)
@@ -109,7 +118,8 @@ class ChunkReader:
         chunks = loader.engine.chunks(jobs(segments, loader.chunk))
         self._chunks = Ahead(chunks) if loader.engine.ahead else chunks
         self._chunk, self._at, self._segment = None, 0, 0
-        self._used: deque[tuple[torch.cuda.Event, Chunk]] = deque()  # on a GPU: read by work that may be still to come
+        # on a GPU: read by work that may be still to come
+        self._used: deque[tuple[torch.cuda.Event, Chunk]] = deque()
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         loader = self.loader
@@ -176,7 +186,8 @@ def jobs(segments: Iterable[Segment], size: int) -> Iterator[Job]:
 
 
 class Ahead:
-    """An iterator whose items are made in a thread, two ahead. What the thread raises is raised by next()."""
+    """An iterator whose items are made in a thread, two ahead. What the thread raises is raised by
+    next()."""
 
     def __init__(self, items: Iterator):
         self._items, self._ready = items, queue.Queue(maxsize=2)

@@ -1,4 +1,5 @@
-"""CIFAR-10 and CIFAR-100 from their official python archives: downloaded, verified, and unpickled without trust."""
+"""CIFAR-10 and CIFAR-100 from their official python archives: downloaded, verified, and unpickled
+without trust."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from fastsmooth.data.images import DataError, Split
 from fastsmooth.messages import note_again
 from fastsmooth.runfolder.files import rename, sync
 
-OFFICIAL = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # address, file names and MD5 sums
+# address, file names and MD5 sums
+OFFICIAL = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 CHUNK = 1 << 20
 
 
 def read(name: str, directory: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """(train, test, class names) of `name` below `directory`, fetching what is not there. Raises DataError."""
+    """(train, test, class names) of `name` below `directory`, fetching what is not there. Raises
+    DataError."""
     official = OFFICIAL[name]
     root = provide(name, directory)
     train = [unpickle(root / file, md5) for file, md5 in official.train_list]
@@ -36,12 +39,16 @@ def read(name: str, directory: Path) -> tuple[Split, Split, tuple[str, ...]]:
 def split(batches: list[dict], root: Path) -> Split:
     try:
         data = np.concatenate([batch["data"] for batch in batches])
-        labels = np.concatenate([batch["fine_labels" if "fine_labels" in batch else "labels"] for batch in batches])
+        labels = np.concatenate(
+            [batch["fine_labels" if "fine_labels" in batch else "labels"] for batch in batches]
+        )
         pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         if pixels.dtype != np.uint8 or len(pixels) != len(labels):
             raise ValueError(f"{len(pixels)} images of {pixels.dtype}, {len(labels)} labels")
     except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{root}: not the CIFAR layout ({error}): delete it and fetch it again") from None
+        raise DataError(
+            f"{root}: not the CIFAR layout ({error}): delete it and fetch it again"
+        ) from None
     return Split(labels.astype(np.int64), np.ascontiguousarray(pixels))
 
 
@@ -55,19 +62,28 @@ def provide(name: str, directory: Path) -> Path:
     if not archive.is_file():
         download(official.url, archive, official.tgz_md5)
     elif file_md5(archive) != official.tgz_md5:
-        raise DataError(f"{archive}: its MD5 sum is not the official {official.tgz_md5}: delete it and fetch it again")
+        raise DataError(
+            f"{archive}: its MD5 sum is not the official {official.tgz_md5}: delete it and fetch "
+            "it again"
+        )
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(directory, filter="data")  # no links out, no devices, no "..", no absolute names
+            # no links out, no devices, no "..", no absolute names
+            tar.extractall(directory, filter="data")
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{archive}: cannot be extracted ({error}): delete it and fetch it again") from None
+        raise DataError(
+            f"{archive}: cannot be extracted ({error}): delete it and fetch it again"
+        ) from None
     if not root.is_dir():
-        raise DataError(f"{archive} holds no folder {official.base_folder}: delete it and fetch it again")
+        raise DataError(
+            f"{archive} holds no folder {official.base_folder}: delete it and fetch it again"
+        )
     return root
 
 
 def download(url: str, target: Path, md5: str) -> None:
-    """Fetch `url` into `target` with progress; a broken transfer goes on where it stopped; the sum is checked."""
+    """Fetch `url` into `target` with progress; a broken transfer goes on where it stopped; the sum
+    is checked."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     for attempt in range(3):
@@ -86,7 +102,9 @@ def download(url: str, target: Path, md5: str) -> None:
             time.sleep(attempt + 1)
     if file_md5(part) != md5:
         part.unlink()
-        raise DataError(f"{target.name}: the download's MD5 sum is not the official {md5}: try again")
+        raise DataError(
+            f"{target.name}: the download's MD5 sum is not the official {md5}: try again"
+        )
     sync(part)
     rename(part, target)
 
@@ -117,7 +135,8 @@ def file_md5(path: Path) -> str:
 
 
 class Unpickler(pickle.Unpickler):
-    """Only what CIFAR's files need: arrays of plain numbers. Anything else could run code, and is refused."""
+    """Only what CIFAR's files need: arrays of plain numbers. Anything else could run code, and is
+    refused."""
 
     ALLOWED = (
         ("numpy.core.multiarray", "_reconstruct"),
@@ -138,7 +157,10 @@ def unpickle(path: Path, md5: str | None = None) -> dict:
     """The dict in a CIFAR file, its MD5 sum checked where it is known. Raises DataError."""
     try:
         if md5 is not None and file_md5(path) != md5:
-            raise DataError(f"{path}: its MD5 sum is not the official {md5}: delete its folder and fetch it again")
+            raise DataError(
+                f"{path}: its MD5 sum is not the official {md5}: delete its folder and fetch it "
+                "again"
+            )
         with path.open("rb") as file:
             value = Unpickler(file, encoding="latin1").load()
     except OSError as error:
@@ -146,7 +168,9 @@ def unpickle(path: Path, md5: str | None = None) -> dict:
     except DataError:
         raise
     except Exception as error:  # a hostile pickle may raise anything
-        raise DataError(f"{path}: not a CIFAR file ({error}): delete its folder and fetch it again") from None
+        raise DataError(
+            f"{path}: not a CIFAR file ({error}): delete its folder and fetch it again"
+        ) from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a CIFAR file: delete its folder and fetch it again")
     return value

@@ -1,4 +1,5 @@
-"""What the bytes of a JPEG or a PNG say before they are decoded: its size, and whether decoders may disagree about it."""
+"""What the bytes of a JPEG or a PNG say before they are decoded: its size, and whether decoders may
+disagree about it."""
 
 from __future__ import annotations
 
@@ -9,16 +10,19 @@ PLAIN_PNG = (b"\x08\x00", b"\x08\x02")  # 8 bits, grey or RGB
 # Markers of a JPEG. A frame header holds the size.
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE, SCAN, END = 0xC2, 0xDA, 0xD9
-# what may stand before, and in a progressive one between the scans: tables, applications' data, comments
+# what may stand before, and in a progressive one between the scans: tables, applications' data,
+# comments
 SEGMENTS = FRAMES | {0xC4, SCAN, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}
-MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a scan: but a stuffed 0, fill bytes and restarts
+# within a scan: but a stuffed 0, fill bytes and restarts
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 
 def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(width, height) of a file of which DALI makes what PIL makes; None for what PIL is to decide.
 
-    Where a marker that has no business there cuts the pixels of a JPEG, libjpeg gives grey for the rest and then fails on the
-    marker: to PIL and torchvision the file is broken, but DALI takes the grey. So all markers must be those of a whole file.
+    Where a marker that has no business there cuts the pixels of a JPEG, libjpeg gives grey for the
+    rest and then fails on the marker: to PIL and torchvision the file is broken, but DALI takes the
+    grey. So all markers must be those of a whole file.
     """
     head = bytes(data[:26])
     if head.startswith(JPEG):
@@ -29,7 +33,8 @@ def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 
 def size_of_jpeg(data: bytes | memoryview) -> tuple[int, int] | None:
-    """As plain_size, by a walk from segment to segment; some 1 % of the time that decoding takes."""
+    """As plain_size, by a walk from segment to segment; some 1 % of the time that decoding
+    takes."""
     size, frame, at = None, 0, 2
     while True:
         segment = bytes(data[at : at + 9])

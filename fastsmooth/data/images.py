@@ -15,14 +15,17 @@ from PIL import Image, UnidentifiedImageError
 from fastsmooth.processors import processors
 from fastsmooth.runfolder.files import size_of
 
-LONGEST = 4000  # times its width: what a height may be, since a row of pixels grows thick when it is resized
+# times its width: what a height may be, since a row of pixels grows thick when it is resized
+LONGEST = 4000
 
 
 class DataError(ValueError):
-    """Images that are missing or cannot be read; the message, one line, names the file and says what to do."""
+    """Images that are missing or cannot be read; the message, one line, names the file and says
+    what to do."""
 
     def __init__(self, message: str, reason: str = ""):
-        super().__init__(" ".join(message.splitlines()))  # file names and servers may hold line breaks
+        # file names and servers may hold line breaks
+        super().__init__(" ".join(message.splitlines()))
         self.reason = reason  # of an image file: what is wrong with it, without its name
 
 
@@ -50,7 +53,8 @@ class ImageSet:
     remarks: tuple[str, ...] = ()  # lines about what was found and may not be meant
 
     def fingerprint(self) -> str:
-        """A hash of the labels, and of the pixels or file names, so that a run is not resumed on other data."""
+        """A hash of the labels, and of the pixels or file names, so that a run is not resumed on
+        other data."""
         digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
         for split in (self.train, self.test):
             digest.update(split.labels.tobytes())
@@ -59,7 +63,9 @@ class ImageSet:
             else:
                 root = os.path.commonpath(split.paths)
                 digest.update(
-                    "\0".join(os.path.relpath(p, root) for p in split.paths).encode("utf-8", "surrogateescape")
+                    "\0".join(os.path.relpath(p, root) for p in split.paths).encode(
+                        "utf-8", "surrogateescape"
+                    )
                 )
         return digest.hexdigest()
 
@@ -75,7 +81,8 @@ def open_image(path: str) -> Image.Image:
     except UnidentifiedImageError:
         reason = "not an image that can be read"
         raise DataError(f"{path}: {reason}: remove it", reason) from None
-    except Exception as error:  # a damaged file may raise anything: Pillow's decoders do not agree on a type
+    # a damaged file may raise anything: Pillow's decoders do not agree on a type
+    except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path}: {reason}: remove or replace it", reason) from None
 
@@ -89,15 +96,22 @@ def opened(path: str) -> Image.Image:
         if file.width * file.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         if max(file.size) > LONGEST * min(file.size):
-            raise ValueError(f"it is {file.width} x {file.height} pixels, one side over {LONGEST} times the other")
+            raise ValueError(
+                f"it is {file.width} x {file.height} pixels, one side over {LONGEST} times the "
+                "other"
+            )
         wrong.pop_all()
     return file
 
 
 def decode_all(
-    split: Split, size: int, view: Callable[[Image.Image], Image.Image], report: Callable[[str, str], None]
+    split: Split,
+    size: int,
+    view: Callable[[Image.Image], Image.Image],
+    report: Callable[[str, str], None],
 ) -> Split:
-    """The split with its images decoded and brought to size x size; bad files are black, and report(path, reason) may raise."""
+    """The split with its images decoded and brought to size x size; bad files are black, and
+    report(path, reason) may raise."""
     if split.pixels is not None:
         return split
     pixels = np.zeros((len(split), size, size, 3), dtype=np.uint8)

@@ -1,10 +1,12 @@
-"""What the headers of a tree's image files say, read before training begins, so that a bad file is found then.
+"""What the headers of a tree's image files say, read before training begins, so that a bad file is
+found then.
 
-What was read is kept in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a hash of the tree's
-path, and holds for a file as long as its name, size, time of modification and time of change stay; the last is the system's
-own, which nobody sets back as `touch`, `cp -p` and rsync do the other. The cache may be damaged or another user's work:
-nothing in it is unpickled, and what does not fit, or what another user owns or may write, is read again from the images. A
-file that is replaced after its header was read is found when it is decoded (Index.check).
+What was read is kept in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a
+hash of the tree's path, and holds for a file as long as its name, size, time of modification and
+time of change stay; the last is the system's own, which nobody sets back as `touch`, `cp -p` and
+rsync do the other. The cache may be damaged or another user's work: nothing in it is unpickled, and
+what does not fit, or what another user owns or may write, is read again from the images. A file
+that is replaced after its header was read is found when it is decoded (Index.check).
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ from fastsmooth.runfolder.files import cache_folder, only_mine, read_file, repla
 VERSION = 2  # of the cache: another one whenever its fields change, or the meaning of plain
 # plain is a byte, since a bool that another program stored as 2 is not safe to compute with
 RECORD = np.dtype(
-    [("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("width", "<i4"), ("height", "<i4"), ("plain", "u1")]
+    [
+        ("size", "<i8"),
+        ("mtime", "<i8"),
+        ("ctime", "<i8"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("plain", "u1"),
+    ]
 )
 STAT = ["size", "mtime", "ctime"]  # what must stay
 THREADS = 16  # they wait for the disk more than for a core, so the number of cores does not matter
@@ -41,33 +50,45 @@ CHUNK = 256  # files that a thread takes at a time
 class Index:
     """What is known of n image files without decoding them."""
 
-    width: np.ndarray  # int32 [n], pixels as stored, before any EXIF rotation; 0 where the file is bad
+    # int32 [n], pixels as stored, before any EXIF rotation; 0 where the file is bad
+    width: np.ndarray
     height: np.ndarray  # int32 [n], likewise
     size: np.ndarray  # int64 [n], bytes; 0 where the system does not say
-    plain: np.ndarray  # bool [n]: a JPEG or PNG that every decoder turns into the same RGB pixels as PIL
-    bad: dict[int, str]  # position: one line that names the file and says what is wrong and what to do
+    # bool [n]: a JPEG or PNG that every decoder turns into the same RGB pixels as PIL
+    plain: np.ndarray
+    # position: one line that names the file and says what is wrong and what to do
+    bad: dict[int, str]
 
     def check(self, i: int, path: str, size: tuple[int, int]) -> None:
-        """Raises DataError where the i-th image, now at `path`, has another size (width, height) than its header said."""
+        """Raises DataError where the i-th image, now at `path`, has another size (width, height)
+        than its header said."""
         width, height = size
         if (width, height) != (self.width[i], self.height[i]):
-            reason = f"{width} x {height} pixels, which was {self.width[i]} x {self.height[i]} when the run began"
+            reason = (
+                f"{width} x {height} pixels, which was {self.width[i]} x {self.height[i]} when "
+                "the run began"
+            )
             raise DataError(f"{path}: {reason}: put the old image back, or start a new run", reason)
 
 
 def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | None = None) -> Index:
-    """The index of all image files below `root`, as sets.images_of lists them: what is not in `paths` leaves the cache.
+    """The index of all image files below `root`, as sets.images_of lists them: what is not in
+    `paths` leaves the cache.
 
-    `say` gets a line now and then once it has taken 2 seconds. Bad files raise nothing and are read again each time.
+    `say` gets a line now and then once it has taken 2 seconds. Bad files raise nothing and are read
+    again each time.
     """
     names = relative(paths, root)
     table = np.zeros(len(paths), RECORD)
-    for part, stats in in_threads(stat, paths, "looking for changed image files", say, THREADS, CHUNK):
+    for part, stats in in_threads(
+        stat, paths, "looking for changed image files", say, THREADS, CHUNK
+    ):
         for field, values in zip(STAT, zip(*stats, strict=True), strict=True):
             table[field][part] = values
 
     kept_names, kept = load(root)
-    before = np.append(kept, np.zeros(1, RECORD))[positions(names, kept_names)]  # zeros for new names
+    # zeros for new names
+    before = np.append(kept, np.zeros(1, RECORD))[positions(names, kept_names)]
     pixels = before["width"].astype(np.int64) * before["height"]
     known = (before[STAT] == table[STAT]) & (table["size"] > 0)
     known &= (before["width"] > 0) & (before["height"] > 0) & (pixels <= Image.MAX_IMAGE_PIXELS)
@@ -80,11 +101,15 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
         header, [paths[i] for i in unknown.tolist()], "reading image headers", say, THREADS, CHUNK
     ):
         rows = unknown[part]
-        table["width"][rows], table["height"][rows], table["plain"][rows], wrong = zip(*headers, strict=True)
+        table["width"][rows], table["height"][rows], table["plain"][rows], wrong = zip(
+            *headers, strict=True
+        )
         bad.update((i, line) for i, line in zip(rows.tolist(), wrong, strict=True) if line)
     if names != kept_names or not np.array_equal(table, kept):
         save(root, names, table)
-    return Index(*(table[field].copy() for field in ("width", "height", "size")), table["plain"] != 0, bad)
+    return Index(
+        *(table[field].copy() for field in ("width", "height", "size")), table["plain"] != 0, bad
+    )
 
 
 def load_formats() -> None:
@@ -118,12 +143,16 @@ def stat(path: str) -> tuple[int, int, int]:
     except OSError:
         return 0, 0, 0
     # a time in the far future would not fit
-    return result.st_size, *(time & (2**63 - 1) for time in (result.st_mtime_ns, result.st_ctime_ns))
+    return result.st_size, *(
+        time & (2**63 - 1) for time in (result.st_mtime_ns, result.st_ctime_ns)
+    )
 
 
 def header(path: str) -> tuple[int, int, bool, str]:
-    """Width and height in pixels, whether the file is plain, and what is wrong with it: nothing, or one line."""
-    with suppress(Exception), opened(path) as image:  # open_image finds the words for whatever is raised
+    """Width and height in pixels, whether the file is plain, and what is wrong with it: nothing, or
+    one line."""
+    # open_image finds the words for whatever is raised
+    with suppress(Exception), opened(path) as image:
         return *image.size, is_plain(image), ""
     try:
         open_image(path)
@@ -155,11 +184,15 @@ def positions(names: bytes, kept_names: bytes) -> np.ndarray:
 
 def cache_file(root: str) -> Path:
     """Raises RuntimeError where there is no home directory."""
-    return cache_folder() / f"index-{hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]}.npz"
+    return (
+        cache_folder()
+        / f"index-{hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]}.npz"
+    )
 
 
 def load(root: str) -> tuple[bytes, np.ndarray]:
-    """The names and their records, RECORD [n], as saved; none where there is no cache that can be used."""
+    """The names and their records, RECORD [n], as saved; none where there is no cache that can be
+    used."""
     with suppress(Exception):  # damage may raise anything
         path = cache_file(root)
         content = io.BytesIO(read_file(path, math.inf) if only_mine(path) else b"")
@@ -173,7 +206,8 @@ def load(root: str) -> tuple[bytes, np.ndarray]:
 
 
 def save(root: str, names: bytes, table: np.ndarray) -> None:
-    with suppress(OSError, RuntimeError):  # no home, no room or no permission: then the headers are read every time
+    # no home, no room or no permission: then the headers are read every time
+    with suppress(OSError, RuntimeError):
         target = cache_file(root)
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = io.BytesIO()

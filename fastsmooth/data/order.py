@@ -1,7 +1,9 @@
-"""Which sample comes when: every random number of the data is a counter-based function of (seed, epoch, sample index).
+"""Which sample comes when: every random number of the data is a counter-based function of (seed,
+epoch, sample index).
 
-So the loader, the batch size, the number of workers and an interruption cannot change what a sample looks like or when
-it comes. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+So the loader, the batch size, the number of workers and an interruption cannot change what a sample
+looks like or when it comes. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3").
 """
 
 from __future__ import annotations
@@ -12,20 +14,25 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-# Streams keep numbers that serve different ends apart; RandomResizedCrop takes one more stream an attempt.
+# Streams keep numbers that serve different ends apart; RandomResizedCrop takes one more stream an
+# attempt.
 ORDER, AUGMENT, DRAW, HISTORY, CROP_ATTEMPT = 0, 1, 2, 3, 16
 
 
 def philox(seed: int, epoch: int, index: Tensor, stream: int | Tensor = ORDER) -> Tensor:
-    """Four 32-bit random words a sample: int64 [4, n] in [0, 2^32) for int64 `index` [n], on the index's device.
+    """Four 32-bit random words a sample: int64 [4, n] in [0, 2^32) for int64 `index` [n], on the
+    index's device.
 
     Streams [k, 1] give [4, k, n].
     """
-    return philox_rounds([index & MASK, epoch & MASK, stream, index >> 32], [seed & MASK, seed >> 32])
+    return philox_rounds(
+        [index & MASK, epoch & MASK, stream, index >> 32], [seed & MASK, seed >> 32]
+    )
 
 
 def philox_rounds(counter: list[Tensor | int], key: list[int]) -> Tensor:
-    """Philox4x32-10 on int64 tensors; the product of two words may wrap, its upper half is masked back."""
+    """Philox4x32-10 on int64 tensors; the product of two words may wrap, its upper half is masked
+    back."""
     shape = torch.broadcast_shapes(*(c.shape for c in counter if isinstance(c, Tensor)))
     like = next(c for c in counter if isinstance(c, Tensor))
     a, b, c, d = (x if isinstance(x, Tensor) else like.new_full(shape, x) for x in counter)
@@ -37,7 +44,8 @@ def philox_rounds(counter: list[Tensor | int], key: list[int]) -> Tensor:
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of epoch `epoch`: int64 [n], uniform over permutations up to the ties of 62-bit keys."""
+    """The order of epoch `epoch`: int64 [n], uniform over permutations up to the ties of 62-bit
+    keys."""
     words = philox(seed, epoch, torch.arange(n), ORDER)
     return sorted_by(words)
 
@@ -54,15 +62,18 @@ def in_order(n: int, batch_size: int, device: str = "cpu") -> Iterator[Tensor]:
 
 
 def subset(seed: int, step: int, draw: int, n: int, batch_size: int, device: str = "cpu") -> Tensor:
-    """A batch drawn uniformly without replacement, a function of (seed, step, draw): int64 [batch_size]."""
+    """A batch drawn uniformly without replacement, a function of (seed, step, draw): int64
+    [batch_size]."""
     words = philox(seed, step, torch.arange(n, device=device) + (draw << 32), DRAW)
     return sorted_by(words)[:batch_size]
 
 
 def reordered(order: Tensor, start: int, seed: int, step: int, history: int, later: int) -> Tensor:
-    """The order of an epoch from place `start` on as another history of training has it; history 0 is the order itself.
+    """The order of an epoch from place `start` on as another history of training has it; history 0
+    is the order itself.
 
-    The history leaves the run at update `step`, `later` epochs before this one. int64 [n], uniform over what may come.
+    The history leaves the run at update `step`, `later` epochs before this one. int64 [n], uniform
+    over what may come.
     """
     if history == 0:
         return order

@@ -14,17 +14,21 @@ from fastsmooth.data.images import DataError, ImageSet, Split
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 SUFFIXES = ", ".join(sorted(EXTENSIONS))
-# by their names in small letters; what is hidden begins with a dot (.ipynb_checkpoints, .DS_Store, ._IMAGE.png)
+# by their names in small letters; what is hidden begins with a dot (.ipynb_checkpoints, .DS_Store,
+# ._IMAGE.png)
 OF_SYSTEMS = {
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "@tmp",
+    "#recycle", "#snapshot", "@recycle",
     "~snapshot", "$recycle.bin", "system volume information", "__pycache__",
 }  # fmt: skip
-# opened refuses such images itself; catch_warnings would not do, as threads share the list of filters
+# opened refuses such images itself; catch_warnings would not do, as threads share the list of
+# filters
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def digits(config) -> ImageSet:
-    """1,797 handwritten digits of 8x8 pixels (UCI); the test split is every fifth image, from the first on."""
+    """1,797 handwritten digits of 8x8 pixels (UCI); the test split is every fifth image, from the
+    first on."""
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
         images, labels = file["images"], file["labels"].astype(np.int64)
     pixels = np.round(images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=-1)
@@ -37,7 +41,9 @@ def digits(config) -> ImageSet:
 def cifar10(config) -> ImageSet:
     from fastsmooth.data.cifar import read
 
-    return ImageSet(*read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    return ImageSet(
+        *read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    )
 
 
 def cifar100(config) -> ImageSet:
@@ -52,48 +58,67 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def imagenet(config) -> ImageSet:
-    """ImageNet in the ImageFolder layout: train/ and val/, one folder a class named by its WordNet id."""
+    """ImageNet in the ImageFolder layout: train/ and val/, one folder a class named by its WordNet
+    id."""
     return folder(config, tests=("val",))
 
 
 def folder(config, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
-    """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test beside it, normalised with ImageNet's constants."""
+    """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test beside it, normalised with ImageNet's
+    constants."""
     root = Path(config.data_dir)
     if not root.is_dir():
         raise DataError(
-            f"--data-dir {root}: no such directory: it must hold train/ and {' or '.join(t + '/' for t in tests)}"
+            f"--data-dir {root}: no such directory: it must hold train/ and "
+            f"{' or '.join(t + '/' for t in tests)}"
         )
     found = [root / name for name in tests if (root / name).is_dir()]
     if not (root / "train").is_dir() or not found:
         missing = "train/" if not (root / "train").is_dir() else " or ".join(t + "/" for t in tests)
         raise DataError(
-            f"--data-dir {root} has no {missing}: --dataset {config.dataset} wants train/CLASS/IMAGE and the same beside it"
+            f"--data-dir {root} has no {missing}: --dataset {config.dataset} wants "
+            "train/CLASS/IMAGE and the same beside it"
         )
     train, test = root / "train", found[0]
     classes = tuple(sorted(entry.name for entry in listed(train) if entry.is_dir()))
     if len(classes) < 2:
-        raise DataError(f"{train} has {len(classes)} class folders: at least two are needed{flat(train)}")
+        raise DataError(
+            f"{train} has {len(classes)} class folders: at least two are needed{flat(train)}"
+        )
     inside, tested = ({name: images_of(part, name) for name in classes} for part in (train, test))
     for part, by_class in ((train, inside), (test, tested)):
         if not any(by_class.values()):
-            raise DataError(f"{part} has no images: looked for {SUFFIXES} in {len(classes)} class folders{flat(part)}")
+            raise DataError(
+                f"{part} has no images: looked for {SUFFIXES} in {len(classes)} class "
+                f"folders{flat(part)}"
+            )
     empty = [name for name in classes if not inside[name]]
     if empty:
         raise DataError(
-            f"{train / empty[0]} has no images{more(empty)}: put some there or remove the folder (looked for {SUFFIXES})"
+            f"{train / empty[0]} has no images{more(empty)}: put some there or remove the folder "
+            f"(looked for {SUFFIXES})"
         )
     for name in sorted(entry.name for entry in listed(test) if entry.is_dir()):
         if name not in inside and images_of(test, name):
-            alike = next((f" (it has {c!r})" for c in classes if c.casefold() == name.casefold()), "")
-            raise DataError(f"{test} has a class folder {name!r} that train/ has not{alike}: remove it or add it there")
+            alike = next(
+                (f" (it has {c!r})" for c in classes if c.casefold() == name.casefold()), ""
+            )
+            raise DataError(
+                f"{test} has a class folder {name!r} that train/ has not{alike}: remove it or add "
+                "it there"
+            )
     untested = [name for name in classes if not tested[name]]
     remarks = (
-        [f"{test} has no images of class {untested[0]!r}{more(untested)}: they are never tested"] if untested else []
+        [f"{test} has no images of class {untested[0]!r}{more(untested)}: they are never tested"]
+        if untested
+        else []
     )
     for part in (train, test):
         if loose := sum(is_image(entry) for entry in listed(part)):
             remarks.append(f"{part}: images that lie in no class folder are left out: {loose:,}")
-    return ImageSet(split_of(inside), split_of(tested), classes, IMAGENET_MEAN, IMAGENET_STD, tuple(remarks))
+    return ImageSet(
+        split_of(inside), split_of(tested), classes, IMAGENET_MEAN, IMAGENET_STD, tuple(remarks)
+    )
 
 
 def split_of(by_class: dict[str, list[str]]) -> Split:
@@ -102,13 +127,20 @@ def split_of(by_class: dict[str, list[str]]) -> Split:
 
 
 def images_of(part: Path, name: str) -> list[str]:
-    """The image files below PART/NAME in order, those in linked folders too. Raises DataError for a link that never ends."""
+    """The image files below PART/NAME in order, those in linked folders too. Raises DataError for a
+    link that never ends."""
     found: list[str] = []
-    waiting = [(str(part / name), (identity(part.parent), identity(part)))] if (part / name).is_dir() else []
+    waiting = (
+        [(str(part / name), (identity(part.parent), identity(part)))]
+        if (part / name).is_dir()
+        else []
+    )
     while waiting:
         folder, around = waiting.pop()
         if (own := identity(folder)) in around:
-            raise DataError(f"{folder} leads back to a folder that it is in, without end: remove that link")
+            raise DataError(
+                f"{folder} leads back to a folder that it is in, without end: remove that link"
+            )
         for entry in listed(folder):
             if is_folder(entry):
                 waiting.append((entry.path, (*around, own)))
@@ -124,9 +156,14 @@ def identity(folder: Path | str) -> tuple[int, int]:
 
 
 def listed(folder: Path | str) -> list[os.DirEntry]:
-    """What is in a folder, but for what is hidden or belongs to a system and not to the data set."""
+    """What is in a folder, but for what is hidden or belongs to a system and not to the data
+    set."""
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.name[0] != "." and entry.name.lower() not in OF_SYSTEMS]
+        return [
+            entry
+            for entry in entries
+            if entry.name[0] != "." and entry.name.lower() not in OF_SYSTEMS
+        ]
 
 
 def is_folder(entry: os.DirEntry) -> bool:
@@ -142,7 +179,8 @@ def is_image(entry: os.DirEntry) -> bool:
 
 
 def flat(part: Path) -> str:
-    """What to say of a folder without classes where its images lie in it themselves, as ImageNet's val/ comes."""
+    """What to say of a folder without classes where its images lie in it themselves, as ImageNet's
+    val/ comes."""
     loose = any(map(is_image, listed(part)))
     return f"; its images lie there without them: sort them into {part}/CLASS/" if loose else ""
 
@@ -152,4 +190,10 @@ def more(names: list[str]) -> str:
     return f" (nor {len(names) - 1:,} more)" if len(names) > 1 else ""
 
 
-READERS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "imagenet": imagenet, "folder": folder}
+READERS = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "imagenet": imagenet,
+    "folder": folder,
+}

@@ -1,4 +1,5 @@
-"""What the engines read from: the images of a split, their sizes, and what is done about those that cannot be read."""
+"""What the engines read from: the images of a split, their sizes, and what is done about those that
+cannot be read."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from fastsmooth.data.index import Index
 
 
 class BadImages:
-    """Files that cannot be read. With "raise" the first ends the run; with "zeros" they are black, and are counted."""
+    """Files that cannot be read. With "raise" the first ends the run; with "zeros" they are black,
+    and are counted."""
 
     def __init__(self, policy: str, say: Callable[[str], None]):
         self.policy, self.say = policy, say
@@ -35,7 +37,8 @@ class BadImages:
 
 @dataclass
 class Source:
-    """A split with what its augmentation is: `kind`, at `size` pixels a side, with the random numbers of `seed`."""
+    """A split with what its augmentation is: `kind`, at `size` pixels a side, with the random
+    numbers of `seed`."""
 
     split: Split
     index: Index | None  # of a split of files
@@ -57,14 +60,17 @@ class Source:
         at = job.index.numpy()
         # an image that cannot be read has no size, and gets some view that nobody looks at
         width, height = (
-            torch.from_numpy(v[at].astype(np.int64)).clamp(min=1) for v in (self.index.width, self.index.height)
+            torch.from_numpy(v[at].astype(np.int64)).clamp(min=1)
+            for v in (self.index.width, self.index.height)
         )
         return augment.views(self.kind, self.size, drawn, width, height)
 
     def given(self, i: int, view: View) -> np.ndarray | None:
-        """Pixels, uint8 [size, size, 3], of a sample that no fast decoder is to read; None for the others.
+        """Pixels, uint8 [size, size, 3], of a sample that no fast decoder is to read; None for the
+        others.
 
-        Black where the header was bad, or an earlier decoding, once that is reported; PIL's where others would differ.
+        Black where the header was bad, or an earlier decoding, once that is reported; PIL's where
+        others would differ.
         """
         path = self.split.paths[i]
         if i in self.index.bad:
@@ -74,7 +80,8 @@ class Source:
         return None if self.index.plain[i] else self.by_pil(i, view)
 
     def by_pil(self, i: int, view: View) -> np.ndarray:
-        """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where there is none."""
+        """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where
+        there is none."""
         path = self.split.paths[i]
         (top, left, height, width), (tall, wide), (down, right) = view
         try:

@@ -1,7 +1,8 @@
 """Charts: panels with a shared x axis, laid out as plain shapes, which become SVG or PDF.
 
-One layout serves every output, so that a figure says the same on the page, in its SVG file and in its PDF. Text is laid out
-by the widths of a wide typeface (DejaVu Sans) and so has room in any other. Coordinates are pixels, y pointing down.
+One layout serves every output, so that a figure says the same on the page, in its SVG file and in
+its PDF. Text is laid out by the widths of a wide typeface (DejaVu Sans) and so has room in any
+other. Coordinates are pixels, y pointing down.
 """
 
 from __future__ import annotations
@@ -13,22 +14,37 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
-# Colours of light and of dark backgrounds: of paper and ink, of up to 8 unordered series, of up to 13 ordered ones (OKLCH
-# ramps in lightness and hue). All have a contrast of 4.5 to their paper, since labels are written in them; neighbours differ
-# in lightness too, and every series is named where it ends, so that no colour has to be told from another.
-PAPER = {"paper": ("#ffffff", "#15181c"), "ink": ("#1c2024", "#e7e9ec"), "muted": ("#5b636d", "#a3abb5")}
-PAPER |= {"axis": ("#9aa1aa", "#6a727c"), "grid": ("#e6e8ec", "#2b3036"), "faint": ("#c9ced5", "#474e57")}
+# Colours of light and of dark backgrounds: of paper and ink, of up to 8 unordered series, of up to
+# 13 ordered ones (OKLCH ramps in lightness and hue). All have a contrast of 4.5 to their paper,
+# since labels are written in them; neighbours differ in lightness too, and every series is named
+# where it ends, so that no colour has to be told from another.
+PAPER = {
+    "paper": ("#ffffff", "#15181c"),
+    "ink": ("#1c2024", "#e7e9ec"),
+    "muted": ("#5b636d", "#a3abb5"),
+}
+PAPER |= {
+    "axis": ("#9aa1aa", "#6a727c"),
+    "grid": ("#e6e8ec", "#2b3036"),
+    "faint": ("#c9ced5", "#474e57"),
+}
 PAPER |= {"panel": ("#f6f7f9", "#1d2126"), "warning": ("#a8480a", "#ffb07a")}
 UNORDERED = (
     ("#0072b2", "#4da9e8"), ("#c94a00", "#ff8a47"), ("#008060", "#2fc79a"), ("#b03a87", "#e07fc0"),
     ("#1d3272", "#c3d6ff"), ("#6a4a00", "#f3d36b"), ("#5c1f66", "#a58bff"), ("#666666", "#a8a8a8"),
 )  # fmt: skip
 ORDERED = (
-    ("#44206f", "#9372c8"), ("#32307e", "#8081d9"), ("#0e3f84", "#6991e2"), ("#004e82", "#4da1e3"), ("#005b78", "#29afdd"),
-    ("#006568", "#00bcd1"), ("#006c54", "#1fc7bf"), ("#07703d", "#4eceab"), ("#477124", "#78d396"), ("#6a6f02", "#a0d483"),
+    ("#44206f", "#9372c8"), ("#32307e", "#8081d9"), ("#0e3f84", "#6991e2"), ("#004e82", "#4da1e3"),
+    ("#005b78", "#29afdd"),
+    ("#006568", "#00bcd1"), ("#006c54", "#1fc7bf"), ("#07703d", "#4eceab"), ("#477124", "#78d396"),
+    ("#6a6f02", "#a0d483"),
     ("#876b00", "#c4d474"), ("#9a6516", "#e5d270"), ("#a85e33", "#ffcf77"),
 )  # fmt: skip
-COLORS = PAPER | {f"c{i}": pair for i, pair in enumerate(UNORDERED)} | {f"o{i}": pair for i, pair in enumerate(ORDERED)}
+COLORS = (
+    PAPER
+    | {f"c{i}": pair for i, pair in enumerate(UNORDERED)}
+    | {f"o{i}": pair for i, pair in enumerate(ORDERED)}
+)
 SIZE, SMALL = 12.5, 11  # of text
 BOLD = 1.1  # times as wide
 LINE = 13.5  # from one label to the next
@@ -46,7 +62,8 @@ def unordered_color(index: int) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """A symbol at a point: dot, ring, circle (a large ring around another mark), square, open-square or cross."""
+    """A symbol at a point: dot, ring, circle (a large ring around another mark), square,
+    open-square or cross."""
 
     x: float
     y: float
@@ -56,7 +73,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Curve:
-    """A series: a line, a band and bars of (x, low, high), marks, and the name that is written where it ends."""
+    """A series: a line, a band and bars of (x, low, high), marks, and the name that is written
+    where it ends."""
 
     color: str
     line: tuple[tuple[float, float], ...] = ()
@@ -189,7 +207,11 @@ def spread(values: Iterable[float], log: bool, margin: float) -> tuple[float, fl
     if log:
         pad = math.exp(margin * math.log(high / low)) if high / low > 1 + 1e-9 else 2.0
         return low / pad, high * pad
-    pad = margin * (high - low) if high - low > 1e-12 * max(abs(low), abs(high)) else (abs(high) * 0.1 or 1.0)
+    pad = (
+        margin * (high - low)
+        if high - low > 1e-12 * max(abs(low), abs(high))
+        else (abs(high) * 0.1 or 1.0)
+    )
     return low - pad, high + pad
 
 
@@ -208,7 +230,9 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     """Powers of ten; 1, 2 and 5 times those where there is room."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{m}e{d}") for d in decades for m in factors if low <= float(f"{m}e{d}") <= high]
+        found = [
+            float(f"{m}e{d}") for d in decades for m in factors if low <= float(f"{m}e{d}") <= high
+        ]
         if len(found) <= max(most, 2):
             return found
     return found[:: math.ceil(len(found) / max(most, 2))]
@@ -228,11 +252,17 @@ def tick_text(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def fitting(low: float, high: float, log: bool, wanted: tuple[float, ...], place: Callable[[float], float]) -> list:
+def fitting(
+    low: float, high: float, log: bool, wanted: tuple[float, ...], place: Callable[[float], float]
+) -> list:
     """Ticks of the x axis whose labels do not touch; of wanted ones every second, third, ..."""
     every, most = 1, 8
     while True:
-        inside = [v for v in wanted if low <= v <= high][::every] if wanted else ticks(low, high, log, most)
+        inside = (
+            [v for v in wanted if low <= v <= high][::every]
+            if wanted
+            else ticks(low, high, log, most)
+        )
         ends = [(place(v), text_width(tick_text(v), SMALL) / 2) for v in inside]
         apart = all(b - wb - (a + wa) >= 8 for (a, wa), (b, wb) in pairwise(ends))
         if apart or len(inside) < 3:
@@ -241,14 +271,21 @@ def fitting(low: float, high: float, log: bool, wanted: tuple[float, ...], place
 
 
 def draw(figure: Figure, width: float, label_room: float, legend: bool = False) -> Drawing:
-    """Lay a figure out. Names longer than `label_room` pixels give way to their keys, which a `legend` below explains."""
+    """Lay a figure out. Names longer than `label_room` pixels give way to their keys, which a
+    `legend` below explains."""
     panels = [visible(panel, figure.x_log) for panel in figure.panels]
     labels = [label_of(c, panels, label_room) for p in panels for c in p.curves if not p.strip]
     right = max([text_width(text, SMALL) * BOLD + 14 for text in labels if text] or [12])
     y_axes = [y_axis(panel) for panel in panels]
-    left = 8 + max((text_width(tick_text(v), SMALL) for _, values in y_axes for v in values), default=20)
+    left = 8 + max(
+        (text_width(tick_text(v), SMALL) for _, values in y_axes for v in values), default=20
+    )
     xs = [x for p in panels for c in p.curves for x, _ in c.values()]
-    low, high = spread(xs, figure.x_log, 0.04 if figure.x_log or any(c.marks for p in panels for c in p.curves) else 0)
+    low, high = spread(
+        xs,
+        figure.x_log,
+        0.04 if figure.x_log or any(c.marks for p in panels for c in p.curves) else 0,
+    )
     x_scale = Scale(low, high, left, width - right, figure.x_log)
     x_ticks = fitting(low, high, figure.x_log, figure.x_ticks, x_scale)
     shapes: list[Path | Dot | Text] = []
@@ -259,9 +296,18 @@ def draw(figure: Figure, width: float, label_room: float, legend: bool = False) 
     for panel, (scale, values) in zip(panels, y_axes, strict=True):
         top += 17 if panel.strip else 22
         title = shortened(panel.title, width / BOLD, SIZE)
-        shapes.append(Text(0, top - (5 if panel.strip else 10), title, "ink", size=SIZE, bold=not panel.strip))
+        shapes.append(
+            Text(0, top - (5 if panel.strip else 10), title, "ink", size=SIZE, bold=not panel.strip)
+        )
         scale = replace(scale, start=top + panel.height, end=top)
-        shapes += draw_panel(panel, x_scale, scale, x_ticks, values, partial(label_of, panels=panels, room=label_room))
+        shapes += draw_panel(
+            panel,
+            x_scale,
+            scale,
+            x_ticks,
+            values,
+            partial(label_of, panels=panels, room=label_room),
+        )
         top += panel.height + (8 if panel.strip else 14)
     shapes += x_axis(figure, x_scale, x_ticks, top, width)
     top += 28
@@ -283,7 +329,9 @@ def key_legend(panels: list[Panel], label_room: float, top: float, width: float)
     shapes = []
     for i, (key, c) in enumerate(short.items(), 1):
         shapes.append(Text(0, top + i * (LINE + 2), key, c.color, bold=True))
-        shapes.append(Text(indent, top + i * (LINE + 2), shortened(c.label, width - indent, SMALL), "ink"))
+        shapes.append(
+            Text(indent, top + i * (LINE + 2), shortened(c.label, width - indent, SMALL), "ink")
+        )
     return shapes
 
 
@@ -297,7 +345,15 @@ def visible(panel: Panel, x_log: bool) -> Panel:
     for c in panel.curves:
         line = tuple(p for p in c.line if fits(*p))
         band, bars = (tuple(s for s in spans if fits(*s[:2])) for spans in (c.band, c.bars))
-        kept.append(replace(c, line=line, band=band, bars=bars, marks=tuple(m for m in c.marks if fits(m.x, m.y))))
+        kept.append(
+            replace(
+                c,
+                line=line,
+                band=band,
+                bars=bars,
+                marks=tuple(m for m in c.marks if fits(m.x, m.y)),
+            )
+        )
     return replace(panel, curves=tuple(kept))
 
 
@@ -333,7 +389,9 @@ def draw_panel(panel, x: Scale, y: Scale, x_ticks, y_ticks, label: Callable[[Cur
     shapes.append(Path(((x.start, y.start), (x.end, y.start)), "axis"))
     for c in panel.curves:
         if len(c.band) > 1:
-            edge = [(at, high) for at, _, high in c.band] + [(at, low) for at, low, _ in reversed(c.band)]
+            edge = [(at, high) for at, _, high in c.band] + [
+                (at, low) for at, low, _ in reversed(c.band)
+            ]
             points = [(x(a), min(y(b), y.start)) for a, b in edge]
             half = len(c.band)
             outline = (*simplified(points[:half]), *simplified(points[half:]))
@@ -341,7 +399,9 @@ def draw_panel(panel, x: Scale, y: Scale, x_ticks, y_ticks, label: Callable[[Cur
     for c in panel.curves:
         shapes += lines_of(c, x, y)
     for c in panel.curves:
-        shapes += [shape for m in c.marks if m.y >= y.low for shape in symbol(m, x(m.x), y(m.y), c.color)]
+        shapes += [
+            shape for m in c.marks if m.y >= y.low for shape in symbol(m, x(m.x), y(m.y), c.color)
+        ]
     if not panel.strip:
         shapes += names(panel.curves, x, y, label)
     return shapes
@@ -354,7 +414,9 @@ def lines_of(c: Curve, x: Scale, y: Scale) -> list[Path]:
     for at, low, high in c.bars:
         top, bottom = y(high), min(y(low), y.start)
         shapes.append(Path(((x(at), bottom), (x(at), top)), c.color, width=1.2))
-        shapes += [Path(((x(at) - 3, v), (x(at) + 3, v)), c.color, width=1.2) for v in (bottom, top)]
+        shapes += [
+            Path(((x(at) - 3, v), (x(at) + 3, v)), c.color, width=1.2) for v in (bottom, top)
+        ]
     return shapes
 
 
@@ -374,7 +436,8 @@ def above(points: list[tuple[float, float]], bottom: float) -> list[list[tuple[f
 
 
 def simplified(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The line with fewer points, nowhere further off than a fraction of a pixel, or than it takes to have MOST_POINTS."""
+    """The line with fewer points, nowhere further off than a fraction of a pixel, or than it takes
+    to have MOST_POINTS."""
     tolerance = 0.15
     while len(kept := thinned(points, tolerance)) > MOST_POINTS:
         tolerance *= 1.6
@@ -394,7 +457,9 @@ def thinned(points: list[tuple[float, float]], tolerance: float) -> list[tuple[f
         for i in range(first + 1, last):
             px, py = points[i]
             off = (
-                abs((bx - ax) * (ay - py) - (ax - px) * (by - ay)) / length if length else math.hypot(px - ax, py - ay)
+                abs((bx - ax) * (ay - py) - (ax - px) * (by - ay)) / length
+                if length
+                else math.hypot(px - ax, py - ay)
             )
             if off > worst:
                 worst, at = off, i
@@ -415,8 +480,11 @@ def symbol(m: Mark, x: float, y: float, color: str) -> list[Path | Dot]:
     return [Path(((x - 4, y + d), (x + 4, y - d)), color, width=2, tip=m.tip) for d in (4, -4)]
 
 
-def names(curves: tuple[Curve, ...], x: Scale, y: Scale, label: Callable[[Curve], str]) -> list[Path | Text]:
-    """Each series' name at the right of the plot, as near to the height of its end as the others leave room."""
+def names(
+    curves: tuple[Curve, ...], x: Scale, y: Scale, label: Callable[[Curve], str]
+) -> list[Path | Text]:
+    """Each series' name at the right of the plot, as near to the height of its end as the others
+    leave room."""
     ends = []
     for c in curves:
         points = [p for p in (*c.line, *((m.x, m.y) for m in c.marks)) if p[1] >= y.low]
@@ -428,15 +496,20 @@ def names(curves: tuple[Curve, ...], x: Scale, y: Scale, label: Callable[[Curve]
     if len(ends) > room:
         return []
     shapes: list[Path | Text] = []
-    for (height, at, c), placed in zip(ends, apart([e[0] for e in ends], y.end, y.start), strict=True):
+    for (height, at, c), placed in zip(
+        ends, apart([e[0] for e in ends], y.end, y.start), strict=True
+    ):
         if x.end - at < 24:
-            shapes.append(Path(((at + 4, height), (x.end + 9, placed)), c.color, width=0.7, opacity=0.6))
+            shapes.append(
+                Path(((at + 4, height), (x.end + 9, placed)), c.color, width=0.7, opacity=0.6)
+            )
         shapes.append(Text(x.end + 12, placed + 4, label(c), c.color, bold=True))
     return shapes
 
 
 def apart(wanted: list[float], low: float, high: float) -> list[float]:
-    """Ascending heights LINE or more apart in [low, high], in the least squares nearest to the wanted ascending ones."""
+    """Ascending heights LINE or more apart in [low, high], in the least squares nearest to the
+    wanted ascending ones."""
     blocks: list[list[float]] = []  # [sum of (wanted - offset), members]
     for i, at in enumerate(wanted):
         blocks.append([at - i * LINE, 1])
@@ -445,7 +518,11 @@ def apart(wanted: list[float], low: float, high: float) -> list[float]:
             blocks[-1][0] += total
             blocks[-1][1] += count
     most = high - (len(wanted) - 1) * LINE
-    starts = [min(max(total / count, low), max(most, low)) for total, count in blocks for _ in range(count)]
+    starts = [
+        min(max(total / count, low), max(most, low))
+        for total, count in blocks
+        for _ in range(count)
+    ]
     return [start + i * LINE for i, start in enumerate(starts)]
 
 
@@ -456,5 +533,7 @@ def x_axis(figure: Figure, x: Scale, values: list[float], top: float, width: flo
         at = min(x(v), width - half)
         shapes.append(Text(at, top, tick_text(v), anchor="middle"))
     middle = (x.start + x.end) / 2
-    shapes.append(Text(middle, top + 19, shortened(figure.x_title, width, SIZE), "ink", "middle", SIZE))
+    shapes.append(
+        Text(middle, top + 19, shortened(figure.x_title, width, SIZE), "ink", "middle", SIZE)
+    )
     return shapes

@@ -1,4 +1,5 @@
-"""Drawings as SVG: in a page, whose style sheet knows light from dark, and in files of their own."""
+"""Drawings as SVG: in a page, whose style sheet knows light from dark, and in files of their
+own."""
 
 from __future__ import annotations
 
@@ -12,14 +13,21 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 
 def svg(drawing: Drawing, attributes: str = "", style: str = "", paper: bool = False) -> str:
-    """Markup whose colours are attributes, for any program, and classes, for a style sheet that knows dark from light."""
+    """Markup whose colours are attributes, for any program, and classes, for a style sheet that
+    knows dark from light."""
     w, h = number(drawing.width), number(drawing.height)
     title = escape(drawing.title)
-    body = [f'<rect class="f-paper" width="{w}" height="{h}" fill="{COLORS["paper"][0]}"/>'] if paper else []
+    body = (
+        [f'<rect class="f-paper" width="{w}" height="{h}" fill="{COLORS["paper"][0]}"/>']
+        if paper
+        else []
+    )
     body += [element(shape) for shape in drawing.shapes]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" '
-        f'aria-label="{title}" font-family="{escape(FONT)}" font-size="{SMALL}" stroke-linejoin="round" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" '
+        'role="img" '
+        f'aria-label="{title}" font-family="{escape(FONT)}" font-size="{SMALL}" '
+        'stroke-linejoin="round" '
         f'stroke-linecap="round" fill="none"{attributes}>{style}' + "".join(body) + "</svg>"
     )
 
@@ -31,7 +39,9 @@ def svg_file(drawing: Drawing) -> str:
 
 def dark_rules() -> str:
     """The style sheet that turns a light SVG dark on a screen that is."""
-    rules = (f".s-{name}{{stroke:{dark}}}.f-{name}{{fill:{dark}}}" for name, (_, dark) in COLORS.items())
+    rules = (
+        f".s-{name}{{stroke:{dark}}}.f-{name}{{fill:{dark}}}" for name, (_, dark) in COLORS.items()
+    )
     return f"@media screen and (prefers-color-scheme:dark){{{''.join(rules)}}}"
 
 
@@ -46,11 +56,15 @@ def element(shape: Path | Dot | Text) -> str:
     look += f' stroke-width="{number(shape.width)}"' if shape.stroke and shape.width != 1 else ""
     if isinstance(shape, Dot):
         return closed(
-            "circle", f'cx="{number(shape.x)}" cy="{number(shape.y)}" r="{number(shape.radius)}"{look}', shape.tip
+            "circle",
+            f'cx="{number(shape.x)}" cy="{number(shape.y)}" r="{number(shape.radius)}"{look}',
+            shape.tip,
         )
     look += f' stroke-dasharray="{shape.dash}"' if shape.dash else ""
     look += f' opacity="{shape.opacity}"' if shape.opacity != 1 else ""
-    return closed("path", f'd="{path_data(shape.points)}{"z" if shape.fill else ""}"{look}', shape.tip)
+    return closed(
+        "path", f'd="{path_data(shape.points)}{"z" if shape.fill else ""}"{look}', shape.tip
+    )
 
 
 def paint(**colors: str) -> str:
@@ -62,7 +76,11 @@ def paint(**colors: str) -> str:
 
 
 def closed(name: str, attributes: str, tip: str) -> str:
-    return f"<{name} {attributes}><title>{escape(tip)}</title></{name}>" if tip else f"<{name} {attributes}/>"
+    return (
+        f"<{name} {attributes}><title>{escape(tip)}</title></{name}>"
+        if tip
+        else f"<{name} {attributes}/>"
+    )
 
 
 def number(value: float) -> str:
@@ -72,10 +90,14 @@ def number(value: float) -> str:
 
 
 def path_data(points: Iterable[tuple[float, float]]) -> str:
-    """Tenths of a pixel, each relative to the one before: half the bytes of absolute coordinates."""
+    """Tenths of a pixel, each relative to the one before: half the bytes of absolute
+    coordinates."""
     tenths = [(round(10 * x), round(10 * y)) for x, y in points]
     words = [f"M{number(tenths[0][0] / 10)} {number(tenths[0][1] / 10)}l"] if tenths else []
     for (px, py), (x, y) in pairwise(tenths):
-        dx, dy = ((number(d / 10)).replace("0.", ".") if abs(d) < 10 else number(d / 10) for d in (x - px, y - py))
+        dx, dy = (
+            (number(d / 10)).replace("0.", ".") if abs(d) < 10 else number(d / 10)
+            for d in (x - px, y - py)
+        )
         words.append(f"{dx}{'' if dy.startswith('-') else ' '}{dy}")
     return "".join(w if i < 2 or w.startswith("-") else f" {w}" for i, w in enumerate(words))

@@ -1,14 +1,16 @@
-"""Estimators of the gradient variance C2 = E ||grad f_i - grad f||^2, each a value with its error and what that covers.
+"""Estimators of the gradient variance C2 = E ||grad f_i - grad f||^2, each a value with its error
+and what that covers.
 
-All but `sampled` compare gradients of disjoint parts of one batch with their mean. With parts of m_j samples, h_j their
-mean gradients and h the mean over all samples,
+All but `sampled` compare gradients of disjoint parts of one batch with their mean. With parts of
+m_j samples, h_j their mean gradients and h the mean over all samples,
 
     C2 = sum_j m_j ||h_j - h||^2 / (k - 1)
 
-is unbiased for every k >= 2 (the mean square between groups of an analysis of variance); for samples that were drawn from
-n without replacement it is n / (n - 1) times too large, which is divided out. The error is the jackknife's over the parts
-(Efron and Stein 1981), for which three are needed. It covers what another batch would give at the same parameters, and
-never the course of training: for that there are replayed histories (modes.sampling) and seeds.
+is unbiased for every k >= 2 (the mean square between groups of an analysis of variance); for
+samples that were drawn from n without replacement it is n / (n - 1) times too large, which is
+divided out. The error is the jackknife's over the parts (Efron and Stein 1981), for which three are
+needed. It covers what another batch would give at the same parameters, and never the course of
+training: for that there are replayed histories (modes.sampling) and seeds.
 """
 
 from __future__ import annotations
@@ -44,10 +46,11 @@ class Estimate:
 
 
 def between(deviations: list[float], sizes: list[int], n: int | None, over: str) -> Estimate:
-    """C2 from ||h_j - h||^2 of parts of `sizes` samples; n: of how many the samples were drawn, None for no end of them.
+    """C2 from ||h_j - h||^2 of parts of `sizes` samples; n: of how many the samples were drawn,
+    None for no end of them.
 
-    Unlike that of per_sample the error does not vanish where the batch is the whole population: which samples are in a
-    part together is chance still.
+    Unlike that of per_sample the error does not vanish where the batch is the whole population:
+    which samples are in a part together is chance still.
     """
     k, total = len(sizes), sum(sizes)
     if k < 2:
@@ -58,23 +61,29 @@ def between(deviations: list[float], sizes: list[int], n: int | None, over: str)
     value, error = finite * between_parts / (k - 1), None
     if k > 2:
         # Without part j the mean moves too, and the sum of squares falls by m_j d_j M / (M - m_j).
-        without = [(between_parts - t * total / (total - m)) / (k - 2) for t, m in zip(terms, sizes, strict=True)]
+        without = [
+            (between_parts - t * total / (total - m)) / (k - 2)
+            for t, m in zip(terms, sizes, strict=True)
+        ]
         error = finite * jackknife_error(without)
     return Estimate(value, error, k, over)
 
 
 def jackknife_error(without: list[float]) -> float:
-    """The standard error of an estimate from its values with one of two or more parts left out at a time."""
+    """The standard error of an estimate from its values with one of two or more parts left out at a
+    time."""
     k = len(without)
     center = math.fsum(without) / k
     return math.sqrt((k - 1) / k * math.fsum((w - center) ** 2 for w in without))
 
 
 def per_sample(noise: list[list[float]], n: int | None = None) -> Estimate:
-    """From ||g_i - h||^2 of the samples of a batch (persample.sample_norms), in one list or in one a process.
+    """From ||g_i - h||^2 of the samples of a batch (persample.sample_norms), in one list or in one
+    a process.
 
-    Each list is about the mean gradient h of its own samples: C2 = sum_i ||g_i - h||^2 / (B - k) over all B samples in k lists.
-    Of n samples drawn from without replacement, sqrt(1 - B / n) of the jackknife's error is left (Cochran 1977, 2.9).
+    Each list is about the mean gradient h of its own samples: C2 = sum_i ||g_i - h||^2 / (B - k)
+    over all B samples in k lists. Of n samples drawn from without replacement, sqrt(1 - B / n) of
+    the jackknife's error is left (Cochran 1977, 2.9).
     """
     degrees = sum(len(part) - 1 for part in noise)
     if min(map(len, noise)) < 2:
@@ -85,7 +94,11 @@ def per_sample(noise: list[list[float]], n: int | None = None) -> Estimate:
     error = None
     if degrees > 1:
         # without a sample its part's mean moves too
-        without = [(total - d * len(part) / (len(part) - 1)) / (degrees - 1) for part in noise for d in part]
+        without = [
+            (total - d * len(part) / (len(part) - 1)) / (degrees - 1)
+            for part in noise
+            for d in part
+        ]
         error = finite * left * jackknife_error(without)
     return Estimate(finite * total / degrees, error, count, "the samples of one batch")
 
@@ -97,9 +110,11 @@ def micro_batch(
     n: int | None = None,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> Estimate:
-    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter, and their `weighted_mean`.
+    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter, and
+    their `weighted_mean`.
 
-    With several processes each has parts of its own, `mean` is over all of them, and gather(value) gives everybody's.
+    With several processes each has parts of its own, `mean` is over all of them, and gather(value)
+    gives everybody's.
     """
     deviations = torch.stack([distance(h, mean) for h in grads]).tolist()
     found = gather((deviations, sizes))
@@ -115,13 +130,20 @@ def weighted_mean(grads: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
     return mean
 
 
-def across_ranks(local: list[Tensor], mean: list[Tensor], samples: int, n: int | None = None) -> Estimate:
-    """From each process's own gradient over its `samples` samples and the mean over all, which training has anyway.
+def across_ranks(
+    local: list[Tensor], mean: list[Tensor], samples: int, n: int | None = None
+) -> Estimate:
+    """From each process's own gradient over its `samples` samples and the mean over all, which
+    training has anyway.
 
-    Every process of the default group calls it and gets the same estimate; two numbers a process are exchanged.
+    Every process of the default group calls it and gets the same estimate; two numbers a process
+    are exchanged.
     """
     own = torch.stack(
-        [distance(local, mean), torch.tensor(float(samples), dtype=torch.float64, device=local[0].device)]
+        [
+            distance(local, mean),
+            torch.tensor(float(samples), dtype=torch.float64, device=local[0].device),
+        ]
     )
     found = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(found, own)
@@ -132,7 +154,8 @@ def across_ranks(local: list[Tensor], mean: list[Tensor], samples: int, n: int |
 def sampled(
     deviations: list[float], batch_size: int, n: int, over: str = "mini-batches drawn at one point"
 ) -> Estimate:
-    """From ||g - grad f||^2 of mini-batches of `batch_size` out of n, each drawn without replacement.
+    """From ||g - grad f||^2 of mini-batches of `batch_size` out of n, each drawn without
+    replacement.
 
     Var(g) = C2 / b (n - b) / (n - 1), so C2 = b mean ||g - grad f||^2 (n - 1) / (n - b).
     """

@@ -1,7 +1,8 @@
-"""Gradient noise by plain autograd: the full gradient, the mini-batch gradient, and the search-direction noise at one point.
+"""Gradient noise by plain autograd: the full gradient, the mini-batch gradient, and the
+search-direction noise at one point.
 
-Everything is measured at one x_t, and parameters, buffers, gradients, optimizer state and random state are bit for bit
-afterwards what they were before.
+Everything is measured at one x_t, and parameters, buffers, gradients, optimizer state and random
+state are bit for bit afterwards what they were before.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ FULL_GRADIENT_DRAW = 2**20
 
 @contextmanager
 def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
-    """Measure with BatchNorm's running statistics (`eval`) or those of the batch (anything else), leaving no trace.
+    """Measure with BatchNorm's running statistics (`eval`) or those of the batch (anything else),
+    leaving no trace.
 
     `eval` is the whole model's evaluation mode; else it is in training mode, so dropout is on.
     """
@@ -46,7 +48,8 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
 
 @contextmanager
 def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
-    """Train inside, and have the parameters, their gradients and the optimizer back as they were, in the same memory."""
+    """Train inside, and have the parameters, their gradients and the optimizer back as they were,
+    in the same memory."""
     params = list(model.parameters())
     values, grads = [p.detach().clone() for p in params], [p.grad for p in params]
     try:
@@ -70,9 +73,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def batch_gradient(
     model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None, share: float = 1.0
 ) -> list[Tensor]:
-    """`share` times grad f_S at the model's parameters for the batch S = (x, y), one tensor a parameter.
+    """`share` times grad f_S at the model's parameters for the batch S = (x, y), one tensor a
+    parameter.
 
-    `loss` is a compiled way to the model's mean cross-entropy, say; without it the model is called as it is.
+    `loss` is a compiled way to the model's mean cross-entropy, say; without it the model is called
+    as it is.
     """
     value = F.cross_entropy(model(x), y) if loss is None else loss(x, y)
     return list(torch.autograd.grad(value * share, trainable(model)))
@@ -85,12 +90,13 @@ def full_gradient(
     loss: Loss | None = None,
     sizes: Iterable[int] | None = None,
 ) -> list[Tensor]:
-    """The mean over chunks of their gradients, each weighted by its true share of the n samples, in float64.
+    """The mean over chunks of their gradients, each weighted by its true share of the n samples, in
+    float64.
 
     `sizes`: of the chunks, where `batches` are parts of them.
 
-    With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in train mode it is the
-    expectation of the mini-batch gradient at the chunks' size.
+    With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in
+    train mode it is the expectation of the mini-batch gradient at the chunks' size.
     """
     wide = wide_dtype(next(model.parameters()).device)
     total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
@@ -108,7 +114,8 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class DirectionNoise:
-    """||m_t - grad f(x_t)|| over independent draws, and what follows from it; each list has a number a draw."""
+    """||m_t - grad f(x_t)|| over independent draws, and what follows from it; each list has a
+    number a draw."""
 
     noise_norms: list[float]  # ||m - G||
     grad_noise_norms: list[float]  # ||g - G||; the same numbers for sgd without weight decay
@@ -139,16 +146,19 @@ def direction_noise(
 ) -> DirectionNoise:
     """Compare the direction m_t with the full gradient at the same parameters, `draws` times.
 
-    at(draw) goes to the point of a draw, with its momentum buffers, and gives the full gradient there: the same point for
-    all draws, or each time the end of another history. gradient(draw) is that of a mini-batch of `batch_size` out of n,
-    drawn there. Each noise vector omega = m_t - grad f(x_t), in float64, goes through `keep` before it is forgotten. The
-    norms stay on the device until all draws are done. Call it inside `undisturbed`.
+    at(draw) goes to the point of a draw, with its momentum buffers, and gives the full gradient
+    there: the same point for all draws, or each time the end of another history. gradient(draw) is
+    that of a mini-batch of `batch_size` out of n, drawn there. Each noise vector omega = m_t - grad
+    f(x_t), in float64, goes through `keep` before it is forgotten. The norms stay on the device
+    until all draws are done. Call it inside `undisturbed`.
     """
     norms = []
     for draw in range(draws):
         with at(draw) as full:
             grads = gradient(draw)
             omega = torch._foreach_sub(optimizer.directions(grads), full)
-            norms.append(torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)]))
+            norms.append(
+                torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)])
+            )
             keep(draw, omega)
     return DirectionNoise(*torch.stack(norms, dim=1).tolist(), batch_size, n, over)

@@ -1,4 +1,5 @@
-"""The gradient variance and what follows from it, measured every so often while a run trains, without changing it."""
+"""The gradient variance and what follows from it, measured every so often while a run trains,
+without changing it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ DECAY = 0.9  # a measurement: of the averages behind the noise scale
 
 @dataclass(frozen=True)
 class Every:
-    """When to measure: before updates 0, count, 2 count, ...; or before the first of every `count`-th epoch."""
+    """When to measure: before updates 0, count, 2 count, ...; or before the first of every
+    `count`-th epoch."""
 
     count: int
     epochs: bool = False
@@ -39,10 +41,12 @@ class Every:
 
 
 class NoiseTracker:
-    """Measures batches of training at the present parameters, and keeps what runs over the measurements.
+    """Measures batches of training at the present parameters, and keeps what runs over the
+    measurements.
 
-    `estimator` is per-sample (of the batch as one, BatchNorm as `bn` says: batch, frozen or eval) or micro-batch (GROUPS
-    parts, each a forward pass of its own, BatchNorm in train or eval mode). n is the number of training images.
+    `estimator` is per-sample (of the batch as one, BatchNorm as `bn` says: batch, frozen or eval)
+    or micro-batch (GROUPS parts, each a forward pass of its own, BatchNorm in train or eval mode).
+    n is the number of training images.
     """
 
     def __init__(
@@ -60,16 +64,17 @@ class NoiseTracker:
         self.smoothing, self.n, self.ranks = smoothing, n, ranks or Ranks()
         self.last_period = -1
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
-        self.norm_squares = self.full_squares = (
-            0.0  # sums over measurements of ||g||^2 and of estimates of ||grad f||^2
-        )
+        # sums over measurements of ||g||^2 and of estimates of ||grad f||^2
+        self.norm_squares = self.full_squares = 0.0
         self.recent_c2 = self.recent_full = 0.0  # decaying averages
         self.epoch_c2: list[float] = []
 
     def described(self) -> str:
         """How, in words."""
         when = f"every {self.every.count} {'epochs' if self.every.epochs else 'updates'}"
-        how = f"{self.estimator} estimator" + (f" of {GROUPS} parts" if self.estimator == "micro-batch" else "")
+        how = f"{self.estimator} estimator" + (
+            f" of {GROUPS} parts" if self.estimator == "micro-batch" else ""
+        )
         return f"{when}: {how}, --bn {self.bn}" + (f" ({self.why})" if self.why else "")
 
     def due(self, update: int, epoch: int, batch_size: int) -> bool:
@@ -80,10 +85,11 @@ class NoiseTracker:
     def measure(
         self, x: Tensor, y: Tensor, point: Point, update: int, epoch: int, size: int | None = None
     ) -> dict[str, Any]:
-        """The values of a row for metrics.jsonl from the batch x [B, 3, H, W], y [B], before update number `update`.
+        """The values of a row for metrics.jsonl from the batch x [B, 3, H, W], y [B], before update
+        number `update`.
 
-        With several processes x and y are this one's share of a batch of `size` samples. Leaves no trace in the model.
-        Raises FloatingPointError for a gradient that is not finite.
+        With several processes x and y are this one's share of a batch of `size` samples. Leaves no
+        trace in the model. Raises FloatingPointError for a gradient that is not finite.
         """
         size = size or len(y)
         with gradients.undisturbed(self.model, self.bn):
@@ -115,14 +121,19 @@ class NoiseTracker:
             self.ranks.sum_(grads)
         return grads
 
-    def take_in(self, c2: Estimate, grad_square: float, batch_size: int, point: Point) -> dict[str, Any]:
+    def take_in(
+        self, c2: Estimate, grad_square: float, batch_size: int, point: Point
+    ) -> dict[str, Any]:
         """Update what runs over the measurements.
 
-        E ||g||^2 = ||grad f||^2 + Var(g), and Var(g) = C2 / b (n - b) / (n - 1): the difference estimates ||grad f||^2
-        without bias, and may be negative. k2, the papers' K^2, is the square of the largest ||g|| so far, and
-        delta_measured their bound with it and with the C2 of this batch.
+        E ||g||^2 = ||grad f||^2 + Var(g), and Var(g) = C2 / b (n - b) / (n - 1): the difference
+        estimates ||grad f||^2 without bias, and may be negative. k2, the papers' K^2, is the square
+        of the largest ||g|| so far, and delta_measured their bound with it and with the C2 of this
+        batch.
         """
-        full_square = grad_square - c2.value / batch_size * (self.n - batch_size) / max(self.n - 1, 1)
+        full_square = grad_square - c2.value / batch_size * (self.n - batch_size) / max(
+            self.n - 1, 1
+        )
         self.count += 1
         self.epoch_c2.append(c2.value)
         self.largest = max(self.largest, math.sqrt(grad_square))
@@ -131,7 +142,9 @@ class NoiseTracker:
         self.recent_c2 = DECAY * self.recent_c2 + (1 - DECAY) * c2.value
         self.recent_full = DECAY * self.recent_full + (1 - DECAY) * full_square
         k2 = self.largest**2
-        smoothing = dataclasses.replace(self.smoothing, grad_variance=max(c2.value, 0.0), grad_norm_bound_sq=k2)
+        smoothing = dataclasses.replace(
+            self.smoothing, grad_variance=max(c2.value, 0.0), grad_norm_bound_sq=k2
+        )
         return {
             "c2_sampled": c2.value,
             "c2_sampled_se": c2.error,
@@ -148,7 +161,8 @@ class NoiseTracker:
         }
 
     def end_epoch(self) -> float | None:
-        """The mean C2 of the epoch's measurements, None where there were none; the next epoch begins."""
+        """The mean C2 of the epoch's measurements, None where there were none; the next epoch
+        begins."""
         mean = math.fsum(self.epoch_c2) / len(self.epoch_c2) if self.epoch_c2 else None
         self.epoch_c2 = []
         return mean
@@ -161,11 +175,21 @@ class NoiseTracker:
             setattr(self, name, state[name])
 
 
-STATE = ("last_period", "count", "largest", "norm_squares", "full_squares", "recent_c2", "recent_full", "epoch_c2")
+STATE = (
+    "last_period",
+    "count",
+    "largest",
+    "norm_squares",
+    "full_squares",
+    "recent_c2",
+    "recent_full",
+    "epoch_c2",
+)
 
 
 def norms(model: nn.Module, x: Tensor, y: Tensor, bn: str) -> SampleNorms:
-    """sample_norms for a value of --bn, whose train and eval say nothing about per-sample gradients."""
+    """sample_norms for a value of --bn, whose train and eval say nothing about per-sample
+    gradients."""
     return sample_norms(model, x, y, bn=bn if bn in BN else None)
 
 
@@ -174,9 +198,11 @@ def smallest_batch(estimator: str) -> int:
 
 
 def choose_estimator(model: nn.Module, x: Tensor, wanted: str, bn: str) -> tuple[str, str]:
-    """(per-sample or micro-batch, why) for `wanted`, which may be "auto": per-sample wherever it has a clear meaning.
+    """(per-sample or micro-batch, why) for `wanted`, which may be "auto": per-sample wherever it
+    has a clear meaning.
 
-    x [B, ...] are a few images of the kind that will come. Raises NotCovered where per-sample is wanted and cannot be.
+    x [B, ...] are a few images of the kind that will come. Raises NotCovered where per-sample is
+    wanted and cannot be.
     """
     if wanted == "micro-batch":
         return wanted, ""

@@ -1,11 +1,13 @@
-"""The squared gradient norm of every sample of a batch, and its distance from the mean, out of one backward pass.
+"""The squared gradient norm of every sample of a batch, and its distance from the mean, out of one
+backward pass.
 
-Inside `PerSample` each call of a trainable layer is an autograd function with one more input, `probe` [2, B] of zeros,
-and returns, as the gradient of the probe, its share of [||g_i||^2, ||g_i - g||^2], with g_i the gradient of sample i and
-g that of the mean loss; autograd adds the layers up. No hooks, no change of the model, nothing of size B x parameters.
+Inside `PerSample` each call of a trainable layer is an autograd function with one more input,
+`probe` [2, B] of zeros, and returns, as the gradient of the probe, its share of [||g_i||^2, ||g_i -
+g||^2], with g_i the gradient of sample i and g that of the mean loss; autograd adds the layers up.
+No hooks, no change of the model, nothing of size B x parameters.
 
-Deviations are taken from the mean, layer by layer: from ||g_i||^2 - 2 <g_i, g> + ||g||^2 a noise of a thousandth of the
-mean would come out of float32 without a correct digit.
+Deviations are taken from the mean, layer by layer: from ||g_i||^2 - 2 <g_i, g> + ||g||^2 a noise of
+a thousandth of the mean would come out of float32 without a correct digit.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.conv_noise import conv_noise
 
 BN = ("batch", "frozen")
-# Models that were seen to keep the samples in the first dimension, with the input shapes and the modes they were seen in.
+# Models that were seen to keep the samples in the first dimension, with the input shapes and the
+# modes they were seen in.
 SEEN: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
 
 
 class NotCovered(ValueError):
-    """The gradient norms of samples cannot be had from this model; the message names the parameter and why."""
+    """The gradient norms of samples cannot be had from this model; the message names the parameter
+    and why."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,33 @@ class SampleNorms:
         return (self.squares + self.grad_square - self.noise) / 2
 
 
-def sample_norms(model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn: str | None = None) -> SampleNorms:
-    """Per-sample gradient norms of the mean cross-entropy at the model's parameters, for x [B, ...] and y [B].
+def sample_norms(
+    model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn: str | None = None
+) -> SampleNorms:
+    """Per-sample gradient norms of the mean cross-entropy at the model's parameters, for x [B, ...]
+    and y [B].
 
-    BatchNorm in training mode mixes the samples, so that no gradient belongs to one of them; `bn` says what to take:
+    BatchNorm in training mode mixes the samples, so that no gradient belongs to one of them; `bn`
+    says what to take:
 
-        batch    the share of the batch's gradient that flows through sample i, times B: the mean is that gradient
-        frozen   the gradient of sample i with the batch's mean and variance as constants, and the mean of those
+        batch    the share of the batch's gradient that flows through sample i, times B: the mean is
+                 that gradient
+        frozen   the gradient of sample i with the batch's mean and variance as constants, and the
+                 mean of those
 
-    Raises NotCovered for a batch of one, BatchNorm in training mode without `bn`, parameters outside of Conv2d, Linear,
-    BatchNorm, GroupNorm and LayerNorm or used twice, a layer in which the samples are not the first dimension, and a model
-    of one output, whose cross-entropy is 0. Leaves .grad and the buffers alone.
+    Raises NotCovered for a batch of one, BatchNorm in training mode without `bn`, parameters
+    outside of Conv2d, Linear, BatchNorm, GroupNorm and LayerNorm or used twice, a layer in which
+    the samples are not the first dimension, and a model of one output, whose cross-entropy is 0.
+    Leaves .grad and the buffers alone.
     """
     if len(y) < 2:
         raise NotCovered("a batch of one sample has no noise: use two or more")
     if bn not in (None, *BN):
         raise ValueError(f"bn {bn!r} is not one of {', '.join(BN)}")
     if len(x) != len(y):
-        raise NotCovered(f"the input {list(x.shape)} does not begin with the {len(y)} samples of the batch")
+        raise NotCovered(
+            f"the input {list(x.shape)} does not begin with the {len(y)} samples of the batch"
+        )
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     with unchanged(list(model.buffers())):
         check_layout(model, names, x, bn)
@@ -76,7 +89,8 @@ def sample_norms(model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn:
             loss = F.cross_entropy(logits, y)
         if logits.shape[1] < 2:
             raise NotCovered(
-                f"the model's output {list(logits.shape)} is of one class, whose cross-entropy is always 0"
+                f"the model's output {list(logits.shape)} is of one class, whose cross-entropy is "
+                "always 0"
             )
         missed = [p for p in names if p not in layers.used]
         if missed:
@@ -89,7 +103,8 @@ def sample_norms(model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn:
 
 @contextmanager
 def unchanged(buffers: list[Tensor]) -> Iterator[None]:
-    """BatchNorm counts its calls, and averages where no trainable weight makes it one of the layers below."""
+    """BatchNorm counts its calls, and averages where no trainable weight makes it one of the layers
+    below."""
     before = [b.clone() for b in buffers]
     try:
         yield
@@ -99,10 +114,12 @@ def unchanged(buffers: list[Tensor]) -> Iterator[None]:
 
 
 def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str | None) -> None:
-    """Raises NotCovered where a layer, or the output, does not have the samples in its first dimension.
+    """Raises NotCovered where a layer, or the output, does not have the samples in its first
+    dimension.
 
-    Another dimension may be of the batch's size by chance. So a few samples, of another number, go through the model once
-    for each shape of the input: where the first dimension is the batch, it is as small everywhere.
+    Another dimension may be of the batch's size by chance. So a few samples, of another number, go
+    through the model once for each shape of the input: where the first dimension is the batch, it
+    is as small everywhere.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: the shapes are the same
     few = 2 if len(x) > 2 else 3
@@ -110,10 +127,16 @@ def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str 
     if kind in SEEN.setdefault(model, set()):
         return
     devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), PerSample(names, few, x.device, False, bn):
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.enable_grad(),
+        PerSample(names, few, x.device, False, bn),
+    ):
         logits = model(x[torch.arange(few, device=x.device) % len(x)])
     if logits.ndim < 2 or len(logits) != few:
-        raise NotCovered(f"the output for {few} samples is {list(logits.shape)}, not [{few}, classes]")
+        raise NotCovered(
+            f"the output for {few} samples is {list(logits.shape)}, not [{few}, classes]"
+        )
     SEEN[model].add(kind)
 
 
@@ -122,7 +145,10 @@ def why_missed(name: str, p: Tensor, loss: Tensor) -> str:
     (slope,) = torch.autograd.grad(loss, p, allow_unused=True) if loss.requires_grad else (None,)
     if slope is None:
         return f"{name} takes no part in the forward pass: freeze it with requires_grad_(False)"
-    return f"{name} is used, but not as it is by {', '.join(sorted(f.__name__ for f in LAYERS))}, which alone give per-sample norms"
+    return (
+        f"{name} is used, but not as it is by {', '.join(sorted(f.__name__ for f in LAYERS))}, "
+        "which alone give per-sample norms"
+    )
 
 
 def parameters(values: Iterable[Any]) -> Iterator[nn.Parameter]:
@@ -135,29 +161,52 @@ def parameters(values: Iterable[Any]) -> Iterator[nn.Parameter]:
 
 
 class PerSample(TorchFunctionMode):
-    """Lets each layer that holds a parameter of `names` report to `probe`; refuses what it does not know."""
+    """Lets each layer that holds a parameter of `names` report to `probe`; refuses what it does not
+    know."""
 
-    def __init__(self, names: dict[Tensor, str], batch: int, device: torch.device, noise: bool, bn: str | None):
+    def __init__(
+        self,
+        names: dict[Tensor, str],
+        batch: int,
+        device: torch.device,
+        noise: bool,
+        bn: str | None,
+    ):
         super().__init__()
         self.names, self.batch, self.noise, self.bn = names, batch, noise, bn
-        self.probe = torch.zeros(2, batch, dtype=wide_dtype(device), device=device, requires_grad=True)
+        self.probe = torch.zeros(
+            2, batch, dtype=wide_dtype(device), device=device, requires_grad=True
+        )
         self.used: set[Tensor] = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         held = [p for p in parameters((*args, *kwargs.values())) if p in self.names]
-        # without a gradient: compiled code, whose layers reported when it was traced; __get__ asks for a shape, a dtype
-        if not held or not torch.is_grad_enabled() or getattr(function, "__name__", "") == "__get__":
+        # without a gradient: compiled code, whose layers reported when it was traced; __get__ asks
+        # for a shape, a dtype
+        if (
+            not held
+            or not torch.is_grad_enabled()
+            or getattr(function, "__name__", "") == "__get__"
+        ):
             return function(*args, **kwargs)
         layer = LAYERS.get(function)
         if layer is None:
             result = function(*args, **kwargs)
-            if not any(isinstance(part, Tensor) for part in (result if isinstance(result, tuple | list) else [result])):
+            if not any(
+                isinstance(part, Tensor)
+                for part in (result if isinstance(result, tuple | list) else [result])
+            ):
                 return result  # a fact about the parameter: a tracing compiler asks for some
-            raise NotCovered(f"{self.names[held[0]]} is used by {function.__name__}, which gives no per-sample norms")
+            raise NotCovered(
+                f"{self.names[held[0]]} is used by {function.__name__}, which gives no per-sample "
+                "norms"
+            )
         for p in held:
             if p in self.used:
-                raise NotCovered(f"{self.names[p]} is used more than once: its per-sample gradients would mix")
+                raise NotCovered(
+                    f"{self.names[p]} is used more than once: its per-sample gradients would mix"
+                )
             self.used.add(p)
         try:
             return layer(self, *args, **kwargs)
@@ -167,20 +216,24 @@ class PerSample(TorchFunctionMode):
     def check(self, x: Tensor) -> None:
         if x.shape[0] != self.batch:
             raise NotCovered(
-                f"its input {list(x.shape)} for {self.batch} samples does not have them in its first dimension: only layers "
+                f"its input {list(x.shape)} for {self.batch} samples does not have them in its "
+                "first dimension: only layers "
                 "with the batch first (batch_first=True) give per-sample norms"
             )
 
 
 def shares(g: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
-    """[2, B]: ||g_i||^2 and ||g_i - g||^2 from the rows g [B, ...] of a mean loss's gradient, each g_i / B."""
+    """[2, B]: ||g_i||^2 and ||g_i - g||^2 from the rows g [B, ...] of a mean loss's gradient, each
+    g_i / B."""
     rows = g.flatten(1).to(dtype)
     squares = rows.square().sum(1)
     deviations = (rows - rows.mean(0)).square().sum(1) if noise else torch.zeros_like(squares)
     return torch.stack([squares, deviations]) * len(g) ** 2
 
 
-def weight_shares(x: Tensor, dy: Tensor, weight: Tensor, rule: tuple, noise: bool) -> tuple[Tensor, Tensor]:
+def weight_shares(
+    x: Tensor, dy: Tensor, weight: Tensor, rule: tuple, noise: bool
+) -> tuple[Tensor, Tensor]:
     """(the weight's gradient, [2, B] as above) of a convolution."""
     stride, padding, dilation, groups = rule
     found = conv_noise(x, dy, list(weight.shape[2:]), stride, padding, dilation, groups, noise)
@@ -205,7 +258,9 @@ class Convolution(torch.autograd.Function):
         total = dy.new_zeros(2, len(x), dtype=ctx.wide)
         if need_x:
             rule = (stride, padding, dilation, False, [0, 0], groups)
-            dx = torch.ops.aten.convolution_backward(dy, x, weight, None, *rule, (True, False, False))[0]
+            dx = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, *rule, (True, False, False)
+            )[0]
         if need_weight:
             dw, found = weight_shares(x, dy, weight, ctx.rule, ctx.noise)
             total += found
@@ -217,7 +272,8 @@ class Convolution(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """F.linear over x [B, ..., inputs]: a convolution with a kernel of one place over the tokens."""
+    """F.linear over x [B, ..., inputs]: a convolution with a kernel of one place over the
+    tokens."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, probe, noise):
@@ -234,8 +290,14 @@ class Linear(torch.autograd.Function):
         total = dy.new_zeros(2, len(x), dtype=ctx.wide)
         if need_weight:
             tokens = x.reshape(len(x), -1, x.shape[-1])
-            image, slope_image, kernel = tokens.mT[..., None], slopes.mT[..., None], weight[..., None, None]
-            dw, found = weight_shares(image, slope_image, kernel, ([1, 1], [0, 0], [1, 1], 1), ctx.noise)
+            image, slope_image, kernel = (
+                tokens.mT[..., None],
+                slopes.mT[..., None],
+                weight[..., None, None],
+            )
+            dw, found = weight_shares(
+                image, slope_image, kernel, ([1, 1], [0, 0], [1, 1], 1), ctx.noise
+            )
             dw = dw.reshape(weight.shape)
             total += found
         if need_bias:
@@ -252,7 +314,11 @@ class GroupNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, probe, noise, groups, eps):
         ctx.sizes = len(x), x.shape[1], x[0].numel() // x.shape[1], groups
         # the native functions of PyTorch 2.11 take memory in this order, or read it as if it were
-        in_order = x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        in_order = (
+            x.device.type == "cpu"
+            and x.ndim == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
         ctx.order = torch.channels_last if in_order else torch.contiguous_format
         x = x.contiguous(memory_format=ctx.order)
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
@@ -267,7 +333,13 @@ class GroupNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             slopes = torch.ops.aten.native_group_norm_backward
             dx = slopes(
-                dy.contiguous(memory_format=ctx.order), x, mean, rstd, weight, *ctx.sizes, (True, False, False)
+                dy.contiguous(memory_format=ctx.order),
+                x,
+                mean,
+                rstd,
+                weight,
+                *ctx.sizes,
+                (True, False, False),
             )[0]
         return dx, *affine_shares(ctx, x, dy, mean, rstd), None, None, None
 
@@ -275,13 +347,16 @@ class GroupNorm(torch.autograd.Function):
 class BatchNorm(torch.autograd.Function):
     """F.batch_norm over x [B, C, ...]; with no mean and variance given, with those of the batch.
 
-    These are functions of x, through which the gradient goes, or with `frozen` constants as the given ones are.
+    These are functions of x, through which the gradient goes, or with `frozen` constants as the
+    given ones are.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, probe, noise, mean, variance, eps, frozen):
         of_batch = mean is None
-        y, center, rstd = torch.native_batch_norm(x, weight, bias, mean, variance, of_batch, 0.0, eps)
+        y, center, rstd = torch.native_batch_norm(
+            x, weight, bias, mean, variance, of_batch, 0.0, eps
+        )
         if not of_batch:
             center, rstd = mean, (variance + eps).rsqrt()
         ctx.save_for_backward(x, weight, center, rstd)
@@ -296,8 +371,18 @@ class BatchNorm(torch.autograd.Function):
             slopes = torch.ops.aten.native_batch_norm_backward
             constants = (None, None) if ctx.through else (center, rstd**-2 - ctx.eps)
             # CUDA wants mean and rstd in any case
-            dx = slopes(dy, x, weight, *constants, center, rstd, ctx.through, ctx.eps, (True, False, False))[0]
-        return dx, *affine_shares(ctx, x, dy, center[None], rstd[None]), None, None, None, None, None
+            dx = slopes(
+                dy, x, weight, *constants, center, rstd, ctx.through, ctx.eps, (True, False, False)
+            )[0]
+        return (
+            dx,
+            *affine_shares(ctx, x, dy, center[None], rstd[None]),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def affine_shares(
@@ -329,7 +414,9 @@ class Affine(torch.autograd.Function):
         shared = list(range(1, x.ndim - (weight.ndim if weight is not None else 1)))
         total = dy.new_zeros(2, len(x), dtype=ctx.wide)
         found = []
-        for needed, product in zip(ctx.needs_input_grad[1:3], (lambda: dy * x, lambda: dy), strict=True):
+        for needed, product in zip(
+            ctx.needs_input_grad[1:3], (lambda: dy * x, lambda: dy), strict=True
+        ):
             g = None
             if needed:
                 g = product().sum(shared) if shared else product()
@@ -350,9 +437,14 @@ def conv2d(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, grou
     if isinstance(padding, str):
         sizes = [0, 0]
         if padding == "same":
-            sizes = [step * (k - 1) for step, k in zip(pair(dilation), weight.shape[2:], strict=True)]
+            sizes = [
+                step * (k - 1) for step, k in zip(pair(dilation), weight.shape[2:], strict=True)
+            ]
         if any(s % 2 for s in sizes):
-            input = F.pad(input, [sizes[1] // 2, sizes[1] - sizes[1] // 2, sizes[0] // 2, sizes[0] - sizes[0] // 2])
+            input = F.pad(
+                input,
+                [sizes[1] // 2, sizes[1] - sizes[1] // 2, sizes[0] // 2, sizes[0] - sizes[0] // 2],
+            )
             sizes = [0, 0]
         padding = [s // 2 for s in sizes]
     rule = (pair(stride), pair(padding), pair(dilation), groups)
@@ -366,14 +458,27 @@ def linear(mode, input, weight, bias=None):
     return Linear.apply(input, weight, bias, mode.probe, mode.noise)
 
 
-def batch_norm(mode, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def batch_norm(
+    mode,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
     mode.check(input)
     if training and mode.bn is None:
         raise NotCovered(
-            "BatchNorm with batch statistics mixes the samples: choose bn batch, frozen or eval, or GroupNorm"
+            "BatchNorm with batch statistics mixes the samples: choose bn batch, frozen or eval, "
+            "or GroupNorm"
         )
     given = (None, None) if training else (running_mean, running_var)
-    return BatchNorm.apply(input, weight, bias, mode.probe, mode.noise, *given, eps, mode.bn == "frozen")
+    return BatchNorm.apply(
+        input, weight, bias, mode.probe, mode.noise, *given, eps, mode.bn == "frozen"
+    )
 
 
 def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5):

@@ -1,4 +1,5 @@
-"""How much the loss rises when the weights move, on average (avg_l2, avg_linf) or at worst (m_apgd_l2, m_apgd_linf).
+"""How much the loss rises when the weights move, on average (avg_l2, avg_linf) or at worst
+(m_apgd_l2, m_apgd_linf).
 
 After Andriushchenko et al. 2023 (arXiv 2302.07011).
 """
@@ -19,11 +20,13 @@ from fastsmooth.noise.gradients import undisturbed
 
 MIX = 0.75  # of the new point in the next iterate; the rest is the iterate before the present one
 MIN_IMPROVED = 0.75  # of the iterations since the last checkpoint, or the step is halved
-NEWTON_STEPS = 16  # of a projection: 8 are enough where |w| spans three decades, 13 where it spans eight
+# of a projection: 8 are enough where |w| spans three decades, 13 where it spans eight
+NEWTON_STEPS = 16
 
 
 class Landscape:
-    """Loss and error of one batch at the weights w + d. The model's own parameters are never written.
+    """Loss and error of one batch at the weights w + d. The model's own parameters are never
+    written.
 
     d [P] is one vector over all trainable parameters, in their order.
     """
@@ -48,7 +51,10 @@ class Landscape:
 
     def _values(self, d: Tensor) -> Tensor:
         parts = (self.weights + d).split([p.numel() for p in self.parameters.values()])
-        moved = {name: part.view(p.shape) for (name, p), part in zip(self.parameters.items(), parts, strict=True)}
+        moved = {
+            name: part.view(p.shape)
+            for (name, p), part in zip(self.parameters.items(), parts, strict=True)
+        }
         # wide, since sharpness is a small difference of losses
         logits = torch.func.functional_call(self.model, moved, (self.x,)).to(wide_dtype(d.device))
         if self.normalize_logits:
@@ -58,7 +64,8 @@ class Landscape:
 
 
 def normalized(logits: Tensor) -> Tensor:
-    """Each row [C] without its mean and of length 1, so that the scale of the logits does not count."""
+    """Each row [C] without its mean and of length 1, so that the scale of the logits does not
+    count."""
     logits = logits - logits.mean(dim=1, keepdim=True)
     return logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
 
@@ -93,7 +100,8 @@ class Ellipsoid:
         )  # a weight of 0 does not move, and 0 / 0 is no 0
 
     def noise(self, like: Tensor, generator: Generator) -> Tensor:
-        """Normal with standard deviation rho s in every coordinate, so of length rho sqrt(P): not in the ellipsoid."""
+        """Normal with standard deviation rho s in every coordinate, so of length rho sqrt(P): not
+        in the ellipsoid."""
         normal = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
         return self.rho * normal * self.scale
 
@@ -103,11 +111,13 @@ class Ellipsoid:
     def project(self, d: Tensor) -> Tensor:
         """The nearest point: d s^2 / (s^2 + t) for the t >= 0 at which it is on the surface.
 
-        1 / ||d s / (s^2 + t)|| is concave in t, so that Newton's method ends there from any t below. The originals bisect
-        until the length is within 1e-5 of rho, 5 % of the published rho.
+        1 / ||d s / (s^2 + t)|| is concave in t, so that Newton's method ends there from any t
+        below. The originals bisect until the length is within 1e-5 of rho, 5 % of the published
+        rho.
         """
         moved = d.to(self.squares.dtype) * self.scale
-        t = (moved.norm() / self.rho - self.squares.max()).clamp_min(0)  # there the length is rho or more
+        # there the length is rho or more
+        t = (moved.norm() / self.rho - self.squares.max()).clamp_min(0)
         for _ in range(NEWTON_STEPS):
             r = moved / (self.squares + t)
             length = r.norm()
@@ -116,7 +126,9 @@ class Ellipsoid:
             t = t + torch.where(slope > 0, rise, 0).clamp_min(0)
         length = (moved / (self.squares + t)).norm()
         # what rounding left outside the surface is brought onto it
-        return (d * (self.squares / (self.squares + t)) * (self.rho / length).clamp_max(1)).to(d.dtype)
+        return (d * (self.squares / (self.squares + t)) * (self.rho / length).clamp_max(1)).to(
+            d.dtype
+        )
 
 
 Region = Box | Ellipsoid
@@ -136,29 +148,44 @@ class Setting:
     seed: int = 0
 
 
-# Each gives the values [k, 2] of one batch at k perturbations, whose mean counts, from those at none.
+# Each gives the values [k, 2] of one batch at k perturbations, whose mean counts, from those at
+# none.
 Search = Callable[[Landscape, Region, Setting, Generator, Tensor], Tensor]
 
 
-def average(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
+def average(
+    f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor
+) -> Tensor:
     """Random perturbations, one an iteration."""
-    return torch.stack([f.values(region.noise(f.weights, generator)) for _ in range(setting.n_iters)])
+    return torch.stack(
+        [f.values(region.noise(f.weights, generator)) for _ in range(setting.n_iters)]
+    )
 
 
-def worst(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
+def worst(
+    f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor
+) -> Tensor:
     """The largest loss that any restart finds, [1, 2]."""
-    found = torch.stack([ascend(f, region, setting, generator, clean) for _ in range(setting.restarts)])
+    found = torch.stack(
+        [ascend(f, region, setting, generator, clean) for _ in range(setting.restarts)]
+    )
     return found.index_select(0, found[:, :1].argmax(dim=0))
 
 
-def ascend(f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor) -> Tensor:
-    """The values [2] at the largest loss that APGD meets (Croce and Hein 2020, as coded by Andriushchenko et al. 2023).
+def ascend(
+    f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor
+) -> Tensor:
+    """The values [2] at the largest loss that APGD meets (Croce and Hein 2020, as coded by
+    Andriushchenko et al. 2023).
 
-    d_{k+1} = 0.75 P(d_k + step) + 0.25 d_{k-1}. Two things differ from that code. Where the step is halved, d goes back to
-    the best one so far with the weights, which the code resets alone. Random starts, which lie outside an ellipsoid and
-    whose quarter would stay in the first iterate, are projected. Nothing waits for the device.
+    d_{k+1} = 0.75 P(d_k + step) + 0.25 d_{k-1}. Two things differ from that code. Where the step is
+    halved, d goes back to the best one so far with the weights, which the code resets alone. Random
+    starts, which lie outside an ellipsoid and whose quarter would stay in the first iterate, are
+    projected. Nothing waits for the device.
     """
-    start = region.noise(f.weights, generator) if setting.random_start else torch.zeros_like(f.weights)
+    start = (
+        region.noise(f.weights, generator) if setting.random_start else torch.zeros_like(f.weights)
+    )
     d = before = best_d = region.project(start)
     values, gradient = f.climb(d)
     best, best_gradient = clean, gradient
@@ -171,19 +198,27 @@ def ascend(f: Landscape, region: Region, setting: Setting, generator: Generator,
         values, gradient = f.climb(d) if i + 1 < setting.n_iters else (f.values(d), gradient)
         better = values[0] > best[0]
         best = torch.where(better, values, best)
-        best_d, best_gradient = torch.where(better, d, best_d), torch.where(better, gradient, best_gradient)
+        best_d, best_gradient = (
+            torch.where(better, d, best_d),
+            torch.where(better, gradient, best_gradient),
+        )
         improved = improved + better
         if i in turns:
-            # the code's other reason, a best loss that did not change, is that of no improvement at all
+            # the code's other reason, a best loss that did not change, is that of no improvement at
+            # all
             stalled = improved < MIN_IMPROVED * (i - last)
             size = torch.where(stalled, size / 2, size)
-            d, gradient = torch.where(stalled, best_d, d), torch.where(stalled, best_gradient, gradient)
+            d, gradient = (
+                torch.where(stalled, best_d, d),
+                torch.where(stalled, best_gradient, gradient),
+            )
             improved, last = torch.zeros_like(size), i
     return best
 
 
 def checkpoints(n_iters: int) -> list[int]:
-    """The iterations, counted from 0, after which the step may be halved; 20: 5, 9, 12, 15, 16, 18, 19 and one never reached."""
+    """The iterations, counted from 0, after which the step may be halved; 20: 5, 9, 12, 15, 16, 18,
+    19 and one never reached."""
     shares, found = [0.0, 0.22], [0, math.ceil(n_iters * 0.22)]
     while found[-1] < n_iters and found[-1] != found[-2]:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
@@ -213,12 +248,16 @@ class Sharpness:
 
 
 def sharpness(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], setting: Setting, rhos: Iterable[float]
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    setting: Setting,
+    rhos: Iterable[float],
 ) -> list[Sharpness]:
-    """The sharpness of `model` in eval mode on batches (x [m, 3, H, W], y [m]), one for each rho, each as if it were alone.
+    """The sharpness of `model` in eval mode on batches (x [m, 3, H, W], y [m]), one for each rho,
+    each as if it were alone.
 
-    Random numbers come from the setting's seed alone (on a GPU they are others than on a CPU). Parameters, buffers,
-    gradients, modes and random state are bit for bit what they were.
+    Random numbers come from the setting's seed alone (on a GPU they are others than on a CPU).
+    Parameters, buffers, gradients, modes and random state are bit for bit what they were.
     """
     search, shape = ALGORITHMS[setting.algorithm]
     rhos, regions, found, clean = list(rhos), [], [], []
@@ -230,7 +269,10 @@ def sharpness(
                 regions = [shape(scale, rho) for rho in rhos]
                 generators = [Generator(x.device).manual_seed(setting.seed) for _ in rhos]
             clean.append(f.values(torch.zeros_like(f.weights)))
-            moved = [search(f, r, setting, g, clean[-1]) for r, g in zip(regions, generators, strict=True)]
+            moved = [
+                search(f, r, setting, g, clean[-1])
+                for r, g in zip(regions, generators, strict=True)
+            ]
             found.append(torch.stack(moved))
     unmoved = torch.stack(clean)  # [batches, 2]
     rises = torch.stack(found, dim=1) - unmoved[:, None]  # [rhos, batches, draws, 2]

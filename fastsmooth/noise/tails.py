@@ -1,7 +1,8 @@
-"""How the coordinates of noise vectors are distributed: moments, quantiles, distance from a normal law, tail index.
+"""How the coordinates of noise vectors are distributed: moments, quantiles, distance from a normal
+law, tail index.
 
-Coordinates are streamed: what is kept of them is central moments and histograms of their float32 bits, of up to 32 groups
-of draws, and the estimates of single draws.
+Coordinates are streamed: what is kept of them is central moments and histograms of their float32
+bits, of up to 32 groups of draws, and the estimates of single draws.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ from torch import Tensor
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise.estimators import Estimate, jackknife_error
 
-# A bin is a float32 cut to its sign, exponent and 7 leading bits: 128 bins an octave, found by one shift, the same for
-# every draw, so that histograms add up exactly.
+# A bin is a float32 cut to its sign, exponent and 7 leading bits: 128 bins an octave, found by one
+# shift, the same for every draw, so that histograms add up exactly.
 CUT = 16
 BINS = 255 << 7  # of one sign: magnitudes from 0 to 2^128
 CODES = 1 << 15  # the codes of one sign; those from BINS on are infinite or not a number
-EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << CUT).view(torch.float32).double()  # [BINS + 1]
+# [BINS + 1]
+EDGES = (torch.arange(BINS + 1, dtype=torch.int32) << CUT).view(torch.float32).double()
 EDGES[-1] = 2.0**128
 LOW, HIGH = EDGES[:-1], EDGES[1:]
 ZERO = EDGES[1].item()  # 2^-133: magnitudes below it, in the first bin, count as zero
-RELATIVE_ERROR = 2.0**-7 + 2.0**-23  # of a value between the edges of its bin, and of the rounding to float32
-# The mean of log x over a bin in which x is evenly spread. A power law x^-(1 + alpha) is off by (1 + alpha) h^2 / 12 in a
-# bin of width h in log x, 5e-6 (1 + alpha) at most, and scatter within bins adds a share (alpha h)^2 / 24 to the standard
-# error of a tail index: it needs no sorted values. torch.topk of the largest 1 % of 11 million coordinates takes four
-# times as long as everything here together.
+# of a value between the edges of its bin, and of the rounding to float32
+RELATIVE_ERROR = 2.0**-7 + 2.0**-23
+# The mean of log x over a bin in which x is evenly spread. A power law x^-(1 + alpha) is off by (1
+# + alpha) h^2 / 12 in a bin of width h in log x, 5e-6 (1 + alpha) at most, and scatter within bins
+# adds a share (alpha h)^2 / 24 to the standard error of a tail index: it needs no sorted values.
+# torch.topk of the largest 1 % of 11 million coordinates takes four times as long as everything
+# here together.
 LOGS = (HIGH * HIGH.log() - torch.special.xlogy(LOW, LOW)) / (HIGH - LOW) - 1
 LEVELS = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 QQ = torch.arange(-20, 21, dtype=torch.float64) / 5  # standard deviations
@@ -43,11 +47,12 @@ BLOCK = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 class NoiseStatistics:
-    """Statistics of `coordinates` noise coordinates over any number of draws, none of which is stored.
+    """Statistics of `coordinates` noise coordinates over any number of draws, none of which is
+    stored.
 
-    All moments are of float64 values about their mean; histogram, quantiles, KS distance and tail indices are of the
-    values rounded to float32. A draw of 11 million coordinates takes about 80 ms on two CPU cores, 6 % of a gradient of
-    ResNet-18 at batch 32.
+    All moments are of float64 values about their mean; histogram, quantiles, KS distance and tail
+    indices are of the values rounded to float32. A draw of 11 million coordinates takes about 80 ms
+    on two CPU cores, 6 % of a gradient of ResNet-18 at batch 32.
     """
 
     def __init__(self, coordinates: int, device: torch.device):
@@ -60,8 +65,9 @@ class NoiseStatistics:
     def observe(self, omega: list[Tensor]) -> None:
         """Take in one draw, given as tensors of any shapes with `coordinates` elements in all.
 
-        Raises ValueError for another number of elements and FloatingPointError for a value that float32 cannot hold (NaN,
-        Inf, above 3.4e38), with the number of the draw, counted from 0, and forgets the draw.
+        Raises ValueError for another number of elements and FloatingPointError for a value that
+        float32 cannot hold (NaN, Inf, above 3.4e38), with the number of the draw, counted from 0,
+        and forgets the draw.
         """
         draw, elements = len(self.estimates), sum(w.numel() for w in omega)
         if elements != self.coordinates:
@@ -82,7 +88,8 @@ class NoiseStatistics:
         self.estimates.append(sample.estimates())
 
     def blocks(self, omega: list[Tensor]) -> Iterator[Tensor]:
-        """The coordinates in blocks that are the same however they are split into tensors; a block is overwritten by the next."""
+        """The coordinates in blocks that are the same however they are split into tensors; a block
+        is overwritten by the next."""
         filled = 0
         for w in omega:
             rest = w.flatten()
@@ -99,35 +106,44 @@ class NoiseStatistics:
     def summary(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON. Raises ValueError before the first draw.
 
-        An estimate is {"value", "error", "draws_mean", "draws_error", "draws"}: of all coordinates of all draws pooled,
-        with its standard error; the mean of the estimates of one draw each, with its standard error; the number of
-        draws that have one. Where draws differ in scale the two differ: pooling mixes the scales, which adds kurtosis.
-        Coordinates of one draw come out of one mini-batch and are not independent, so every error is the spread over
-        draws: "error" by the jackknife, which leaves out one of up to 32 groups of draws at a time (Kott 2001). It has
-        the binning in it only as far as that varies. Errors of a single draw are None, as is a value that is not defined.
+        An estimate is {"value", "error", "draws_mean", "draws_error", "draws"}: of all coordinates
+        of all draws pooled, with its standard error; the mean of the estimates of one draw each,
+        with its standard error; the number of draws that have one. Where draws differ in scale the
+        two differ: pooling mixes the scales, which adds kurtosis. Coordinates of one draw come out
+        of one mini-batch and are not independent, so every error is the spread over draws: "error"
+        by the jackknife, which leaves out one of up to 32 groups of draws at a time (Kott 2001). It
+        has the binning in it only as far as that varies. Errors of a single draw are None, as is a
+        value that is not defined.
 
         draws, coordinates, count    numbers; count is of pooled coordinates
         zeros                        pooled coordinates below 2^-133 (9e-41) in magnitude
         mean, variance, skewness, excess_kurtosis
-                                     estimates, with sums divided by the count; the latter two are 0 for a normal law,
-                                     and None for a standard deviation below 2^-126, as are ks_distance and qq
-        quantiles                    estimates with their "level": the smallest coordinate with at least this share of
-                                     coordinates at or below it, within quantile_relative_error of its magnitude plus
-                                     2^-133
-        ks_distance                  estimate of sup |F - Phi|, Phi the normal law of the pooled (or the draw's) mean and
-                                     variance. The true value for the pooled coordinates lies between "value" and
-                                     "value" + "bound". No p-value: it would assume independent coordinates.
-        qq                           "normal": z; "observed": the quantile at level Phi(z) over the standard deviation
-        hill                         estimates of the tail index of |omega|, P(|omega| > x) ~ x^-alpha (Hill 1975), from
-                                     the k largest magnitudes: those above "threshold", the lowest bin edge that leaves
-                                     at most "share" of the nonzero coordinates above it. "error_if_independent" is
-                                     alpha / sqrt(k). A power law has the same index at every share.
-        log_moment                   estimates of alpha of a symmetric alpha-stable law from the variance of log |omega|
-                                     without zeros: "inverse_square" = 1 / alpha^2 = 6 Var / pi^2 - 1 / 2 (Ma and Nikias
-                                     1995), and "alpha", None where that is not positive. 2 is a normal law; an estimate
-                                     above 2 stands as it is. Pooling coordinates of different scales lowers it.
-        histogram                    counts "positive" and "negative" of magnitudes between consecutive "edges",
-                                     without zeros
+                                     estimates, with sums divided by the count; the latter two are 0
+                                     for a normal law, and None for a standard deviation below
+                                     2^-126, as are ks_distance and qq
+        quantiles                    estimates with their "level": the smallest coordinate with at
+                                     least this share of coordinates at or below it, within
+                                     quantile_relative_error of its magnitude plus 2^-133
+        ks_distance                  estimate of sup |F - Phi|, Phi the normal law of the pooled (or
+                                     the draw's) mean and variance. The true value for the pooled
+                                     coordinates lies between "value" and "value" + "bound". No
+                                     p-value: it would assume independent coordinates.
+        qq                           "normal": z; "observed": the quantile at level Phi(z) over the
+                                     standard deviation
+        hill                         estimates of the tail index of |omega|, P(|omega| > x) ~
+                                     x^-alpha (Hill 1975), from the k largest magnitudes: those
+                                     above "threshold", the lowest bin edge that leaves at most
+                                     "share" of the nonzero coordinates above it.
+                                     "error_if_independent" is alpha / sqrt(k). A power law has the
+                                     same index at every share.
+        log_moment                   estimates of alpha of a symmetric alpha-stable law from the
+                                     variance of log |omega| without zeros: "inverse_square" = 1 /
+                                     alpha^2 = 6 Var / pi^2 - 1 / 2 (Ma and Nikias 1995), and
+                                     "alpha", None where that is not positive. 2 is a normal law; an
+                                     estimate above 2 stands as it is. Pooling coordinates of
+                                     different scales lowers it.
+        histogram                    counts "positive" and "negative" of magnitudes between
+                                     consecutive "edges", without zeros
         """
         if not self.estimates:
             raise ValueError("no draw was observed")
@@ -150,7 +166,9 @@ class NoiseStatistics:
             "ks_distance": each["ks distance"] | {"bound": pooled.ks_distance()[1]},
             "qq": pooled.qq(),
             "hill": [each[f"hill {share}"] | pooled.hill(share) for share in SHARES],
-            "log_moment": {name: each[f"log-moment {name}"] for name in ("inverse_square", "alpha")},
+            "log_moment": {
+                name: each[f"log-moment {name}"] for name in ("inverse_square", "alpha")
+            },
             "histogram": pooled.histogram(),
         }
 
@@ -178,11 +196,14 @@ class Sample:
             **{f"quantile {level}": q for level, q in zip(LEVELS, quantiles, strict=True)},
             **{f"hill {share}": self.hill(share)["value"] for share in SHARES},
             "log-moment inverse_square": inverse_square,
-            "log-moment alpha": inverse_square**-0.5 if inverse_square and inverse_square > 0 else None,
+            "log-moment alpha": inverse_square**-0.5
+            if inverse_square and inverse_square > 0
+            else None,
         }
 
     def deviation(self) -> float | None:
-        """The standard deviation, where float32 holds it as a normal number and its fourth power does not underflow."""
+        """The standard deviation, where float32 holds it as a normal number and its fourth power
+        does not underflow."""
         deviation = math.sqrt(self.moments[2] / self.moments[0])
         return deviation if deviation >= 2.0**-126 else None
 
@@ -197,14 +218,17 @@ class Sample:
         return EDGES[self.filled.start : self.filled.stop + 1]
 
     def cumulated(self) -> tuple[Tensor, Tensor]:
-        """[2 n + 2] float64 each: the edges with both signs, ascending, and how many coordinates lie below each."""
+        """[2 n + 2] float64 each: the edges with both signs, ascending, and how many coordinates
+        lie below each."""
         positive, negative = self.counts[:, self.filled]
-        none = torch.zeros(1, dtype=torch.int64)  # lie below the first edge, and between the innermost two
+        # lie below the first edge, and between the innermost two
+        none = torch.zeros(1, dtype=torch.int64)
         ordered = torch.cat([none, negative.flip(0), none, positive])
         return torch.cat([-self.edges().flip(0), self.edges()]), ordered.cumsum(0).double()
 
     def quantiles(self, levels: Tensor) -> Tensor:
-        """Where the share of coordinates reaches each level, on a straight line through the bin in which it does."""
+        """Where the share of coordinates reaches each level, on a straight line through the bin in
+        which it does."""
         edges, below = self.cumulated()
         wanted = levels * below[-1]
         right = torch.searchsorted(below, wanted)  # below[right - 1] < wanted <= below[right]
@@ -217,10 +241,14 @@ class Sample:
         deviation = self.deviation()
         if deviation is None:
             return None
-        return {"normal": QQ.tolist(), "observed": (self.quantiles(torch.special.ndtr(QQ)) / deviation).tolist()}
+        return {
+            "normal": QQ.tolist(),
+            "observed": (self.quantiles(torch.special.ndtr(QQ)) / deviation).tolist(),
+        }
 
     def ks_distance(self) -> tuple[float | None, float | None]:
-        """The largest |F - Phi| at the edges of bins, and how much larger it can be between them."""
+        """The largest |F - Phi| at the edges of bins, and how much larger it can be between
+        them."""
         deviation = self.deviation()
         if deviation is None:
             return None, None
@@ -239,7 +267,8 @@ class Sample:
         return counts
 
     def hill(self, share: float) -> dict[str, Any]:
-        """k / sum log(x / threshold) over the k magnitudes x above the threshold (Hill 1975), from the bins' mean logs."""
+        """k / sum log(x / threshold) over the k magnitudes x above the threshold (Hill 1975), from
+        the bins' mean logs."""
         counts, edges, logs = self.magnitudes(), self.edges(), LOGS[self.filled]
         above = counts.flip(0).cumsum(0).flip(0)  # [n]: at least the lower edge
         edge = int((above.double() > share * above[0].double()).sum())
@@ -251,7 +280,8 @@ class Sample:
         return about | {"value": alpha, "error_if_independent": alpha / math.sqrt(k)}
 
     def inverse_square(self) -> float | None:
-        """1 / alpha^2 = 6 Var(log |x|) / pi^2 - 1 / 2; the width of the bins adds less than 1e-5."""
+        """1 / alpha^2 = 6 Var(log |x|) / pi^2 - 1 / 2; the width of the bins adds less than
+        1e-5."""
         counts = self.magnitudes().double()
         if not counts.any():
             return None
@@ -270,27 +300,42 @@ class Sample:
             return {"edges": [], "positive": [], "negative": []}
         first, end = filled[0], filled[-1] + 1
         positive, negative = wide[:, first:end].tolist()
-        return {"edges": EDGES[::WIDE][first : end + 1].tolist(), "positive": positive, "negative": negative}
+        return {
+            "edges": EDGES[::WIDE][first : end + 1].tolist(),
+            "positive": positive,
+            "negative": negative,
+        }
 
 
 def codes(values: Tensor) -> Tensor:
-    """The bin of each value, int32: 0 to CODES for those with a plus sign, CODES more for those with a minus."""
+    """The bin of each value, int32: 0 to CODES for those with a plus sign, CODES more for those
+    with a minus."""
     return (values.float().view(torch.int32) >> CUT) & (2 * CODES - 1)
 
 
 def central_moments(values: Tensor) -> Tensor:
-    """[5]: count, mean and the sums of the second to fourth powers of deviations from it. Overwrites `values`."""
+    """[5]: count, mean and the sums of the second to fourth powers of deviations from it.
+    Overwrites `values`."""
     first = values[0].clone()  # taken off first, so that equal values deviate by exactly zero
     values -= first
     mean = values.mean()
     values -= mean
     squares = values.square()
     count = torch.full_like(mean, len(values))
-    return torch.stack([count, first + mean, squares.sum(), torch.dot(squares, values), torch.dot(squares, squares)])
+    return torch.stack(
+        [
+            count,
+            first + mean,
+            squares.sum(),
+            torch.dot(squares, values),
+            torch.dot(squares, squares),
+        ]
+    )
 
 
 def merged(moments: Tensor) -> Tensor:
-    """The moments [5] of several sets together, from those of each, [sets, 5] (Chan et al. 1983; Pebay 2008)."""
+    """The moments [5] of several sets together, from those of each, [sets, 5] (Chan et al. 1983;
+    Pebay 2008)."""
     count, mean, second, third, fourth = moments.unbind(1)
     total = count.sum()
     overall = mean[0] + (count * (mean - mean[0])).sum() / total
@@ -316,11 +361,14 @@ def leave_one_out(samples: list[Sample], all_joined: Sample) -> Iterator[Sample]
     moments = torch.stack([s.moments for s in samples])
     for i, left in enumerate(samples):
         if len(samples) > 1:
-            yield Sample(all_joined.counts - left.counts, merged(torch.cat([moments[:i], moments[i + 1 :]])))
+            yield Sample(
+                all_joined.counts - left.counts, merged(torch.cat([moments[:i], moments[i + 1 :]]))
+            )
 
 
 def pooled_error(values: list[float | None]) -> float | None:
-    """The standard error of an estimate from its values with one group of draws left out at a time."""
+    """The standard error of an estimate from its values with one group of draws left out at a
+    time."""
     return None if len(values) < 2 or None in values else jackknife_error(values)
 
 

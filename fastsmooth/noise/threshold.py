@@ -11,10 +11,12 @@ from fastsmooth.kernels.backend import wide_dtype
 
 
 class NormRecord:
-    """The running mean of gradient norms and the first update at which it is at most each eps, kept on the device.
+    """The running mean of gradient norms and the first update at which it is at most each eps, kept
+    on the device.
 
-    After norm_1 .. norm_t the mean is that of the norms ("mean-norm", "full-grad") or the root of that of their squares
-    ("rms-norm"). observe() only enqueues work: the update of a crossing is exact however rarely `first` is read.
+    After norm_1 .. norm_t the mean is that of the norms ("mean-norm", "full-grad") or the root of
+    that of their squares ("rms-norm"). observe() only enqueues work: the update of a crossing is
+    exact however rarely `first` is read.
     """
 
     def __init__(self, eps: tuple[float, ...], criterion: str, ignore: int, device: torch.device):
@@ -23,7 +25,8 @@ class NormRecord:
         self.ignore = ignore  # updates before which no crossing counts
         self.eps = torch.tensor(eps, dtype=wide, device=device)
         self.first = torch.zeros(len(eps), dtype=torch.int64, device=device)  # 0: not yet
-        self.sums = torch.zeros(3, dtype=wide, device=device)  # of norms, of squares, and the largest norm
+        # of norms, of squares, and the largest norm
+        self.sums = torch.zeros(3, dtype=wide, device=device)
         self.count = 0
 
     def observe(self, norm: Tensor, update: int) -> None:

@@ -17,9 +17,12 @@ from fastsmooth.runfolder.write import RunFolderError, refusing
 
 def parser() -> flag_types.Parser:
     p = flag_types.Parser(
-        prog=command("report"), description="Tables, figures and one HTML page out of runs of fastsmooth.train."
+        prog=command("report"),
+        description="Tables, figures and one HTML page out of runs of fastsmooth.train.",
     )
-    p.add_argument("runs", nargs="+", metavar="RUNS", type=Path, help="run folders, or folders that hold them")
+    p.add_argument(
+        "runs", nargs="+", metavar="RUNS", type=Path, help="run folders, or folders that hold them"
+    )
     p.add_argument(
         "--out",
         metavar="DIR",
@@ -31,7 +34,8 @@ def parser() -> flag_types.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
+    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a
+    traceback."""
     refusals = (flag_types.ConfigError, RunError, RunFolderError)
     return exit_code(lambda: report(sys.argv[1:] if argv is None else argv), refusals)
 
@@ -60,7 +64,8 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
         note("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'")
     kinds = "SVG and PDF" if with_pdf else "SVG"
     say(
-        f"{out / 'report.html'}: {page.count(runs, 'run')}, {page.count(len(figures), 'figure')} ({kinds} in {folder}), {len(html.encode()) // 1024} kB"
+        f"{out / 'report.html'}: {page.count(runs, 'run')}, {page.count(len(figures), 'figure')} "
+        f"({kinds} in {folder}), {len(html.encode()) // 1024} kB"
     )
 
 

@@ -1,4 +1,5 @@
-"""Figures of --mode critical: updates and gradient evaluations against the batch size, and where theory puts b*."""
+"""Figures of --mode critical: updates and gradient evaluations against the batch size, and where
+theory puts b*."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def constants(analysis: Analysis, known: list[Variance]) -> list[Constant]:
 
 
 MEASURING = {
-    "mode", "eps", "criterion", "min_epochs", "full_grad_every", "steps", "draws", "bn", "measure_augment", "save_omega",
+    "mode", "eps", "criterion", "min_epochs", "full_grad_every", "steps", "draws", "bn",
+    "measure_augment", "save_omega",
     "batch_size", "seed", "c2", "k2", "epochs", "decay_epoch", "budget",
 }  # fmt: skip
 
@@ -90,7 +92,14 @@ def critical(analyses: list[Analysis], known, number: int, title: str) -> list[F
             panel = Panel(y, curves, True, 250)
             full = f"{y} against the batch size{where}"
             figures.append(
-                Figure(f"critical-{number}-{name}", full, "Batch size b", (panel,), x_log=True, x_ticks=ticks)
+                Figure(
+                    f"critical-{number}-{name}",
+                    full,
+                    "Batch size b",
+                    (panel,),
+                    x_log=True,
+                    x_ticks=ticks,
+                )
             )
     return figures
 
@@ -101,10 +110,13 @@ def reached(a: Analysis) -> list[BatchResult]:
 
 
 def steps_curve(a: Analysis, color: str) -> list[Curve]:
-    """The mean over seeds; rings for single seeds of the others, those that are censored among them."""
+    """The mean over seeds; rings for single seeds of the others, those that are censored among
+    them."""
     full = reached(a)
     line = tuple((float(b.batch_size), b.mean_steps) for b in full)
-    bars = tuple((float(b.batch_size), float(min(b.reached)), float(max(b.reached))) for b in full if b.n > 1)
+    bars = tuple(
+        (float(b.batch_size), float(min(b.reached)), float(max(b.reached))) for b in full if b.n > 1
+    )
     marks = [Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} updates") for point in line]
     alone = [
         Mark(float(b.batch_size), float(t), "ring", "one seed: others are censored or not there")
@@ -120,7 +132,8 @@ def partly(a: Analysis) -> list[BatchResult]:
 
 
 def bounds(a: Analysis, height: Callable[[int, int], float]) -> list[Mark]:
-    """Open marks at height(b, t) for the seeds that are censored at update t: the true value is at most there."""
+    """Open marks at height(b, t) for the seeds that are censored at update t: the true value is at
+    most there."""
     words = "at most: below ε at the first update that counts"
     return [
         Mark(float(b.batch_size), height(b.batch_size, t), "ring", f"b {b.batch_size:,}: {words}")
@@ -131,15 +144,23 @@ def bounds(a: Analysis, height: Callable[[int, int], float]) -> list[Mark]:
 
 
 def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
-    """N(b) with b* in a circle, the floor of the minimum as a wide line, and squares where the theory puts b*."""
+    """N(b) with b* in a circle, the floor of the minimum as a wide line, and squares where the
+    theory puts b*."""
     full = reached(a)
     line = tuple((float(b.batch_size), b.sfo_mean) for b in full)
     bars = tuple(
-        (float(b.batch_size), b.batch_size * float(min(b.reached)), b.batch_size * float(max(b.reached)))
+        (
+            float(b.batch_size),
+            b.batch_size * float(min(b.reached)),
+            b.batch_size * float(max(b.reached)),
+        )
         for b in full
         if b.n > 1
     )
-    marks = [Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} gradient evaluations") for point in line]
+    marks = [
+        Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} gradient evaluations")
+        for point in line
+    ]
     best = [p for p in line if p[0] == a.best]
     marks += [Mark(*p, "circle", f"b* = {a.best}") for p in best]
     marks += [m for c in constants(a, known) if (m := theory_mark(a, c, line))]
@@ -153,28 +174,43 @@ def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
 
 
 def theory_mark(a: Analysis, c: Constant, line: tuple) -> Mark | None:
-    """On the curve at kappa lr C^2 / eps^2; None where that lies outside the batches that were tried."""
+    """On the curve at kappa lr C^2 / eps^2; None where that lies outside the batches that were
+    tried."""
     b = a.batch_of(c.value)
     for (x, y), (x2, y2) in pairwise(line):
         if x <= b <= x2:
             share = math.log(b / x) / math.log(x2 / x)
-            return Mark(b, y * (y2 / y) ** share, c.shape, f"κ lr C² / ε² = {b:.4g}, {c.source} {c.value:.4g}")
+            return Mark(
+                b,
+                y * (y2 / y) ** share,
+                c.shape,
+                f"κ lr C² / ε² = {b:.4g}, {c.source} {c.value:.4g}",
+            )
     return None
 
 
 def critical_words(a: Analysis, known) -> str:
-    """What the figure cannot say: how flat the minimum is, and where the theory's batch size lies."""
+    """What the figure cannot say: how flat the minimum is, and where the theory's batch size
+    lies."""
     if a.best is None:
         return f"ε {exact(a.eps)}: not reached by every seed at any batch size{censored_words(a)}."
     low, high = a.bracket
     flat = f"from {low:,} to {high:,}" if low < high else f"at {low:,} alone"
     text = f"ε {exact(a.eps)}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
-    text += ", and the floor ends where the batches that were tried end, so b* may lie outside" if a.at_edge else ""
+    text += (
+        ", and the floor ends where the batches that were tried end, so b* may lie outside"
+        if a.at_edge
+        else ""
+    )
     text += censored_words(a)
     for c in constants(a, known):
         b, tried = a.batch_of(c.value), [float(b.batch_size) for b in reached(a)]
         text += f"; theory's κ lr C² / ε² = {b:,.4g} from {c.source}, {c.value:.4g}"
-        text += "" if min(tried) <= b <= max(tried) else ", outside the batches that were tried (no square)"
+        text += (
+            ""
+            if min(tried) <= b <= max(tried)
+            else ", outside the batches that were tried (no square)"
+        )
     return text + "."
 
 
@@ -183,4 +219,7 @@ def censored_words(a: Analysis) -> str:
     if not a.censored:
         return ""
     sizes = ", ".join(f"{b:,}" for b in a.censored)
-    return f"; censored, and in no mean, at batch {sizes} (rings: below ε at the first update that counts, so T is at most that)"
+    return (
+        f"; censored, and in no mean, at batch {sizes} (rings: below ε at the first update that "
+        "counts, so T is at most that)"
+    )

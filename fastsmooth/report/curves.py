@@ -1,4 +1,5 @@
-"""Figures against training time: accuracy, loss and schedule of every configuration, and the noise measured on the way."""
+"""Figures against training time: accuracy, loss and schedule of every configuration, and the noise
+measured on the way."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ MANY = 13  # that it shows in ordered colours
 FACETS = 6  # plots beside each other
 FAR = 20  # times the updates of another line: then updates stand on a logarithmic axis
 BACKGROUND = 60  # lines behind the highlighted ones
-ENDS = {"diverged": "cross", "failed": "cross"}  # how a line of a run in that state ends; else in a ring
+# how a line of a run in that state ends; else in a ring
+ENDS = {"diverged": "cross", "failed": "cross"}
 DELTA = "Degree of smoothing δ"
 
 Points = list[tuple[float, float]]
@@ -25,7 +27,8 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """A configuration as a series: its colour, and its name among those beside it with what is short for it."""
+    """A configuration as a series: its colour, and its name among those beside it with what is
+    short for it."""
 
     group: Group
     color: str
@@ -43,14 +46,17 @@ class Facet:
     left_out: int = 0
 
 
-# Which configurations share a plot ------------------------------------------------------------------------------------
+# Which configurations share a plot
 
 
 def arrange(found: list[Group]) -> list[Facet]:
-    """Few configurations share one plot; many are parted by all settings but one, or the best stand before the others."""
+    """Few configurations share one plot; many are parted by all settings but one, or the best stand
+    before the others."""
     if len(found) <= FEW:
         named = len(found) > 1
-        lines = tuple(Line(g, unordered_color(i), g.name if named else "", g.key) for i, g in enumerate(found))
+        lines = tuple(
+            Line(g, unordered_color(i), g.name if named else "", g.key) for i, g in enumerate(found)
+        )
         return [Facet("", lines)] if found else []
     fields = groups.differing([g.config for g in found])
     scales = [f for f in fields if all(real(g.config.get(f)) is not None for g in found)]
@@ -66,12 +72,17 @@ def arrange(found: list[Group]) -> list[Facet]:
 
 
 def parted(found: list[Group], scale: str, rest: list[str]) -> list[Facet] | None:
-    """A plot for each combination of `rest`, in which colours follow the values of `scale`; None where that is no help."""
+    """A plot for each combination of `rest`, in which colours follow the values of `scale`; None
+    where that is no help."""
     values = sorted({g.config[scale] for g in found})
     parts: dict[str, list[Group]] = {}
     for g in found:
         parts.setdefault(repr([g.config.get(f) for f in rest]), []).append(g)
-    if not 2 < len(values) <= MANY or len(parts) > FACETS or any(len(p) > len(values) for p in parts.values()):
+    if (
+        not 2 < len(values) <= MANY
+        or len(parts) > FACETS
+        or any(len(p) > len(values) for p in parts.values())
+    ):
         return None
     color = dict(zip(values, ordered_colors(len(values)), strict=True))
     visible = [f for f in rest if f in groups.SPOKEN] or rest
@@ -79,7 +90,9 @@ def parted(found: list[Group], scale: str, rest: list[str]) -> list[Facet] | Non
         Facet(
             groups.spoken(part[0].config, visible),
             tuple(
-                Line(g, color[v], groups.setting(scale, v), groups.shown(v)) for g in part for v in (g.config[scale],)
+                Line(g, color[v], groups.setting(scale, v), groups.shown(v))
+                for g in part
+                for v in (g.config[scale],)
             ),
         )
         for part in parts.values()
@@ -91,7 +104,7 @@ def accuracy_of(g: Group) -> float:
     return found.mean if found else -1.0
 
 
-# Training: against epochs and against updates -------------------------------------------------------------------------
+# Training: against epochs and against updates
 
 Course = Callable[[SavedRun], dict[Any, tuple[float, float]]]  # when -> (x, y)
 
@@ -112,12 +125,15 @@ def training(facet: Facet, index: int) -> list[Figure]:
             title = f"Accuracy, loss and schedule against {unit}{where}"
             x_title = unit.capitalize() + (", log scale" if log else "")
             name = f"training-{index}-{unit}"
-            figures.append(Figure(name, title, x_title, tuple(panels), heading=facet.title, x_log=log))
+            figures.append(
+                Figure(name, title, x_title, tuple(panels), heading=facet.title, x_log=log)
+            )
     return figures
 
 
 def far_apart(panels: list[Panel]) -> bool:
-    """Whether lines end so far from each other that the short ones would vanish on a linear axis."""
+    """Whether lines end so far from each other that the short ones would vanish on a linear
+    axis."""
     ends = [c.line[-1][0] for panel in panels for c in panel.curves]
     return min(ends) > 0 and max(ends) > FAR * min(ends)
 
@@ -137,22 +153,35 @@ def by_epoch(unit: str, name: str, factor: float = 1) -> Course:
     return course
 
 
-def means(title: str, facet: Facet, course: Course, *, height: float, log: bool = False) -> Panel | None:
-    """A panel with the mean over the seeds of each series, a band from the lowest to the highest, and runs that broke off."""
+def means(
+    title: str, facet: Facet, course: Course, *, height: float, log: bool = False
+) -> Panel | None:
+    """A panel with the mean over the seeds of each series, a band from the lowest to the highest,
+    and runs that broke off."""
     curves = [Curve("faint", mean_of(g.done, course), width=0.9) for g in facet.others]
     for line in facet.lines:
         curves += broken_off(line, course)
-        curves.append(mean_line(line, together(line.group.done, course), band=len(facet.lines) <= FEW))
+        curves.append(
+            mean_line(line, together(line.group.done, course), band=len(facet.lines) <= FEW)
+        )
     curves = tuple(c for c in curves if c.line)
-    floor = None if log or not curves else legible_floor(tuple(c for c in curves if c.color != "faint") or curves)
+    floor = (
+        None
+        if log or not curves
+        else legible_floor(tuple(c for c in curves if c.color != "faint") or curves)
+    )
     return Panel(title, curves, log, height, floor=floor) if curves else None
 
 
 def together(runs: Iterable[SavedRun], course: Course) -> list[tuple[float, Sample]]:
-    """(x, the values of all runs) whenever all of them have one: where one lacks it the mean would jump."""
+    """(x, the values of all runs) whenever all of them have one: where one lacks it the mean would
+    jump."""
     courses = [course(run) for run in runs]
     every = [at for at in courses[0] if all(at in c for c in courses)] if courses else []
-    return [(mean([c[at][0] for c in courses]), Sample(tuple(c[at][1] for c in courses))) for at in every]
+    return [
+        (mean([c[at][0] for c in courses]), Sample(tuple(c[at][1] for c in courses)))
+        for at in every
+    ]
 
 
 def mean_of(runs: Iterable[SavedRun], course: Course) -> tuple[tuple[float, float], ...]:
@@ -167,35 +196,49 @@ def mean_line(line: Line, at: list[tuple[float, Sample]], *, band: bool) -> Curv
 
 
 def broken_off(line: Line, course: Course) -> list[Curve]:
-    """Runs that are not done, dashed, with a mark where each ends; the longest bears the name where no run is done."""
-    runs = sorted((run for run in line.group.runs if run.state != "done"), key=lambda run: -len(course(run)))
+    """Runs that are not done, dashed, with a mark where each ends; the longest bears the name where
+    no run is done."""
+    runs = sorted(
+        (run for run in line.group.runs if run.state != "done"), key=lambda run: -len(course(run))
+    )
     curves = []
     for run in runs:
         points = tuple(course(run).values())
         label = line.label if run is runs[0] and not line.group.done else ""
         tip = f"{line.group.name}: {groups.shown(run.state)}"
         end = tuple(Mark(*point, ENDS.get(run.state, "ring"), tip) for point in points[-1:])
-        curves.append(Curve(line.color, points, marks=end, label=label, key=line.key, width=1.2, dash="4 3"))
+        curves.append(
+            Curve(line.color, points, marks=end, label=label, key=line.key, width=1.2, dash="4 3")
+        )
     return curves
 
 
 def legible_floor(curves: tuple[Curve, ...]) -> float | None:
-    """Where an axis of accuracies begins so that all but the first tenth of every line is on it; None: at the lowest."""
+    """Where an axis of accuracies begins so that all but the first tenth of every line is on it;
+    None: at the lowest."""
     every = [y for c in curves for _, y in c.line]
     later = [y for c in curves for _, y in c.line[min(len(c.line) // 10 + 1, len(c.line) - 1) :]]
     floor = min(later) - 0.08 * (max(every) - min(later))
     return floor if floor - min(every) > 0.3 * (max(every) - floor) else None
 
 
-# The strip below: lr, batch, momentum, delta --------------------------------------------------------------------------
+# The strip below: lr, batch, momentum, delta
 
 
 def strips(facet: Facet, unit: str) -> list[Panel]:
     """Low panels with the schedule of each series, of those settings that are not 0 everywhere."""
-    titles = {"lr": "Learning rate", "batch_size": "Batch size", "momentum": "Momentum β", "delta": delta_title(facet)}
+    titles = {
+        "lr": "Learning rate",
+        "batch_size": "Batch size",
+        "momentum": "Momentum β",
+        "delta": delta_title(facet),
+    }
     found = []
     for name, title in titles.items():
-        curves = [schedule_line(line, unit, name, i, len(facet.lines)) for i, line in enumerate(facet.lines)]
+        curves = [
+            schedule_line(line, unit, name, i, len(facet.lines))
+            for i, line in enumerate(facet.lines)
+        ]
         curves = tuple(c for c in curves if c.line)
         values = [y for c in curves for _, y in c.line]
         if values and any(values):
@@ -205,7 +248,8 @@ def strips(facet: Facet, unit: str) -> list[Panel]:
 
 
 def schedule_line(line: Line, unit: str, name: str, place: int, count: int) -> Curve:
-    """A staircase, as a setting holds for an epoch; lines below others are wider, so that equal ones show as a ribbon."""
+    """A staircase, as a setting holds for an epoch; lines below others are wider, so that equal
+    ones show as a ribbon."""
     longest = max(line.group.runs, key=lambda run: len(groups.epochs(run)))
     points, before = [], 0.0
     for x, y in by_epoch(unit, name)(longest).values():
@@ -217,10 +261,16 @@ def schedule_line(line: Line, unit: str, name: str, place: int, count: int) -> C
 
 def delta_title(facet: Facet) -> str:
     units = {line.group.unit() for line in facet.lines}
-    return DELTA + (" (in units of √C²)" if units == {"C"} else " (of some in units of √C²)" if "C" in units else "")
+    return DELTA + (
+        " (in units of √C²)"
+        if units == {"C"}
+        else " (of some in units of √C²)"
+        if "C" in units
+        else ""
+    )
 
 
-# The noise while training -----------------------------------------------------------------------------------------------
+# The noise while training
 
 
 def online(facet: Facet, index: int) -> list[Figure]:
@@ -232,7 +282,9 @@ def online(facet: Facet, index: int) -> list[Figure]:
     panels = tuple(p for p in measured if p)
     where = f" ({facet.title})" if facet.title else ""
     title = f"Gradient variance and degree of smoothing while training{where}"
-    return [Figure(f"online-{index}", title, "Updates", panels, heading=facet.title)] if panels else []
+    return (
+        [Figure(f"online-{index}", title, "Updates", panels, heading=facet.title)] if panels else []
+    )
 
 
 def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel | None:
@@ -242,7 +294,9 @@ def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel 
         return None
     if name != "c2_sampled":
         expected = [expected_line(line, course) for line in facet.lines if len(facet.lines) <= FEW]
-        panel = Panel(title, (*(c for c in expected if len(c.line) > 1), *panel.curves), True, height)
+        panel = Panel(
+            title, (*(c for c in expected if len(c.line) > 1), *panel.curves), True, height
+        )
     return panel
 
 
@@ -250,7 +304,9 @@ def by_measurement(name: str) -> Course:
     """A number of the rows of --track-noise, at their updates."""
 
     def course(run: SavedRun) -> dict[float, tuple[float, float]]:
-        rows = [row for row in run.of_kind("measure") if real(row.get("delta_measured")) is not None]
+        rows = [
+            row for row in run.of_kind("measure") if real(row.get("delta_measured")) is not None
+        ]
         at = [(real(row.get("step")), real(row.get(name))) for row in rows]
         return {x: (x, y) for x, y in at if x is not None and y is not None}
 
@@ -258,7 +314,8 @@ def by_measurement(name: str) -> Course:
 
 
 def expected_line(line: Line, course: Course) -> Curve:
-    """What the schedule alone makes of the first measured delta: how it would go on with constants that stay."""
+    """What the schedule alone makes of the first measured delta: how it would go on with constants
+    that stay."""
     measured = mean_of(line.group.done, course)
     planned = dict(mean_of(line.group.done, by_measurement("delta")))
     first = next(((x, y) for x, y in measured if planned.get(x, 0) > 0 and y > 0), None)
@@ -278,4 +335,9 @@ def estimators(facets: Iterable[Facet]) -> list[str]:
         for row in run.of_kind("measure")
         if real(row.get("delta_measured")) is not None
     )
-    return sorted({f"{groups.shown(row.get('estimator'))}, BatchNorm {groups.shown(row.get('bn'))}" for row in rows})
+    return sorted(
+        {
+            f"{groups.shown(row.get('estimator'))}, BatchNorm {groups.shown(row.get('bn'))}"
+            for row in rows
+        }
+    )

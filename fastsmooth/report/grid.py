@@ -1,4 +1,5 @@
-"""Figures of one number of a configuration against another: degree of smoothing, batch size, accuracy, sharpness."""
+"""Figures of one number of a configuration against another: degree of smoothing, batch size,
+accuracy, sharpness."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ class Quantity:
 
 
 ACCURACY = Quantity("accuracy", "Final test accuracy, %", groups.final_accuracy, factor=100)
-BATCH = Quantity("batch", "Batch size at the start", lambda run: groups.first(run, "batch_size"), log=True)
+BATCH = Quantity(
+    "batch", "Batch size at the start", lambda run: groups.first(run, "batch_size"), log=True
+)
 
 
 def delta(unit: str) -> Quantity:
@@ -41,23 +44,31 @@ def smoothing(found: list[Group]) -> list[Figure]:
         some = [g for g in found if g.unit() == unit]
         d = delta(unit)
         pairs = ((d, ACCURACY), (BATCH, ACCURACY), (BATCH, d))
-        figures += [f for x, y in pairs if (f := against(some, x, y, f"smoothing-{i}-{y.name}-{x.name}"))]
+        figures += [
+            f for x, y in pairs if (f := against(some, x, y, f"smoothing-{i}-{y.name}-{x.name}"))
+        ]
     return figures
 
 
 def sharpness(found: list[Group]) -> list[Figure]:
-    """Sharpness against delta and the batch size, and accuracy against it, for each way in which it was measured."""
+    """Sharpness against delta and the batch size, and accuracy against it, for each way in which it
+    was measured."""
     figures = []
     ways = sorted({way for g in found for run in g.runs for way in sharpness_of(run)}, key=repr)
     for i, way in enumerate(ways[:WAYS], 1):
         algorithm, adaptive, rho, split = way
-        title = f"Sharpness, ρ {rho:g} ({'adaptive ' if adaptive else ''}{groups.shown(algorithm)}, {groups.shown(split)} images)"
+        title = (
+            f"Sharpness, ρ {rho:g} ({'adaptive ' if adaptive else ''}{groups.shown(algorithm)}, "
+            f"{groups.shown(split)} images)"
+        )
         s = Quantity("sharpness", title, lambda run, way=way: sharpness_of(run).get(way), log=True)
         for unit in sorted({g.unit() for g in found}):
             some = [g for g in found if g.unit() == unit]
             pairs = ((delta(unit), s), (BATCH, s), (s, ACCURACY))
             name = f"sharpness-{i}{'-c' if unit else ''}"
-            figures += [f for x, y in pairs if (f := against(some, x, y, f"{name}-{y.name}-{x.name}"))]
+            figures += [
+                f for x, y in pairs if (f := against(some, x, y, f"{name}-{y.name}-{x.name}"))
+            ]
     return figures
 
 
@@ -68,17 +79,31 @@ def sharpness_of(run: SavedRun) -> dict[tuple, float]:
     for entry in results if isinstance(results, list) else ():
         if not isinstance(entry, dict):
             continue
-        value, rho, step = real(entry.get("value")), real(entry.get("rho")), real(entry.get("step")) or 0.0
-        way = (str(entry.get("algorithm")), entry.get("adaptive") is True, rho, str(entry.get("split")))
+        value, rho, step = (
+            real(entry.get("value")),
+            real(entry.get("rho")),
+            real(entry.get("step")) or 0.0,
+        )
+        way = (
+            str(entry.get("algorithm")),
+            entry.get("adaptive") is True,
+            rho,
+            str(entry.get("split")),
+        )
         if value is not None and rho is not None and step >= found.get(way, (0.0, 0.0))[0]:
             found[way] = (step, value)
     return {way: value for way, (_, value) in found.items()}
 
 
 def against(found: list[Group], x: Quantity, y: Quantity, name: str) -> Figure | None:
-    """A point for each configuration; those that differ in the batch size alone are joined. None without two different x."""
+    """A point for each configuration; those that differ in the batch size alone are joined. None
+    without two different x."""
     families: dict[str, list[tuple[Group, Sample, Sample]]] = {}
-    fields = [f for f in groups.differing([g.config for g in found]) if f not in ("batch_size", "c2", "k2")]
+    fields = [
+        f
+        for f in groups.differing([g.config for g in found])
+        if f not in ("batch_size", "c2", "k2")
+    ]
     for g in found:
         at, values = g.sample(x.of), g.sample(y.of)
         if at and values and (not x.log or at.low > 0):
@@ -87,25 +112,40 @@ def against(found: list[Group], x: Quantity, y: Quantity, name: str) -> Figure |
     if len({at.mean for _, at, _ in points}) < 2:
         return None
     log_y = y.log and all(values.low > 0 for _, _, values in points)
-    curves = tuple(family_curve(f, fields, i, len(families), x, y) for i, f in enumerate(families.values()))
+    curves = tuple(
+        family_curve(f, fields, i, len(families), x, y) for i, f in enumerate(families.values())
+    )
     ticks = tuple(sorted({at.mean for _, at, _ in points})) if x is BATCH else ()
     title = f"{y.title} against {x.title[0].lower() + x.title[1:]}"
     panel = Panel(y.title, curves, log_y, 235)
     return Figure(name, title, x.title, (panel,), x_log=x.log, x_ticks=ticks)
 
 
-def family_curve(family: list, fields: list[str], index: int, count: int, x: Quantity, y: Quantity) -> Curve:
+def family_curve(
+    family: list, fields: list[str], index: int, count: int, x: Quantity, y: Quantity
+) -> Curve:
     family = sorted(family, key=lambda point: point[1].mean)
     points = [(at.mean * x.factor, values, g) for g, at, values in family]
-    line = tuple((at, values.mean * y.factor) for at, values, _ in points) if len(points) > 1 else ()
+    line = (
+        tuple((at, values.mean * y.factor) for at, values, _ in points) if len(points) > 1 else ()
+    )
     bars = tuple((at, v.low * y.factor, v.high * y.factor) for at, v, _ in points if v.n > 1)
     marks = tuple(
-        Mark(at, v.mean * y.factor, "dot", f"{g.name}: {v.mean * y.factor:.4g} ({v.n} runs)") for at, v, g in points
+        Mark(at, v.mean * y.factor, "dot", f"{g.name}: {v.mean * y.factor:.4g} ({v.n} runs)")
+        for at, v, g in points
     )
     name = groups.spoken(family[0][0].config, [f for f in fields if f in groups.SPOKEN] or fields)
     label = name if 1 < count <= MANY else ""
     color = unordered_color(index) if count <= FEW else ordered_colors(count)[index]
-    return Curve(color, line, bars=bars, marks=marks, label=label, key=keys([g.key for g, _, _ in family]), width=1.3)
+    return Curve(
+        color,
+        line,
+        bars=bars,
+        marks=marks,
+        label=label,
+        key=keys([g.key for g, _, _ in family]),
+        width=1.3,
+    )
 
 
 def keys(of: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""Runs sorted into configurations: what tells these apart, what they are called, and what their seeds say together."""
+"""Runs sorted into configurations: what tells these apart, what they are called, and what their
+seeds say together."""
 
 from __future__ import annotations
 
@@ -19,13 +20,23 @@ from fastsmooth.runfolder.read import SavedRun
 from fastsmooth.schedule import METHODS
 from fastsmooth.sweep.critical import NO_RESULT
 
-# What may differ between runs of one configuration: the seed, and what changes where or how fast a run goes, not where to.
-REPETITION = {"seed", "compile", "deterministic", "hw_decoder_load", "decoder_device_memory", "decoder_host_memory"}
+# What may differ between runs of one configuration: the seed, and what changes where or how fast a
+# run goes, not where to.
+REPETITION = {
+    "seed",
+    "compile",
+    "deterministic",
+    "hw_decoder_load",
+    "decoder_device_memory",
+    "decoder_host_memory",
+}
 REPETITION |= NO_RESULT - {"epochs", "decay_epoch", "budget"}
 
-# In names: these whenever they differ, others only where these leave two configurations with one name.
+# In names: these whenever they differ, others only where these leave two configurations with one
+# name.
 SPOKEN = (
-    "dataset", "data", "model", "norm", "mode", "method", "optimizer", "lr", "batch_size", "beta", "nu", "power", "gamma",
+    "dataset", "data", "model", "norm", "mode", "method", "optimizer", "lr", "batch_size", "beta",
+    "nu", "power", "gamma",
     "epochs", "budget",
 )  # fmt: skip
 BARE = {"dataset", "data", "model", "optimizer", "budget"}  # their values speak for themselves
@@ -98,15 +109,17 @@ class Group:
         return {state: states.count(state) for state in sorted(set(states))}
 
     def unit(self) -> str:
-        """The unit of its delta: 1, or the root of C², "C", where no gradient variance was given or published."""
+        """The unit of its delta: 1, or the root of C², "C", where no gradient variance was given or
+        published."""
         return "" if real(self.config.get("c2")) is not None else "C"
 
 
-# Sorting ----------------------------------------------------------------------------------------------------------------
+# Sorting
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a configuration consists of; a folder of images by its last name, wherever it lies."""
+    """The settings that a configuration consists of; a folder of images by its last name, wherever
+    it lies."""
     kept = {name: value for name, value in config.items() if name not in REPETITION}
     if config.get("dataset") == "folder" and isinstance(config.get("data_dir"), str):
         kept["data"] = Path(config["data_dir"]).name
@@ -114,18 +127,23 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def group(runs: Iterable[SavedRun]) -> list[Group]:
-    """The configurations, by mode and in the order of their settings, with keys, and with names that tell those of a mode apart."""
+    """The configurations, by mode and in the order of their settings, with keys, and with names
+    that tell those of a mode apart."""
     found: dict[str, list[SavedRun]] = {}
     for run in runs:
         found.setdefault(json.dumps(identity(run.config), sort_keys=True), []).append(run)
     members = [
-        tuple(sorted(some, key=lambda run: (order(run.config.get("seed")), str(run.path)))) for some in found.values()
+        tuple(sorted(some, key=lambda run: (order(run.config.get("seed")), str(run.path))))
+        for some in found.values()
     ]
     configs = [identity(some[0].config) for some in members]
     fields = differing(configs)
     pairs = zip(configs, members, strict=True)
     ranked = [
-        Group(*pair) for pair in sorted(pairs, key=lambda pair: [order(pair[0].get(f)) for f in ("mode", *fields)])
+        Group(*pair)
+        for pair in sorted(
+            pairs, key=lambda pair: [order(pair[0].get(f)) for f in ("mode", *fields)]
+        )
     ]
     names: dict[int, str] = {}
     for some in by_mode(ranked).values():
@@ -146,7 +164,11 @@ def differing(configs: list[dict[str, Any]]) -> list[str]:
     """The settings that are not the same in all, those first that names speak of."""
     every = {name for config in configs for name in config}
     rank = {name: i for i, name in enumerate(SPOKEN)}
-    found = [name for name in every if len({json.dumps(config.get(name), sort_keys=True) for config in configs}) > 1]
+    found = [
+        name
+        for name in every
+        if len({json.dumps(config.get(name), sort_keys=True) for config in configs}) > 1
+    ]
     return sorted(found, key=lambda name: (rank.get(name, len(rank)), name))
 
 
@@ -158,7 +180,8 @@ def shared(configs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def told(name: str, value: Any, found: Iterable[Group]) -> bool:
-    """Whether a setting that all have is worth telling: names speak of it, and in one of them at least it does something."""
+    """Whether a setting that all have is worth telling: names speak of it, and in one of them at
+    least it does something."""
     return name in SPOKEN and value is not None and any(has_effect(name, g.config) for g in found)
 
 
@@ -169,13 +192,16 @@ def has_effect(name: str, config: dict[str, Any]) -> bool:
 
 
 def names_of(configs: list[dict[str, Any]], fields: list[str]) -> list[str]:
-    """A name for each, made of the settings that differ: as few as tell all apart, beyond those that are always said."""
+    """A name for each, made of the settings that differ: as few as tell all apart, beyond those
+    that are always said."""
     if not fields:
         return [spoken(config, ("method", "optimizer")) for config in configs]
     used = list(fields)
     for name in reversed(fields):
         fewer = [f for f in used if f != name]
-        if name not in SPOKEN and len({spoken(config, fewer) for config in configs}) == len(configs):
+        if name not in SPOKEN and len({spoken(config, fewer) for config in configs}) == len(
+            configs
+        ):
             used = fewer
     return [spoken(config, used) for config in configs]
 
@@ -192,7 +218,8 @@ def setting(name: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as text of one line without characters that a page cannot hold or that turn its direction."""
+    """A value as text of one line without characters that a page cannot hold or that turn its
+    direction."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -201,7 +228,13 @@ def shown(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list):
         value = " ".join(map(shown, value[:LONGEST]))
-    text = clean(value if isinstance(value, str) else json.dumps(value) if not isinstance(value, int) else whole(value))
+    text = clean(
+        value
+        if isinstance(value, str)
+        else json.dumps(value)
+        if not isinstance(value, int)
+        else whole(value)
+    )
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
@@ -210,15 +243,19 @@ def whole(value: int) -> str:
 
 
 def clean(text: str) -> str:
-    """Without control characters, surrogates, characters that are none and marks of direction: U+FFFD stands for each."""
+    """Without control characters, surrogates, characters that are none and marks of direction:
+    U+FFFD stands for each."""
     text = " ".join(text.split())
     return re.sub(
-        "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]", "\ufffd", text
+        "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]",
+        "\ufffd",
+        text,
     )
 
 
 def order(value: Any) -> tuple:
-    """A key that sorts numbers by size, methods and optimizers as they are listed, and text with its numbers by size."""
+    """A key that sorts numbers by size, methods and optimizers as they are listed, and text with
+    its numbers by size."""
     number = real(value)
     if number is not None:
         return (0, number, "")
@@ -234,12 +271,13 @@ def letters(index: int) -> str:
     return (letters(first - 1) if first else "") + string.ascii_uppercase[last]
 
 
-# Numbers of a run -------------------------------------------------------------------------------------------------------
+# Numbers of a run
 
 
 @cache
 def epochs(run: SavedRun) -> list[dict[str, Any]]:
-    """Its epoch rows, one an epoch, in order: of an epoch that was done twice the last. Asked for with every number."""
+    """Its epoch rows, one an epoch, in order: of an epoch that was done twice the last. Asked for
+    with every number."""
     found: dict[int, dict[str, Any]] = {}
     for row in run.of_kind("epoch"):
         at = real(row.get("epoch"))
@@ -281,7 +319,10 @@ def reached(run: SavedRun, name: str) -> float | None:
 
 
 def seconds(run: SavedRun) -> float | None:
-    """Of training and testing, over all epochs and the processes that did them; else of the last process."""
-    spent = [real(row.get(name)) for row in epochs(run) for name in ("train_seconds", "eval_seconds")]
+    """Of training and testing, over all epochs and the processes that did them; else of the last
+    process."""
+    spent = [
+        real(row.get(name)) for row in epochs(run) for name in ("train_seconds", "eval_seconds")
+    ]
     known = [v for v in spent if v is not None]
     return math.fsum(known) if known else real(run.summary.get("seconds"))

@@ -1,4 +1,5 @@
-"""One page out of runs: sections of figures and tables as HTML that is well-formed XML, needs no script and loads nothing."""
+"""One page out of runs: sections of figures and tables as HTML that is well-formed XML, needs no
+script and loads nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def drawn(figure: Figure, narrow: bool = False) -> Drawing:
     return draw(figure, NARROW if narrow else WIDE, NARROW_LABELS if narrow else WIDE_LABELS)
 
 
-# Sections ---------------------------------------------------------------------------------------------------------------
+# Sections
 
 
 def sections(runs: list[SavedRun]) -> list[Section]:
@@ -54,7 +55,9 @@ def sections(runs: list[SavedRun]) -> list[Section]:
         sharpness([g for g in found if g.mode == "normal"]),
         critical(runs, found),
         noise_section([g for g in found if g.mode == "sampling"]),
-        online([g for g in found if any(curves.by_measurement("c2_sampled")(run) for run in g.runs)]),
+        online(
+            [g for g in found if any(curves.by_measurement("c2_sampled")(run) for run in g.runs)]
+        ),
         every_run(found),
     ]
     return [part for part in parts if part]
@@ -65,23 +68,36 @@ def training(facets: list[Facet]) -> Section | None:
     if not figures:
         return None
     several = any(len(line.group.done) > 1 for facet in facets for line in facet.lines)
-    words = "Lines are means over the seeds of a configuration" if several else "Each line is one run"
+    words = (
+        "Lines are means over the seeds of a configuration" if several else "Each line is one run"
+    )
     if several and any(len(facet.lines) <= curves.FEW for facet in facets):
         words += ", bands reach from the lowest to the highest seed"
     words += ". Below: the schedule that each followed."
-    if any(run.state != "done" for facet in facets for line in facet.lines for run in line.group.runs):
-        words += " Dashed: runs that are not done, by themselves; × where one diverged or failed, ○ where it stands."
+    if any(
+        run.state != "done" for facet in facets for line in facet.lines for run in line.group.runs
+    ):
+        words += (
+            " Dashed: runs that are not done, by themselves; × where one diverged or failed, ○ "
+            "where it stands."
+        )
     for facet in facets:
         if facet.others or facet.left_out:
-            words += f" In colour: the {len(facet.lines)} with the highest final test accuracy; {len(facet.others)} others grey"
+            words += (
+                f" In colour: the {len(facet.lines)} with the highest final test accuracy; "
+                f"{len(facet.others)} others grey"
+            )
             words += f", {facet.left_out} not drawn." if facet.left_out else "."
     return Section("training", "Training", words, legend(facets), figures)
 
 
 def legend(facets: list[Facet]) -> tuple[tuple[str, str, str], ...]:
-    """Colour, letter and name of the series: of parted plots, which share their colours, each once and without a letter."""
+    """Colour, letter and name of the series: of parted plots, which share their colours, each once
+    and without a letter."""
     lines = [line for f in facets for line in f.lines]
-    entries = {(line.color, line.key if line.key == line.group.key else "", line.label) for line in lines}
+    entries = {
+        (line.color, line.key if line.key == line.group.key else "", line.label) for line in lines
+    }
     return tuple(sorted(entries, key=color_rank)) if len(lines) > 1 else ()
 
 
@@ -91,7 +107,8 @@ def color_rank(entry: tuple[str, str, str]) -> int:
 
 def results(found: list[Group], facets: list[Facet]) -> Section:
     words = (
-        "Mean ± standard deviation (n − 1) over the seeds of the runs that are done; accuracies are of the test set. The bold "
+        "Mean ± standard deviation (n − 1) over the seeds of the runs that are done; accuracies "
+        "are of the test set. The bold "
         "letters stand for the configurations in the figures."
     )
     if any(g.unit() for g in found):
@@ -103,8 +120,10 @@ def results(found: list[Group], facets: list[Facet]) -> Section:
 def smoothing(found: list[Group]) -> Section | None:
     figures = tuple(grid.smoothing(found))
     words = (
-        "One point a configuration: the mean over seeds, bars from the lowest to the highest; configurations that differ in "
-        "their batch size alone are joined. δ is that of the first epoch, by the formula of the optimizer."
+        "One point a configuration: the mean over seeds, bars from the lowest to the highest; "
+        "configurations that differ in "
+        "their batch size alone are joined. δ is that of the first epoch, by the formula of the "
+        "optimizer."
     )
     if not figures:
         return None
@@ -114,9 +133,12 @@ def smoothing(found: list[Group]) -> Section | None:
 def sharpness(found: list[Group]) -> Section | None:
     figures = tuple(grid.sharpness(found))
     words = (
-        "Points, bars and joins as above. Sharpness is of the weights at the end, as fastsmooth.sharpness measured it."
+        "Points, bars and joins as above. Sharpness is of the weights at the end, as "
+        "fastsmooth.sharpness measured it."
     )
-    return Section("sharpness", "Sharpness", words, grid.legend(figures), figures) if figures else None
+    return (
+        Section("sharpness", "Sharpness", words, grid.legend(figures), figures) if figures else None
+    )
 
 
 def critical(runs: list[SavedRun], found: list[Group]) -> Section | None:
@@ -132,14 +154,21 @@ def critical(runs: list[SavedRun], found: list[Group]) -> Section | None:
     figures, notes = [], []
     for i, (part, title) in enumerate(zip(parts, titles, strict=True), 1):
         figures += crossings.critical(part, known, i, title)
-        notes += [f"{title}: {w}" if title else w for w in (crossings.critical_words(a, known) for a in part)]
+        notes += [
+            f"{title}: {w}" if title else w
+            for w in (crossings.critical_words(a, known) for a in part)
+        ]
     words = (
-        "Updates until the running mean of the gradient norm is at most ε, and the gradient evaluations they cost: means over "
-        "seeds, bars from the lowest to the highest. ○ around the batch size b* with the fewest evaluations; the grey line "
+        "Updates until the running mean of the gradient norm is at most ε, and the gradient "
+        "evaluations they cost: means over "
+        "seeds, bars from the lowest to the highest. ○ around the batch size b* with the fewest "
+        "evaluations; the grey line "
         "is the floor of the minimum; ■ □ where theory puts b*."
     )
     table = critical_table(parts, titles, known)
-    return Section("critical", "Critical batch size", words, (), tuple(figures), tuple(notes), table)
+    return Section(
+        "critical", "Critical batch size", words, (), tuple(figures), tuple(notes), table
+    )
 
 
 def noise_section(found: list[Group]) -> Section | None:
@@ -150,12 +179,20 @@ def noise_section(found: list[Group]) -> Section | None:
     if not figures:
         return None
     words = (
-        "The direction m that the optimizer takes minus the full gradient at the same point, over several drawn mini-batches. "
-        "Bars are one standard error: over seeds; of one seed over its draws, which are mini-batches at one point for sgd and "
+        "The direction m that the optimizer takes minus the full gradient at the same point, over "
+        "several drawn mini-batches. "
+        "Bars are one standard error: over seeds; of one seed over its draws, which are "
+        "mini-batches at one point for sgd and "
         "replayed histories with momentum. Dashed in the lower figures: a normal law."
     )
     return Section(
-        "noise", "Noise of the search direction", words, legend(facets), tuple(figures), (), noise_table(found)
+        "noise",
+        "Noise of the search direction",
+        words,
+        legend(facets),
+        tuple(figures),
+        (),
+        noise_table(found),
     )
 
 
@@ -166,7 +203,8 @@ def online(found: list[Group]) -> Section | None:
         return None
     how = "; ".join(curves.estimators(facets))
     words = (
-        f"As --track-noise measured them ({how}). Means over seeds, bands from the lowest to the highest. Dotted: δ as the "
+        f"As --track-noise measured them ({how}). Means over seeds, bands from the lowest to the "
+        "highest. Dotted: δ as the "
         "schedule alone would have it, with constants that stay as they were first measured."
     )
     return Section("online", "Noise while training", words, legend(facets), figures)
@@ -175,15 +213,18 @@ def online(found: list[Group]) -> Section | None:
 def every_run(found: list[Group]) -> Section:
     rows = [(run, g) for g in found for run in g.runs]
     return Section(
-        "runs", "Runs", table=f"<details><summary>{count(len(rows), 'run')}</summary>{runs_table(rows)}</details>"
+        "runs",
+        "Runs",
+        table=f"<details><summary>{count(len(rows), 'run')}</summary>{runs_table(rows)}</details>",
     )
 
 
-# Tables -----------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    """Cells are markup; the first names its row. On a narrow screen every row becomes a card, which names its cells."""
+    """Cells are markup; the first names its row. On a narrow screen every row becomes a card, which
+    names its cells."""
     head = "".join(f'<th scope="col">{text(h)}</th>' for h in heads)
     body = ""
     for first, *cells in rows:
@@ -192,7 +233,10 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
             f'<td data-name="{text(h)}"{"" if c else EMPTY}>{c or "&#8211;"}</td>' for h, c in named
         )
         body += "</tr>"
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        "<div "
+        f'class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def text(words: object) -> str:
@@ -212,7 +256,8 @@ def plus_minus(sample: Sample | None, digits: str, factor: float = 1) -> str:
 
 
 def results_tables(found: list[Group], colors: dict[str, str]) -> str:
-    """A table for each mode, and what its configurations have in common beyond what all runs have."""
+    """A table for each mode, and what its configurations have in common beyond what all runs
+    have."""
     parts = groups.by_mode(found)
     if len(parts) == 1:
         return results_table(found, colors)
@@ -221,10 +266,18 @@ def results_tables(found: list[Group], colors: dict[str, str]) -> str:
     for mode, some in parts.items():
         same = groups.shared([g.config for g in some]).items()
         same = [
-            groups.setting(n, v) for n, v in same if n not in everywhere and n != "mode" and groups.told(n, v, some)
+            groups.setting(n, v)
+            for n, v in same
+            if n not in everywhere and n != "mode" and groups.told(n, v, some)
         ]
-        said = f'<p class="settings">All: {text(", ".join(same))}.</p>' if same and len(some) > 1 else ""
-        blocks.append(f"<h3>--mode {text(groups.shown(mode))}</h3>{said}{results_table(some, colors)}")
+        said = (
+            f'<p class="settings">All: {text(", ".join(same))}.</p>'
+            if same and len(some) > 1
+            else ""
+        )
+        blocks.append(
+            f"<h3>--mode {text(groups.shown(mode))}</h3>{said}{results_table(some, colors)}"
+        )
     return "".join(blocks)
 
 
@@ -234,8 +287,12 @@ def results_table(found: list[Group], colors: dict[str, str]) -> str:
         "n": lambda g: str(len(g.done)),
         "final accuracy, %": lambda g: plus_minus(g.sample(groups.final_accuracy), ".2f", 100),
         "best accuracy, %": lambda g: plus_minus(g.sample(groups.best_accuracy), ".2f", 100),
-        "training loss": lambda g: plus_minus(g.sample(lambda run: groups.last(run, "train_loss")), ".4f"),
-        "test loss": lambda g: plus_minus(g.sample(lambda run: groups.last(run, "test_loss")), ".4f"),
+        "training loss": lambda g: plus_minus(
+            g.sample(lambda run: groups.last(run, "train_loss")), ".4f"
+        ),
+        "test loss": lambda g: plus_minus(
+            g.sample(lambda run: groups.last(run, "test_loss")), ".4f"
+        ),
         ("δ, start → end" if mixed else "δ / √C², start → end"): lambda g: delta_cell(g, mixed),
         "updates": lambda g: whole_cell(g.sample(lambda run: groups.reached(run, "updates"))),
         "samples": lambda g: whole_cell(g.sample(lambda run: groups.reached(run, "samples"))),
@@ -246,7 +303,10 @@ def results_table(found: list[Group], colors: dict[str, str]) -> str:
     }
     cells = {name: [of(g) for g in found] for name, of in columns.items()}
     kept = {name: values for name, values in cells.items() if any(values)}
-    rows = ([series(colors.get(g.key), g.key, g.name), *(kept[name][i] for name in kept)] for i, g in enumerate(found))
+    rows = (
+        [series(colors.get(g.key), g.key, g.name), *(kept[name][i] for name in kept)]
+        for i, g in enumerate(found)
+    )
     return table(["configuration", *kept], rows)
 
 
@@ -257,7 +317,10 @@ def series(color: str | None, key: str, name: str) -> str:
 
 def swatch(color: str) -> str:
     look = svg.paint(stroke=color)
-    return f'<svg class="swatch" viewBox="0 0 20 8" width="20" height="8" aria-hidden="true"><path d="M1 4h18"{look} stroke-width="3"/></svg>'
+    return (
+        '<svg class="swatch" viewBox="0 0 20 8" width="20" height="8" aria-hidden="true"><path '
+        f'd="M1 4h18"{look} stroke-width="3"/></svg>'
+    )
 
 
 def delta_cell(g: Group, mixed: bool) -> str:
@@ -273,21 +336,36 @@ def delta_cell(g: Group, mixed: bool) -> str:
 def whole_cell(sample: Sample | None) -> str:
     if sample is None:
         return ""
-    return f"{sample.mean:,.0f}" + (f'<span class="sd"> ± {sample.sd:,.0f}</span>' if sample.sd else "")
+    return f"{sample.mean:,.0f}" + (
+        f'<span class="sd"> ± {sample.sd:,.0f}</span>' if sample.sd else ""
+    )
 
 
 def critical_table(parts: list[list[Analysis]], titles: list[str], known) -> str:
-    heads = ["runs, ε", "b*", "floor", "n", "c2_critical", "at the floor's ends", "c2_sampled", "k2 (max ‖g‖²)"]
+    heads = [
+        "runs, ε",
+        "b*",
+        "floor",
+        "n",
+        "c2_critical",
+        "at the floor's ends",
+        "c2_sampled",
+        "k2 (max ‖g‖²)",
+    ]
     rows = []
     for part, title in zip(parts, titles, strict=True):
         for a in part:
-            measured = [c.value for c in crossings.constants(a, known) if c.source == crossings.SAMPLED]
+            measured = [
+                c.value for c in crossings.constants(a, known) if c.source == crossings.SAMPLED
+            ]
             n = sorted({len(b.steps) for b in a.batches})
             rows.append(
                 [
                     text(f"{title}, ε {exact(a.eps)}".lstrip(", ")),
                     "" if a.best is None else f"{a.best:,}",
-                    "{:,} to {:,}{}".format(*a.bracket, " (at the edge)" if a.at_edge else "") if a.bracket else "",
+                    "{:,} to {:,}{}".format(*a.bracket, " (at the edge)" if a.at_edge else "")
+                    if a.bracket
+                    else "",
                     " to ".join(str(v) for v in dict.fromkeys((n[0], n[-1]))) if n else "",
                     "" if a.c2_critical is None else f"{a.c2_critical:.4g}",
                     "{:.4g} to {:.4g}".format(*a.c2_range) if a.c2_range else "",
@@ -303,7 +381,13 @@ def noise_table(found: list[Group]) -> str:
     if not rows:
         return ""
     heads = ["configuration, first seed", *(name for name, _ in rows[0][1])]
-    return table(heads, ([series(None, g.key, g.name), *(estimate(pair) for _, pair in cells)] for g, cells in rows))
+    return table(
+        heads,
+        (
+            [series(None, g.key, g.name), *(estimate(pair) for _, pair in cells)]
+            for g, cells in rows
+        ),
+    )
 
 
 def estimate(pair: tuple[float, float | None] | None) -> str:
@@ -324,7 +408,8 @@ def runs_table(rows: list[tuple[SavedRun, Group]]) -> str:
                 text(name),
                 text(g.key),
                 text(groups.shown(run.config.get("seed"))),
-                f'<span class="state {"good" if run.state == "done" else "bad"}">{text(groups.shown(run.state))}</span>',
+                f'<span class="state {"good" if run.state == "done" else "bad"}">'
+                f"{text(groups.shown(run.state))}</span>",
                 "" if updates is None else f"{updates:,.0f}",
                 "" if accuracy is None else f"{100 * accuracy:.2f}",
                 text("; ".join(remarks(run))),
@@ -339,7 +424,8 @@ def short_paths(paths: list[Path]) -> list[str]:
         return [paths[0].name or str(paths[0])]
     parents = [p.parts[:-1] for p in paths]
     same = next(
-        (i for i, parts in enumerate(zip(*parents, strict=False)) if len(set(parts)) > 1), min(map(len, parents))
+        (i for i, parts in enumerate(zip(*parents, strict=False)) if len(set(parts)) > 1),
+        min(map(len, parents)),
     )
     return [str(Path(*p.parts[same:])) for p in paths]
 
@@ -357,7 +443,7 @@ def remarks(run: SavedRun) -> list[str]:
     return found + [f"{name} cannot be read" for name in run.damaged]
 
 
-# The page ---------------------------------------------------------------------------------------------------------------
+# The page
 
 
 def html(runs: list[SavedRun], parts: list[Section]) -> str:
@@ -390,9 +476,11 @@ def html(runs: list[SavedRun], parts: list[Section]) -> str:
 {main}
 </main>
 <footer>
-<p>δ, the degree of smoothing: how far the noise of the updates smooths the loss; lr √(C²/b) for plain SGD, with C² the variance of
-the gradient of one sample and b the batch size (arXiv 2311.08745, arXiv 2402.02325). “In units of √C²”: no C² was given or published.</p>
-<p>fastsmooth {__version__}. The figures lie beside this page in figures/, as SVG and, where matplotlib was there, as PDF.</p>
+<p>δ, the degree of smoothing: how far the noise of the updates smooths the loss; lr √(C²/b) for
+plain SGD, with C² the variance of the gradient of one sample and b the batch size
+(arXiv 2311.08745, arXiv 2402.02325). “In units of √C²”: no C² was given or published.</p>
+<p>fastsmooth {__version__}. The figures lie beside this page in figures/, as SVG and, where
+matplotlib was there, as PDF.</p>
 </footer>
 </body>
 </html>
@@ -402,7 +490,8 @@ the gradient of one sample and b the batch size (arXiv 2311.08745, arXiv 2402.02
 def variables() -> str:
     """The colours of the style sheet: those of the figures."""
     light, dark = (
-        "".join(f"--{name}:{pair[i]};" for name, pair in COLORS.items() if name[-1].isalpha()) for i in (0, 1)
+        "".join(f"--{name}:{pair[i]};" for name, pair in COLORS.items() if name[-1].isalpha())
+        for i in (0, 1)
     )
     return f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
@@ -417,19 +506,27 @@ def section(part: Section) -> str:
     if part.figures:
         blocks.append(f'<div class="figures">{"".join(map(figure, part.figures))}</div>')
     if part.notes:
-        blocks.append(f'<ul class="notes">{"".join(f"<li>{text(note)}</li>" for note in part.notes)}</ul>')
+        blocks.append(
+            f'<ul class="notes">{"".join(f"<li>{text(note)}</li>" for note in part.notes)}</ul>'
+        )
     return f'<section id="{part.name}">\n' + "\n".join([*blocks, part.table]) + "\n</section>"
 
 
 def figure(f: Figure) -> str:
-    """Laid out twice, for wide and for narrow screens: scaled down, its text would be too small to read."""
-    both = [svg.svg(drawn(f, narrow), f' class="{"narrow" if narrow else "wide"}"') for narrow in (False, True)]
+    """Laid out twice, for wide and for narrow screens: scaled down, its text would be too small to
+    read."""
+    both = [
+        svg.svg(drawn(f, narrow), f' class="{"narrow" if narrow else "wide"}"')
+        for narrow in (False, True)
+    ]
     return f"<figure><figcaption>{text(f.title)}</figcaption>{''.join(both)}</figure>\n"
 
 
 def title(found: list[Group]) -> str:
     """What was trained on what."""
-    both = [sorted({groups.shown(g.config.get(name)) for g in found}) for name in ("model", "dataset")]
+    both = [
+        sorted({groups.shown(g.config.get(name)) for g in found}) for name in ("model", "dataset")
+    ]
     names = [
         ", ".join(values) if len(values) < 4 else f"{len(values)} {kind}"
         for values, kind in zip(both, ("models", "data sets"), strict=True)
@@ -449,19 +546,34 @@ def facts(runs: list[SavedRun], found: list[Group]) -> str:
         sample = best.sample(groups.final_accuracy)
         spread = f" ± {100 * sample.sd:.2f}" if sample.sd is not None else ""
         entries.append(
-            ("highest final test accuracy", f"{100 * sample.mean:.2f}{spread} %", f"{best.name}, n = {sample.n}")
+            (
+                "highest final test accuracy",
+                f"{100 * sample.mean:.2f}{spread} %",
+                f"{best.name}, n = {sample.n}",
+            )
         )
     samples = [v for run in runs if (v := groups.reached(run, "samples")) is not None]
     entries.append(("gradient evaluations", f"{sum(samples):,.0f}", "of all runs"))
-    cells = "".join(f"<div><dt>{text(a)}</dt><dd>{text(b)}<small>{text(c)}</small></dd></div>" for a, b, c in entries)
+    cells = "".join(
+        f"<div><dt>{text(a)}</dt><dd>{text(b)}<small>{text(c)}</small></dd></div>"
+        for a, b, c in entries
+    )
     return f'<dl class="facts">{cells}</dl>'
 
 
 def settings(found: list[Group]) -> str:
     """What all runs have in common, of what names speak of."""
     same = groups.shared([g.config for g in found])
-    words = [groups.setting(name, value) for name, value in same.items() if groups.told(name, value, found)]
-    return f'<p class="settings">All runs: {text(", ".join(words))}.</p>' if words and len(found) > 1 else ""
+    words = [
+        groups.setting(name, value)
+        for name, value in same.items()
+        if groups.told(name, value, found)
+    ]
+    return (
+        f'<p class="settings">All runs: {text(", ".join(words))}.</p>'
+        if words and len(found) > 1
+        else ""
+    )
 
 
 def warnings(runs: list[SavedRun], found: list[Group]) -> str:
@@ -472,15 +584,29 @@ def warnings(runs: list[SavedRun], found: list[Group]) -> str:
         if run.state != "done":
             states[groups.shown(run.state)] = states.get(groups.shown(run.state), 0) + 1
     if states:
-        notes.append(", ".join(f"{count} {state}" for state, count in sorted(states.items())) + ": not in any mean.")
+        notes.append(
+            ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+            + ": not in any mean."
+        )
     torn, bad = sum(run.torn for run in runs), sum(run.not_finite for run in runs)
     damaged = sum(len(run.damaged) for run in runs)
     if torn or bad or damaged:
         notes.append(
-            f"Left out: {count(torn, 'torn line')}, the NaN or infinite values of {count(bad, 'row')}, "
+            f"Left out: {count(torn, 'torn line')}, the NaN or infinite values of "
+            f"{count(bad, 'row')}, "
             f"{count(damaged, 'file')} that cannot be read (see Runs)."
         )
-    twice = [g for g in found if len({groups.shown(run.config.get("seed")) for run in g.done}) < len(g.done)]
+    twice = [
+        g
+        for g in found
+        if len({groups.shown(run.config.get("seed")) for run in g.done}) < len(g.done)
+    ]
     if twice:
-        notes.append(f"Several runs of one seed in {', '.join(g.name for g in twice[:3])}: n counts runs.")
-    return f'<ul class="warnings">{"".join(f"<li>{text(note)}</li>" for note in notes)}</ul>' if notes else ""
+        notes.append(
+            f"Several runs of one seed in {', '.join(g.name for g in twice[:3])}: n counts runs."
+        )
+    return (
+        f'<ul class="warnings">{"".join(f"<li>{text(note)}</li>" for note in notes)}</ul>'
+        if notes
+        else ""
+    )

@@ -1,7 +1,9 @@
-"""Checkpoints that are whole or absent: written aside, synced, summed, and named last; the newest valid one is loaded.
+"""Checkpoints that are whole or absent: written aside, synced, summed, and named last; the newest
+valid one is loaded.
 
-A checkpoint is checkpoints/ckpt-<step>.pt (torch.save of plain tensors, numbers and lists) with its manifest
-ckpt-<step>.json {"step", "sha256", "bytes"}. A file without a manifest was never finished and counts for nothing.
+A checkpoint is checkpoints/ckpt-<step>.pt (torch.save of plain tensors, numbers and lists) with its
+manifest ckpt-<step>.json {"step", "sha256", "bytes"}. A file without a manifest was never finished
+and counts for nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. `warn` takes one line about each that had to be passed over."""
+    """The checkpoints of one run folder. `warn` takes one line about each that had to be passed
+    over."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None]):
         self.directory, self.warn = directory, warn
@@ -35,7 +38,8 @@ class Checkpoints:
         self.saved: tuple[int, int | None] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state of update `step`. Raises OSError and leaves the earlier ones as they were."""
+        """Write the state of update `step`. Raises OSError and leaves the earlier ones as they
+        were."""
         if (step, state.get("epoch")) == self.saved:
             return
         self.directory.mkdir(exist_ok=True)
@@ -50,7 +54,8 @@ class Checkpoints:
         except OSError:
             written.unlink(missing_ok=True)
             raise
-        if sums.exists():  # of the same update, before its epoch was evaluated: not the sums of what comes now
+        # of the same update, before its epoch was evaluated: not the sums of what comes now
+        if sums.exists():
             sums.unlink()
         for aside, path in ((written, whole), (summed, sums)):
             rename(aside, path)
@@ -58,25 +63,33 @@ class Checkpoints:
         self._prune()
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state whose sum is right; None where the run had saved none. Raises CheckpointError."""
+        """The newest state whose sum is right; None where the run had saved none. Raises
+        CheckpointError."""
         steps = self.steps()
         for step in reversed(steps):
             try:
                 state = self._read(step)
             except (OSError, ValueError, RecursionError) as error:
-                self.warn(f"{self.directory / f'ckpt-{step}.pt'} is damaged ({error}): going back to the one before")
+                self.warn(
+                    f"{self.directory / f'ckpt-{step}.pt'} is damaged ({error}): going back to the "
+                    "one before"
+                )
                 continue
             self.saved = step, state.get("epoch")
             return state
         if steps:
-            raise CheckpointError(f"{self.directory}: none of its {len(steps)} checkpoints is valid: start a new run")
+            raise CheckpointError(
+                f"{self.directory}: none of its {len(steps)} checkpoints is valid: start a new run"
+            )
         return None
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, ascending."""
         if not self.directory.is_dir():
             return []
-        found = (re.fullmatch(r"ckpt-(\d+)\.json", entry.name) for entry in os.scandir(self.directory))
+        found = (
+            re.fullmatch(r"ckpt-(\d+)\.json", entry.name) for entry in os.scandir(self.directory)
+        )
         return sorted(int(match[1]) for match in found if match)
 
     def clean(self) -> None:
@@ -84,7 +97,9 @@ class Checkpoints:
         finished = {f"ckpt-{step}.{end}" for step in self.steps() for end in ("pt", "json")}
         if self.directory.is_dir():
             for entry in os.scandir(self.directory):
-                ours = entry.name.startswith((".ckpt-", "ckpt-")) and not entry.is_dir(follow_symlinks=False)
+                ours = entry.name.startswith((".ckpt-", "ckpt-")) and not entry.is_dir(
+                    follow_symlinks=False
+                )
                 if ours and entry.name not in finished:
                     os.unlink(entry.path)
 
@@ -93,7 +108,9 @@ class Checkpoints:
         path = self.directory / f"ckpt-{step}.pt"
         size_of(path)  # refuses what is no file
         data = path.read_bytes()
-        if not isinstance(manifest, dict) or hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
+        if not isinstance(manifest, dict) or hashlib.sha256(data).hexdigest() != manifest.get(
+            "sha256"
+        ):
             raise ValueError("its SHA-256 sum is wrong")
         if (manifest.get("step"), manifest.get("bytes")) != (step, len(data)):
             raise ValueError("its manifest is of another file")

@@ -1,7 +1,7 @@
 """Files read and files replaced.
 
-What is read, somebody else may have written: never a pipe that keeps its reader waiting, never more than fits in memory.
-What is replaced is whole or as it was before, whatever happens meanwhile.
+What is read, somebody else may have written: never a pipe that keeps its reader waiting, never more
+than fits in memory. What is replaced is whole or as it was before, whatever happens meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ LONGEST = 1 << 24  # bytes of a line that is read
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, its NaNs and infinities as None; None where there is none that can be read."""
+    """The JSON object in a file, its NaNs and infinities as None; None where there is none that can
+    be read."""
     try:
         value = json.loads(read_file(path).decode())
         return finite(value)[0] if isinstance(value, dict) else None
@@ -34,7 +35,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_file(path: Path, most: float = LARGEST) -> bytes:
-    """The bytes of a file. Raises OSError for what is none, as a pipe may keep its reader waiting for ever, and for over `most`."""
+    """The bytes of a file. Raises OSError for what is none, as a pipe may keep its reader waiting
+    for ever, and for over `most`."""
     if size_of(path) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most / 1024:,.0f} kB", str(path))
     return path.read_bytes()
@@ -43,7 +45,8 @@ def read_file(path: Path, most: float = LARGEST) -> bytes:
 def size_of(path: Path | str) -> int:
     """The bytes of a file. Raises OSError where the path leads to a pipe, a socket or a device."""
     found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # opening a folder says so itself
+    # opening a folder says so itself
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
     return found.st_size
 
@@ -72,7 +75,8 @@ def finite(value: Any) -> tuple[Any, bool]:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept. Raises RuntimeError where there is no home directory."""
+    """Where what can be made again is kept. Raises RuntimeError where there is no home
+    directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
 
 
@@ -96,8 +100,8 @@ def writing(path: Path | str) -> Iterator[None]:
 def replace(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
     """Put the data in the place of the file, on the disk when this returns.
 
-    Others may do the same at the same time: the last one's is there. `mode` is that of the file, less the umask. Raises
-    CannotWrite where that fails; then what was there stays.
+    Others may do the same at the same time: the last one's is there. `mode` is that of the file,
+    less the umask. Raises CannotWrite where that fails; then what was there stays.
     """
     with writing(path):
         with suppress(FileNotFoundError):
@@ -117,7 +121,8 @@ def rename(aside: Path, path: Path) -> None:
 
 
 def write_aside(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Path:
-    """The data on the disk, in a new file beside `path` that is to be renamed; none where that fails."""
+    """The data on the disk, in a new file beside `path` that is to be renamed; none where that
+    fails."""
     aside = new_aside(path)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -137,7 +142,8 @@ def new_aside(path: Path) -> Path:
 
 
 def aside_of(name: str) -> str | None:
-    """The name of the file that a file of this name was to become; None for what new_aside has not named."""
+    """The name of the file that a file of this name was to become; None for what new_aside has not
+    named."""
     found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)
     return found and found[1]
 

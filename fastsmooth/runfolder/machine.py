@@ -42,18 +42,23 @@ def environment() -> dict[str, Any]:
 def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor()
 
 
 def commit() -> str | None:
-    """The commit of the checkout that runs, with "+" where it has changes; None outside a checkout."""
+    """The commit of the checkout that runs, with "+" where it has changes; None outside a
+    checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
         describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+"]
-        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            describe, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,5 @@
-"""Run folders read back, as they are: unfinished, torn or foreign ones are said to be so and never stop a reader."""
+"""Run folders read back, as they are: unfinished, torn or foreign ones are said to be so and never
+stop a reader."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class RunError(ValueError):
 
 @dataclass(frozen=True, eq=False)  # a run equals itself alone, and so can be a key
 class SavedRun:
-    """What a run folder holds; empty where a file is missing or cannot be read (then `damaged` names it)."""
+    """What a run folder holds; empty where a file is missing or cannot be read (then `damaged`
+    names it)."""
 
     path: Path
     config: dict[str, Any]
@@ -52,11 +54,18 @@ class SavedRun:
 
 
 def read_run(path: Path) -> SavedRun:
-    """The run in `path`. Raises RunError where no config.json can be read: without it a run cannot be told from others."""
+    """The run in `path`. Raises RunError where no config.json can be read: without it a run cannot
+    be told from others."""
     config = read_object(path / "config.json")
     if config is None:
-        why = "its config.json is damaged" if (path / "config.json").exists() else "it has no config.json"
-        raise RunError(f"{path} is not a run folder: {why}: name a folder that fastsmooth.train wrote")
+        why = (
+            "its config.json is damaged"
+            if (path / "config.json").exists()
+            else "it has no config.json"
+        )
+        raise RunError(
+            f"{path} is not a run folder: {why}: name a folder that fastsmooth.train wrote"
+        )
     found, damaged = {}, []
     for name in ("status", "summary", "critical", "noise", "sharpness"):
         value = read_object(path / f"{name}.json")
@@ -70,11 +79,14 @@ def read_run(path: Path) -> SavedRun:
     except OSError:
         rows, torn, not_finite = [], 0, 0
         damaged.append("metrics.jsonl")
-    return SavedRun(path, config, **found, rows=rows, torn=torn, not_finite=not_finite, damaged=tuple(damaged))
+    return SavedRun(
+        path, config, **found, rows=rows, torn=torn, not_finite=not_finite, damaged=tuple(damaged)
+    )
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders among and below `paths`, each once, sorted within each path. Raises RunError where one has none."""
+    """The run folders among and below `paths`, each once, sorted within each path. Raises RunError
+    where one has none."""
     found: dict[Path, None] = {}
     for path in paths:
         if not os.path.isdir(path):  # that of Path raises what a name that is too long meets
@@ -82,14 +94,16 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         inside = sorted(Path(base) for base, _, files in os.walk(path) if "config.json" in files)
         if not inside:
             raise RunError(
-                f"{path} holds no run folder (none with a config.json): name a folder that fastsmooth.train wrote"
+                f"{path} holds no run folder (none with a config.json): name a folder that "
+                "fastsmooth.train wrote"
             )
         found |= dict.fromkeys(inside)
     return list(found)
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int, int]:
-    """(rows, lines that are no JSON object, rows with values that are not finite) of a metrics.jsonl. Raises OSError."""
+    """(rows, lines that are no JSON object, rows with values that are not finite) of a
+    metrics.jsonl. Raises OSError."""
     rows, torn, not_finite = [], 0, 0
     for line in lines_of(path):
         try:

@@ -16,7 +16,8 @@ from fastsmooth.runfolder.files import read_object, replace
 
 
 class Tracker:
-    """Rows go to Weights & Biases too, where asked. Whatever it raises becomes one warning: it never stops a run.
+    """Rows go to Weights & Biases too, where asked. Whatever it raises becomes one warning: it
+    never stops a run.
 
     `where` says where they are; it is empty where they go nowhere.
     """
@@ -25,7 +26,9 @@ class Tracker:
         self._warn, self._run, self.where = warn, None, ""
         mode = config["wandb_mode"]
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+            mode = os.environ.get("WANDB_MODE") or (
+                "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            )
         if mode in ("off", "disabled"):
             return
         offline = mode in ("offline", "dryrun")
@@ -47,9 +50,14 @@ class Tracker:
             )
             self._run.define_metric("update")
             self._run.define_metric("*", step_metric="update")
-            self.where = where_offline(Path(self._run.dir)) if offline else f"wandb: {self._run.url}"
+            self.where = (
+                where_offline(Path(self._run.dir)) if offline else f"wandb: {self._run.url}"
+            )
         except ImportError:
-            warn("--wandb-mode: wandb is not installed, so nothing is sent: pip install 'fastsmooth[wandb]'")
+            warn(
+                "--wandb-mode: wandb is not installed, so nothing is sent: pip install "
+                "'fastsmooth[wandb]'"
+            )
         except Exception as error:  # the tracker must never stop a run
             warn(f"wandb: {one_line(error)}: going on without it")
             self._run = None
@@ -58,7 +66,9 @@ class Tracker:
         if self._run is None:
             return
         try:
-            numbers = {f"{kind}/{key}": v for key, v in values.items() if isinstance(v, int | float)}
+            numbers = {
+                f"{kind}/{key}": v for key, v in values.items() if isinstance(v, int | float)
+            }
             self._run.log(numbers | {"update": values.get("step")})
         except Exception as error:  # as above
             self._warn(f"wandb: {one_line(error)}: going on without it")
@@ -75,7 +85,8 @@ class Tracker:
 
 
 def tracked_as(folder: Path) -> str:
-    """The id of the run at Weights & Biases: random, and kept in the folder, so that a resumed run goes on as the same one."""
+    """The id of the run at Weights & Biases: random, and kept in the folder, so that a resumed run
+    goes on as the same one."""
     known = (read_object(folder / "wandb.json") or {}).get("id")
     if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{16}", known):
         return known
@@ -85,6 +96,10 @@ def tracked_as(folder: Path) -> str:
 
 
 def where_offline(files: Path) -> str:
-    """Where the rows of all parts of an offline run are, and the command that sends them; `files` lies in the newest part."""
+    """Where the rows of all parts of an offline run are, and the command that sends them; `files`
+    lies in the newest part."""
     folder = files.parent.parent
-    return f"wandb: offline, in {folder}; to send it: wandb sync {shlex.quote(str(folder))}/offline-run-*"
+    return (
+        f"wandb: offline, in {folder}; to send it: wandb sync "
+        f"{shlex.quote(str(folder))}/offline-run-*"
+    )

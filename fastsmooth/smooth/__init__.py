@@ -1,1 +1,2 @@
-"""Explicit smoothing and explicit graduated optimization of known functions: python -m fastsmooth.smooth"""
+"""Explicit smoothing and explicit graduated optimization of known functions: python -m
+fastsmooth.smooth"""

@@ -1,11 +1,13 @@
-"""Explicit smoothing and explicit graduated optimization of known functions: python -m fastsmooth.smooth [flags]
+"""Explicit smoothing and explicit graduated optimization of known functions: python -m
+fastsmooth.smooth [flags]
 
-Smoothing: f_delta(x) = E_u[f(x - delta u)] of Rastrigin's function and of the drop-wave, for noise u with light and with
-heavy tails (SPEC B.9). Curves come from closed forms and from quadrature over frequencies, each with its error; the
-published demo drew fresh noise at every x, and shifted the Levy distribution by mistake (SPEC C.35).
+Smoothing: f_delta(x) = E_u[f(x - delta u)] of Rastrigin's function and of the drop-wave, for noise
+u with light and with heavy tails (SPEC B.9). Curves come from closed forms and from quadrature over
+frequencies, each with its error; the published demo drew fresh noise at every x, and shifted the
+Levy distribution by mistake (SPEC C.35).
 
-Graduated: gradient descent on f_delta while delta falls, in many dimensions, beside the same descent without noise
-(arXiv 2412.11501, SPEC A.6 and B.5). Writes figures and smooth.json.
+Graduated: gradient descent on f_delta while delta falls, in many dimensions, beside the same
+descent without noise (arXiv 2412.11501, SPEC A.6 and B.5). Writes figures and smooth.json.
 """
 
 from __future__ import annotations
@@ -52,19 +54,419 @@ def parser() -> flag_types.Parser:
     p = flag_types.Parser(
         prog=command("smooth"),
         usage="%(prog)s [flags]",
-        description="Smoothed functions and explicit graduated optimization, as figures and smooth.json.",
+        description="Smoothed functions and explicit graduated optimization, as figures and "
+        "smooth.json.",
         argument_default=SUPPRESS,
         add_help=False,
     )
     d, whole, positive = Request(), flag_types.whole, flag_types.real(0, open_low=True)
     # fmt: off
     add = p.add_argument
-    add("--out", type=flag_types.text, metavar="DIR", help="folder of the figures and of smooth.json (smooth)")
+    add("--out", type=flag_types.text, metavar="DIR", help="folder of the figures and of "
+                                                           "smooth.json (smooth)")
     add("--parts", nargs="+", choices=d.parts, metavar="PART", help="smoothing graduated (both)")
     add("--seed", type=whole(0, 2**31), metavar="N", help="of draws, starts and perturbations (0)")
     add("-h", "--help", action="store_true", help="this page")
     add = p.add_argument_group("smoothing").add_argument
-    add("--noise", nargs="+", choices=NOISES, metavar="NAME", help=f"{'; '.join(f'{name}: {n.law}' for name, n in NOISES.items())} (all)")
+    add("--noise", nargs="+", choices=NOISES, metavar="NAME", help=f"{'; '.join(f'{name}: {n.law}' for name, n in NOISES.items())} "
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   ""
+                                                                   "(all)")
     add("--delta", nargs="+", type=flag_types.real(0, 100), metavar="X", help="degrees of smoothing; 0 is f itself (0.05 0.2 0.5)")
     add("--centred", action="store_true", help="noise without its mean, so that minima do not shift; noise without a mean is skipped")
     add("--dim", type=whole(1, 2), metavar="N", help="1, or 2: Rastrigin summed over coordinates, the drop-wave of the radius (1)")
@@ -92,7 +494,9 @@ def parse(argv: list[str]) -> Request | None:
     for name, value in given.items():
         if isinstance(value, list):
             if len(set(value)) < len(value):
-                raise ConfigError(f"{flag(name)} names a value more than once: give every value once")
+                raise ConfigError(
+                    f"{flag(name)} names a value more than once: give every value once"
+                )
             given[name] = tuple(value)
     if given.get("dim") == 2:
         given.setdefault("points", 61)
@@ -108,17 +512,27 @@ def check(r: Request, given: dict[str, Any]) -> None:
     for part, names in PART_OF.items():
         idle = next((name for name in names if name in given and part not in r.parts), None)
         if idle:
-            raise ConfigError(f"{flag(idle)} has no effect without the part {part}: add it to --parts")
+            raise ConfigError(
+                f"{flag(idle)} has no effect without the part {part}: add it to --parts"
+            )
     if r.dim == 1 and "samples" in given:
-        raise ConfigError("--samples has no effect with --dim 1, whose curves need no draws: add --dim 2")
+        raise ConfigError(
+            "--samples has no effect with --dim 1, whose curves need no draws: add --dim 2"
+        )
     if r.dim == 2 and r.points > 500:
         raise ConfigError(f"--points {r.points} is too many for --dim 2: give at most 500")
     if r.centred and all(NOISES[name].mean is None for name in r.noise):
-        raise ConfigError(f"--centred: {' and '.join(r.noise)} noise has no mean that could be removed: leave it out")
+        raise ConfigError(
+            f"--centred: {' and '.join(r.noise)} noise has no mean that could be removed: leave it out"
+        )
     if r.rounds == 1 and r.delta_first != r.delta_last and "graduated" in r.parts:
-        raise ConfigError("--rounds 1 has one delta: give --delta-first and --delta-last the same value")
+        raise ConfigError(
+            "--rounds 1 has one delta: give --delta-first and --delta-last the same value"
+        )
     if r.delta_last > r.delta_first:
-        raise ConfigError(f"--delta-last {r.delta_last:g} exceeds --delta-first {r.delta_first:g}: delta falls")
+        raise ConfigError(
+            f"--delta-last {r.delta_last:g} exceeds --delta-first {r.delta_first:g}: delta falls"
+        )
 
 
 def flag(name: str) -> str:
@@ -127,7 +541,9 @@ def flag(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Compute, print and draw what a command line asks for; the exit code."""
-    return exit_code(lambda: carry_out(sys.argv[1:] if argv is None else argv), (ConfigError, RunFolderError))
+    return exit_code(
+        lambda: carry_out(sys.argv[1:] if argv is None else argv), (ConfigError, RunFolderError)
+    )
 
 
 def carry_out(argv: list[str]) -> int:
@@ -145,11 +561,14 @@ def carry_out(argv: list[str]) -> int:
 
 
 def check_unused(out: Path) -> None:
-    """Refuse a folder that has results: figures of one command beside the numbers of another would mislead."""
+    """Refuse a folder that has results: figures of one command beside the numbers of another would
+    mislead."""
     names = ["smooth.json", *(stem + kind for stem in FIGURES for kind in KINDS)]
     there = [name for name in names if (out / name).exists()]
     if there:
-        raise ConfigError(f"--out {out} has {' '.join(there)} already: choose another folder, or move them")
+        raise ConfigError(
+            f"--out {out} has {' '.join(there)} already: choose another folder, or move them"
+        )
 
 
 def require_matplotlib() -> None:
@@ -166,12 +585,17 @@ def run(r: Request, command: str) -> None:
     if "smoothing" in r.parts:
         curves = list(smoothing(r))
         draw_smoothing(r, curves)
-        result["smoothing"] = {"x": r.grid.tolist(), "curves": [entry_of(curve, r) for curve in curves]}
+        result["smoothing"] = {
+            "x": r.grid.tolist(),
+            "curves": [entry_of(curve, r) for curve in curves],
+        }
     if "graduated" in r.parts:
         with one_thread():
             descents = list(graduated(r))
         draw_graduated(r, descents)
-        deltas = {name: SCHEDULES[name](r.delta_first, r.delta_last, r.rounds) for name in r.schedules}
+        deltas = {
+            name: SCHEDULES[name](r.delta_first, r.delta_last, r.rounds) for name in r.schedules
+        }
         result["graduated"] = {"deltas": deltas, "results": [d.summary() for d in descents]}
     text = json.dumps(without_nan(result), allow_nan=False)
     replace(r.out / "smooth.json", text.encode() + b"\n")

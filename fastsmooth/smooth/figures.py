@@ -42,10 +42,16 @@ def save(figure: Any, stem: Path) -> None:
 def draw_smoothing(r: Request, curves: list[Curve]) -> None:
     """light and heavy, each where it has a noise."""
     for tails in ("light", "heavy"):
-        names = [n for n in r.noise if NOISES[n].tails == tails and any(c.noise == n for c in curves)]
+        names = [
+            n for n in r.noise if NOISES[n].tails == tails and any(c.noise == n for c in curves)
+        ]
         if names:
-            figure = (draw_lines if r.dim == 1 else draw_images)(r, [c for c in curves if c.noise in names], names)
-            figure.suptitle(f"$f_\\delta(x) = E\\,f(x - \\delta u)$, {tails} tails" + ", centred" * r.centred)
+            figure = (draw_lines if r.dim == 1 else draw_images)(
+                r, [c for c in curves if c.noise in names], names
+            )
+            figure.suptitle(
+                f"$f_\\delta(x) = E\\,f(x - \\delta u)$, {tails} tails" + ", centred" * r.centred
+            )
             save(figure, r.out / tails)
 
 
@@ -57,10 +63,13 @@ def add_legend(figure: Any, axes: ndarray, width: float) -> None:
 
 
 def draw_lines(r: Request, curves: list[Curve], names: list[str]) -> Any:
-    """A row a function, a column a noise, a line a delta, the darker the smaller; f itself in dashed grey."""
+    """A row a function, a column a noise, a line a delta, the darker the smaller; f itself in
+    dashed grey."""
     from matplotlib import colormaps
 
-    colours = dict(zip(sorted(r.delta), colormaps["viridis"](np.linspace(0, 0.85, len(r.delta))), strict=True))
+    colours = dict(
+        zip(sorted(r.delta), colormaps["viridis"](np.linspace(0, 0.85, len(r.delta))), strict=True)
+    )
     figure, axes = new_figure(2, len(names), sharex=True, sharey="row")
     for row, (function, f) in enumerate((("rastrigin", rastrigin), ("drop_wave", drop_wave))):
         for axis, name in zip(axes[row], names, strict=True):
@@ -84,7 +93,9 @@ def draw_images(r: Request, curves: list[Curve], names: list[str]) -> Any:
         shown = {c.noise: c for c in curves if (c.function, c.delta) == (function, delta)}
         known = [c.smoothed.values for c in shown.values() if c.smoothed.values is not None]
         for axis, name in zip(axes[row], names, strict=True):
-            axis.set_title(f"{function.replace('_', '-')}, $\\delta$ = {delta:g}, {name}", fontsize=8)
+            axis.set_title(
+                f"{function.replace('_', '-')}, $\\delta$ = {delta:g}, {name}", fontsize=8
+            )
             say_undefined(axis, [shown[name]])
             if (values := shown[name].smoothed.values) is not None:
                 scale = {"vmin": min(map(np.min, known)), "vmax": max(map(np.max, known))}
@@ -98,7 +109,12 @@ def draw_images(r: Request, curves: list[Curve], names: list[str]) -> Any:
 def say_undefined(axis: Any, shown: list[Curve]) -> None:
     if any(c.smoothed.values is None for c in shown):
         words = "undefined for $\\delta > 0$:\n$E\\,u^2$ is infinite"
-        look = {"transform": axis.transAxes, "ha": "center", "va": "center", "bbox": {"fc": "white", "ec": "none"}}
+        look = {
+            "transform": axis.transAxes,
+            "ha": "center",
+            "va": "center",
+            "bbox": {"fc": "white", "ec": "none"},
+        }
         axis.text(0.5, 0.8, words, **look)
 
 
@@ -109,7 +125,9 @@ def draw_graduated(r: Request, descents: list[Descent]) -> None:
     for axis, function in zip(axes[0], r.functions, strict=True):
         for d in (d for d in descents if d.function == function):
             look = {"color": COLOURS[d.schedule], "ls": LINES[d.method]}
-            axis.plot(rounds, d.values.mean(dim=1), label=f"{d.schedule}, {d.method}", lw=1.3, **look)
+            axis.plot(
+                rounds, d.values.mean(dim=1), label=f"{d.schedule}, {d.method}", lw=1.3, **look
+            )
             low, high = d.values.amin(dim=1), d.values.amax(dim=1)
             axis.fill_between(rounds, low, high, color=look["color"], alpha=0.12, lw=0)
         axis.set_title(f"{function.replace('_', '-')}, {r.dim_ego} dimensions", fontsize=10)

@@ -1,4 +1,5 @@
-"""Explicit graduated optimization in many dimensions: gradient descent on f_delta while delta falls."""
+"""Explicit graduated optimization in many dimensions: gradient descent on f_delta while delta
+falls."""
 
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-STEP = 1e-5  # of central differences: rounding and curvature both err by some 1e-8 of Rastrigin's gradient; published: 1e-8
+# of central differences: rounding and curvature both err by some 1e-8 of Rastrigin's gradient;
+# published: 1e-8
+STEP = 1e-5
 
 
 @dataclass(frozen=True)
 class Join:
-    """How the terms [..., D] of the coordinates become one number, and that number without the term of each."""
+    """How the terms [..., D] of the coordinates become one number, and that number without the term
+    of each."""
 
     all: Callable[[Tensor], Tensor]  # [..., D] to [...]
     others: Callable[[Tensor], Tensor]  # [..., D] to [..., D]
@@ -30,9 +34,11 @@ PRODUCT = Join(lambda t: t.prod(-1), lambda t: t.prod(-1, keepdim=True) / t, tor
 
 @dataclass(frozen=True)
 class Landscape:
-    """f(x) = value(D, numbers joined from per-coordinate terms of x [..., D]); its least value is 0.
+    """f(x) = value(D, numbers joined from per-coordinate terms of x [..., D]); its least value is
+    0.
 
-    `lr` is l0, the learning rate at delta 1 (SPEC B.5). Starts are uniform in [-reach, reach], as published.
+    `lr` is l0, the learning rate at delta 1 (SPEC B.5). Starts are uniform in [-reach, reach], as
+    published.
     """
 
     lr: float
@@ -43,12 +49,15 @@ class Landscape:
 
     def __call__(self, x: Tensor) -> Tensor:
         """f [...] at x [..., D]."""
-        return self.value(x.shape[-1], *(join.all(t) for join, t in zip(self.joins, self.terms(x), strict=True)))
+        return self.value(
+            x.shape[-1], *(join.all(t) for join, t in zip(self.joins, self.terms(x), strict=True))
+        )
 
     def gradient(self, x: Tensor) -> Tensor:
         """The central differences [..., D] of f at x [..., D].
 
-        Moving one coordinate changes one term of each number, so that all 2 D values of f cost what two do.
+        Moving one coordinate changes one term of each number, so that all 2 D values of f cost what
+        two do.
         """
         others = [join.others(t) for join, t in zip(self.joins, self.terms(x), strict=True)]
         return (self._moved(x, others, STEP) - self._moved(x, others, -STEP)) / (2 * STEP)
@@ -56,7 +65,9 @@ class Landscape:
     def _moved(self, x: Tensor, others: list[Tensor], step: float) -> Tensor:
         """f where coordinate i alone is moved, for every i: [..., D]."""
         terms = self.terms(x + step)
-        return self.value(x.shape[-1], *(j.put(o, t) for j, o, t in zip(self.joins, others, terms, strict=True)))
+        return self.value(
+            x.shape[-1], *(j.put(o, t) for j, o, t in zip(self.joins, others, terms, strict=True))
+        )
 
 
 def griewank_terms(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,28 +77,43 @@ def griewank_terms(x: Tensor) -> tuple[Tensor, Tensor]:
 
 LANDSCAPES: dict[str, Landscape] = {
     "rastrigin": Landscape(
-        0.01, 5.12, lambda x: (x.square() - 10 * (2 * math.pi * x).cos(),), lambda n, total: total + 10 * n
+        0.01,
+        5.12,
+        lambda x: (x.square() - 10 * (2 * math.pi * x).cos(),),
+        lambda n, total: total + 10 * n,
     ),
     "ackley": Landscape(
         10,
         32.768,
         lambda x: (x.square(), (2 * math.pi * x).cos()),
-        lambda n, squares, waves: 20 + math.e - 20 * (-0.2 * (squares / n).sqrt()).exp() - (waves / n).exp(),
+        lambda n, squares, waves: (
+            20 + math.e - 20 * (-0.2 * (squares / n).sqrt()).exp() - (waves / n).exp()
+        ),
         (SUM, SUM),
     ),
-    # with 12 r and raised by 1, as is usual in many dimensions; the curves above have 12 pi x (SPEC B.9)
+    # with 12 r and raised by 1, as is usual in many dimensions; the curves above have 12 pi x (SPEC
+    # B.9)
     "drop_wave": Landscape(
-        0.1, 5.12, lambda x: (x.square(),), lambda n, r2: 1 - (1 + (12 * r2.clamp_min(0).sqrt()).cos()) / (2 + 0.5 * r2)
+        0.1,
+        5.12,
+        lambda x: (x.square(),),
+        lambda n, r2: 1 - (1 + (12 * r2.clamp_min(0).sqrt()).cos()) / (2 + 0.5 * r2),
     ),
     "schwefel": Landscape(
-        10, 500, lambda x: (x * x.abs().sqrt().sin(),), lambda n, total: 418.9828872724337 * n - total
+        10,
+        500,
+        lambda x: (x * x.abs().sqrt().sin(),),
+        lambda n, total: 418.9828872724337 * n - total,
     ),
-    "griewank": Landscape(50, 100, griewank_terms, lambda n, total, product: total - product + 1, (SUM, PRODUCT)),
+    "griewank": Landscape(
+        50, 100, griewank_terms, lambda n, total, product: total - product + 1, (SUM, PRODUCT)
+    ),
 }
 
 
 def nice(first: float, last: float, rounds: int) -> list[float]:
-    """The optimal decay of power 1 (SPEC A.6), counted from round 1 and ending at `last` instead of 0: a straight line."""
+    """The optimal decay of power 1 (SPEC A.6), counted from round 1 and ending at `last` instead of
+    0: a straight line."""
     return [first + (last - first) * m / max(rounds - 1, 1) for m in range(rounds)]
 
 
@@ -99,10 +125,13 @@ SCHEDULES: dict[str, Callable[[float, float, int], list[float]]] = {"nice": nice
 Perturb = Callable[[], Tensor]  # [seeds, draws, D], anew at every call
 
 
-def descend(f: Landscape, x: Tensor, deltas: Iterable[float], steps: int, perturb: Perturb) -> Tensor:
+def descend(
+    f: Landscape, x: Tensor, deltas: Iterable[float], steps: int, perturb: Perturb
+) -> Tensor:
     """f [rounds, seeds] after each round of graduated optimization from x [seeds, D].
 
-    A step moves x by -lr delta times the mean over draws of the gradient at x + delta * perturbation.
+    A step moves x by -lr delta times the mean over draws of the gradient at x + delta *
+    perturbation.
     """
     values = []
     for delta in deltas:
@@ -114,14 +143,18 @@ def descend(f: Landscape, x: Tensor, deltas: Iterable[float], steps: int, pertur
 
 def starts(f: Landscape, dim: int, seeds: Iterable[int]) -> Tensor:
     """[seeds, dim]; a seed's start does not depend on the other seeds."""
-    unit = [torch.rand(dim, generator=Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    unit = [
+        torch.rand(dim, generator=Generator().manual_seed(s), dtype=torch.float64) for s in seeds
+    ]
     return f.reach * (2 * torch.stack(unit) - 1)
 
 
 def normal(dim: int, draws: int, seeds: Iterable[int]) -> Perturb:
     """Standard normal perturbations; those of a seed do not depend on the other seeds."""
     generators = [Generator().manual_seed(2**32 + s) for s in seeds]
-    return lambda: torch.stack([torch.randn(draws, dim, generator=g, dtype=torch.float64) for g in generators])
+    return lambda: torch.stack(
+        [torch.randn(draws, dim, generator=g, dtype=torch.float64) for g in generators]
+    )
 
 
 def nothing(dim: int, draws: int, seeds: Iterable[int]) -> Perturb:
@@ -130,7 +163,10 @@ def nothing(dim: int, draws: int, seeds: Iterable[int]) -> Perturb:
     return lambda: zeros
 
 
-DESCENTS: dict[str, Callable[[int, int, Iterable[int]], Perturb]] = {"graduated": normal, "plain": nothing}
+DESCENTS: dict[str, Callable[[int, int, Iterable[int]], Perturb]] = {
+    "graduated": normal,
+    "plain": nothing,
+}
 
 
 @dataclass(frozen=True)
@@ -167,7 +203,8 @@ class Descent:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A step's tensors are so small that a second thread mostly waits, and busily: beside other work 20 times as long."""
+    """A step's tensors are so small that a second thread mostly waits, and busily: beside other
+    work 20 times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

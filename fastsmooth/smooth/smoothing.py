@@ -1,4 +1,5 @@
-"""f_delta(x) = E f(x - delta u) of Rastrigin's function and of the drop-wave, exactly or with a stated error."""
+"""f_delta(x) = E f(x - delta u) of Rastrigin's function and of the drop-wave, exactly or with a
+stated error."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from numpy import ndarray
 from fastsmooth.smooth.noises import Noise
 
 REACH = 5.0  # x is in [-REACH, REACH], in every coordinate
-TOLERANCE, MAX_NODES = 1e-10, 1 << 14  # of quadrature: what doubling the nodes may change, and when to give up
+# of quadrature: what doubling the nodes may change, and when to give up
+TOLERANCE, MAX_NODES = 1e-10, 1 << 14
 BLOCK = 1 << 20  # values that are held at a time, so that memory is bounded
 
 
@@ -25,15 +27,18 @@ def drop_wave(r: ndarray) -> ndarray:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """f_delta at every x: [n], or [n, n] in two dimensions. `values` is None where the expectation does not exist."""
+    """f_delta at every x: [n], or [n, n] in two dimensions. `values` is None where the expectation
+    does not exist."""
 
     values: ndarray | None
     method: str
-    error: float | None  # the largest over x: of quadrature an estimate, of draws the standard error
+    # the largest over x: of quadrature an estimate, of draws the standard error
+    error: float | None
 
 
 def smooth_rastrigin(x: ndarray, delta: float, noise: Noise, shift: float) -> Smoothed:
-    """(x - delta m)^2 + delta^2 v - 10 E cos(2 pi (x - delta u)) + 10 with the mean m and the variance v of u - shift."""
+    """(x - delta m)^2 + delta^2 v - 10 E cos(2 pi (x - delta u)) + 10 with the mean m and the
+    variance v of u - shift."""
     if delta == 0:
         return Smoothed(rastrigin(x), "f itself", 0.0)
     if noise.mean is None or noise.variance is None:
@@ -47,8 +52,9 @@ def smooth_rastrigin(x: ndarray, delta: float, noise: Noise, shift: float) -> Sm
 def smooth_drop_wave(x: ndarray, delta: float, noise: Noise, shift: float) -> Smoothed:
     """By quadrature over frequencies, with more nodes until twice as many change nothing.
 
-    1 / (4 + y^2) is the integral of exp(iky - 2|k|) / 4 over all k, so that f_delta is one of exp(ikx) times the
-    characteristic function of u at -delta k. It decays like exp(-2k) for every noise: a heavy tail costs nothing.
+    1 / (4 + y^2) is the integral of exp(iky - 2|k|) / 4 over all k, so that f_delta is one of
+    exp(ikx) times the characteristic function of u at -delta k. It decays like exp(-2k) for every
+    noise: a heavy tail costs nothing.
     """
     if delta == 0:
         return Smoothed(drop_wave(x), "f itself", 0.0)
@@ -62,12 +68,14 @@ def smooth_drop_wave(x: ndarray, delta: float, noise: Noise, shift: float) -> Sm
 
 
 def over_frequencies(x: ndarray, delta: float, noise: Noise, nodes: int) -> ndarray:
-    """-1/2 Re of the integral over k > 0 of exp(-2k) (2 p(k) + p(w + k) + p(w - k)), p(k) = exp(ikx) E exp(-ik delta u).
+    """-1/2 Re of the integral over k > 0 of exp(-2k) (2 p(k) + p(w + k) + p(w - k)), p(k) =
+    exp(ikx) E exp(-ik delta u).
 
-    w = 12 pi is the drop-wave's frequency. k = s^2 smooths the root at 0 in Levy's characteristic function, and at
-    k = 18 the factor exp(-2k) is 2e-16.
+    w = 12 pi is the drop-wave's frequency. k = s^2 smooths the root at 0 in Levy's characteristic
+    function, and at k = 18 the factor exp(-2k) is 2e-16.
     """
-    at, weight = np.polynomial.legendre.leggauss(min(nodes, 64))  # in panels: many nodes at once are slow to find
+    # in panels: many nodes at once are slow to find
+    at, weight = np.polynomial.legendre.leggauss(min(nodes, 64))
     panels = nodes // len(at)
     end = math.sqrt(18)
     s = ((at + 1) / 2 + np.arange(panels)[:, None]).ravel() * end / panels
@@ -84,11 +92,18 @@ def over_frequencies(x: ndarray, delta: float, noise: Noise, nodes: int) -> ndar
 def smooth_rastrigin_2d(x: ndarray, delta: float, noise: Noise, shift: float) -> Smoothed:
     """The sum over two coordinates, with independent noise in each."""
     one = smooth_rastrigin(x, delta, noise, shift)
-    return one if one.values is None else Smoothed(one.values[:, None] + one.values, one.method, one.error)
+    return (
+        one
+        if one.values is None
+        else Smoothed(one.values[:, None] + one.values, one.method, one.error)
+    )
 
 
-def smooth_drop_wave_2d(x: ndarray, delta: float, noise: Noise, shift: float, samples: int, seed: int) -> Smoothed:
-    """The drop-wave of the radius by `samples` draws of u [2], the same at every x, so that surfaces are smooth."""
+def smooth_drop_wave_2d(
+    x: ndarray, delta: float, noise: Noise, shift: float, samples: int, seed: int
+) -> Smoothed:
+    """The drop-wave of the radius by `samples` draws of u [2], the same at every x, so that
+    surfaces are smooth."""
     if delta == 0:
         return Smoothed(drop_wave(np.hypot(x[:, None], x)), "f itself", 0.0)
     u = noise.draw(np.random.default_rng(seed), (samples, 2)) - shift

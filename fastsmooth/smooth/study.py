@@ -67,7 +67,8 @@ class Curve:
 
 
 def smoothing(r: Request) -> Iterator[Curve]:
-    """Every function under every noise at every delta, each with a line on stdout where there is something to say."""
+    """Every function under every noise at every delta, each with a line on stdout where there is
+    something to say."""
     for name in r.noise:
         noise = NOISES[name]
         if r.centred and noise.mean is None:
@@ -82,7 +83,9 @@ def smoothing(r: Request) -> Iterator[Curve]:
 
 def smooth(r: Request, function: str, delta: float, noise: Noise, shift: float) -> Smoothed:
     if r.dim == 1:
-        return {"rastrigin": smooth_rastrigin, "drop_wave": smooth_drop_wave}[function](r.grid, delta, noise, shift)
+        return {"rastrigin": smooth_rastrigin, "drop_wave": smooth_drop_wave}[function](
+            r.grid, delta, noise, shift
+        )
     if function == "rastrigin":
         return smooth_rastrigin_2d(r.grid, delta, noise, shift)
     return smooth_drop_wave_2d(r.grid, delta, noise, shift, r.samples, r.seed)
@@ -103,7 +106,11 @@ def line_of(curve: Curve, r: Request) -> str:
     if least is None:
         return words + s.method
     place = ", ".join(f"{x:g}" for x in least[0])
-    return words + f"least {least[1]:.6g} at {place}; {s.method}" + (f", error {s.error:.1g}" if s.error else "")
+    return (
+        words
+        + f"least {least[1]:.6g} at {place}; {s.method}"
+        + (f", error {s.error:.1g}" if s.error else "")
+    )
 
 
 def entry_of(curve: Curve, r: Request) -> dict[str, Any]:
@@ -136,15 +143,22 @@ LAYOUT = {  # of the table that graduated() prints
 
 
 def graduated(r: Request) -> Iterator[Descent]:
-    """Every function by every schedule and method, from the same starts, each with a line of the table on stdout."""
+    """Every function by every schedule and method, from the same starts, each with a line of the
+    table on stdout."""
     table = Table(LAYOUT, least_first=("sd best", "n", "mean best", "sd last"))
     say(table.heading(columns(sys.stdout)))
     for function in r.functions:
         for schedule in r.schedules:
             for method in DESCENTS:
-                found = Descent(function, schedule, method, all_seeds(r, function, schedule, method))
+                found = Descent(
+                    function, schedule, method, all_seeds(r, function, schedule, method)
+                )
                 numbers = [*mean_and_sd(found.values[-1]), *mean_and_sd(found.best)]
-                say(table.row([function, schedule, method, *numbers, f"{r.seeds}"], columns(sys.stdout)))
+                say(
+                    table.row(
+                        [function, schedule, method, *numbers, f"{r.seeds}"], columns(sys.stdout)
+                    )
+                )
                 yield found
 
 

@@ -1,7 +1,9 @@
-"""Many runs: python -m fastsmooth.sweep --out DIR [the flags of fastsmooth.train, with several values each]
+"""Many runs: python -m fastsmooth.sweep --out DIR [the flags of fastsmooth.train, with several
+values each]
 
-DIR holds a folder a run, sweep.json (what the runs are), logs/ and results.json. The same command again goes on: finished
-runs are skipped, interrupted ones go on from their checkpoints. Nothing here imports torch: every run is a process.
+DIR holds a folder a run, sweep.json (what the runs are), logs/ and results.json. The same command
+again goes on: finished runs are skipped, interrupted ones go on from their checkpoints. Nothing
+here imports torch: every run is a process.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from fastsmooth.sweep.table import name_failed, summarise
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a traceback."""
+    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a
+    traceback."""
     argv = sys.argv[1:] if argv is None else argv
     return exit_code(lambda: sweep(argv), (ConfigError, RunFolderError, RunError))
 
@@ -46,7 +49,9 @@ def sweep(argv: list[str]) -> int:
     out = Path(own["out"])
     if "run" in own:
         return do_run(out, own["run"])
-    runs = grid_runs(asked, own, out) if asked or own.keys() & {"grid", "seeds"} else read_sweep(out)
+    runs = (
+        grid_runs(asked, own, out) if asked or own.keys() & {"grid", "seeds"} else read_sweep(out)
+    )
     if own.get("plan"):
         print_plan(runs)
         return DONE
@@ -81,15 +86,23 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
     work(out, runs, own, stop, results)
     states = results.write(NOT_STARTED if stop.received else NO_START)
     if stop.received:
-        say(f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the same command goes on")
+        say(
+            f"stopped by {stop.received}: {states.count('done')} of {len(runs)} runs done; the "
+            "same command goes on"
+        )
         return stop.code
     summarise(out, runs)
-    found = [read_run(out / run.name) for run, state in zip(runs, states, strict=True) if state == "done"]
+    found = [
+        read_run(out / run.name) for run, state in zip(runs, states, strict=True) if state == "done"
+    ]
     failed = name_failed(out, runs, states)
     if any(run.critical for run in found):
         failed |= sample_at_best(out, found, own, stop)
     if stop.received:
-        say(f"stopped by {stop.received}: all runs done but those that sample; the same command goes on")
+        say(
+            f"stopped by {stop.received}: all runs done but those that sample; the same command "
+            "goes on"
+        )
         return stop.code
     return SOME_FAILED if failed else DONE
 

@@ -1,9 +1,12 @@
-"""The critical batch size: the batch that reaches a threshold with the fewest gradient evaluations, and what it says of C^2.
+"""The critical batch size: the batch that reaches a threshold with the fewest gradient evaluations,
+and what it says of C^2.
 
-T(b) is the number of updates until the running mean of the gradient norm is at most eps (--mode critical), N(b) = b T(b) the
-gradient evaluations (SFO), b* the batch with the smallest N (arXiv 2402.02325). A run that is below eps at the first update
-that counts (--min-epochs) tells an upper bound of T(b) alone: it is censored, and its batch has no N. C^2 = b* eps^2 / (kappa lr) is an upper
-bound through a convergence theorem that is used as a point estimate: nothing forces it to agree with a measured C^2.
+T(b) is the number of updates until the running mean of the gradient norm is at most eps (--mode
+critical), N(b) = b T(b) the gradient evaluations (SFO), b* the batch with the smallest N (arXiv
+2402.02325). A run that is below eps at the first update that counts (--min-epochs) tells an upper
+bound of T(b) alone: it is censored, and its batch has no N. C^2 = b* eps^2 / (kappa lr) is an upper
+bound through a convergence theorem that is used as a point estimate: nothing forces it to agree
+with a measured C^2.
 """
 
 from __future__ import annotations
@@ -26,38 +29,49 @@ from fastsmooth.sweep.machines import Stop, on_this_machine
 from fastsmooth.sweep.store import NO_START, NOT_STARTED, Planned, Results, write_json
 from fastsmooth.sweep.table import name_failed
 
-# What does not tell groups apart: the axis, the repetition, what cannot change a result, and constants that only scale delta.
+# What does not tell groups apart: the axis, the repetition, what cannot change a result, and
+# constants that only scale delta.
 WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
 NO_RESULT = {
-    "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir", "workers", "chunk", "loader",
-    "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "device", "kernels", "decay_epoch", "epochs", "budget",
+    "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir",
+    "workers", "chunk", "loader",
+    "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "device", "kernels",
+    "decay_epoch", "epochs", "budget",
 }  # fmt: skip
-FLAT = (
-    0.1  # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published as very flat
-)
+# batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published
+# as very flat
+FLAT = 0.1
 
 
 @dataclass(frozen=True)
 class BatchResult:
     """Runs of one batch size, one a seed.
 
-    A seed whose mean norm was at most eps at the first update that counts is censored: it has no T(b), only a bound above.
+    A seed whose mean norm was at most eps at the first update that counts is censored: it has no
+    T(b), only a bound above.
     """
 
     batch_size: int
     steps: tuple[int | None, ...]  # T(b) of every seed; None: not reached
-    samples: tuple[int | None, ...]  # gradient evaluations: b T(b), less what the last batches of epochs lack
+    # gradient evaluations: b T(b), less what the last batches of epochs lack
+    samples: tuple[int | None, ...]
     censored: tuple[bool, ...]  # of every seed
 
     @property
     def reached(self) -> list[int]:
         """T(b) of the seeds that crossed eps after counting had begun."""
-        return [t for t, early in zip(self.steps, self.censored, strict=True) if t is not None and not early]
+        return [
+            t
+            for t, early in zip(self.steps, self.censored, strict=True)
+            if t is not None and not early
+        ]
 
     @property
     def bounds(self) -> list[int]:
         """The first updates that count, of the censored seeds."""
-        return [t for t, early in zip(self.steps, self.censored, strict=True) if t is not None and early]
+        return [
+            t for t, early in zip(self.steps, self.censored, strict=True) if t is not None and early
+        ]
 
     @property
     def n(self) -> int:
@@ -69,7 +83,8 @@ class BatchResult:
 
     @property
     def complete(self) -> bool:
-        """Whether every seed has a T(b), without which a mean would be of the seeds that are fast or slow."""
+        """Whether every seed has a T(b), without which a mean would be of the seeds that are fast
+        or slow."""
         return self.n == len(self.steps)
 
     @property
@@ -82,7 +97,8 @@ class BatchResult:
 
     @property
     def sfo_mean(self) -> float | None:
-        """N(b) = b T(b), the mean over the seeds; None where one did not reach eps or is censored."""
+        """N(b) = b T(b), the mean over the seeds; None where one did not reach eps or is
+        censored."""
         return mean([self.batch_size * t for t in self.reached]) if self.complete else None
 
     @property
@@ -109,7 +125,8 @@ class Analysis:
 
     @property
     def bracket(self) -> tuple[int, int] | None:
-        """The smallest and the largest batch size of the floor: N within FLAT of the smallest, without a gap around b*."""
+        """The smallest and the largest batch size of the floor: N within FLAT of the smallest,
+        without a gap around b*."""
         if self.best is None:
             return None
         sizes = [b.batch_size for b in self.batches]
@@ -127,13 +144,17 @@ class Analysis:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the floor ends where the batches that were tried, or that reached eps, end: b* may lie outside."""
+        """Whether the floor ends where the batches that were tried, or that reached eps, end: b*
+        may lie outside."""
         reached = [b.batch_size for b in self.batches if b.sfo_mean is not None]
-        return self.bracket is not None and (self.bracket[0] == reached[0] or self.bracket[1] == reached[-1])
+        return self.bracket is not None and (
+            self.bracket[0] == reached[0] or self.bracket[1] == reached[-1]
+        )
 
     @property
     def censored(self) -> list[int]:
-        """The batch sizes of which a seed is censored: they have no N, and b* may lie among them."""
+        """The batch sizes of which a seed is censored: they have no N, and b* may lie among
+        them."""
         return [b.batch_size for b in self.batches if b.bounds]
 
     @property
@@ -156,12 +177,28 @@ class Analysis:
     def to_json(self) -> dict[str, Any]:
         rows = [
             {"batch_size": b.batch_size, "steps": list(b.steps), "samples": list(b.samples)}
-            | {"mean_steps": b.mean_steps, "sd_steps": b.sd_steps, "sfo_mean": b.sfo_mean, "sfo_sd": b.sfo_sd}
+            | {
+                "mean_steps": b.mean_steps,
+                "sd_steps": b.sd_steps,
+                "sfo_mean": b.sfo_mean,
+                "sfo_sd": b.sfo_sd,
+            }
             | {"n": b.n, "not_reached": b.not_reached, "censored": len(b.bounds)}
             for b in self.batches
         ]
-        found = {"group": self.group, "eps": self.eps, "kappa": self.kappa, "batches": rows, "best": self.best}
-        found |= {"bracket": self.bracket, "flat_within": FLAT, "at_edge": self.at_edge, "censored": self.censored}
+        found = {
+            "group": self.group,
+            "eps": self.eps,
+            "kappa": self.kappa,
+            "batches": rows,
+            "best": self.best,
+        }
+        found |= {
+            "bracket": self.bracket,
+            "flat_within": FLAT,
+            "at_edge": self.at_edge,
+            "censored": self.censored,
+        }
         return found | {
             "c2_critical": self.c2_critical,
             "c2_range": self.c2_range,
@@ -171,7 +208,8 @@ class Analysis:
 
 
 def analyse(runs: Iterable[SavedRun]) -> list[Analysis]:
-    """One Analysis for every threshold of every group of finished critical runs, in the order of the runs."""
+    """One Analysis for every threshold of every group of finished critical runs, in the order of
+    the runs."""
     groups: dict[str, list[SavedRun]] = {}
     for run in runs:
         if sound(run):
@@ -199,8 +237,14 @@ def analyse_group(runs: list[SavedRun], eps: float) -> Analysis:
     )
     config = runs[0].config
     smoothing = Smoothing(config["optimizer"], nu=config.get("nu", 1.0))
-    largest = [run.critical["grad_norm_max"] for run in runs if number(run.critical.get("grad_norm_max"))]
-    squares = [run.critical["grad_norm_rms"] ** 2 for run in runs if number(run.critical.get("grad_norm_rms"))]
+    largest = [
+        run.critical["grad_norm_max"] for run in runs if number(run.critical.get("grad_norm_max"))
+    ]
+    squares = [
+        run.critical["grad_norm_rms"] ** 2
+        for run in runs
+        if number(run.critical.get("grad_norm_rms"))
+    ]
     return Analysis(
         settings(config),
         eps,
@@ -242,11 +286,14 @@ def threshold(name: str) -> bool:
 
 
 def crossing(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(number(value.get(key)) for key in ("step", "samples")))
+    return value is None or (
+        isinstance(value, dict) and all(number(value.get(key)) for key in ("step", "samples"))
+    )
 
 
 def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: Stop) -> bool:
-    """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps was reached.
+    """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps
+    was reached.
 
     Whether any of the runs that sample failed.
     """
@@ -278,7 +325,8 @@ def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: 
 
 
 def sampled_point(run: SavedRun) -> dict[str, Any]:
-    """What a sampling run adds to the entry of a curve; nothing, with a warning, where its noise.json does not say it."""
+    """What a sampling run adds to the entry of a curve; nothing, with a warning, where its
+    noise.json does not say it."""
     try:
         point = run.noise["points"][-1]
         found = {"c2_sampled": point["c2_sampled"], "c2_sampled_se": point["c2_sampled_se"]}
@@ -293,7 +341,8 @@ def sampled_point(run: SavedRun) -> dict[str, Any]:
 
 
 def sampling_runs(curves: list[Analysis], found: list[SavedRun]) -> list[tuple[Analysis, Planned]]:
-    """For every curve the run that samples the noise at b*, where its first seed crossed the smallest eps that has a b*."""
+    """For every curve the run that samples the noise at b*, where its first seed crossed the
+    smallest eps that has a b*."""
     runs = []
     lowest: dict[str, Analysis] = {}
     for curve in sorted(curves, key=lambda curve: -curve.eps):
@@ -312,31 +361,57 @@ def sampling_runs(curves: list[Analysis], found: list[SavedRun]) -> list[tuple[A
 
 
 def sampling_run(run: SavedRun, step: int) -> Planned:
-    """The run again, up to the point from which update `step` was made, where the noise is sampled."""
-    left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget", "out", "resume", "max_time"}
+    """The run again, up to the point from which update `step` was made, where the noise is
+    sampled."""
+    left_out = {
+        "mode",
+        "eps",
+        "criterion",
+        "min_epochs",
+        "full_grad_every",
+        "budget",
+        "out",
+        "resume",
+        "max_time",
+    }
     left_out |= {"track_noise", "estimator"}
     saved = parsing.read_saved(run.path)
     if saved.bn != "eval" or saved.momentum:  # a direction has no other mode than training then
         left_out.add("bn")
-    given = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved) if f.name not in left_out}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    given = {
+        f.name: getattr(saved, f.name) for f in dataclasses.fields(saved) if f.name not in left_out
+    }
+    given = {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
     given |= {"mode": "sampling", "steps": (step - 1,)}
     return Planned(run.path.name, tuple(words(configs.without_idle(given))), {})
 
 
 def print_curve(curve: Analysis, entry: dict[str, Any]) -> None:
     about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {exact(curve.eps)}"
-    without = f"; left out, since censored at the first update that counts: b {', '.join(map(str, curve.censored))}"
+    without = (
+        "; left out, since censored at the first update that counts: b "
+        f"{', '.join(map(str, curve.censored))}"
+    )
     without *= bool(curve.censored)
     if curve.best is None:
         say(f"{about}: no batch size reached it with every seed{without}")
         return
     low, high = curve.bracket
-    edge = "; the floor reaches the edge of what was tried, so b* may lie outside" if curve.at_edge else ""
+    edge = (
+        "; the floor reaches the edge of what was tried, so b* may lie outside"
+        if curve.at_edge
+        else ""
+    )
     sampled = entry["c2_sampled"]
     say(
         f"{about}: b* {curve.best} (N within {FLAT:.0%} from {low} to {high}{edge}{without}), "
         f"c2_critical {curve.c2_critical:.4g} ({curve.c2_range[0]:.4g} to {curve.c2_range[1]:.4g})"
         + (f", k2 {curve.k2:.4g}" if curve.k2 is not None else "")
-        + (f", c2_sampled {sampled:.4g} +- {entry['c2_sampled_se']:.2g}" if sampled is not None else "")
+        + (
+            f", c2_sampled {sampled:.4g} +- {entry['c2_sampled_se']:.2g}"
+            if sampled is not None
+            else ""
+        )
     )

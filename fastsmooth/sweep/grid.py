@@ -1,4 +1,5 @@
-"""What the runs of a sweep are: combinations of the values that flags are given, and their names."""
+"""What the runs of a sweep are: combinations of the values that flags are given, and their
+names."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def refuse_seeds(words: list[str]) -> None:
     if len(seeds) > 1:
         named = " ".join(seeds)
         raise ConfigError(
-            f"--seeds takes one number N, for the seeds 0 to N - 1: for the seeds {named} write --seed {named}"
+            f"--seeds takes one number N, for the seeds 0 to N - 1: for the seeds {named} write "
+            f"--seed {named}"
         )
 
 
@@ -45,8 +47,10 @@ def parser() -> flag_types.Parser:
     p = parsing.parser()
     p.prog, p.usage, p.several = command("sweep"), "%(prog)s --out DIR [flags]", ""
     p.description = (
-        "Many runs, one for each combination of the values that flags of fastsmooth.train are given: --lr 0.01 0.1 "
-        "--batchsize 8..1024x2 (8 16 ... 1024; 0..4+1 adds). A flag without effect in a combination is left out there."
+        "Many runs, one for each combination of the values that flags of fastsmooth.train are "
+        "given: --lr 0.01 0.1 "
+        "--batchsize 8..1024x2 (8 16 ... 1024; 0..4+1 adds). A flag without effect in a "
+        "combination is left out there."
     )
     for action in list(p._actions):
         name = action.dest
@@ -61,22 +65,43 @@ def parser() -> flag_types.Parser:
             action.nargs = "+"
     g = p.add_argument_group("sweep")
     g.add_argument(
-        "--out", metavar="DIR", type=flag_types.text, help="the folder of the runs; given alone: go on with them"
+        "--out",
+        metavar="DIR",
+        type=flag_types.text,
+        help="the folder of the runs; given alone: go on with them",
     )
     g.add_argument(
-        "--grid", metavar="FILE", type=flag_types.text, help="a TOML file of flags; [[grid]] tables are added up"
+        "--grid",
+        metavar="FILE",
+        type=flag_types.text,
+        help="a TOML file of flags; [[grid]] tables are added up",
     )
     g.add_argument(
-        "--seeds", metavar="N", type=flag_types.whole(1, 10_000), help="the seeds 0 to N - 1 of every combination"
+        "--seeds",
+        metavar="N",
+        type=flag_types.whole(1, 10_000),
+        help="the seeds 0 to N - 1 of every combination",
     )
     g.add_argument(
-        "--jobs", metavar="N", type=flag_types.whole(1, 1024), help="runs at a time (one a GPU, else a processor)"
+        "--jobs",
+        metavar="N",
+        type=flag_types.whole(1, 1024),
+        help="runs at a time (one a GPU, else a processor)",
     )
     g.add_argument(
-        "--critical", action="store_true", help="--mode critical, then b*, C2 and K2, with a sampled C2 at b*"
+        "--critical",
+        action="store_true",
+        help="--mode critical, then b*, C2 and K2, with a sampled C2 at b*",
     )
-    g.add_argument("--slurm", metavar="FILE", type=flag_types.text, help="write a job array script and run nothing")
-    g.add_argument("--sbatch", metavar="OPTION", action="append", help="a line for it: --sbatch=--time=4:00:00")
+    g.add_argument(
+        "--slurm",
+        metavar="FILE",
+        type=flag_types.text,
+        help="write a job array script and run nothing",
+    )
+    g.add_argument(
+        "--sbatch", metavar="OPTION", action="append", help="a line for it: --sbatch=--time=4:00:00"
+    )
     g.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -87,7 +112,10 @@ def parser() -> flag_types.Parser:
     )
     g.add_argument("--plan", action="store_true", help="list the runs, do nothing")
     g.add_argument(
-        "--run", metavar="I", type=flag_types.whole(0), help="do run number I of the sweep in --out, nothing else"
+        "--run",
+        metavar="I",
+        type=flag_types.whole(0),
+        help="do run number I of the sweep in --out, nothing else",
     )
     g.add_argument("-h", "--help", action="store_true", help="this page")
     return p
@@ -109,7 +137,9 @@ def values_of(word: str) -> list[str]:
         return [word]
     grows = 1 < by <= LARGEST if numbers[2] == "x" else by > 0
     if not (0 <= first <= last <= LARGEST and grows and (numbers[2] == "+" or first > 0)):
-        raise ConfigError(f"{word} is not a range: write FIRST..LASTxFACTOR or FIRST..LAST+STEP, as in 8..1024x2")
+        raise ConfigError(
+            f"{word} is not a range: write FIRST..LASTxFACTOR or FIRST..LAST+STEP, as in 8..1024x2"
+        )
     values = []
     for k in range(MOST_RUNS):
         value = first * by**k if numbers[2] == "x" else first + by * k
@@ -122,7 +152,8 @@ def values_of(word: str) -> list[str]:
 
 
 def grid_runs(given: dict[str, Any], own: dict[str, Any], out: Path) -> list[Planned]:
-    """The runs in `out` that flags and --grid describe. Raises ConfigError for a combination that cannot be run."""
+    """The runs in `out` that flags and --grid describe. Raises ConfigError for a combination that
+    cannot be run."""
     shared, tables = read_grid(own["grid"]) if "grid" in own else ({}, [{}])
     found: dict[str, tuple[dict[str, Any], configs.Config]] = {}
     asked: set[str] = set()
@@ -143,7 +174,9 @@ def grid_runs(given: dict[str, Any], own: dict[str, Any], out: Path) -> list[Pla
             found.setdefault(json.dumps(c.to_json(), sort_keys=True), (kept, c))
     kept = [one for one, _ in found.values()]
     for name in sorted(asked - {name for one in kept for name in one} - {"method"}):
-        raise ConfigError(f"{flag(name)} has no effect in any of the {len(kept)} runs: leave it out")
+        raise ConfigError(
+            f"{flag(name)} has no effect in any of the {len(kept)} runs: leave it out"
+        )
     return named(kept, out)
 
 
@@ -154,10 +187,15 @@ def listed(axes: dict[str, Any], name: str) -> list[Any]:
 
 
 def combinations(axes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every choice of one value an axis, in the order of train's flags, the seed changing fastest."""
-    names = [name for name in FIELDS if name in axes and name != "seed"] + ["seed"] * ("seed" in axes)
+    """Every choice of one value an axis, in the order of train's flags, the seed changing
+    fastest."""
+    names = [name for name in FIELDS if name in axes and name != "seed"] + ["seed"] * (
+        "seed" in axes
+    )
     for values in itertools.product(*(listed(axes, name) for name in names)):
-        yield {n: tuple(v) if isinstance(v, list) else v for n, v in zip(names, values, strict=True)}
+        yield {
+            n: tuple(v) if isinstance(v, list) else v for n, v in zip(names, values, strict=True)
+        }
 
 
 def named(given: list[dict[str, Any]], out: Path) -> list[Planned]:
@@ -166,21 +204,36 @@ def named(given: list[dict[str, Any]], out: Path) -> list[Planned]:
     wanted = []
     for one in given:
         differs = {name: one[name] for name in names if name in one}
-        parts = [f"{flag(name).strip('-')}={configs.shown(value)}" for name, value in differs.items()]
-        name = re.sub(r"[^\w.=+-]", "-", "_".join(parts)).encode()[:LONGEST_NAME].decode(errors="ignore") or "run"
+        parts = [
+            f"{flag(name).strip('-')}={configs.shown(value)}" for name, value in differs.items()
+        ]
+        name = (
+            re.sub(r"[^\w.=+-]", "-", "_".join(parts))
+            .encode()[:LONGEST_NAME]
+            .decode(errors="ignore")
+            or "run"
+        )
         wanted.append(Planned(name, tuple(words(one)), differs))
     return apart(wanted, out)
 
 
 def apart(wanted: list[Planned], out: Path) -> list[Planned]:
-    """The runs with a folder each in `out`: that which they have there already, else one of this name that none has.
+    """The runs with a folder each in `out`: that which they have there already, else one of this
+    name that none has.
 
-    Two names that are one where case does not count, or where accents are stored otherwise, are told apart too.
+    Two names that are one where case does not count, or where accents are stored otherwise, are
+    told apart too.
     """
     # that of Path raises what a name that is too long meets
-    had = {run.flags: run.name for run in read_sweep(out)} if os.path.exists(out / "sweep.json") else {}
+    had = (
+        {run.flags: run.name for run in read_sweep(out)}
+        if os.path.exists(out / "sweep.json")
+        else {}
+    )
     with refusing(out):
-        taken = {same(name) for name in (*had.values(), *(os.listdir(out) if os.path.isdir(out) else ()))}
+        taken = {
+            same(name) for name in (*had.values(), *(os.listdir(out) if os.path.isdir(out) else ()))
+        }
     found, tried = [], collections.Counter()
     for run in wanted:
         if run.flags not in had:
@@ -211,7 +264,8 @@ def words(given: dict[str, Any]) -> Iterator[str]:
 
 
 def read_grid(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what all runs share, the tables that are added up) of a TOML file, as the parser has them."""
+    """(what all runs share, the tables that are added up) of a TOML file, as the parser has
+    them."""
     source = f"--grid {path}"
     table = flag_types.toml_table(path, source)
     tables = table.pop("grid", [{}])

@@ -46,7 +46,8 @@ def do_run(out: Path, number: int) -> int:
 
 
 def wait_for(folder: Path) -> None:
-    """Until no process of an earlier sweep writes there any more; raises RunFolderError after a minute."""
+    """Until no process of an earlier sweep writes there any more; raises RunFolderError after a
+    minute."""
     for left in range(240, -1, -1):
         try:
             os.close(lock(folder))
@@ -58,7 +59,8 @@ def wait_for(folder: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the kernel stop this process, and what it becomes, when the sweep that started it is gone."""
+    """Have the kernel stop this process, and what it becomes, when the sweep that started it is
+    gone."""
     parent = os.environ.pop(PARENT, None)
     if parent is None or sys.platform != "linux":
         return
@@ -91,13 +93,16 @@ class Stop:
         self.received = self.received or signal.Signals(number).name
 
 
-def on_this_machine(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, results: Results) -> None:
+def on_this_machine(
+    out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, results: Results
+) -> None:
     """Every run that is not finished, --jobs at a time, each in a process of its own."""
     gpus = visible_gpus()
     jobs = own.get("jobs") or len(gpus) or processors()
     waiting = [number for number, run in enumerate(runs) if unfinished(out, run)]
     table = Table(out, runs, len(runs) - len(waiting))
-    active: dict[int, tuple[int, subprocess.Popen]] = {}  # the place of each job: a run's number and its process
+    # the place of each job: a run's number and its process
+    active: dict[int, tuple[int, subprocess.Popen]] = {}
     (out / "logs").mkdir(exist_ok=True)
     try:
         while (waiting and not stop.received) or active:
@@ -106,7 +111,13 @@ def on_this_machine(out: Path, runs: list[Planned], own: dict[str, Any], stop: S
                     number = waiting.pop(0)
                     active[place] = (
                         number,
-                        start(out, runs[number], number, jobs, gpus[place % len(gpus)] if gpus else None),
+                        start(
+                            out,
+                            runs[number],
+                            number,
+                            jobs,
+                            gpus[place % len(gpus)] if gpus else None,
+                        ),
                     )
             for place, (number, process) in list(active.items()):
                 if stop.received:
@@ -131,7 +142,12 @@ def start(out: Path, run: Planned, number: int, jobs: int, gpu: str | None) -> s
     with (out / "logs" / f"{run.name}.log").open("ab") as log:
         # a session of its own: Ctrl-C is for the sweep, which asks its runs to save
         return subprocess.Popen(
-            command_of(out, number), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+            command_of(out, number),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+            start_new_session=True,
         )
 
 
@@ -153,7 +169,9 @@ def visible_gpus() -> list[str]:
     return [str(k) for k in range(len(list(cards.iterdir())))] if cards.is_dir() else []
 
 
-def on_ray(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, results: Results) -> None:
+def on_ray(
+    out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, results: Results
+) -> None:
     """The same on a Ray cluster, whose machines must all see the folder."""
     try:
         import ray
@@ -161,7 +179,9 @@ def on_ray(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, resu
         raise ConfigError("--ray needs Ray: pip install 'fastsmooth[ray]'") from None
     waiting = [number for number, run in enumerate(runs) if unfinished(out, run)]
     (out / "logs").mkdir(exist_ok=True)
-    ray.init(None if own["ray"] == "local" else own["ray"], log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        None if own["ray"] == "local" else own["ray"], log_to_driver=False, logging_level="ERROR"
+    )
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
 
     # a worker that is lost is a run that goes on elsewhere
@@ -175,12 +195,16 @@ def on_ray(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, resu
     table = Table(out.absolute(), runs, len(runs) - len(waiting))
     try:
         log, here = out.absolute() / "logs", os.getcwd()
-        tasks = {do.remote(command_of(out.absolute(), k), str(log / f"{runs[k].name}.log"), here): k for k in waiting}
+        tasks = {
+            do.remote(command_of(out.absolute(), k), str(log / f"{runs[k].name}.log"), here): k
+            for k in waiting
+        }
         while tasks and not stop.received:
             ready, _ = ray.wait(list(tasks), timeout=1.0)
             for task in ready:
                 number = tasks.pop(task)
-                with contextlib.suppress(ray.exceptions.RayError):  # the run's folder says how far it came
+                # the run's folder says how far it came
+                with contextlib.suppress(ray.exceptions.RayError):
                     ray.get(task)
                 table.ended(runs[number])
             table.show([])
@@ -191,19 +215,46 @@ def on_ray(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop, resu
 
 
 def write_slurm(script: Path, out: Path, count: int, own: dict[str, Any]) -> int:
-    """A job array that does the runs; a run that Slurm preempts or that meets its time limit saves, and is queued again."""
+    """A job array that does the runs; a run that Slurm preempts or that meets its time limit saves,
+    and is queued again."""
     limit = f"%{own['jobs']}" if "jobs" in own else ""
-    options = ["--job-name=fastsmooth", f"--array=0-{count - 1}{limit}", "--requeue", "--open-mode=append"]
-    options += ["--signal=USR1@120", f"--output={out.absolute()}/logs/slurm-%a.log", *own.get("sbatch", [])]
-    bad = next((option for option in options if not option.startswith("-") or option.splitlines() != [option]), None)
+    options = [
+        "--job-name=fastsmooth",
+        f"--array=0-{count - 1}{limit}",
+        "--requeue",
+        "--open-mode=append",
+    ]
+    options += [
+        "--signal=USR1@120",
+        f"--output={out.absolute()}/logs/slurm-%a.log",
+        *own.get("sbatch", []),
+    ]
+    bad = next(
+        (
+            option
+            for option in options
+            if not option.startswith("-") or option.splitlines() != [option]
+        ),
+        None,
+    )
     if bad is not None:
         raise ConfigError(f"--sbatch {bad!r} is not an option: write --sbatch=--time=4:00:00")
     (out / "logs").mkdir(exist_ok=True)
     command = [sys.executable, "-m", "fastsmooth.sweep", "--out", str(out.absolute()), "--run"]
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), f"cd {shlex.quote(os.getcwd())} || exit 74"]
-    lines += ["# srun gets the signal 120 s before the time limit; the run saves and exits 75", "code=0"]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in options),
+        f"cd {shlex.quote(os.getcwd())} || exit 74",
+    ]
+    lines += [
+        "# srun gets the signal 120 s before the time limit; the run saves and exits 75",
+        "code=0",
+    ]
     lines += [f'srun {shlex.join(command)} "$SLURM_ARRAY_TASK_ID" || code=$?']
-    lines += [f'if [ "$code" -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
+    lines += [
+        f'if [ "$code" -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$code"',
+    ]
     replace(script, ("\n".join(lines) + "\n").encode())
     say(f"{script}: {count} runs; start them with: sbatch {shlex.quote(str(script))}")
     say(f"when they are done: {shlex.join([*command[:-1]])}")

@@ -21,7 +21,8 @@ NO_START, NOT_STARTED = "failed to start", "not started"
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of a sweep: its folder's name, the flags of its command line, and which of them tell it from the others."""
+    """A run of a sweep: its folder's name, the flags of its command line, and which of them tell it
+    from the others."""
 
     name: str
     flags: tuple[str, ...]
@@ -39,14 +40,23 @@ def read_sweep(out: Path) -> list[Planned]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give the flags of the runs") from None
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise ConfigError(f"{path} is damaged: give the flags of the sweep again, or another --out") from None
+        raise ConfigError(
+            f"{path} is damaged: give the flags of the sweep again, or another --out"
+        ) from None
 
 
 def planned(name: Any, flags: Any, differs: Any) -> Planned:
-    """A run as sweep.json has it. Raises ValueError for what no sweep has written: the name becomes a folder that may be removed."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.=+-]{1,150}", name) or name in (".", ".."):
+    """A run as sweep.json has it. Raises ValueError for what no sweep has written: the name becomes
+    a folder that may be removed."""
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[\w.=+-]{1,150}", name)
+        or name in (".", "..")
+    ):
         raise ValueError(f"{name!r} is not the name of a run")
-    if not isinstance(flags, list) or not all(isinstance(word, str) and "\0" not in word for word in flags):
+    if not isinstance(flags, list) or not all(
+        isinstance(word, str) and "\0" not in word for word in flags
+    ):
         raise ValueError(f"the flags of {name} are not words")
     "".join(
         (*flags, json.dumps(differs, ensure_ascii=False))
@@ -57,13 +67,15 @@ def planned(name: Any, flags: Any, differs: Any) -> Planned:
 
 
 def write_sweep(out: Path, runs: list[Planned]) -> None:
-    """Say what the runs of the folder are. Runs may be added to it; raises ConfigError where others would be lost."""
+    """Say what the runs of the folder are. Runs may be added to it; raises ConfigError where others
+    would be lost."""
     if (out / "sweep.json").exists():
         known = {run.name: run.flags for run in runs}
         for before in read_sweep(out):
             if known.get(before.name) != before.flags:
                 raise ConfigError(
-                    f"--out {out} holds another sweep (with {before.name}): choose another folder, or give --out alone to go on"
+                    f"--out {out} holds another sweep (with {before.name}): choose another folder, "
+                    "or give --out alone to go on"
                 )
     elif any(path.name != ".lock" for path in out.iterdir()):
         raise ConfigError(f"--out {out} is not empty and holds no sweep: choose another folder")
@@ -75,7 +87,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Results:
-    """results.json while the runs go: each with its state, and the summary of those that are done."""
+    """results.json while the runs go: each with its state, and the summary of those that are
+    done."""
 
     def __init__(self, out: Path, runs: list[Planned]):
         self.out, self.runs, self.due = out, runs, 0.0
@@ -83,7 +96,8 @@ class Results:
         self.ended: dict[str, dict[str, Any]] = {}
 
     def show(self) -> None:
-        """Write it anew where something has changed, as often as takes a fiftieth of the time, once a second at most."""
+        """Write it anew where something has changed, as often as takes a fiftieth of the time, once
+        a second at most."""
         began = time.monotonic()
         if began < self.due:
             return
@@ -92,7 +106,8 @@ class Results:
         self.due = time.monotonic() + max(1.0, 50 * (time.monotonic() - began))
 
     def write(self, without: str) -> list[str]:
-        """The states of the runs, `without` where there is none, once they are written. Raises OSError."""
+        """The states of the runs, `without` where there is none, once they are written. Raises
+        OSError."""
         entries = [self.ended.get(run.name) or self.entry(run, without) for run in self.runs]
         if entries != self.entries:
             write_json(self.out / "results.json", entries)

@@ -20,7 +20,8 @@ from fastsmooth.sweep.store import NO_START, Planned
 
 
 class Table:
-    """The state of the runs while they go: a table that is redrawn on a terminal, else a line for each that ends."""
+    """The state of the runs while they go: a table that is redrawn on a terminal, else a line for
+    each that ends."""
 
     def __init__(self, out: Path, runs: list[Planned], done: int):
         self.out, self.runs, self.done = out, runs, done
@@ -34,7 +35,8 @@ class Table:
                 from rich.live import Live
             except ImportError:
                 return
-            # lines on stderr go above the table where both are on the terminal, else where the user sent them
+            # lines on stderr go above the table where both are on the terminal, else where the user
+            # sent them
             self.live = Live(
                 console=Console(file=Harmless()),
                 transient=True,
@@ -57,8 +59,12 @@ class Table:
         title = f"{self.done} of {len(self.runs)} runs ended, {len(active)} at work"
         grid = Grid("run", "state", title=printable(title))
         for run in active:
-            # a name has no spaces, at which it could be wrapped; what tells it from others stands at its end
-            grid.add_row(Text(printable(run.name.replace("_", " "))), Text(printable(described(self.out / run.name))))
+            # a name has no spaces, at which it could be wrapped; what tells it from others stands
+            # at its end
+            grid.add_row(
+                Text(printable(run.name.replace("_", " "))),
+                Text(printable(described(self.out / run.name))),
+            )
         self.live.update(grid, refresh=True)
 
     def close(self) -> None:
@@ -98,7 +104,9 @@ def name_failed(out: Path, runs: list[Planned], states: list[str]) -> bool:
     """Say which runs are not done, and why; whether there are any."""
     failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
     for run, state in failed:
-        reason = read_status(out / run.name).get("reason") or last_line(out / "logs" / f"{run.name}.log")
+        reason = read_status(out / run.name).get("reason") or last_line(
+            out / "logs" / f"{run.name}.log"
+        )
         note(f"{state}: {run.name}: {reason}")
     return bool(failed)
 
@@ -122,7 +130,11 @@ def summarise(out: Path, runs: list[Planned]) -> None:
         if read_status(out / run.name).get("state") != "done":
             continue
         found = read_run(out / run.name).summary.get("final_test_acc")
-        name = "_".join(f"{flag(k).strip('-')}={configs.shown(v)}" for k, v in run.differs.items() if k != "seed")
+        name = "_".join(
+            f"{flag(k).strip('-')}={configs.shown(v)}"
+            for k, v in run.differs.items()
+            if k != "seed"
+        )
         if number(found):
             groups.setdefault(name or "all", []).append(found)
     width = max(map(len, groups), default=0)

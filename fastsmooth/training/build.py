@@ -1,4 +1,5 @@
-"""What a run is made of, in the order of the data's path; all that can be refused is refused here."""
+"""What a run is made of, in the order of the data's path; all that can be refused is refused
+here."""
 
 from __future__ import annotations
 
@@ -17,11 +18,19 @@ from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import one_line, warn
 from fastsmooth.schedule import Schedule
 from fastsmooth.training.device import choose_kernels, device_name, pick_device, set_numerics
-from fastsmooth.training.plan import check_steps, epochs_done, make_schedule, measured, notes, within_budget
+from fastsmooth.training.plan import (
+    check_steps,
+    epochs_done,
+    make_schedule,
+    measured,
+    notes,
+    within_budget,
+)
 
 
 def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], torch):
-    """(the run, the state to go on from): everything that can be refused, in the order of the data's path.
+    """(the run, the state to go on from): everything that can be refused, in the order of the
+    data's path.
 
     The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
@@ -53,13 +62,16 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
             c = parsing.as_before(c, before, f"{c.out}/checkpoints")
             device = pick_device(c, torch)
             machine.take_over_threads(before)
-        kernels = choose_kernels(c, device, torch)  # before their first use, which would warn in other words
+        # before their first use, which would warn in other words
+        kernels = choose_kernels(c, device, torch)
         read, decided = data.read_set(c), ""
         if c.image_size is None:
             side = data.usual_side(read)
             c, asked = configs.fitted(c, side), c
             decided = choice(c, asked, side)
-        images = data.open_data(c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read)
+        images = data.open_data(
+            c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
+        )
         images.bad.say = warn  # from now on each process meets bad images of its own
         n = len(images.train)
         check_batch(c, n, ranks.world)
@@ -69,7 +81,9 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         check_steps(c, schedule, n)
         set_numerics(c, schedule, torch)
         torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm).to(device, memory_format=torch.channels_last)
+        model = models.build(c.model, images.classes, c.norm).to(
+            device, memory_format=torch.channels_last
+        )
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
         alone = try_model(c, model, images, torch)
@@ -79,7 +93,9 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
     # SyncBatchNorm's exchange would cut the graph at every layer
-    compiled = c.compile == "on" or (c.compile == "auto" and device.type == "cuda" and not c.sync_bn)
+    compiled = c.compile == "on" or (
+        c.compile == "auto" and device.type == "cuda" and not c.sync_bn
+    )
     chosen = {
         "device": device.type,
         "loader": images.loader,
@@ -104,7 +120,19 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         checkpoints = checkpoints or Checkpoints(out / "checkpoints", warn)
-        live = Run(c, schedule, images, model, step, device, folder, checkpoints, tracker, Clock(wait), ranks=ranks)
+        live = Run(
+            c,
+            schedule,
+            images,
+            model,
+            step,
+            device,
+            folder,
+            checkpoints,
+            tracker,
+            Clock(wait),
+            ranks=ranks,
+        )
         if c.mode == "critical":
             ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
             live.record = NormRecord(c.eps, c.criterion, ignored, device)
@@ -113,7 +141,9 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     return live, state, decided
 
 
-def begin(live, state: dict[str, Any] | None, decided: str, refusals: tuple[type[Exception], ...], torch) -> None:
+def begin(
+    live, state: dict[str, Any] | None, decided: str, refusals: tuple[type[Exception], ...], torch
+) -> None:
     """Stand where the run is to go on, and say what it is."""
     from fastsmooth import models
     from fastsmooth.cli.progress import Progress
@@ -126,25 +156,35 @@ def begin(live, state: dict[str, Any] | None, decided: str, refusals: tuple[type
             go_on(live, state)
         changes = machine.changes(made_with(state), live.made_with)
         if changes and ranks.leader:
-            warn(f"going on with {changes}: the bits may differ from those of a run that is not interrupted")
+            warn(
+                f"going on with {changes}: the bits may differ from those of a run that is not "
+                "interrupted"
+            )
     live.begun = True
     epoch_samples = n - n % c.batch_size if c.drop_last else n
     total = sum(samples for _, samples in epochs_done(c, live.schedule, n))
     name = device_name(live.device, torch) if ranks.world == 1 else f"{ranks.world} processes"
-    live.progress = Progress(c.epochs, epoch_samples, total, live.samples, name, not ranks.leader, c.delta_unit)
+    live.progress = Progress(
+        c.epochs, epoch_samples, total, live.samples, name, not ranks.leader, c.delta_unit
+    )
     introduce(c, live, models.count_parameters(live.model), decided)
     live.folder.status("running", "", live.update)
 
 
 @contextlib.contextmanager
 def as_it_began(c: Config, before: dict[str, Any], data_error: type[Exception]) -> Iterator[None]:
-    """What `auto` chose when the run began and cannot be had now is refused in words that say so."""
+    """What `auto` chose when the run began and cannot be had now is refused in words that say
+    so."""
     try:
         yield
     except (ConfigError, data_error) as error:
-        names = (name for name in configs.RESOLVED_ONCE if getattr(c, name) == "auto" and name in before)
+        names = (
+            name for name in configs.RESOLVED_ONCE if getattr(c, name) == "auto" and name in before
+        )
         if any(str(error).startswith(f"{configs.flag(name)} {before[name]}") for name in names):
-            raise ConfigError(f"{error} (the run began so: if you name another, it ends in other bits)") from None
+            raise ConfigError(
+                f"{error} (the run began so: if you name another, it ends in other bits)"
+            ) from None
         raise
 
 
@@ -155,7 +195,8 @@ def saved_state(checkpoints) -> dict[str, Any] | None:
 
 
 def made_with(state: dict[str, Any] | None) -> dict[str, Any]:
-    """What a checkpoint says of the machine that made it, and of what `auto` chose there; empty where it says nothing."""
+    """What a checkpoint says of the machine that made it, and of what `auto` chose there; empty
+    where it says nothing."""
     found = (state or {}).get("made_with")
     if not isinstance(found, dict):
         return {}
@@ -179,7 +220,8 @@ def go_on(live, state: dict[str, Any] | None) -> None:
         raise ConfigError(f"--resume with --data-dir {live.config.data_dir}: {error}") from None
     except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
-            f"{live.checkpoints.directory}: the checkpoint is not of this run ({one_line(error)[:200]}): start a new run"
+            f"{live.checkpoints.directory}: the checkpoint is not of this run "
+            f"({one_line(error)[:200]}): start a new run"
         ) from None
     live.folder.rewind(size)
 
@@ -187,17 +229,20 @@ def go_on(live, state: dict[str, Any] | None) -> None:
 def check_batch(c: Config, n: int, processes: int) -> None:
     if c.batch_size > n:
         raise ConfigError(
-            f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower --batchsize"
+            f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower "
+            "--batchsize"
         )
     if c.batch_size < processes:
         raise ConfigError(
-            f"--batchsize {c.batch_size} is less than one sample for each of the {processes} processes: raise --batchsize "
+            f"--batchsize {c.batch_size} is less than one sample for each of the {processes} "
+            "processes: raise --batchsize "
             "(it is that of all processes together)"
         )
 
 
 def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
-    """Refuse processes that see other images, begin with another model or chose otherwise, as two machines may."""
+    """Refuse processes that see other images, begin with another model or chose otherwise, as two
+    machines may."""
     if ranks.world == 1:
         return
     choices = ranks.gather(chosen)
@@ -206,22 +251,29 @@ def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
         if other is not None:
             flag = configs.flag(name)
             raise ConfigError(
-                f"process {other} has {flag} {choices[other][name]}, process 0 {first}: give {flag} yourself"
+                f"process {other} has {flag} {choices[other][name]}, process 0 {first}: give "
+                f"{flag} yourself"
             )
     weights = sum(p.detach().cpu().double().sum().item() for p in model.parameters())
-    for what, values in (("images", ranks.gather(images.fingerprint)), ("model", ranks.gather(weights))):
+    for what, values in (
+        ("images", ranks.gather(images.fingerprint)),
+        ("model", ranks.gather(weights)),
+    ):
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ConfigError(
-                f"process {other} has other {what} than process 0: give all machines the same data and the same versions of "
+                f"process {other} has other {what} than process 0: give all machines the same data "
+                "and the same versions of "
                 "PyTorch and fastsmooth"
             )
 
 
 def try_model(c: Config, model, images, torch) -> bool:
-    """One image through the model in both modes, so that one that cannot take it is refused before the run folder is made.
+    """One image through the model in both modes, so that one that cannot take it is refused before
+    the run folder is made.
 
-    Whether the model can train on a single sample: not where a BatchNorm would see 1 x 1 features of it.
+    Whether the model can train on a single sample: not where a BatchNorm would see 1 x 1 features
+    of it.
     """
     from fastsmooth.data import DataError
     from fastsmooth.models import ModelError, own_size
@@ -239,7 +291,8 @@ def try_model(c: Config, model, images, torch) -> bool:
     except DataError:
         raise
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
-        if str(error).startswith("Expected more than 1 value per channel when training"):  # PyTorch's words for it
+        # PyTorch's words for it
+        if str(error).startswith("Expected more than 1 value per channel when training"):
             return False
         size, own = images.size, own_size(c.model, model)
         remedy = f"another --model than {c.model}"
@@ -261,20 +314,29 @@ def check_lone_samples(c: Config, schedule: Schedule, n: int, processes: int) ->
             continue
         alone = ", one of them alone" if size > 1 else ""
         if size > 1 and processes > 1:
-            alone, remedies = f"{alone} in {processes} processes", [*remedies, "another number of processes"]
+            alone, remedies = (
+                f"{alone} in {processes} processes",
+                [*remedies, "another number of processes"],
+            )
         if size > 1 and parts:
-            alone, remedies = f"{alone} with --micro-batch {parts}", [*remedies, "another --micro-batch"]
+            alone, remedies = (
+                f"{alone} with --micro-batch {parts}",
+                [*remedies, "another --micro-batch"],
+            )
         remedies = [*remedies, "another --batchsize", *["--norm group"] * (c.norm == "batch")]
         raise ConfigError(
-            f"{where} has {size} sample{'s' * (size > 1)}{alone}, of which {c.model} makes 1x1 features: BatchNorm cannot "
+            f"{where} has {size} sample{'s' * (size > 1)}{alone}, of which {c.model} makes 1x1 "
+            "features: BatchNorm cannot "
             f"normalise a single value: use {', '.join(remedies[:-1])} or {remedies[-1]}"
         )
 
 
 def in_training_mode(c: Config, schedule: Schedule, n: int) -> Iterator[tuple[str, int, list[str]]]:
-    """(what, of how many samples, what else avoids it) of all that will go through the model in training mode.
+    """(what, of how many samples, what else avoids it) of all that will go through the model in
+    training mode.
 
-    What --track-noise measures is no part of it: it waits for a batch whose parts have two samples or more.
+    What --track-noise measures is no part of it: it waits for a batch whose parts have two samples
+    or more.
     """
     if c.bn == "train" and c.mode == "critical" and c.criterion == "full-grad":
         yield "the last chunk of the full gradient", n % c.batch_size, []
@@ -297,7 +359,8 @@ def in_training_mode(c: Config, schedule: Schedule, n: int) -> Iterator[tuple[st
 
 
 def noise_tracker(c: Config, model, images, schedule: Schedule, ranks, torch):
-    """What --track-noise asks for; a model or a batch that it cannot measure is refused before the run folder is made."""
+    """What --track-noise asks for; a model or a batch that it cannot measure is refused before the
+    run folder is made."""
     from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator, smallest_batch
     from fastsmooth.noise.persample import NotCovered
 
@@ -305,47 +368,68 @@ def noise_tracker(c: Config, model, images, schedule: Schedule, ranks, torch):
     try:
         estimator, why = choose_estimator(model, x, c.estimator, c.bn)
     except NotCovered as error:
-        raise ConfigError(f"--track-noise: {error}; --estimator micro-batch measures any model") from None
+        raise ConfigError(
+            f"--track-noise: {error}; --estimator micro-batch measures any model"
+        ) from None
     smallest = smallest_batch(estimator) * ranks.world
     if c.batch_size < smallest:
         raise ConfigError(
-            f"--track-noise with the {estimator} estimator needs batches of {smallest} or more, not --batchsize {c.batch_size}"
+            f"--track-noise with the {estimator} estimator needs batches of {smallest} or more, "
+            f"not --batchsize {c.batch_size}"
         )
     every = Every.parse(c.track_noise)
-    return NoiseTracker(model, every, estimator, why, c.bn, schedule.smoothing, len(images.train), ranks)
+    return NoiseTracker(
+        model, every, estimator, why, c.bn, schedule.smoothing, len(images.train), ranks
+    )
 
 
 def noise_cost(live) -> str:
     """What --track-noise took of this process's training time."""
     tracked, trained = live.clock.read("track"), live.train_seconds + live.clock.read("train")
     share = tracked / max(trained, 1e-9)
-    return f"noise measured {live.noise.count} times, here in {tracked:.2g} s: {share:.1%} of the training time"
+    return (
+        f"noise measured {live.noise.count} times, here in {tracked:.2g} s: {share:.1%} of the "
+        "training time"
+    )
 
 
 def default_out(c: Config) -> Path:
     """A new folder, which no other run that starts now gets."""
     from fastsmooth.runfolder.write import claim
 
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{c.dataset}-{c.method if c.mode == 'normal' else c.mode}"
+    name = (
+        f"{time.strftime('%Y%m%d-%H%M%S')}-{c.dataset}-{c.method if c.mode == 'normal' else c.mode}"
+    )
     return claim(Path("runs") / name)
 
 
 def choice(c: Config, asked: Config, side: int) -> str:
     """What the images decided, and how to decide otherwise."""
-    made = [("--image-size", c.image_size)] + ([("--model", c.model)] if asked.model is None else [])
+    made = [("--image-size", c.image_size)] + (
+        [("--model", c.model)] if asked.model is None else []
+    )
     what, flags = (" and ".join(str(pair[k]) for pair in made) for k in (1, 0))
-    return f"{what}: chosen for images whose shorter side has {side} pixels (the median); change with {flags}"
+    return (
+        f"{what}: chosen for images whose shorter side has {side} pixels (the median); change "
+        f"with {flags}"
+    )
 
 
 def introduce(c: Config, live, parameters: int, decided: str) -> None:
     say, ranks = live.progress.say, live.ranks
-    about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(c.dataset, "")
-    say(
-        f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test images, {live.data.choice}"
+    about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(
+        c.dataset, ""
     )
     say(
-        f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} epochs from lr {c.lr:g}, "
-        f"batch {c.batch_size}" + (f", momentum {c.momentum:g}" if c.momentum else "") + f", seed {c.seed}"
+        f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test "
+        f"images, {live.data.choice}"
+    )
+    say(
+        f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} "
+        f"epochs from lr {c.lr:g}, "
+        f"batch {c.batch_size}"
+        + (f", momentum {c.momentum:g}" if c.momentum else "")
+        + f", seed {c.seed}"
     )
     augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
     size = live.data.size
@@ -353,11 +437,15 @@ def introduce(c: Config, live, parameters: int, decided: str) -> None:
         say(decided)
     say(f"{live.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
     if ranks.world > 1:
-        normed = f"; BatchNorm's statistics are {'over all of them' if c.sync_bn else 'for each by itself'}"
+        normed = (
+            "; BatchNorm's statistics are "
+            f"{'over all of them' if c.sync_bn else 'for each by itself'}"
+        )
         say(f"{ranks.world} processes share every batch{normed * live.step.normalises_batches}")
     if c.micro_batch and live.step.normalises_batches:
         say(
-            f"--micro-batch {c.micro_batch}: BatchNorm sees {c.micro_batch} samples at a time, so this is another gradient"
+            f"--micro-batch {c.micro_batch}: BatchNorm sees {c.micro_batch} samples at a time, so "
+            "this is another gradient"
         )
     for line in notes(c, live.schedule):
         say(line)

@@ -1,4 +1,5 @@
-"""Seconds spent training, evaluating and compiling, kept apart; waits for the device before it reads the time."""
+"""Seconds spent training, evaluating and compiling, kept apart; waits for the device before it
+reads the time."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Parts are named by the caller ("train", "eval", "compile"); only one runs at a time, an inner one stops an outer."""
+    """Parts are named by the caller ("train", "eval", "compile"); only one runs at a time, an inner
+    one stops an outer."""
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None):
         self.synchronize = synchronize

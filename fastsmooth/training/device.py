@@ -1,7 +1,8 @@
 """Where a run computes, and what its bits depend on besides the flags.
 
-Every checkpoint holds the latter. A run that goes on uses again what was chosen (config.RESOLVED_ONCE), takes over the
-number of threads where there are processors for it, and says in one line what is not as it was.
+Every checkpoint holds the latter. A run that goes on uses again what was chosen
+(config.RESOLVED_ONCE), takes over the number of threads where there are processors for it, and says
+in one line what is not as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fastsmooth.schedule import Schedule
 
 
 def choose_kernels(c: Config, device, torch) -> str:
-    """The implementation of the kernels here, built now if need be; a fall-back is said in one line."""
+    """The implementation of the kernels here, built now if need be; a fall-back is said in one
+    line."""
     from fastsmooth.kernels import backend
 
     backend.use(c.kernels, device)
@@ -29,8 +31,13 @@ def choose_kernels(c: Config, device, torch) -> str:
         warnings.simplefilter("always")
         chosen = backend.choose(device, torch.float32)
     if c.kernels not in ("auto", chosen):
-        needs = {"native": "a CPU and a C++ compiler (CXX, c++, g++ or clang++)", "triton": "an NVIDIA GPU and Triton"}
-        raise ConfigError(f"--kernels {c.kernels} needs {needs[c.kernels]}: give --kernels {chosen}")
+        needs = {
+            "native": "a CPU and a C++ compiler (CXX, c++, g++ or clang++)",
+            "triton": "an NVIDIA GPU and Triton",
+        }
+        raise ConfigError(
+            f"--kernels {c.kernels} needs {needs[c.kernels]}: give --kernels {chosen}"
+        )
     for warning in caught:
         warn(str(warning.message))
     return chosen
@@ -40,25 +47,40 @@ def pick_device(c: Config, torch):
     name = c.device
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if name.startswith("cuda"):
         count = torch.cuda.device_count()
         if processes > 1 and ":" in name:
-            raise ConfigError(f"--device {name} with {processes} processes: --device cuda gives each a GPU of its own")
+            raise ConfigError(
+                f"--device {name} with {processes} processes: --device cuda gives each a GPU of "
+                "its own"
+            )
         if 0 < count < processes:
             raise ConfigError(
-                f"{processes} processes on a machine with {count} GPUs: --nproc-per-node {count}, or --device cpu"
+                f"{processes} processes on a machine with {count} GPUs: --nproc-per-node {count}, "
+                "or --device cpu"
             )
         index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
         if not torch.cuda.is_available() or index >= count:
             raise ConfigError(
-                f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: --device cpu"
+                f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: "
+                "--device cpu"
             )
         name = f"cuda:{index}"
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device mps: this machine has no Apple GPU that PyTorch can use: --device cpu")
+        raise ConfigError(
+            "--device mps: this machine has no Apple GPU that PyTorch can use: --device cpu"
+        )
     if c.precision == "tf32" and not name.startswith("cuda"):
-        raise ConfigError(f"--precision tf32 is a mode of NVIDIA GPUs: with --device {name} use fp32 or bf16")
+        raise ConfigError(
+            f"--precision tf32 is a mode of NVIDIA GPUs: with --device {name} use fp32 or bf16"
+        )
     return torch.device(name)
 
 
@@ -75,7 +97,11 @@ def set_numerics(c: Config, schedule: Schedule, torch) -> None:
 
 
 def device_name(device, torch) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"this {device.type.upper()}"
+    )
 
 
 def facts(device, processes: int) -> dict[str, Any]:
@@ -96,7 +122,8 @@ def facts(device, processes: int) -> dict[str, Any]:
 
 
 def take_over_threads(before: dict[str, Any]) -> None:
-    """As many threads of PyTorch as before, where the user says no number and this process has processors for them."""
+    """As many threads of PyTorch as before, where the user says no number and this process has
+    processors for them."""
     import torch
 
     count = before.get("threads")

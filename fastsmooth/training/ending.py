@@ -15,7 +15,8 @@ from fastsmooth.messages import DONE, INTERRUPTED, PREEMPTED, failure, on_stop, 
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How a run ended, as its exit code, status.json and, where something was wrong, a line on stderr say."""
+    """How a run ended, as its exit code, status.json and, where something was wrong, a line on
+    stderr say."""
 
     code: int
     state: str
@@ -34,15 +35,24 @@ def failed(error: BaseException, live) -> Ending:
         code, line = failure(error)
         return Ending(code, "failed", line, "error", line)
     rank = live.ranks.rank
-    code, line = failure(error, live.folder.path, f"traceback-{rank}.txt" if rank else "traceback.txt")
+    code, line = failure(
+        error, live.folder.path, f"traceback-{rank}.txt" if rank else "traceback.txt"
+    )
     with contextlib.suppress(Exception):
         live.stream.close()  # frees open files, of which there may be none left
     try:
         steps = live.checkpoints.steps()
-        from_where = f"the checkpoint of update {steps[-1]:,}" if steps else "the beginning: there is no checkpoint yet"
+        from_where = (
+            f"the checkpoint of update {steps[-1]:,}"
+            if steps
+            else "the beginning: there is no checkpoint yet"
+        )
     except OSError:
         from_where = "the newest checkpoint"
-    said = f"{line}; this was at update {live.update:,}, --resume --out {live.folder.path} goes on from {from_where}"
+    said = (
+        f"{line}; this was at update {live.update:,}, --resume --out {live.folder.path} goes on "
+        f"from {from_where}"
+    )
     return Ending(code, "failed", line, "error", said)
 
 
@@ -52,11 +62,13 @@ def conclude(ended: Ending, live, ranks) -> None:
         steps = [lambda: live.stream.close()]
         if ended.code != DONE:
             steps += [lambda: live.progress.close()]
-            if live.begun or not live.config.resume:  # a folder that was not gone on with stays as it was
+            # a folder that was not gone on with stays as it was
+            if live.begun or not live.config.resume:
                 steps += [lambda: live.folder.status(ended.state, ended.reason, live.update)]
             steps += [lambda: live.tracker.finish({}, 1), lambda: live.folder.close()]
         for step in steps:
-            with contextlib.suppress(Exception):  # what failed once may fail again; the exit code says it
+            # what failed once may fail again; the exit code says it
+            with contextlib.suppress(Exception):
                 step()
     if ranks is None:
         tells = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -68,31 +80,42 @@ def conclude(ended: Ending, live, ranks) -> None:
         tell(ended.kind, ended.line)
 
 
-# PyTorch's words where memory ran out but the error is of no kind of its own; the second are oneDNN's, for a convolution
-NO_MEMORY = ("can't allocate memory", "could not create a primitive", "bad alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+# PyTorch's words where memory ran out but the error is of no kind of its own; the second are
+# oneDNN's, for a convolution
+NO_MEMORY = (
+    "can't allocate memory",
+    "could not create a primitive",
+    "bad alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def out_of_memory(error: Exception, live, c: Config, torch) -> str | None:
     """What to do about memory that ran out; None for another error."""
     gpu = isinstance(error, torch.OutOfMemoryError)
-    if not (gpu or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)):
+    if not (
+        gpu or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+    ):
         return None
     batch = live.schedule(live.epoch).batch_size if live is not None else c.batch_size
     where = "on the GPU" if gpu else "in main memory"
     return (
-        f"out of memory {where} at batch {batch}: --micro-batch N computes the same batch N samples at a time "
+        f"out of memory {where} at batch {batch}: --micro-batch N computes the same batch N "
+        "samples at a time "
         "(try a half, then less), or lower --batchsize"
     )
 
 
 def watch(c: Config):
-    """A function that says whether to stop: the number of a signal that has come, OUT_OF_TIME after --max-time, or 0."""
+    """A function that says whether to stop: the number of a signal that has come, OUT_OF_TIME after
+    --max-time, or 0."""
     received: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
         received.append(number)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # a second Ctrl-C leaves at once
+            # a second Ctrl-C leaves at once
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
 
     on_stop(on_signal)
     deadline = time.monotonic() + c.max_time if c.max_time else None

@@ -30,8 +30,9 @@ from fastsmooth.training.clock import Clock
 from fastsmooth.training.step import Step
 
 TEST_BATCH = 250
-# Samples a chunk of the full gradient in eval mode, where chunks change time and memory alone. On a CPU no size from 100
-# to 1000 was faster than another beyond the noise (resnet20); a GPU starts with many, halved until they fit in its memory.
+# Samples a chunk of the full gradient in eval mode, where chunks change time and memory alone. On a
+# CPU no size from 100 to 1000 was faster than another beyond the noise (resnet20); a GPU starts
+# with many, halved until they fit in its memory.
 EVAL_CHUNK = {"cpu": 250, "cuda": 1000, "mps": 250}
 OUT_OF_TIME, NOT_FINITE = 254, 255  # reasons to stop, beside the numbers of signals
 
@@ -53,7 +54,8 @@ class Diverged(Exception):
 
 
 class Meter:
-    """Loss and accuracy over samples, summed on the device, and the first update whose loss was not finite."""
+    """Loss and accuracy over samples, summed on the device, and the first update whose loss was not
+    finite."""
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), dtype=wide_dtype(device), device=device)
@@ -85,15 +87,21 @@ class Meter:
 
 
 def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
-    """Raises ValueError where what a checkpoint says of its place in the run is nothing that a run has saved."""
+    """Raises ValueError where what a checkpoint says of its place in the run is nothing that a run
+    has saved."""
     most = {"epoch": epochs, "update": math.inf, "samples": math.inf}
     places = [(name, state[name], limit) for name, limit in most.items()]
     places.append(("eval_chunk", state["eval_chunk"], math.inf))
-    places += [(name, state["data"][name], limit) for name, limit in (("epoch", epochs), ("cursor", images))]
+    places += [
+        (name, state["data"][name], limit)
+        for name, limit in (("epoch", epochs), ("cursor", images))
+    ]
     for name, value, limit in places:
         if type(value) is not int or not 0 <= value <= limit:
             raise ValueError(f"its {name} is {value!r}")
-    if not isinstance(state["best_test_acc"], float | None) or not isinstance(state["last_epoch"], dict):
+    if not isinstance(state["best_test_acc"], float | None) or not isinstance(
+        state["last_epoch"], dict
+    ):
         raise ValueError("its last epoch is none")
 
 
@@ -124,7 +132,8 @@ class Run:
     enough: bool = False  # a mode has what it wanted: no update comes after this one
     record: threshold.NormRecord | None = None
     noise: NoiseTracker | None = None
-    made_with: dict[str, Any] = field(default_factory=dict)  # what the bits depend on besides the flags
+    # what the bits depend on besides the flags
+    made_with: dict[str, Any] = field(default_factory=dict)
     noise_points: list[dict[str, Any]] = field(default_factory=list)  # the points of noise.json
 
     def __post_init__(self) -> None:
@@ -134,20 +143,23 @@ class Run:
         c = self.config
         place = {"rank": self.ranks.rank, "world": self.ranks.world}
         data = self.data
-        self.stream = Stream(data.train, c.seed, self.schedule.epochs, data.fingerprint, c.drop_last, **place)
+        self.stream = Stream(
+            data.train, c.seed, self.schedule.epochs, data.fingerprint, c.drop_last, **place
+        )
         self.eval_chunk = EVAL_CHUNK[self.device.type]
         self.epoch_seconds_before = 0.0  # of this epoch, spent by an earlier process
         self.train_seconds = 0.0  # of this process, in epochs that are done
         self.recent: float | None = None
 
-    # The loop that all modes share ------------------------------------------------------------------------------
+    # The loop that all modes share
 
     def updates(self) -> Iterator[tuple[Tensor, Tensor, Point]]:
-        """(x, y, point) of every update still to be done; the caller computes the gradient and applies it.
+        """(x, y, point) of every update still to be done; the caller computes the gradient and
+        applies it.
 
-        With several processes x and y are this one's share of a batch of stream.size samples, and may be empty.
-        When the caller comes back for more, the update counts as done: it is logged, saved when due, and stopped
-        after when asked. A finished epoch is evaluated.
+        With several processes x and y are this one's share of a batch of stream.size samples, and
+        may be empty. When the caller comes back for more, the update counts as done: it is logged,
+        saved when due, and stopped after when asked. A finished epoch is evaluated.
         """
         while self.epoch < self.schedule.epochs and not self.enough:
             point = self.schedule(self.epoch)
@@ -155,7 +167,9 @@ class Run:
             self.stream.batch_size = point.batch_size
             with self.clock.measure("train"):
                 for x, y in () if self.spent() else self.stream.rest_of_epoch():
-                    if self.noise is not None and self.noise.due(self.update, self.epoch, self.stream.size):
+                    if self.noise is not None and self.noise.due(
+                        self.update, self.epoch, self.stream.size
+                    ):
                         self.track(x, y, point)
                     if self.step.compile and not self.step.compiled_graphs:
                         with self.clock.measure("compile"):
@@ -185,7 +199,9 @@ class Run:
             meter.add(self.loss, correct, self.stream.size)
 
     def after_update(self, point: Point) -> None:
-        finite = torch.isfinite(self.loss + self.step.optimizer.sq_norms.sum()) | (self.bad_update > 0)
+        finite = torch.isfinite(self.loss + self.step.optimizer.sq_norms.sum()) | (
+            self.bad_update > 0
+        )
         self.bad_update = torch.where(finite, self.bad_update, self.update)
         self.bad_seen.copy_(self.bad_update, non_blocking=True)
         if self.update % self.config.log_every == 0:
@@ -209,7 +225,12 @@ class Run:
         self.recent = loss
         seconds = self.clock.read("train") + self.clock.read("eval")
         grad_norm, direction_norm = self.step.optimizer.sq_norms.sqrt().tolist()
-        values = {"train_loss": loss, "train_acc": accuracy, "grad_norm": grad_norm, "direction_norm": direction_norm}
+        values = {
+            "train_loss": loss,
+            "train_acc": accuracy,
+            "grad_norm": grad_norm,
+            "direction_norm": direction_norm,
+        }
         self.row("step", point, values | {"seconds": round(seconds, 3)})
 
     def end_epoch(self, point: Point) -> None:
@@ -245,7 +266,9 @@ class Run:
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         # the published ImageNet code tests on the training view
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
-        batches = itertools.islice(in_order(len(self.data.test), TEST_BATCH), self.ranks.rank, None, self.ranks.world)
+        batches = itertools.islice(
+            in_order(len(self.data.test), TEST_BATCH), self.ranks.rank, None, self.ranks.world
+        )
         return self.data.test.batches(batches, self.epoch if augmented else None)
 
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
@@ -259,12 +282,16 @@ class Run:
     def check_finite(self) -> None:
         bad = self.bad_update.item()
         if bad:
-            raise Diverged(f"the loss or its gradient is not finite at update {bad} (epoch {self.epoch}): lower --lr")
+            raise Diverged(
+                f"the loss or its gradient is not finite at update {bad} (epoch {self.epoch}): "
+                "lower --lr"
+            )
 
-    # Saving and going on ----------------------------------------------------------------------------------------
+    # Saving and going on
 
     def save(self, final: bool = False) -> None:
-        """Checkpoint the present update. A disk that is full costs a warning, at the end of a run the run."""
+        """Checkpoint the present update. A disk that is full costs a warning, at the end of a run
+        the run."""
         self.check_finite()
         state, failed = self.state(), None
         if self.ranks.leader:
@@ -274,11 +301,14 @@ class Run:
                 failed = error
                 if not final:
                     warn(
-                        f"no checkpoint at update {self.update} ({error.strerror}): the one before stays, the run goes on"
+                        f"no checkpoint at update {self.update} ({error.strerror}): the one before "
+                        "stays, the run goes on"
                     )
         reason = self.ranks.from_leader(failed and failed.strerror)
         if reason and final:
-            raise CannotWrite(failed.errno if failed else 0, reason, str(self.checkpoints.directory)) from failed
+            raise CannotWrite(
+                failed.errno if failed else 0, reason, str(self.checkpoints.directory)
+            ) from failed
 
     def state(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
@@ -297,7 +327,9 @@ class Run:
             "record": self.record.state_dict() if self.record else None,
             "noise_points": self.noise_points,
             "noise": self.noise.state_dict() if self.noise else None,
-            "rng": self.ranks.gather((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None)),
+            "rng": self.ranks.gather(
+                (torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None)
+            ),
             "metrics_bytes": self.folder.sync(),
             "made_with": self.made_with,
             "eval_chunk": self.eval_chunk,
@@ -310,7 +342,15 @@ class Run:
         self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
-        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch", "enough", "noise_points"):
+        for name in (
+            "epoch",
+            "update",
+            "samples",
+            "best_test_acc",
+            "last_epoch",
+            "enough",
+            "noise_points",
+        ):
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
@@ -318,7 +358,8 @@ class Run:
             self.record.load_state_dict(state["record"])
         if self.noise is not None:
             self.noise.load_state_dict(state["noise"])
-        if self.ranks.rank < len(state["rng"]):  # a process that joins later begins with the numbers of its own seed
+        # a process that joins later begins with the numbers of its own seed
+        if self.ranks.rank < len(state["rng"]):
             rng, cuda_rng = state["rng"][self.ranks.rank]
             torch.set_rng_state(rng)
             if cuda_rng is not None and self.device.type == "cuda":
@@ -326,7 +367,7 @@ class Run:
         self.eval_chunk = max(state["eval_chunk"], 1)
         self.epoch_seconds_before = state["epoch_seconds"]
 
-    # Measuring --------------------------------------------------------------------------------------------------
+    # Measuring
 
     def track(self, x: Tensor, y: Tensor, point: Point) -> None:
         """Measure the noise of the batch that comes next; training does not notice."""
@@ -335,29 +376,45 @@ class Run:
             try:
                 values = self.noise.measure(x, y, point, self.update, self.epoch, self.stream.size)
             except FloatingPointError as error:
-                raise Diverged(f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr") from None
-        self.row("measure", point, values | {"seconds": round(self.clock.read("track") - before, 3)})
+                raise Diverged(
+                    f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr"
+                ) from None
+        self.row(
+            "measure", point, values | {"seconds": round(self.clock.read("track") - before, 3)}
+        )
 
     def point_after(self, updates: int) -> Point:
         """The Point in force at the update that comes so many updates later."""
-        return self.schedule(self.schedule.epoch_of(self.update + updates, len(self.data.train), self.config.drop_last))
+        return self.schedule(
+            self.schedule.epoch_of(
+                self.update + updates, len(self.data.train), self.config.drop_last
+            )
+        )
 
     @contextmanager
     def ahead(self, updates: int, history: int) -> Iterator[None]:
-        """Inside, the run stands so many updates later, at the end of a history of its own; afterwards where it stood.
+        """Inside, the run stands so many updates later, at the end of a history of its own;
+        afterwards where it stood.
 
-        History 0 sees the batches that the run itself will see, the others draw theirs from what the epoch has left.
-        Call it before an update. Dropout draws numbers of the history's own.
+        History 0 sees the batches that the run itself will see, the others draw theirs from what
+        the epoch has left. Call it before an update. Dropout draws numbers of the history's own.
         """
         stood = self.epoch, self.update
         stream = self.stream.branch(self.update, history)
         try:
-            with gradients.unmoved(self.model, self.step.optimizer), gradients.undisturbed(self.model, "train"):
+            with (
+                gradients.unmoved(self.model, self.step.optimizer),
+                gradients.undisturbed(self.model, "train"),
+            ):
                 if history:
-                    torch.manual_seed(history_seed(self.config.seed, self.update, history, self.ranks))
+                    torch.manual_seed(
+                        history_seed(self.config.seed, self.update, history, self.ranks)
+                    )
                 self._follow(stream, updates)
                 self.update += updates
-                self.epoch = self.schedule.epoch_of(self.update, len(self.data.train), self.config.drop_last)
+                self.epoch = self.schedule.epoch_of(
+                    self.update, len(self.data.train), self.config.drop_last
+                )
                 point = self.schedule(self.epoch)
                 self.step.optimizer.set_point(point.lr, point.momentum)
                 yield
@@ -381,13 +438,15 @@ class Run:
                     break
 
     def heed(self) -> None:
-        """Raises Asked where the run is asked to stop: a measurement may take as long as many updates."""
+        """Raises Asked where the run is asked to stop: a measurement may take as long as many
+        updates."""
         asked = self.ranks.vote(self.stop_asked())
         if asked:
             raise Asked(asked)
 
     def heeding(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, between which a single process may be asked to stop; several may have unequal numbers of them."""
+        """The batches, between which a single process may be asked to stop; several may have
+        unequal numbers of them."""
         for batch in batches:
             if self.ranks.world == 1:
                 self.heed()
@@ -399,11 +458,13 @@ class Run:
         self.stop(asked)
 
     def measured_epoch(self) -> int | None:
-        """The augmentation under which is measured: none, or this epoch's own numbers, a fixed function of x either way."""
+        """The augmentation under which is measured: none, or this epoch's own numbers, a fixed
+        function of x either way."""
         return self.epoch if self.config.measure_augment else None
 
     def chunk(self, point: Point) -> int:
-        """Samples a chunk of the full gradient: in train mode the batch size, which is part of what is measured."""
+        """Samples a chunk of the full gradient: in train mode the batch size, which is part of what
+        is measured."""
         return point.batch_size if self.config.bn == "train" else self.eval_chunk
 
     def pieces(self, index: Tensor) -> list[Tensor]:
@@ -414,19 +475,28 @@ class Run:
         return list(own.split(self.config.micro_batch or max(len(own), 1)))
 
     def full_gradient(self, point: Point) -> list[Tensor]:
-        """grad f at the present parameters, the same on every process; call it inside measure.undisturbed.
+        """grad f at the present parameters, the same on every process; call it inside
+        measure.undisturbed.
 
-        In eval mode a chunk that does not fit in the GPU's memory is halved, once for the whole run.
+        In eval mode a chunk that does not fit in the GPU's memory is halved, once for the whole
+        run.
         """
         n = len(self.data.train)
-        order = subset(self.config.seed, self.update, gradients.FULL_GRADIENT_DRAW, n, n, str(self.device))
+        order = subset(
+            self.config.seed, self.update, gradients.FULL_GRADIENT_DRAW, n, n, str(self.device)
+        )
         while True:
             if self.config.bn == "train":
                 chunks = [
-                    (piece, len(chunk)) for chunk in order.split(self.chunk(point)) for piece in self.pieces(chunk)
+                    (piece, len(chunk))
+                    for chunk in order.split(self.chunk(point))
+                    for piece in self.pieces(chunk)
                 ]
             else:
-                chunks = [(piece, len(piece)) for piece in self.ranks.share(order).split(self.chunk(point))]
+                chunks = [
+                    (piece, len(piece))
+                    for piece in self.ranks.share(order).split(self.chunk(point))
+                ]
             batches = self.data.train.batches([piece for piece, _ in chunks], self.measured_epoch())
             try:
                 loss, sizes = self.step.measured_loss, [size for _, size in chunks]
@@ -440,12 +510,17 @@ class Run:
         return total
 
     def drawn_gradient(self, draw: int, point: Point) -> list[Tensor]:
-        """The gradient of a mini-batch drawn at the present parameters, the same on every process."""
+        """The gradient of a mini-batch drawn at the present parameters, the same on every
+        process."""
         size = point.batch_size
-        index = subset(self.config.seed, self.update, draw, len(self.data.train), size, str(self.device))
+        index = subset(
+            self.config.seed, self.update, draw, len(self.data.train), size, str(self.device)
+        )
         total: list[Tensor] = []
         for x, y in self.data.train.batches(self.pieces(index), self.measured_epoch()):
-            grads = gradients.batch_gradient(self.model, x, y, self.step.measured_loss, len(y) / size)
+            grads = gradients.batch_gradient(
+                self.model, x, y, self.step.measured_loss, len(y) / size
+            )
             if total:
                 torch._foreach_add_(total, grads)
             total = total or grads

@@ -29,7 +29,8 @@ def normal(run: Run) -> None:
 
 
 def critical(run: Run) -> None:
-    """Train until the running mean of the gradient norm has crossed every eps; critical.json says at which update."""
+    """Train until the running mean of the gradient norm has crossed every eps; critical.json says
+    at which update."""
     c = run.config
     per_epoch = run.schedule.updates(len(run.data.train), c.drop_last)[0]
     full = c.criterion == "full-grad"
@@ -58,18 +59,31 @@ def full_gradient_norm(run: Run, point: Point) -> Tensor:
 
 def report_crossings(run: Run, per_epoch: int, every: int) -> None:
     c, n, batch = run.config, len(run.data.train), run.schedule.start.batch_size
-    # the first update that may count; a mean that is at most eps there may have been so at any update before, if there is one
+    # the first update that may count; a mean that is at most eps there may have been so at any
+    # update before, if there is one
     earliest = -(-(run.record.ignore + 1) // every) * every
     crossings: dict[str, Any] = {}
     for eps, step in zip(c.eps, run.record.crossings(), strict=True):
         epochs, rest = divmod(step, per_epoch)
         served = n - n % batch if c.drop_last else n
         samples = epochs * served + rest * batch
-        entry = {"step": step, "epoch": (step - 1) // per_epoch, "samples": samples, "censored": step == earliest > 1}
+        entry = {
+            "step": step,
+            "epoch": (step - 1) // per_epoch,
+            "samples": samples,
+            "censored": step == earliest > 1,
+        }
         crossings[exact(eps)] = entry if step else None
-        found = f"update {step:,} ({samples:,} samples)" if step else f"not reached in {run.update:,} updates"
+        found = (
+            f"update {step:,} ({samples:,} samples)"
+            if step
+            else f"not reached in {run.update:,} updates"
+        )
         if step == earliest > 1:
-            found += ", the first that counts, so no crossing: it may have been there before (--min-epochs, --eps)"
+            found += (
+                ", the first that counts, so no crossing: it may have been there before "
+                "(--min-epochs, --eps)"
+            )
         run.progress.say(f"eps {exact(eps)}: {found}")
     about = {
         "criterion": c.criterion,
@@ -94,30 +108,37 @@ def measured_function(run: Run, chunk: int) -> str:
         share = chunk if run.step.joined else -(-chunk // run.ranks.world)
         how = "training mode"
         statistics = (
-            f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one order of the images"
+            f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one "
+            "order of the images"
         )
     if run.step.normalises_batches:
         how += f": BatchNorm with {statistics}"
-    return f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the model in {how}"
+    return (
+        f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the "
+        f"model in {how}"
+    )
 
 
 def sampling(run: Run) -> None:
-    """Train for the largest of --steps updates, measuring the search-direction noise at each; noise.json has the points.
+    """Train for the largest of --steps updates, measuring the search-direction noise at each;
+    noise.json has the points.
 
-    A direction with momentum is the work of the updates before it. So its noise is measured over histories: the run
-    goes back, and every draw comes to its point by batches of its own. That is done where the histories begin, and told
-    where they end.
+    A direction with momentum is the work of the updates before it. So its noise is measured over
+    histories: the run goes back, and every draw comes to its point by batches of its own. That is
+    done where the histories begin, and told where they end.
     """
     c = run.config
     reach, last = memory(c.momentum), max(c.steps)
     if reach:
         run.progress.say(
-            f"each of {c.draws} directions is that of a history of its own: up to {reach} updates replayed, then a pass over the "
+            f"each of {c.draws} directions is that of a history of its own: up to {reach} updates "
+            "replayed, then a pass over the "
             "training images, at each of --steps"
         )
     for x, y, point in run.updates():
         for step in sorted(c.steps):
-            measured = any(p["step"] == step for p in run.noise_points)  # before a stop at this update
+            # before a stop at this update
+            measured = any(p["step"] == step for p in run.noise_points)
             if run.update == max(step - reach, 0) and not measured:
                 measure_noise(run, step, step - run.update)
         if run.update in c.steps:
@@ -151,9 +172,17 @@ def measure_noise(run: Run, step: int, replayed: int) -> None:
             yield here[0]
 
     point = run.point_after(replayed)
-    over = f"histories, the last {replayed} updates replayed" if replayed else "mini-batches drawn at one point"
+    over = (
+        f"histories, the last {replayed} updates replayed"
+        if replayed
+        else "mini-batches drawn at one point"
+    )
     started = time.perf_counter()
-    with run.clock.measure("measure"), gradients.undisturbed(run.model, c.bn), omega or contextlib.nullcontext():
+    with (
+        run.clock.measure("measure"),
+        gradients.undisturbed(run.model, c.bn),
+        omega or contextlib.nullcontext(),
+    ):
         try:
             noise = gradients.direction_noise(
                 run.step.optimizer,
@@ -185,7 +214,12 @@ def measure_noise(run: Run, step: int, replayed: int) -> None:
         "chunk": run.chunk(point),
         "function": measured_function(run, run.chunk(point)),
     }
-    at_step = {"step": step, "lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
+    at_step = {
+        "step": step,
+        "lr": point.lr,
+        "batch_size": point.batch_size,
+        "momentum": point.momentum,
+    }
     norms = {"noise_norms": noise.noise_norms, "grad_noise_norms": noise.grad_noise_norms}
     norms |= {"full_grad_norms": noise.full_grad_norms}
     tails = statistics.summary()
@@ -202,7 +236,11 @@ def report_noise(run: Run, point: Point) -> None:
     values = {key: v for key, v in found.items() if not isinstance(v, list | dict)}
     run.row("measure", point, values)
     about = {"optimizer": c.optimizer, "seed": c.seed, "images": len(run.data.train)}
-    points = [{k: v for k, v in p.items() if k != "seconds"} for p in run.noise_points if p["step"] <= run.update]
+    points = [
+        {k: v for k, v in p.items() if k != "seconds"}
+        for p in run.noise_points
+        if p["step"] <= run.update
+    ]
     run.folder.write("noise.json", about | {"points": points})
     pairs = [(name, found[key], found[f"{key}_se"]) for name, key in SHOWN]
     line = ", ".join(f"{name} {value:.4g} +- {error:.2g}" for name, value, error in pairs)
@@ -210,25 +248,35 @@ def report_noise(run: Run, point: Point) -> None:
     run.progress.say(f"update {run.update:,}: of {found['function']}")
     tails = found["statistics"]
     run.progress.say(
-        f"update {run.update:,}: its coordinates have {shown(tails['excess_kurtosis'], 'excess kurtosis')}, "
-        f"{shown(tails['ks_distance'], 'KS distance')} to a normal, {shown(tails['hill'][1], 'Hill tail index')} over the largest 1 %"
+        f"update {run.update:,}: its coordinates have "
+        f"{shown(tails['excess_kurtosis'], 'excess kurtosis')}, "
+        f"{shown(tails['ks_distance'], 'KS distance')} to a normal, "
+        f"{shown(tails['hill'][1], 'Hill tail index')} over the largest 1 %"
     )
 
 
-SHOWN = (("||m - grad f||", "noise_norm"), ("||grad f||", "full_grad_norm"), ("c2_sampled", "c2_sampled"))
+SHOWN = (
+    ("||m - grad f||", "noise_norm"),
+    ("||grad f||", "full_grad_norm"),
+    ("c2_sampled", "c2_sampled"),
+)
 
 
 def shown(estimate: dict[str, Any], name: str) -> str:
     value, error = estimate["value"], estimate["error"]
     return (
-        f"{name} undefined" if value is None else f"{name} {value:.3g} +- " + ("?" if error is None else f"{error:.2g}")
+        f"{name} undefined"
+        if value is None
+        else f"{name} {value:.3g} +- " + ("?" if error is None else f"{error:.2g}")
     )
 
 
 class OmegaFile:
-    """omega-<step>.npy, float32 [draws, parameters], written a row at a time and named when it is whole.
+    """omega-<step>.npy, float32 [draws, parameters], written a row at a time and named when it is
+    whole.
 
-    Plain writes: a memory map of a file for which the disk has no room is SIGBUS, of which nobody could be told.
+    Plain writes: a memory map of a file for which the disk has no room is SIGBUS, of which nobody
+    could be told.
     """
 
     def __init__(self, run: Run, step: int):
@@ -239,7 +287,10 @@ class OmegaFile:
     def __enter__(self) -> OmegaFile:
         with writing(self.target):
             self.file = self.aside.open("wb")
-            about = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+            about = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+                "fortran_order": False,
+            }
             np.lib.format.write_array_header_1_0(self.file, about | {"shape": self.shape})
         return self
 

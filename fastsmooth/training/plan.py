@@ -18,20 +18,27 @@ from fastsmooth.terminal import Table, columns
 
 def make_schedule(c: Config, images: int | None) -> Schedule:
     """The schedule that `c` describes over `images` training images."""
-    smoothing = Smoothing(c.optimizer, c.c2 or 1.0, 1.0 if c.k2 is None else c.k2, c.nu, c.bound_version)
+    smoothing = Smoothing(
+        c.optimizer, c.c2 or 1.0, 1.0 if c.k2 is None else c.k2, c.nu, c.bound_version
+    )
     start = Point(c.lr, c.batch_size, c.momentum)
     shifted = c.compat == "original"
-    return Schedule(c.method, c.epochs, start, smoothing, c.decay_epoch, c.power, c.gamma, images, shifted)
+    return Schedule(
+        c.method, c.epochs, start, smoothing, c.decay_epoch, c.power, c.gamma, images, shifted
+    )
 
 
 def within_budget(c: Config, images: int) -> Config:
-    """`c` with the fewest epochs over `images` training images that hold its --budget; the run ends inside the last of them."""
+    """`c` with the fewest epochs over `images` training images that hold its --budget; the run ends
+    inside the last of them."""
     if c.limit is None:
         return c
     unit, amount = c.limit
 
     def lasting(epochs: int) -> Config:
-        return dataclasses.replace(c, epochs=epochs, decay_epoch=c.decay_epoch or max(1, epochs // 5))
+        return dataclasses.replace(
+            c, epochs=epochs, decay_epoch=c.decay_epoch or max(1, epochs // 5)
+        )
 
     def held(epochs: int) -> int:
         return training(lasting(epochs), images)[unit]
@@ -56,12 +63,16 @@ def training(c: Config, images: int) -> dict[str, int]:
     updates = samples = 0
     for epochs, size in make_schedule(c, images).stages():
         in_each = updates_of(images, size, c.drop_last)
-        updates, samples = updates + epochs * in_each, samples + epochs * min(in_each * size, images)
+        updates, samples = (
+            updates + epochs * in_each,
+            samples + epochs * min(in_each * size, images),
+        )
     return {"epochs": c.epochs, "updates": updates, "samples": samples}
 
 
 def epochs_done(c: Config, schedule: Schedule, images: int) -> Iterator[tuple[int, int]]:
-    """(updates, samples) of every epoch that the run begins: to its last, to the end of --budget or the largest of --steps."""
+    """(updates, samples) of every epoch that the run begins: to its last, to the end of --budget or
+    the largest of --steps."""
     sampling = c.mode == "sampling"
     unit, amount = ("updates", max(c.steps)) if sampling else c.limit or ("epochs", c.epochs)
     done = {"epochs": 0, "updates": 0, "samples": 0}
@@ -91,7 +102,8 @@ def print_plan(c: Config, as_json: bool) -> None:
     if c.limit:
         if images is None:
             raise ConfigError(
-                f"--plan: how many epochs --budget {c.budget} takes, only the images in {c.data_dir} tell"
+                f"--plan: how many epochs --budget {c.budget} takes, only the images in "
+                f"{c.data_dir} tell"
             )
         c = within_budget(c, images)
     schedule = make_schedule(c, images)
@@ -102,7 +114,10 @@ def print_plan(c: Config, as_json: bool) -> None:
     epochs = c.epochs if done is None else len(done)
     if as_json:
         for epoch, p in enumerate(map(schedule, range(epochs))):
-            show(json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}), whole=True)
+            show(
+                json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}),
+                whole=True,
+            )
         return
     layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
     table = Table(layout | ({"updates": ">9"} if done else {}), least_first=("updates", "momentum"))
@@ -111,22 +126,31 @@ def print_plan(c: Config, as_json: bool) -> None:
         first, *rest = alike
         last = rest[-1] if rest else first
         name = f"{first}-{last}" if rest else f"{first}"
-        cells = [name, f"{p.lr:.6g}", f"{p.batch_size}", f"{p.momentum:.4g}", f"{schedule.delta(p):.4g}"]
+        cells = [
+            name,
+            f"{p.lr:.6g}",
+            f"{p.batch_size}",
+            f"{p.momentum:.4g}",
+            f"{schedule.delta(p):.4g}",
+        ]
         cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
         show(table.row(cells, columns(sys.stdout)))
     for line in [*units(c), *notes(c, schedule), cost(c, schedule, done)]:
         show(line)
     if c.image_size is None:
         show(
-            "the images, which --plan does not open, decide what --image-size and --model are where they are not given"
+            "the images, which --plan does not open, decide what --image-size and --model are "
+            "where they are not given"
         )
 
 
 def cost(c: Config, schedule: Schedule, done: list[tuple[int, int]] | None) -> str:
-    """What the run will compute; `done` are the updates and samples of its epochs, None where only the folder can tell."""
+    """What the run will compute; `done` are the updates and samples of its epochs, None where only
+    the folder can tell."""
     if done is None and c.mode == "sampling":
         return (
-            f"cost: {max(c.steps):,} updates, and at {len(c.steps)} of them the gradient of all images in {c.data_dir}"
+            f"cost: {max(c.steps):,} updates, and at {len(c.steps)} of them the gradient of all "
+            f"images in {c.data_dir}"
         )
     if done is None:
         return f"cost: {c.epochs} passes over the images in {c.data_dir}"
@@ -136,10 +160,13 @@ def cost(c: Config, schedule: Schedule, done: list[tuple[int, int]] | None) -> s
     if c.mode == "sampling":
         more = 0
         for step, size in measured(c, schedule, c.images).items():
-            # with momentum each direction ends a history of its own, which has its batches and a full gradient to itself
+            # with momentum each direction ends a history of its own, which has its batches and a
+            # full gradient to itself
             replayed = min(step, memory(c.momentum))
             more += (c.draws if replayed else 1) * c.images + c.draws * (1 + replayed) * size
-        line += f", and {'about ' * (c.momentum > 0)}{more:,} more to measure at {len(c.steps)} of them"
+        line += (
+            f", and {'about ' * (c.momentum > 0)}{more:,} more to measure at {len(c.steps)} of them"
+        )
     return line
 
 
@@ -151,7 +178,8 @@ def units(c: Config) -> list[str]:
     flags = " and ".join(map(configs.flag, c.assumed))
     unit = f"in units of C ({ones})" if c.assumed == ("c2",) else f"computed with {ones}"
     return [
-        f"delta is {unit}: none is published for {configs.setting_of(c)}: give {flags} (--mode sampling measures c2)"
+        f"delta is {unit}: none is published for {configs.setting_of(c)}: give {flags} (--mode "
+        "sampling measures c2)"
     ]
 
 
@@ -162,7 +190,8 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
     if missed and not (c.assumed and configs.uses_k2(c)):
         epoch, target, reached = missed
         found.append(
-            f"--method {c.method} misses its target: at epoch {epoch} that is delta {target:.4g}, reached {reached:.4g} "
+            f"--method {c.method} misses its target: at epoch {epoch} that is delta {target:.4g}, "
+            f"reached {reached:.4g} "
             f"({why_missed(c, schedule, epoch)})"
         )
     return found
@@ -175,19 +204,25 @@ def why_missed(c: Config, schedule: Schedule, epoch: int) -> str:
         return "no batch exceeds the data set"
     if configs.uses_k2(c):
         return "a part of the optimizer's bound does not fall with the batch"
-    return "the published code grows the batch an epoch late" if schedule.shifted else "a batch is a whole number"
+    return (
+        "the published code grows the batch an epoch late"
+        if schedule.shifted
+        else "a batch is a whole number"
+    )
 
 
 def check_steps(c: Config, schedule: Schedule, n: int) -> None:
     total = sum(schedule.updates(n, c.drop_last))
     if c.mode == "sampling" and max(c.steps) >= total:
         raise ConfigError(
-            f"--steps {max(c.steps)} lies past the run's {total} updates: lower --steps or raise --epochs"
+            f"--steps {max(c.steps)} lies past the run's {total} updates: lower --steps or raise "
+            "--epochs"
         )
     full = next((step for step, size in measured(c, schedule, n).items() if size == n), None)
     if full is not None:
         raise ConfigError(
-            f"--steps {full}: the batch is the whole training set of {n} images then, whose gradient has no noise: lower "
+            f"--steps {full}: the batch is the whole training set of {n} images then, whose "
+            "gradient has no noise: lower "
             "--batchsize, or measure before"
         )
 

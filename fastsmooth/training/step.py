@@ -19,14 +19,16 @@ from fastsmooth.training.syncnorm import SyncBatchNorm
 
 
 class Step:
-    """gradient(x, y) leaves the mini-batch gradient in .grad; update() applies the optimizer's form to it.
+    """gradient(x, y) leaves the mini-batch gradient in .grad; update() applies the optimizer's form
+    to it.
 
-    With compile=True the model goes through torch.compile, with the batch dimension marked dynamic, so that a schedule
-    never compiles again; the update is one kernel either way. `compiled_graphs` counts what was compiled.
+    With compile=True the model goes through torch.compile, with the batch dimension marked dynamic,
+    so that a schedule never compiles again; the update is one kernel either way. `compiled_graphs`
+    counts what was compiled.
 
-    `micro_batch`: at most so many samples go through the model together. With several `ranks`, each has its share of the
-    batch, and all end with the same gradient and the same buffers: those of BatchNorm are the mean over the samples of what
-    each process found for its share.
+    `micro_batch`: at most so many samples go through the model together. With several `ranks`, each
+    has its share of the batch, and all end with the same gradient and the same buffers: those of
+    BatchNorm are the mean over the samples of what each process found for its share.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Step:
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self.joined = any(isinstance(m, SyncBatchNorm) for m in norms)
         self.normalises_batches = bool(norms)
-        # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere already
+        # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere
+        # already
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._norms = [m for m in norms if m.running_mean is not None]
         own = [m for m in self._norms if not isinstance(m, SyncBatchNorm)]
@@ -55,20 +58,23 @@ class Step:
         self._forward = self._plain_forward
         if compile:
             never_guard_on_sizes()
-            torch.compiler.reset()  # else the graphs of earlier runs count: a process runs eagerly after eight
+            # else the graphs of earlier runs count: a process runs eagerly after eight
+            torch.compiler.reset()
             self._forward = torch.compile(self._plain_forward, backend=self._counting_backend)
 
     def gradient(self, x: Tensor, y: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
         """(mean loss, number correct) of the batch, both 0-d on the device; fills .grad.
 
-        x [b, 3, H, W] and y [b] are this process's share of a batch of `size` samples: all of it, where size is not given.
+        x [b, 3, H, W] and y [b] are this process's share of a batch of `size` samples: all of it,
+        where size is not given.
         """
         size = size or len(y)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = correct_sum = None
         for part in self.parts(x, y):
             loss, correct = self._mean_loss(*part, self.autocast)
-            if len(part[1]) < size:  # before the backward pass, in which SyncBatchNorm mixes the processes
+            # before the backward pass, in which SyncBatchNorm mixes the processes
+            if len(part[1]) < size:
                 loss = loss * (len(part[1]) / size)
             loss.backward()
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
@@ -80,15 +86,18 @@ class Step:
         return loss_sum, correct_sum
 
     def parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What goes through the model together; an empty share does so only where the other processes wait for it."""
+        """What goes through the model together; an empty share does so only where the other
+        processes wait for it."""
         if self.micro_batch and len(y) > self.micro_batch:
             return zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True)
         return iter([(x, y)] if len(y) or self.joined else [])
 
     def measured_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of a batch with its graph, 0-d, in the mode the model is in: what a measurement differentiates.
+        """The mean loss of a batch with its graph, 0-d, in the mode the model is in: what a
+        measurement differentiates.
 
-        Never under autocast: with --precision bf16 rounding would add its own noise to that of the mini-batch.
+        Never under autocast: with --precision bf16 rounding would add its own noise to that of the
+        mini-batch.
         """
         return self._mean_loss(x, y, False)[0]
 
@@ -98,7 +107,9 @@ class Step:
         return self._forward_for(x, y)(x, y, autocast)
 
     @torch.no_grad()
-    def _add_up(self, share: float, loss: Tensor, correct: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def _add_up(
+        self, share: float, loss: Tensor, correct: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
         """Gradients, running statistics, loss and hits over all processes in one exchange."""
         if self._bucket is None:
             self._bucket = Bucket(self._params + self._statistics, extra=2)
@@ -109,7 +120,8 @@ class Step:
             torch._foreach_mul_(self._statistics, share)
         self._bucket.extra.copy_(torch.stack([loss, correct.to(loss.dtype)]))
         self._bucket.sum_([p.grad for p in self._params] + self._statistics)
-        if size < self.ranks.world:  # some share was empty, and BatchNorm not have counted the batch there
+        # some share was empty, and BatchNorm not have counted the batch there
+        if size < self.ranks.world:
             for module in self._norms:
                 self.ranks.largest_(module.num_batches_tracked)
         loss, correct = self._bucket.extra.clone()
@@ -119,12 +131,14 @@ class Step:
         self.optimizer.step()
 
     def grad_norm(self) -> Tensor:
-        """The L2 norm of the gradient that the last update applied, over all parameters, 0-d float64 on the device."""
+        """The L2 norm of the gradient that the last update applied, over all parameters, 0-d
+        float64 on the device."""
         return self.optimizer.sq_norms[0].sqrt()
 
     @torch.no_grad()
     def evaluate(self, batches) -> tuple[float, float]:
-        """(mean loss, accuracy) over all samples of `batches` in evaluation mode, each weighted the same.
+        """(mean loss, accuracy) over all samples of `batches` in evaluation mode, each weighted the
+        same.
 
         With several processes, each gives its own batches, and the means are over those of all.
         """
@@ -138,19 +152,26 @@ class Step:
             correct_sum += correct
             count += len(y)
         self.model.train()
-        sums = torch.stack([loss_sum, correct_sum.to(loss_sum.dtype), torch.full_like(loss_sum, count)])
+        sums = torch.stack(
+            [loss_sum, correct_sum.to(loss_sum.dtype), torch.full_like(loss_sum, count)]
+        )
         self.ranks.sum_([sums])
         loss, correct, count = sums.tolist()
         return loss / count, correct / count
 
     def _plain_forward(self, x: Tensor, y: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+        with (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if autocast
+            else contextlib.nullcontext()
+        ):
             logits = self.model(x)
         logits = logits.float()
         return F.cross_entropy(logits, y), (logits.argmax(dim=1) == y).sum()
 
     def _forward_for(self, x: Tensor, y: Tensor) -> Callable:
-        """The compiled forward pass; a batch of one runs eagerly, since compilers treat size one as a constant."""
+        """The compiled forward pass; a batch of one runs eagerly, since compilers treat size one as
+        a constant."""
         if not self.compile or len(y) == 1:
             return self._plain_forward
         torch._dynamo.mark_dynamic(x, 0)
@@ -166,9 +187,11 @@ class Step:
 
 
 def never_guard_on_sizes() -> None:
-    """Keep the compiler from specialising on ranges of the batch size, which would compile again as the batch grows.
+    """Keep the compiler from specialising on ranges of the batch size, which would compile again as
+    the batch grows.
 
-    On the CPU, Inductor picks a summation by the size it first sees, and PyTorch's NNPACK asks for a batch of 16.
+    On the CPU, Inductor picks a summation by the size it first sees, and PyTorch's NNPACK asks for
+    a batch of 16.
     """
     from torch.fx.experimental import _config
 
@@ -177,7 +200,8 @@ def never_guard_on_sizes() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step: returning it costs a page fault for every 4 kB of activations."""
+    """Have glibc keep what a step frees for the next step: returning it costs a page fault for
+    every 4 kB of activations."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

@@ -1,4 +1,5 @@
-"""BatchNorm over the batch of all processes, on any device: torch.nn.SyncBatchNorm runs on GPUs alone."""
+"""BatchNorm over the batch of all processes, on any device: torch.nn.SyncBatchNorm runs on GPUs
+alone."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from fastsmooth.ranks import talking
 
 
 class SyncBatchNorm(_BatchNorm):
-    """x [B, C, ...] normalised with the mean and variance of all processes' samples; B may differ, and be 0, among them.
+    """x [B, C, ...] normalised with the mean and variance of all processes' samples; B may differ,
+    and be 0, among them.
 
-    Every process must call it equally often. In evaluation mode it is BatchNorm, and nothing is sent.
+    Every process must call it equally often. In evaluation mode it is BatchNorm, and nothing is
+    sent.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -42,12 +45,15 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """The model with a SyncBatchNorm in the place of each BatchNorm, of the same parameters and buffers."""
+    """The model with a SyncBatchNorm in the place of each BatchNorm, of the same parameters and
+    buffers."""
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm):
             rest = {"affine": child.affine, "track_running_stats": child.track_running_stats}
             new = SyncBatchNorm(child.num_features, child.eps, child.momentum, **rest)
-            like = next((t for t in (*child.parameters(), *child.buffers()) if t.is_floating_point()), None)
+            like = next(
+                (t for t in (*child.parameters(), *child.buffers()) if t.is_floating_point()), None
+            )
             if like is not None:  # its device and dtype
                 new.to(like)
             new.load_state_dict(child.state_dict())
@@ -59,7 +65,8 @@ def convert(model: nn.Module) -> nn.Module:
 
 @torch.compiler.disable
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-    """(y, mean [C], biased variance [C], samples times places), the last three wide and of all processes."""
+    """(y, mean [C], biased variance [C], samples times places), the last three wide and of all
+    processes."""
     return _Normalise.apply(x, weight, bias, eps)
 
 
@@ -70,8 +77,11 @@ class _Normalise(torch.autograd.Function):
         over = [d for d in range(x.dim()) if d != 1]
         ctx.over, ctx.shape = over, [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1]
-        # two sums of differences: from E x^2 - (E x)^2 a float32 variance would lose its digits (wide may be float32)
-        sums = torch.cat([x.sum(over, dtype=wide), torch.tensor([count], dtype=wide, device=x.device)])
+        # two sums of differences: from E x^2 - (E x)^2 a float32 variance would lose its digits
+        # (wide may be float32)
+        sums = torch.cat(
+            [x.sum(over, dtype=wide), torch.tensor([count], dtype=wide, device=x.device)]
+        )
         summed(sums)
         total, mean = sums[-1], sums[:-1] / sums[-1]
         variance = summed((x - mean.view(ctx.shape)).square().sum(over, dtype=wide)) / total
@@ -89,10 +99,13 @@ class _Normalise(torch.autograd.Function):
         wide = wide_dtype(x.device)
         normal = (x - mean.view(ctx.shape)) * rstd.view(ctx.shape)
         sums = torch.stack([dy.sum(ctx.over, dtype=wide), (dy * normal).sum(ctx.over, dtype=wide)])
-        db, dw = sums.to(dy.dtype).clone()  # of this process alone: gradients of parameters are added up later
+        # of this process alone: gradients of parameters are added up later
+        db, dw = sums.to(dy.dtype).clone()
         means = (summed(sums) / total).to(dy.dtype)
         scale = rstd if weight is None else rstd * weight
-        dx = (dy - means[0].view(ctx.shape) - normal * means[1].view(ctx.shape)) * scale.view(ctx.shape)
+        dx = (dy - means[0].view(ctx.shape) - normal * means[1].view(ctx.shape)) * scale.view(
+            ctx.shape
+        )
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         return dx if need_x else None, dw if need_weight else None, db if need_bias else None, None
 

@@ -1,4 +1,5 @@
-"""How many cases a fault test does, and the table at the end: python -m pytest tests/faults --full (or make faults)."""
+"""How many cases a fault test does, and the table at the end: python -m pytest tests/faults --full
+(or make faults)."""
 
 from collections import defaultdict
 
@@ -7,7 +8,8 @@ import pytest
 
 @pytest.fixture
 def cases(request: pytest.FixtureRequest, record_property):
-    """cases(what, full, few): how many of the cases of `what` to do: all of them with --full, else a few."""
+    """cases(what, full, few): how many of the cases of `what` to do: all of them with --full, else
+    a few."""
 
     def choose(what: str, full: int, few: int) -> int:
         number = full if request.config.getoption("--full") else few
@@ -30,4 +32,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("faults")
         for what, (number, failed, seconds) in table.items():
             verdict = "as promised" if not failed else f"FAILED (of {failed:.0f} cases)"
-            terminalreporter.write_line(f"{what:<72} {number:>6.0f} cases  {seconds:>6.1f} s  {verdict}")
+            terminalreporter.write_line(
+                f"{what:<72} {number:>6.0f} cases  {seconds:>6.1f} s  {verdict}"
+            )

@@ -1,4 +1,5 @@
-"""What is done to a run from inside, before it begins: functions that forks.start calls in the new process."""
+"""What is done to a run from inside, before it begins: functions that forks.start calls in the new
+process."""
 
 import contextlib
 import json
@@ -18,7 +19,13 @@ def kill_in_save(point: str, number: int) -> None:
     from fastsmooth.runfolder import checkpoint
 
     begun = 0
-    save, opened, fsync, renamed, unlink = checkpoint.Checkpoints.save, os.fdopen, os.fsync, os.replace, Path.unlink
+    save, opened, fsync, renamed, unlink = (
+        checkpoint.Checkpoints.save,
+        os.fdopen,
+        os.fsync,
+        os.replace,
+        Path.unlink,
+    )
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -83,7 +90,9 @@ def stand_in(folder: str) -> None:
     import time
 
     strftime = time.strftime
-    time.strftime = lambda form, *given: "20260101-000000" if form == "%Y%m%d-%H%M%S" else strftime(form, *given)
+    time.strftime = lambda form, *given: (
+        "20260101-000000" if form == "%Y%m%d-%H%M%S" else strftime(form, *given)
+    )
     os.chdir(folder)
 
 
@@ -102,7 +111,8 @@ def stop_after(update: int, then: int = signal.SIGTERM) -> None:
 
 
 def write_down_samples(folder: str, stop: int | None) -> None:
-    """Every update's sample indices, a line each, in a file of this process; stop after update `stop`."""
+    """Every update's sample indices, a line each, in a file of this process; stop after update
+    `stop`."""
     from fastsmooth.data.engines import resident
     from fastsmooth.training import loop
 
@@ -125,7 +135,8 @@ def write_down_samples(folder: str, stop: int | None) -> None:
 
 
 def poison(where: str, value: float, update: int, rank: int) -> None:
-    """A value that is not finite in the loss, a gradient, a weight or an input of one process at one update."""
+    """A value that is not finite in the loss, a gradient, a weight or an input of one process at
+    one update."""
     import torch
 
     from fastsmooth.training import loop, step
@@ -157,7 +168,8 @@ def poison(where: str, value: float, update: int, rank: int) -> None:
 
 
 def limit_files(size: int, after: int) -> None:
-    """No file may grow beyond `size` bytes once `after` checkpoints are saved: what a full disk looks like."""
+    """No file may grow beyond `size` bytes once `after` checkpoints are saved: what a full disk
+    looks like."""
     from fastsmooth.runfolder import checkpoint
 
     save = checkpoint.Checkpoints.save
@@ -183,9 +195,16 @@ def watch_resources(path: str, every: int) -> None:
     def watched(self, point):
         after(self, point)
         if self.update % every == 0:
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+            )
             resident = int(status["VmRSS"].split()[0])
-            row = [self.update, resident, threading.active_count(), len(os.listdir("/proc/self/fd"))]
+            row = [
+                self.update,
+                resident,
+                threading.active_count(),
+                len(os.listdir("/proc/self/fd")),
+            ]
             print(json.dumps([*row, int(status["Threads"])]), file=file, flush=True)
 
     loop.Run.after_update = watched
@@ -196,7 +215,12 @@ def refuse_connections(path: str) -> None:
     file = open(path, "w")  # noqa: SIM115
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        if event in (
+            "socket.connect",
+            "socket.getaddrinfo",
+            "socket.gethostbyname",
+            "socket.sendto",
+        ):
             print(event, args[-1] if event == "socket.connect" else args, file=file, flush=True)
 
     sys.addaudithook(hook)
@@ -209,7 +233,8 @@ def ignore(number: int, update: int) -> None:
 
 
 def lose_reader(kind: str, update: int, then: int | None) -> None:
-    """stdout and stderr lead to a pipe or a terminal, which is closed after an update; then a signal may come."""
+    """stdout and stderr lead to a pipe or a terminal, which is closed after an update; then a
+    signal may come."""
     from fastsmooth import messages
     from fastsmooth.training import loop
 
@@ -245,7 +270,8 @@ def lose_reader(kind: str, update: int, then: int | None) -> None:
 
 
 def fail_at(place: str, error: str, update: int, rank: int) -> None:
-    """An error that nobody foresees, on one process, the first time that the place is reached after an update."""
+    """An error that nobody foresees, on one process, the first time that the place is reached after
+    an update."""
     from fastsmooth.cli import progress
     from fastsmooth.runfolder import checkpoint
     from fastsmooth.runfolder import write as runfolder
@@ -274,7 +300,9 @@ def fail_at(place: str, error: str, update: int, rank: int) -> None:
 
     def failing(*args, **kwargs):
         if done >= update:
-            raise {"KeyError": KeyError, "RuntimeError": RuntimeError, "SystemExit": SystemExit}[error]("nobody knew")
+            raise {"KeyError": KeyError, "RuntimeError": RuntimeError, "SystemExit": SystemExit}[
+                error
+            ]("nobody knew")
         return before(*args, **kwargs)
 
     loop.Run.after_update = counted
@@ -324,14 +352,21 @@ def harm_workers(how: str, update: int) -> None:
             allow_no_more_files()
         else:
             for process in multiprocessing.active_children():
-                os.kill(process.pid, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "bus": signal.SIGBUS}[how])
+                os.kill(
+                    process.pid,
+                    {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "bus": signal.SIGBUS}[
+                        how
+                    ],
+                )
 
     loop.Run.after_update = harmed
 
 
 def allow_no_more_files() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd")[:-1])) + 1, hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd")[:-1])) + 1, hard)
+    )
     with contextlib.suppress(OSError):
         while os.open(os.devnull, os.O_RDONLY):
             pass
@@ -380,8 +415,12 @@ def elsewhere(what: str, stop: int | None) -> None:
         "many processors": lambda: processors(64),
         "many processors, of which the user names one": lambda: processors(64, threads=1),
         "one processor": lambda: processors(1),
-        "another torch": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"torch": "1.0"}),
-        "a GPU": lambda: setattr(device, "facts", lambda *given: facts(*given) | {"device": "cuda", "gpu": "G1"}),
+        "another torch": lambda: setattr(
+            device, "facts", lambda *given: facts(*given) | {"torch": "1.0"}
+        ),
+        "a GPU": lambda: setattr(
+            device, "facts", lambda *given: facts(*given) | {"device": "cuda", "gpu": "G1"}
+        ),
         "the same": lambda: None,
     }[what]()
     if stop is not None:

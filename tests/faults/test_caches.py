@@ -1,4 +1,5 @@
-"""What lies in the cache: a library that somebody else may have written never runs, a damaged one kills nothing."""
+"""What lies in the cache: a library that somebody else may have written never runs, a damaged one
+kills nothing."""
 
 import os
 import shutil
@@ -36,7 +37,9 @@ def attack(tmp_path) -> Path:
     """A library that makes the file CANARY when it is loaded."""
     source, library = tmp_path / "attack.cpp", tmp_path / "attack.so"
     source.write_text(ATTACK)
-    subprocess.run([shutil.which("c++"), "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    subprocess.run(
+        [shutil.which("c++"), "-shared", "-fPIC", str(source), "-o", str(library)], check=True
+    )
     return library
 
 
@@ -48,7 +51,9 @@ def give_away(path: Path) -> None:
 
 def put(attack: Path, path: Path, **given) -> None:
     """The attack under the name of a library."""
-    target = path.with_name(native.name_of(path.name[4:20], attack.read_bytes()) if given.get("summed") else path.name)
+    target = path.with_name(
+        native.name_of(path.name[4:20], attack.read_bytes()) if given.get("summed") else path.name
+    )
     path.unlink()
     shutil.copy(attack, target)
     target.chmod(given.get("mode", 0o700))
@@ -58,8 +63,13 @@ def put(attack: Path, path: Path, **given) -> None:
 
 CASES = {
     "another user's, its sum right": lambda attack, path: put(attack, path, summed=True, away=True),
-    "writable by others, its sum right": lambda attack, path: put(attack, path, summed=True, mode=0o777),
-    "in a folder of another user": lambda attack, path: (put(attack, path, summed=True), give_away(path.parent)),
+    "writable by others, its sum right": lambda attack, path: put(
+        attack, path, summed=True, mode=0o777
+    ),
+    "in a folder of another user": lambda attack, path: (
+        put(attack, path, summed=True),
+        give_away(path.parent),
+    ),
     "in a folder that others may write": lambda attack, path: (
         put(attack, path, summed=True),
         path.parent.chmod(0o777),
@@ -79,15 +89,26 @@ CASES = {
 }
 
 
-FEW = ("another user's, its sum right", "in a folder that others may write", "in the place of ours", "cut in half")
+FEW = (
+    "another user's, its sum right",
+    "in a folder that others may write",
+    "in the place of ours",
+    "cut in half",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_library_that_is_not_ours_or_not_whole_is_never_loaded(case, tmp_path, attack, quick_compiler, cases):
+def test_a_library_that_is_not_ours_or_not_whole_is_never_loaded(
+    case, tmp_path, attack, quick_compiler, cases
+):
     if cases("a library in the cache of another user's, or damaged", 1, int(case in FEW)) == 0:
         pytest.skip("with --full")
     canary = tmp_path / "canary"
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(quick_compiler / "c++"), "CANARY": str(canary)}
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "CXX": str(quick_compiler / "c++"),
+        "CANARY": str(canary),
+    }
 
     def start() -> str:
         line = (environment, str(quick_compiler / "tmp"), str(tmp_path / "said"))
@@ -111,6 +132,8 @@ def test_the_library_does_harm_where_it_is_loaded(tmp_path, attack, cases):
     cases("a hostile library that is real", 1, 1)
     line = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
     subprocess.run(
-        [sys.executable, "-c", line, str(attack)], env=os.environ | {"CANARY": str(tmp_path / "canary")}, check=True
+        [sys.executable, "-c", line, str(attack)],
+        env=os.environ | {"CANARY": str(tmp_path / "canary")},
+        check=True,
     )
     assert (tmp_path / "canary").exists()

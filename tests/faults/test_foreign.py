@@ -1,4 +1,5 @@
-"""Names and words that others chose: none of their escape sequences reaches the terminal, wherever they are shown."""
+"""Names and words that others chose: none of their escape sequences reaches the terminal, wherever
+they are shown."""
 
 import ast
 import json
@@ -25,13 +26,15 @@ from fastsmooth.sweep import store
 from fastsmooth.sweep import table as tables
 
 ROOT = Path(__file__).parents[2]
-# A colour, the title of the window, a link, a C1 sequence, text from right to left, letters without width, one step back.
+# A colour, the title of the window, a link, a C1 sequence, text from right to left, letters without
+# width, one step back.
 FLAG = "a\x1b[31mR\x1b]0;owned\x07\x1b]8;;x\x07\x9b31m\u202e\u2066\u200b\x08FORGED"
 NAME = FLAG + "\rFORGED\nFORGED\x85FORGED"  # of a file: it may have several lines
 
 
 def assert_harmless(text: str) -> None:
-    """Printable characters and line ends alone, no line begun by the name, and the name is there: it was shown."""
+    """Printable characters and line ends alone, no line begun by the name, and the name is there:
+    it was shown."""
     bad = {c for c in text if not c.isprintable() and c != "\n"}
     assert not bad, (bad, text)
     assert not [line for line in text.splitlines() if line.startswith("FORGED")], text
@@ -46,15 +49,28 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-# What is shown of names ---------------------------------------------------------------------------------------------------
+# What is shown of names
 
-IMAGES = ["--dataset", "folder", "--data-dir", "images", "--batchsize", "2", "--epochs", "1", "--max-time", "1e-3"]
+IMAGES = [
+    "--dataset",
+    "folder",
+    "--data-dir",
+    "images",
+    "--batchsize",
+    "2",
+    "--epochs",
+    "1",
+    "--max-time",
+    "1e-3",
+]
 RUN = ["--epochs", "1", "--max-time", "1e-3"]
 RESNET8 = ["--model", "resnet8"]
 
 
 def images(files: dict) -> None:
-    good = {f"{split}/{name}/0.png": noise() for split in ("train", "val") for name in ("ant", NAME)}
+    good = {
+        f"{split}/{name}/0.png": noise() for split in ("train", "val") for name in ("ant", NAME)
+    }
     tree(Path("images"), good | files)
 
 
@@ -80,15 +96,27 @@ def config(content: str) -> Said:
 
 def saved_sweep() -> None:
     """A sweep whose runs, states, reasons and logs somebody else wrote."""
-    runs = [{"name": f"run{k}", "flags": [f"--model={NAME}"], "differs": {"model": NAME}} for k in range(3)]
-    tree(Path("s"), {"sweep.json": json.dumps({"runs": runs}).encode(), "logs/run2.log": NAME.encode()})
+    runs = [
+        {"name": f"run{k}", "flags": [f"--model={NAME}"], "differs": {"model": NAME}}
+        for k in range(3)
+    ]
+    tree(
+        Path("s"),
+        {"sweep.json": json.dumps({"runs": runs}).encode(), "logs/run2.log": NAME.encode()},
+    )
     status = {"state": NAME, "reason": NAME}
     row = {"kind": "epoch", "epoch": 0, "test_acc": 0.5}
     for k in range(2):
-        tree(Path("s", f"run{k}"), {"status.json": json.dumps(status if k else {"state": "done"}).encode()})
+        tree(
+            Path("s", f"run{k}"),
+            {"status.json": json.dumps(status if k else {"state": "done"}).encode()},
+        )
         summary = {"final_test_acc": 0.5}
         files = {"config.json": {}, "summary.json": summary}
-        tree(Path("s", f"run{k}"), {name: json.dumps(value).encode() for name, value in files.items()})
+        tree(
+            Path("s", f"run{k}"),
+            {name: json.dumps(value).encode() for name, value in files.items()},
+        )
         tree(Path("s", f"run{k}"), {"metrics.jsonl": json.dumps(row).encode() + b"\n"})
 
 
@@ -103,7 +131,10 @@ def planned() -> Said:
 
 
 def reported() -> Said:
-    tree(Path("runs", NAME), {"config.json": b"{}", "status.json": json.dumps({"state": NAME}).encode()})
+    tree(
+        Path("runs", NAME),
+        {"config.json": b"{}", "status.json": json.dumps({"state": NAME}).encode()},
+    )
     return said(report.main, ["runs", "--out", FLAG])
 
 
@@ -113,7 +144,9 @@ def no_run() -> Said:
 
 
 def tracked() -> Said:
-    return said(train.main, [*RUN, "--wandb-mode", "offline", "--wandb-project", FLAG, "--out", "run"])
+    return said(
+        train.main, [*RUN, "--wandb-mode", "offline", "--wandb-project", FLAG, "--out", "run"]
+    )
 
 
 def environment(**values: str) -> Callable[[pytest.MonkeyPatch], Said]:
@@ -170,7 +203,9 @@ PLACES: dict[str, Callable[..., Said]] = {
     "a file of flags with a wrong value": lambda: config(f"method = {json.dumps(NAME)}"),
     "a file of flags that is none": lambda: config(f"lr = {FLAG}"),
     "a model": lambda: said(train.main, ["--model", FLAG, "--out", "run"]),
-    "a model of torchvision": lambda: said(train.main, ["--model", f"torchvision/{FLAG}", "--out", "run"]),
+    "a model of torchvision": lambda: said(
+        train.main, ["--model", f"torchvision/{FLAG}", "--out", "run"]
+    ),
     "a model of timm": of_timm,
     "a planned model": lambda: said(train.main, ["--plan", "--model", FLAG]),
     "a flag": lambda: said(train.main, [f"--{NAME}"]),
@@ -178,10 +213,16 @@ PLACES: dict[str, Callable[..., Said]] = {
     "a number": lambda: said(train.main, ["--lr", NAME]),
     "a stray word": lambda: said(train.main, ["--lr", "1", NAME]),
     "a flag of a sweep": lambda: said(sweep.main, ["--out", "s", f"--{NAME}"]),
-    "values of the runs of a sweep": lambda: said(sweep.main, ["--out", "s", "--model", "resnet8", FLAG]),
+    "values of the runs of a sweep": lambda: said(
+        sweep.main, ["--out", "s", "--model", "resnet8", FLAG]
+    ),
     "the folder of a sweep": lambda: said(sweep.main, ["--out", FLAG]),
-    "the script of a sweep": lambda: said(sweep.main, ["--out", "s", "--lr", "1", "2", "--slurm", FLAG]),
-    "values of a sweep": lambda: said(sweep.main, ["--out", "s", "--plan", "--data-dir", FLAG, "--dataset", "cifar10"]),
+    "the script of a sweep": lambda: said(
+        sweep.main, ["--out", "s", "--lr", "1", "2", "--slurm", FLAG]
+    ),
+    "values of a sweep": lambda: said(
+        sweep.main, ["--out", "s", "--plan", "--data-dir", FLAG, "--dataset", "cifar10"]
+    ),
     "the runs of a saved sweep": planned,
     "states, reasons and logs of a saved sweep": swept,
     "a flag of sharpness": lambda: said(sharpness.main, ["run", f"--{NAME}"]),
@@ -227,18 +268,30 @@ def test_sharpness_shows_the_name_of_a_run_without_its_escape_sequences(stopped,
     assert_harmless(found.out + found.err)
 
 
-# On a terminal --------------------------------------------------------------------------------------------------------------
+# On a terminal
 
 
 def test_a_bar_and_what_is_said_above_it_show_no_escape_sequence_of_a_name(cases):
-    """The screen would refuse any that is not the bar's own; letters of elsewhere are as they are."""
+    """The screen would refuse any that is not the bar's own; letters of elsewhere are as they
+    are."""
     cases("escape sequences in names, on a terminal", 1, 1)
     pytest.importorskip("rich")
     images({f"train/ant/caf\u00e9 {NAME}.png": b"no image"})
-    flags = [*IMAGES[:-2], *RESNET8, "--loader", "threads", "--on-bad-image", "zeros", "--out", f"{FLAG} [bold] :bug:"]
+    flags = [
+        *IMAGES[:-2],
+        *RESNET8,
+        "--loader",
+        "threads",
+        "--on-bad-image",
+        "zeros",
+        "--out",
+        f"{FLAG} [bold] :bug:",
+    ]
     found = seen(train.main, flags, 80)
     text = "\n".join(found.lines)
-    assert found.code == 0 and "━" in found.raw and found.widest <= 80 + len(FLAG.encode("utf-8")) * 4
+    assert (
+        found.code == 0 and "━" in found.raw and found.widest <= 80 + len(FLAG.encode("utf-8")) * 4
+    )
     assert_harmless(text)
     assert "caf\u00e9" in text and "[bold] :bug:" in text
 
@@ -268,7 +321,7 @@ def test_the_screen_refuses_what_is_not_the_bars_own():
             screen(f"a{foreign}b")
 
 
-# What Python says by itself -------------------------------------------------------------------------------------------------
+# What Python says by itself
 
 OTHERS = f"""
 import logging, threading, warnings
@@ -295,19 +348,26 @@ def test_warnings_log_records_and_tracebacks_of_others_show_no_escape_sequence(c
     done = subprocess.run([sys.executable, "-c", OTHERS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
     assert not {c for c in done.stderr if not c.isprintable() and c != "\n"}, done.stderr
-    assert done.stderr.startswith("fastsmooth: warning: a\\x1b[31mR") and done.stderr.count("Traceback") == 2
+    assert (
+        done.stderr.startswith("fastsmooth: warning: a\\x1b[31mR")
+        and done.stderr.count("Traceback") == 2
+    )
     assert done.stderr.count("FORGED") >= 4 and "RuntimeError: a\\x1b[31mR" in done.stderr
 
 
 def test_every_command_is_ended_by_the_one_function():
     """So that what Python says by itself goes its way too."""
-    for path in [*ROOT.glob("fastsmooth/**/*.py"), *ROOT.glob("scripts/*.py"), ROOT / "kernels" / "aot.py"]:
+    for path in [
+        *ROOT.glob("fastsmooth/**/*.py"),
+        *ROOT.glob("scripts/*.py"),
+        ROOT / "kernels" / "aot.py",
+    ]:
         text = path.read_text()
         if '__name__ == "__main__"' in text and path.name != "make_digits.py":
             assert "end_with(main)" in text, path
 
 
-# Every place that prints ----------------------------------------------------------------------------------------------------
+# Every place that prints
 
 STREAMS = {"sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"}
 PRINTERS = {"print_help", "print_usage", "print_exc", "print_exception", "print_stack", "pprint"}
@@ -320,7 +380,18 @@ OTHERS_PRINT = {
     "ArgumentParser",
     "argparse.ArgumentParser",
 }
-OF_RICH = {"Text", "TextColumn", "add_task", "add_column", "add_row", "Grid", "Panel", "print", "log", "rule"}
+OF_RICH = {
+    "Text",
+    "TextColumn",
+    "add_task",
+    "add_column",
+    "add_row",
+    "Grid",
+    "Panel",
+    "print",
+    "log",
+    "rule",
+}
 
 
 def name_of(node: ast.AST) -> str:
@@ -346,7 +417,9 @@ def offences(source: str) -> list[str]:
         printed = name in OTHERS_PRINT or last in PRINTERS or base in ("logging", "logger")
         printed |= last in ("write", "writelines") and base in STREAMS
         printed |= last in ("exit", "SystemExit") and not all(map(is_code, node.args))
-        words = [word.value for word in node.keywords if word.arg in ("description", "title", "status")]
+        words = [
+            word.value for word in node.keywords if word.arg in ("description", "title", "status")
+        ]
         if "from rich" in source and last in OF_RICH:
             printed |= not all(map(fixed, [*node.args, *words]))
         if "from rich" in source and last == "update":
@@ -356,18 +429,27 @@ def offences(source: str) -> list[str]:
 
 
 def is_code(node: ast.AST) -> bool:
-    """Whether a process ends with it silently: a number, the name of one, or what a main() gives."""
+    """Whether a process ends with it silently: a number, the name of one, or what a main()
+    gives."""
     if isinstance(node, ast.Call):
         return name_of(node.func).rpartition(".")[2] == "main"
-    return node.id.isupper() if isinstance(node, ast.Name) else isinstance(getattr(node, "value", None), int)
+    return (
+        node.id.isupper()
+        if isinstance(node, ast.Name)
+        else isinstance(getattr(node, "value", None), int)
+    )
 
 
 ALLOWED = {  # (file, call): why
-    ("kernels/native.py", "warnings.warn"): "kernels import nothing of the package; end_with's showwarning tells it",
+    (
+        "kernels/native.py",
+        "warnings.warn",
+    ): "kernels import nothing of the package; end_with's showwarning tells it",
     ("kernels/aot.py", "argparse.ArgumentParser"): "only as the class that is derived from",
 }
 SOURCES = sorted(
-    path for folder in ("fastsmooth", "kernels", "scripts") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("fastsmooth", "kernels",
+    "scripts") for path in (ROOT / folder).rglob("*.py")
     if path != ROOT / "fastsmooth" / "messages.py"
 )  # fmt: skip
 
@@ -406,4 +488,6 @@ def test_the_walk_finds(line):
 
 def test_the_walk_passes_what_is_fixed():
     assert not offences("sys.exit(2)\nsys.exit(main())\nsay(name)\nfile.write(name)")
-    assert not offences("from rich.text import Text\nText(printable(name))\nbar.add_task('begun', total=n)")
+    assert not offences(
+        "from rich.text import Text\nText(printable(name))\nbar.add_task('begun', total=n)"
+    )

@@ -1,4 +1,5 @@
-"""Input that means harm: nothing of it runs, nothing is written elsewhere, nothing hangs, and one line says what is wrong."""
+"""Input that means harm: nothing of it runs, nothing is written elsewhere, nothing hangs, and one
+line says what is wrong."""
 
 import hashlib
 import io
@@ -32,7 +33,8 @@ SECONDS = 20  # that no case may take
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch) -> Iterator[Path]:
-    """An empty working directory in a folder of its own, and an alarm for whatever waits for ever."""
+    """An empty working directory in a folder of its own, and an alarm for whatever waits for
+    ever."""
     place = tmp_path / "a" / "here"
     place.mkdir(parents=True)
     monkeypatch.chdir(place)
@@ -55,11 +57,15 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
 def outside(here: Path) -> list[str]:
     """What lies beside the working directory, where nothing may be written."""
     root = here.parent.parent
-    found = [p for p in root.rglob("*") if here not in p.parents and "cache" not in p.relative_to(root).parts]
+    found = [
+        p
+        for p in root.rglob("*")
+        if here not in p.parents and "cache" not in p.relative_to(root).parts
+    ]
     return sorted(str(p.relative_to(root)) for p in found)
 
 
-# Pickles ----------------------------------------------------------------------------------------------------------------
+# Pickles
 
 
 class Call:
@@ -77,7 +83,8 @@ def deep_pickle() -> bytes:
 
 
 def attacks(canary: Path) -> dict[str, bytes]:
-    """Pickles that would make the canary where nothing restricts them, and others that would exhaust the reader."""
+    """Pickles that would make the canary where nothing restricts them, and others that would
+    exhaust the reader."""
     touch, write = Call(os.system, f"touch {canary}"), Call(eval, f"open({str(canary)!r}, 'w')")
     fields = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
     return {
@@ -99,8 +106,10 @@ def attacks(canary: Path) -> dict[str, bytes]:
     }
 
 
-RUN = [name for name in attacks(Path("canary")) if name[0:2] in ("os", "ev", "ex", "a ") and name not in (
-    "a function of an allowed module", "a method of an allowed class", "a codec that opens files", "a string of an exabyte",
+RUN = [name for name in attacks(Path("canary")) if name[0:2] in ("os", "ev", "ex",
+    "a ") and name not in (
+    "a function of an allowed module", "a method of an allowed class", "a codec that opens files",
+    "a string of an exabyte",
     "a set that is none",
 )]  # fmt: skip
 
@@ -114,7 +123,8 @@ def test_the_pickles_do_harm_where_nothing_restricts_them(name, here, cases):
 
 
 def official(monkeypatch, files: dict[str, bytes], archive: bytes = b"") -> str:
-    """Let files and an archive pass for the official ones of CIFAR-10; the folder that they belong in."""
+    """Let files and an archive pass for the official ones of CIFAR-10; the folder that they belong
+    in."""
     base = datasets.CIFAR10
 
     def md5(data: bytes) -> str:
@@ -184,11 +194,21 @@ def test_a_hostile_pickle_as_a_checkpoint_does_nothing(name, form, here, stopped
         content = with_pickle(saved({"model": {}}), content)
     with_checkpoint(stopped, content)
     before = sorted(here.rglob("*"))
-    for main, argv in ((train.main, ["--resume", "--out", "run"]), (sharpness.main, ["run", "--json"])):
+    for main, argv in (
+        (train.main, ["--resume", "--out", "run"]),
+        (sharpness.main, ["run", "--json"]),
+    ):
         found = said(main, argv)
         *warnings, error = found.err.splitlines()
-        assert found.code == 2 and error.startswith("fastsmooth: error: ") and "start a new run" in error, found
-        assert all(line.startswith("fastsmooth: warning: ") for line in warnings) and len(found.err) < 3000
+        assert (
+            found.code == 2
+            and error.startswith("fastsmooth: error: ")
+            and "start a new run" in error
+        ), found
+        assert (
+            all(line.startswith("fastsmooth: warning: ") for line in warnings)
+            and len(found.err) < 3000
+        )
     assert sorted(here.rglob("*")) == before
 
 
@@ -229,7 +249,11 @@ def test_a_checkpoint_with_odd_values_is_refused(name, here, stopped, cases):
     before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
     found = said(train.main, ["--resume", "--out", "run"])
     *warnings, message = found.err.splitlines()
-    assert found.code == 2 and message.startswith("fastsmooth: error: ") and message.endswith(": start a new run")
+    assert (
+        found.code == 2
+        and message.startswith("fastsmooth: error: ")
+        and message.endswith(": start a new run")
+    )
     if name in ("a list", "a number"):  # passed over, as there may be one before
         assert "is damaged (it holds no state of a run)" in warnings[0] and len(warnings) == 1
     else:
@@ -238,7 +262,7 @@ def test_a_checkpoint_with_odd_values_is_refused(name, here, stopped, cases):
     assert after == before
 
 
-# Archives ---------------------------------------------------------------------------------------------------------------
+# Archives
 
 
 def member(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
@@ -260,7 +284,8 @@ def archives(target: Path) -> dict[str, bytes]:
         "a link outside": tar_of({}, member(out, tarfile.SYMTYPE, str(target)), written),
         "a relative link outside": tar_of({}, member(out, tarfile.SYMTYPE, f"../{up}"), written),
         "a link to a link": tar_of(
-            {}, member(f"{base}/b", tarfile.SYMTYPE, ".."), member(out, tarfile.SYMTYPE, f"b/{up}"), written
+            {}, member(f"{base}/b", tarfile.SYMTYPE, ".."),
+            member(out, tarfile.SYMTYPE, f"b/{up}"), written
         ),
         "a link to itself": tar_of({}, member(base, tarfile.SYMTYPE, base)),
         "a hard link outside": tar_of(
@@ -299,7 +324,7 @@ def test_a_hostile_archive_writes_nothing_elsewhere(name, here, monkeypatch, cas
         assert inside and (path.is_dir() or path.is_file() or path.is_symlink()), path
 
 
-# Text that is too large or too deep ---------------------------------------------------------------------------------------
+# Text that is too large or too deep
 
 
 @pytest.mark.parametrize("holes", [True, False])
@@ -314,7 +339,10 @@ def test_a_config_of_100_megabytes_is_refused_before_it_is_read(holes, here, mon
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     for main, argv in ((train.main, ["--config"]), (sweep.main, ["--out", "s", "--grid"])):
         message = refused(main, [*argv, "large.toml"])
-        assert "large.toml: it is larger than 64 kB" in message and "give a TOML file of flags" in message
+        assert (
+            "large.toml: it is larger than 64 kB" in message
+            and "give a TOML file of flags" in message
+        )
 
 
 DEEP_TOML = {
@@ -333,7 +361,11 @@ def test_deep_toml_is_refused(name, here, cases):
     Path("deep.toml").write_text(DEEP_TOML[name])
     for main, argv in ((train.main, ["--config"]), (sweep.main, ["--out", "s", "--grid"])):
         message = refused(main, [*argv, "deep.toml"])
-        assert "deep.toml" in message and "write plain lines such as lr = 0.1" in message and len(message) < 500
+        assert (
+            "deep.toml" in message
+            and "write plain lines such as lr = 0.1" in message
+            and len(message) < 500
+        )
 
 
 def deep_json(kind: str, depth: int) -> bytes:
@@ -342,7 +374,15 @@ def deep_json(kind: str, depth: int) -> bytes:
 
 
 DEPTHS = [300, 480, 700, 990, 100_000]  # around what Python's stack holds, by whichever code
-FILES = ["status.json", "summary.json", "critical.json", "noise.json", "sharpness.json", "metrics.jsonl", "config.json"]
+FILES = [
+    "status.json",
+    "summary.json",
+    "critical.json",
+    "noise.json",
+    "sharpness.json",
+    "metrics.jsonl",
+    "config.json",
+]
 
 
 def shown_run(name: str, **config) -> Path:
@@ -357,10 +397,13 @@ def shown_run(name: str, **config) -> Path:
         "lr": 0.1,
         "batch_size": 32,
     }
-    (folder / "config.json").write_text(json.dumps(settings | {"seed": 0, "mode": "normal"} | config))
+    (folder / "config.json").write_text(
+        json.dumps(settings | {"seed": 0, "mode": "normal"} | config)
+    )
     (folder / "status.json").write_text('{"state": "done", "reason": "", "step": 90}')
     rows = [
-        {"kind": "epoch", "epoch": k, "step": 45 * (k + 1), "samples": 1437 * (k + 1), "lr": 0.1, "batch_size": 32, "momentum": 0.0}
+        {"kind": "epoch", "epoch": k, "step": 45 * (k + 1), "samples": 1437 * (k + 1), "lr": 0.1,
+        "batch_size": 32, "momentum": 0.0}
         | {"delta": 0.1, "train_loss": 1.0 - k / 3, "test_acc": 0.5 + k / 5, "train_seconds": 1.0}
         for k in range(2)
     ]  # fmt: skip
@@ -371,7 +414,8 @@ def shown_run(name: str, **config) -> Path:
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_deep_json_in_a_run_is_named_or_shown_and_the_rest_is_shown(file, depth, here, cases):
-    """Below what the stack holds a deep value is one like others; above, the file is named, or its row counted."""
+    """Below what the stack holds a deep value is one like others; above, the file is named, or its
+    row counted."""
     if cases("deep JSON in run folders", 1, int(depth in (480, 100_000))) == 0:
         pytest.skip("with --full")
     for kind in ("lists", "objects"):
@@ -381,7 +425,11 @@ def test_deep_json_in_a_run_is_named_or_shown_and_the_rest_is_shown(file, depth,
         value = deep_json(kind, depth)
         if file == "metrics.jsonl":
             (folder / file).write_bytes(
-                (folder / file).read_bytes() + value + b'\n{"kind": "epoch", "epoch": ' + value + b"}\n"
+                (folder / file).read_bytes()
+                + value
+                + b'\n{"kind": "epoch", "epoch": '
+                + value
+                + b"}\n"
             )
         else:
             (folder / file).write_bytes(b'{"seed": 1, "state": "done", "a": ' + value + b"}")
@@ -392,7 +440,11 @@ def test_deep_json_in_a_run_is_named_or_shown_and_the_rest_is_shown(file, depth,
         assert found.code == 0, found
         page = Path("page/report.html").read_text()
         if depth == 100_000:
-            wanted = "2 torn lines of metrics.jsonl" if file == "metrics.jsonl" else f"{file} cannot be read"
+            wanted = (
+                "2 torn lines of metrics.jsonl"
+                if file == "metrics.jsonl"
+                else f"{file} cannot be read"
+            )
             assert wanted in page
         assert "good" in page and "deep" in page
 
@@ -404,20 +456,34 @@ def test_deep_json_is_one_line_of_every_other_command(file, here, stopped, cases
     entry = {"name": "run", "flags": ["--epochs=2"], "differs": {}}
     Path("runs/sweep.json").write_text(json.dumps({"runs": [entry]}))
     next(
-        iter(p for p in (Path("runs", file), Path("runs/run", file)) if file != "sweep.json" or p.parent.name == "runs")
+        iter(
+            p
+            for p in (Path("runs", file), Path("runs/run", file))
+            if file != "sweep.json" or p.parent.name == "runs"
+        )
     )
     place = Path("runs", file) if file == "sweep.json" else Path("runs/run", file)
     for depth in (480, 990, 100_000):
         place.write_bytes(b'{"state": ' + deep_json("lists", depth) + b"}")
         mains = {
             "status.json": [(train.main, ["--resume", "--out", "runs/run", "--lr", "0.3"])],
-            "config.json": [(train.main, ["--resume", "--out", "runs/run"]), (sharpness.main, ["runs/run", "--json"])],
-            "sharpness.json": [(sharpness.main, ["runs/run", "--json", "--samples", "2", "--batch", "2"])],
-            "sweep.json": [(sweep.main, ["--out", "runs"]), (sweep.main, ["--out", "runs", "--run", "0"])],
+            "config.json": [
+                (train.main, ["--resume", "--out", "runs/run"]),
+                (sharpness.main, ["runs/run", "--json"]),
+            ],
+            "sharpness.json": [
+                (sharpness.main, ["runs/run", "--json", "--samples", "2", "--batch", "2"])
+            ],
+            "sweep.json": [
+                (sweep.main, ["--out", "runs"]),
+                (sweep.main, ["--out", "runs", "--run", "0"]),
+            ],
         }[file]
         for main, argv in mains:
             message = refused(main, argv)
-            assert file in message or (file == "status.json" and "--lr 0.1, not 0.3" in message), message
+            assert file in message or (file == "status.json" and "--lr 0.1, not 0.3" in message), (
+                message
+            )
 
 
 @pytest.mark.parametrize("ends", [b"\n", b""])
@@ -441,7 +507,7 @@ def test_enormous_lines_of_metrics_are_counted_and_cost_little_memory(ends, here
     assert "2 torn lines of metrics.jsonl left out" in page and "70.00" in page
 
 
-# Markup -----------------------------------------------------------------------------------------------------------------
+# Markup
 
 MARKUP = [
     "<script>alert(1)</script>",
@@ -474,7 +540,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        self.addresses |= {value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "action")}
+        self.addresses |= {
+            value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "action")
+        }
 
     def handle_data(self, data):
         self.words += data
@@ -493,26 +561,59 @@ def test_markup_in_names_and_values_is_text_on_the_page(here, cases):
     count = cases("markup in run folders", len(MARKUP), len(MARKUP))
     for k, words in enumerate(MARKUP[:count]):
         name = f"{k} {words.replace('/', '-')}".replace("\0", "")
-        config = dict.fromkeys(("model", "dataset", "norm", "method", "optimizer", "augment", "wandb_project"), words)
+        config = dict.fromkeys(
+            ("model", "dataset", "norm", "method", "optimizer", "augment", "wandb_project"), words
+        )
         for seed in range(2):
-            folder = shown_run(f"{name}/{seed}", **config, **{words: words}, seed=seed, batch_size=8 * (k + 1))
-            (folder / "status.json").write_text(json.dumps({"state": words if seed else "done", "reason": words}))
-            (folder / "summary.json").write_text(json.dumps({"final_test_acc": words, words: words}))
-            entry = {"algorithm": words, "split": words, "rho": 0.1, "value": 1.0 + k, "adaptive": words}
+            folder = shown_run(
+                f"{name}/{seed}", **config, **{words: words}, seed=seed, batch_size=8 * (k + 1)
+            )
+            (folder / "status.json").write_text(
+                json.dumps({"state": words if seed else "done", "reason": words})
+            )
+            (folder / "summary.json").write_text(
+                json.dumps({"final_test_acc": words, words: words})
+            )
+            entry = {
+                "algorithm": words,
+                "split": words,
+                "rho": 0.1,
+                "value": 1.0 + k,
+                "adaptive": words,
+            }
             (folder / "sharpness.json").write_text(json.dumps({"results": [entry]}))
-        noise = {"step": 1, "batch_size": 8 * (k + 1), "noise_norm": 1.0, "noise_norm_se": words, "c2_sampled": 1.0}
-        noise["statistics"] = {"variance": {"value": 1.0}, "hill": [{"share": words, "value": words}], words: words}
+        noise = {
+            "step": 1,
+            "batch_size": 8 * (k + 1),
+            "noise_norm": 1.0,
+            "noise_norm_se": words,
+            "c2_sampled": 1.0,
+        }
+        noise["statistics"] = {
+            "variance": {"value": 1.0},
+            "hill": [{"share": words, "value": words}],
+            words: words,
+        }
         folder = shown_run(f"{name}/noise", **config | {"mode": "sampling"})
         (folder / "noise.json").write_text(json.dumps({"points": [noise], "optimizer": words}))
         crossings = {"0.5": {"step": 5 + k, "samples": 50, words: words}, "1.0": None}
-        found = {"crossings": crossings, "batch_size": 8 * (k + 1), "seed": 0, "momentum": 0.0, words: words}
+        found = {
+            "crossings": crossings,
+            "batch_size": 8 * (k + 1),
+            "seed": 0,
+            "momentum": 0.0,
+            words: words,
+        }
         folder = shown_run(f"{name}/critical", **config | {"mode": "critical", "optimizer": "sgd"})
         (folder / "critical.json").write_text(json.dumps(found))
     found = said(report.main, ["runs", "--out", "page"])
     assert found.code == 0, found
     page = assert_harmless(Path("page/report.html").read_text())
     for words in MARKUP[:count]:
-        assert words.split("alert")[0].replace("\u202e", "\ufffd").replace("\0", "\ufffd")[:12] in page.words, words
+        assert (
+            words.split("alert")[0].replace("\u202e", "\ufffd").replace("\0", "\ufffd")[:12]
+            in page.words
+        ), words
     for figure in Path("page/figures").glob("*.svg"):
         assert_harmless(figure.read_text())
     each = cases("markup in run folders, alone", len(MARKUP), 2)
@@ -523,15 +624,19 @@ def test_markup_in_names_and_values_is_text_on_the_page(here, cases):
         assert_harmless(Path("page/report.html").read_text())
 
 
-# Links, pipes and devices ---------------------------------------------------------------------------------------------
+# Links, pipes and devices
 
 
 def images(here: Path) -> Path:
-    names = [f"{split}/{c}/{k}.png" for split in ("train", "val") for c in ("ant", "bee") for k in (0, 1)]
+    names = [
+        f"{split}/{c}/{k}.png" for split in ("train", "val") for c in ("ant", "bee") for k in (0, 1)
+    ]
     return tree(here / "images", {name: noise() for name in names})
 
 
-LOOPS = {  # where the link is, where it leads, and how many images there are to train on, 0 where it is refused
+# where the link is, where it leads, and how many images there are to train on, 0 where it is
+# refused
+LOOPS = {
     "a class in itself": ("train/ant/loop", "../ant", 0),
     "the tree in itself": ("train/ant/loop", "../..", 0),
     "a folder of a link": ("train/ant/x/y", "../x", 0),
@@ -555,7 +660,18 @@ def test_a_loop_of_links_in_a_tree_ends(name, loader, here, cases):
     link.symlink_to(target)
     if "two" in name:
         (root / "train/ant/3.jpg").symlink_to("2.jpg")
-    argv = ["--dataset", "folder", "--data-dir", "images", "--loader", loader, "--batchsize", "2", "--epochs", "1"]
+    argv = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "images",
+        "--loader",
+        loader,
+        "--batchsize",
+        "2",
+        "--epochs",
+        "1",
+    ]
     argv += [
         "--model",
         "resnet8",
@@ -567,7 +683,9 @@ def test_a_loop_of_links_in_a_tree_ends(name, loader, here, cases):
     if count:
         assert found.code == 75 and f"{count} training and 4 test images" in found.out, found
     else:
-        assert found.code == 2 and len(found.err.splitlines()) == 1 and not Path("run").exists(), found
+        assert found.code == 2 and len(found.err.splitlines()) == 1 and not Path("run").exists(), (
+            found
+        )
         assert where in found.err and ("remove" in found.err or "repair" in found.err)
 
 
@@ -583,12 +701,27 @@ def test_a_pipe_or_a_device_among_images_is_named_and_nobody_waits(kind, loader,
         path.symlink_to(here / "pipe")
     else:
         path.symlink_to("/dev/null" if kind == "a device" else "/dev/zero")
-    argv = ["--dataset", "folder", "--data-dir", "images", "--loader", loader, "--batchsize", "2", "--model", "resnet8"]
+    argv = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "images",
+        "--loader",
+        loader,
+        "--batchsize",
+        "2",
+        "--model",
+        "resnet8",
+    ]
     argv += [] if loader == "resident" else ["--workers", "0" if loader == "torch" else "1"]
     message = refused(train.main, [*argv, "--out", "run"])
-    assert "images/train/ant/2.jpg: it is a pipe, a socket or a device, not a file: remove" in message
+    assert (
+        "images/train/ant/2.jpg: it is a pipe, a socket or a device, not a file: remove" in message
+    )
     assert not Path("run").exists()
-    found = said(train.main, [*argv, "--out", "run", "--on-bad-image", "zeros", "--max-time", "1e-3"])
+    found = said(
+        train.main, [*argv, "--out", "run", "--on-bad-image", "zeros", "--max-time", "1e-3"]
+    )
     assert found.code == 75 and "2.jpg" in found.err and "it is served black" in found.err, found
 
 
@@ -600,10 +733,15 @@ def test_a_pipe_or_a_device_for_a_file_of_flags_is_refused(here, cases):
             if path == "/dev/stdin" and os.path.isfile(os.path.realpath(path)):
                 continue
             message = refused(main, [*argv, path])
-            assert f"{argv[-1]} {path}: it is a pipe, a socket or a device" in message and "give a TOML file" in message
+            assert (
+                f"{argv[-1]} {path}: it is a pipe, a socket or a device" in message
+                and "give a TOML file" in message
+            )
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"]
+)
 @pytest.mark.parametrize("file", FILES)
 def test_a_pipe_or_a_device_in_a_run_folder_is_named_and_the_rest_is_shown(file, make, here, cases):
     cases("pipes and devices for files", 1, 1)
@@ -613,17 +751,22 @@ def test_a_pipe_or_a_device_in_a_run_folder_is_named_and_the_rest_is_shown(file,
     make(path)
     found = said(report.main, ["runs", "--out", "page"])
     if file == "config.json":
-        assert found.code == 2 and "runs/odd is not a run folder: its config.json is damaged" in found.err
+        assert (
+            found.code == 2
+            and "runs/odd is not a run folder: its config.json is damaged" in found.err
+        )
         return
     assert found.code == 0, found
     page = Path("page/report.html").read_text()
     assert f"{file} cannot be read" in page and "good" in page
 
 
-# The folder of a sweep --------------------------------------------------------------------------------------------------
+# The folder of a sweep
 
 
-@pytest.mark.parametrize("name", ["../../target", "..", ".", "", "/", "a/../../../target", "~", "$HOME", "x\0y", "-rf"])
+@pytest.mark.parametrize(
+    "name", ["../../target", "..", ".", "", "/", "a/../../../target", "~", "$HOME", "x\0y", "-rf"]
+)
 @pytest.mark.parametrize("argv", [["--run", "0"], []])
 def test_a_sweep_removes_and_runs_nothing_outside_its_folder(name, argv, here, monkeypatch, cases):
     cases("hostile sweep folders", 1, 1)
@@ -634,7 +777,8 @@ def test_a_sweep_removes_and_runs_nothing_outside_its_folder(name, argv, here, m
     Path("s/sweep.json").write_text(json.dumps({"runs": [entry]}))
     started: list = []
     monkeypatch.setattr(os, "execv", lambda *given: started.append(given))
-    monkeypatch.setattr(shutil, "rmtree", lambda *given: started.append(given))  # "/" is one of the names
+    # "/" is one of the names
+    monkeypatch.setattr(shutil, "rmtree", lambda *given: started.append(given))
     monkeypatch.setattr(sweep, "on_this_machine", lambda *given: started.append(given))
     before = outside(here)
     found = said(sweep.main, ["--out", "s", *argv])

@@ -1,4 +1,5 @@
-"""Odd and bad images through every loader: each is read as PIL reads it, or named in one line and, where asked, served black."""
+"""Odd and bad images through every loader: each is read as PIL reads it, or named in one line and,
+where asked, served black."""
 
 import os
 import struct
@@ -20,7 +21,8 @@ from fastsmooth.data.order import permutation
 from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 32
-TOLERANCE = {"resident": 0, "torch": 0, "threads": 0.05, "dali": 0.3}  # mean difference from PIL's pixels, of 255
+# mean difference from PIL's pixels, of 255
+TOLERANCE = {"resident": 0, "torch": 0, "threads": 0.05, "dali": 0.3}
 EXACT = 1e-4  # of 255: what normalising and back rounds off
 
 
@@ -62,7 +64,8 @@ def with_wrong_sum(kind: bytes) -> bytes:
 
 
 def with_wrong_pixels(share: float) -> bytes:
-    """A PNG with a bit flipped inside its compressed pixels, under the right check sum of the chunk."""
+    """A PNG with a bit flipped inside its compressed pixels, under the right check sum of the
+    chunk."""
     content = bytearray(encoded(picture(), "PNG"))
     at = content.index(b"IDAT")
     (length,) = struct.unpack(">I", content[at - 4 : at])
@@ -76,13 +79,17 @@ def bomb(width: int = 20_000, height: int = 20_000) -> bytes:
     """A valid PNG of one bit a pixel, all black: some kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     press = zlib.compressobj(1)
     rows = bytes(1 + (width + 7) // 8) * 100
     data = b"".join([*(press.compress(rows) for _ in range(height // 100)), press.flush()])
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def jpeg(image: Image.Image, **options) -> bytes:
@@ -137,21 +144,27 @@ ODD: dict[str, tuple[bytes, Callable[[bytes], None]]] = {  # file name, and what
     "a WebP": (b"x.webp", put(encoded(picture(), "WEBP"))),
     "a WebP named JPEG": (b"x.jpg", put(encoded(picture(), "WEBP"))),
     "a GIF named PNG": (b"x.png", put(encoded(picture(), "GIF"))),
-    "a JPEG that is to be turned": (b"x.jpg", put(jpeg(picture(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"))),
+    "a JPEG that is to be turned": (b"x.jpg", put(jpeg(picture(),
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"))),
     "a file that may not be read": (b"x.jpg", closed),
 }  # fmt: skip
 BAD = {
-    "half a JPEG", "the header of a JPEG", "half a progressive JPEG", "half a PNG", "no bytes", "a text", "a PNG whose pixels are damaged", "a PNG whose header has a wrong sum",
-    "a bomb of 20,000 x 20,000 pixels", "a link to nothing", "a link to itself", "a name that is not UTF-8 of a text",
+    "half a JPEG", "the header of a JPEG", "half a progressive JPEG", "half a PNG", "no bytes",
+    "a text", "a PNG whose pixels are damaged", "a PNG whose header has a wrong sum",
+    "a bomb of 20,000 x 20,000 pixels", "a link to nothing", "a link to itself",
+    "a name that is not UTF-8 of a text",
     "a name with a line break of a text", "a file that may not be read",
 }  # fmt: skip
-EITHER = {"a PNG whose pixels have a wrong sum", "a PNG whose last byte is damaged"}  # the pixels themselves are whole
+# the pixels themselves are whole
+EITHER = {"a PNG whose pixels have a wrong sum", "a PNG whose last byte is damaged"}
 VIEW = T.Compose([T.Resize(SIZE), T.CenterCrop(SIZE)])
 
 
 def pixels_of(x: torch.Tensor) -> torch.Tensor:
     """float64 [B, 3, SIZE, SIZE] between 0 and 255."""
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (x.double() * std + mean) * 255
 
 
@@ -161,10 +174,19 @@ def pil_view(path: bytes) -> torch.Tensor:
         return torch.from_numpy(np.array(VIEW(file.convert("RGB")))).permute(2, 0, 1).double()
 
 
-def read(root: Path, loader: str, workers: int, policy: str) -> tuple[torch.Tensor, list[str], dict]:
-    """The pixels of all training images, the lines that were said, and the reasons of bad images."""
+def read(
+    root: Path, loader: str, workers: int, policy: str
+) -> tuple[torch.Tensor, list[str], dict]:
+    """The pixels of all training images, the lines that were said, and the reasons of bad
+    images."""
     lines: list[str] = []
-    given = {"dataset": "folder", "data_dir": str(root), "loader": loader, "image_size": SIZE, "on_bad_image": policy}
+    given = {
+        "dataset": "folder",
+        "data_dir": str(root),
+        "loader": loader,
+        "image_size": SIZE,
+        "on_bad_image": policy,
+    }
     more = {} if loader == "resident" else {"workers": workers, "chunk": 3}
     data = open_data(resolve(given | more), CPU, lines.append)
     x = torch.cat([x for x, _ in data.train.batches(torch.arange(len(data.train)).split(2))])
@@ -173,11 +195,16 @@ def read(root: Path, loader: str, workers: int, policy: str) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize(("loader", "workers"), LOADERS)
-def test_an_odd_image_is_read_right_or_named_and_its_neighbours_are_as_before(tmp_path, loader, workers, name, cases):
+def test_an_odd_image_is_read_right_or_named_and_its_neighbours_are_as_before(
+    tmp_path, loader, workers, name, cases
+):
     if cases("odd images, loader by loader", 1, int(loader != "torch")) == 0:
         pytest.skip("with --full: PyTorch's DataLoader, which is not what reads images by itself")
     good = {
-        f"{split}/{c}/{k}.png": picture(50 + k) for split in ("train", "val") for c in ("ant", "bee") for k in (1, 2)
+        f"{split}/{c}/{k}.png": picture(50 + k)
+        for split in ("train", "val")
+        for c in ("ant", "bee")
+        for k in (1, 2)
     }
     root = tree(tmp_path / "images", good)
     file, make = ODD[name]
@@ -196,7 +223,9 @@ def test_an_odd_image_is_read_right_or_named_and_its_neighbours_are_as_before(tm
     assert name in EITHER or bool(refusal) == (name in BAD)
     if refusal:
         assert len(refusal.splitlines()) == 1 and refusal.startswith(f"{shown}: "), refusal
-        assert ": remove" in refusal and refusal.endswith("; or serve it black with --on-bad-image zeros")
+        assert ": remove" in refusal and refusal.endswith(
+            "; or serve it black with --on-bad-image zeros"
+        )
         found, lines, reasons = read(root, loader, workers, "zeros")
         assert list(reasons) == [os.fsdecode(path)] and len(lines) == 1
         assert lines[0].startswith(f"{shown}: ") and lines[0].endswith("; it is served black")
@@ -214,20 +243,25 @@ def test_an_odd_image_is_read_right_or_named_and_its_neighbours_are_as_before(tm
 def test_a_folder_that_is_called_like_an_image_is_a_folder(tmp_path, loader, workers, cases):
     cases("odd images, loader by loader", 1, 1)
     files = {f"{split}/{c}/1.png": picture() for split in ("train", "val") for c in ("ant", "bee")}
-    root = tree(tmp_path / "images", files | {"train/ant/x.jpg/inside.png": picture(70), "train/ant/y.png": None})
+    root = tree(
+        tmp_path / "images",
+        files | {"train/ant/x.jpg/inside.png": picture(70), "train/ant/y.png": None},
+    )
     found, lines, _ = read(root, loader, workers, "raise")
     assert len(found) == 3 and not lines
     inside = os.fsencode(root / "train/ant/x.jpg/inside.png")
     assert (found[1] - pil_view(inside)).abs().mean() <= TOLERANCE[loader] + EXACT
 
 
-# Files that change, and files that are damaged -----------------------------------------------------------------------
+# Files that change, and files that are damaged
 
-INDEXED = [pair for pair in LOADERS if pair[0] != "resident"]  # which decodes everything once, at the start
+# which decodes everything once, at the start
+INDEXED = [pair for pair in LOADERS if pair[0] != "resident"]
 
 
 def replaced(path: Path, content: bytes, disguised: bool) -> None:
-    """Another image in the file's place; disguised: of as many bytes and the same time of modification."""
+    """Another image in the file's place; disguised: of as many bytes and the same time of
+    modification."""
     before = os.stat(path)
     if disguised:
         content += bytes(before.st_size - len(content))  # behind what a decoder reads
@@ -237,7 +271,9 @@ def replaced(path: Path, content: bytes, disguised: bool) -> None:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("disguised", [False, True], ids=["as it comes", "of the same bytes and time"])
+@pytest.mark.parametrize(
+    "disguised", [False, True], ids=["as it comes", "of the same bytes and time"]
+)
 @pytest.mark.parametrize("augment", ["none", "resized-crop-flip"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(("loader", "workers"), INDEXED)
@@ -249,10 +285,19 @@ def test_an_image_that_is_replaced_by_one_of_another_size_under_a_run_is_bad(
         pytest.skip("with --full")
     suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
     files = {
-        f"{split}/{c}/{k}.{suffix}": encoded(picture(), kind) for split in ("train", "val") for c in "ab" for k in "12"
+        f"{split}/{c}/{k}.{suffix}": encoded(picture(), kind)
+        for split in ("train", "val")
+        for c in "ab"
+        for k in "12"
     }
     root = tree(tmp_path / "images", files)
-    given = {"dataset": "folder", "data_dir": str(root), "loader": loader, "image_size": SIZE, "augment": augment}
+    given = {
+        "dataset": "folder",
+        "data_dir": str(root),
+        "loader": loader,
+        "image_size": SIZE,
+        "augment": augment,
+    }
     given |= {"workers": workers, "chunk": 2}
     lines: list[str] = []
     train = open_data(resolve(given), CPU).train
@@ -263,12 +308,15 @@ def test_an_image_that_is_replaced_by_one_of_another_size_under_a_run_is_bad(
     with pytest.raises(DataError) as error:
         every_batch(train, 2, epoch=1)
     assert str(error.value) == (
-        f"{path}: 30 x 40 pixels, which was 60 x 44 when the run began: put the old image back, or start a new run; "
+        f"{path}: 30 x 40 pixels, which was 60 x 44 when the run began: put the old image back, or "
+        "start a new run; "
         "or serve it black with --on-bad-image zeros"
     )
     after = every_batch(black, 2, epoch=1)
     assert (
-        len(lines) == 1 and lines[0].startswith(f"{path}: 30 x 40 pixels") and lines[0].endswith("it is served black")
+        len(lines) == 1
+        and lines[0].startswith(f"{path}: 30 x 40 pixels")
+        and lines[0].endswith("it is served black")
     )
     order = permutation(0, 1, 4).tolist()
     for place, (old, new) in enumerate(
@@ -287,7 +335,10 @@ def test_an_image_that_is_replaced_by_one_of_another_size_under_a_run_is_bad(
 def whole(rng: np.random.Generator) -> bytes:
     """A JPEG of some kind."""
     image = picture(int(rng.integers(40, 90)), int(rng.integers(40, 90)))
-    options = {"progressive": bool(rng.integers(2)), "restart_marker_blocks": int(rng.integers(2)) * 3}
+    options = {
+        "progressive": bool(rng.integers(2)),
+        "restart_marker_blocks": int(rng.integers(2)) * 3,
+    }
     return jpeg(image.convert("L") if rng.integers(4) == 0 else image, **options)
 
 
@@ -327,15 +378,23 @@ DAMAGE = (cut, without_end, flipped, zeroed, shortened, with_marker, with_second
 
 
 @pytest.mark.parametrize(("loader", "workers"), INDEXED)
-def test_every_loader_finds_the_same_damaged_jpegs_bad(tmp_path, loader, workers, cases, imagenet_folder):
+def test_every_loader_finds_the_same_damaged_jpegs_bad(
+    tmp_path, loader, workers, cases, imagenet_folder
+):
     number = cases("damaged JPEGs, loader by loader", 449, 56 * (loader != "torch"))
     if number == 0:
         pytest.skip("with --full: PyTorch's DataLoader decodes as this test does")
     rng = np.random.default_rng(3)
     photos = sorted(imagenet_folder.glob("train/*/*"))[:: max(1, 128 * 7 // number)]
-    files: dict[str, Image.Image | bytes] = {f"val/{c}/1.png": picture() for c in "ab"} | {"train/b/1.png": picture()}
+    files: dict[str, Image.Image | bytes] = {f"val/{c}/1.png": picture() for c in "ab"} | {
+        "train/b/1.png": picture()
+    }
     for k in range(number):
-        content = bytearray(photos[k // 7 % len(photos)].read_bytes() if k % 14 >= 7 and number > 100 else whole(rng))
+        content = bytearray(
+            photos[k // 7 % len(photos)].read_bytes()
+            if k % 14 >= 7 and number > 100
+            else whole(rng)
+        )
         at = int(rng.integers(len(content) // 3, len(content) - 2))
         files[f"train/a/{k:03}.jpg"] = bytes(DAMAGE[k % 7](content, at, rng))
     root = tree(tmp_path / "images", files)
@@ -352,7 +411,8 @@ def test_every_loader_finds_the_same_damaged_jpegs_bad(tmp_path, loader, workers
     assert reasons.keys() == bad.keys()
     assert len(bad) > number // 4 and len(good) > number // 4
     for k, expected in good.items():
-        assert (found[k] - expected).abs().mean() <= 1, (k, DAMAGE[k % 7])  # a photo brought to SIZE differs by 0.2
+        # a photo brought to SIZE differs by 0.2
+        assert (found[k] - expected).abs().mean() <= 1, (k, DAMAGE[k % 7])
 
 
 def test_black_images_are_counted_in_the_summary_of_a_run(tmp_path, monkeypatch, cases):
@@ -364,9 +424,28 @@ def test_black_images_are_counted_in_the_summary_of_a_run(tmp_path, monkeypatch,
 
     cases("a run with black images", 1, 1)
     monkeypatch.chdir(tmp_path)
-    files = {f"{split}/{c}/{k}.png": picture() for split in ("train", "val") for c in ("ant", "bee") for k in (1, 2)}
-    tree(Path("images"), files | {"train/ant/x.jpg": b"text", "train/bee/x.png": b"", "val/ant/x.png": b"text"})
-    argv = ["--dataset", "folder", "--data-dir", "images", "--model", "resnet8", "--epochs", "2", "--batchsize", "2"]
+    files = {
+        f"{split}/{c}/{k}.png": picture()
+        for split in ("train", "val")
+        for c in ("ant", "bee")
+        for k in (1, 2)
+    }
+    tree(
+        Path("images"),
+        files | {"train/ant/x.jpg": b"text", "train/bee/x.png": b"", "val/ant/x.png": b"text"},
+    )
+    argv = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "images",
+        "--model",
+        "resnet8",
+        "--epochs",
+        "2",
+        "--batchsize",
+        "2",
+    ]
     found = said(main, [*argv, "--on-bad-image", "zeros", "--out", "run"])
     assert found.code == 0 and "3 images could not be read and were served black" in found.out
     assert json.loads(Path("run/summary.json").read_text())["bad_images"] == 3

@@ -1,7 +1,8 @@
-"""Bad input to every command: one line that names the thing and a remedy, exit code 2, nothing written, no traceback.
+"""Bad input to every command: one line that names the thing and a remedy, exit code 2, nothing
+written, no traceback.
 
-First tables of inputs that people give, then random command lines and damaged files. Everything runs in this process, but
-for a few real ones at the end.
+First tables of inputs that people give, then random command lines and damaged files. Everything
+runs in this process, but for a few real ones at the end.
 """
 
 import argparse
@@ -42,7 +43,9 @@ COMMANDS: dict[str, Main] = {
 def listing(directory: Path) -> dict[str, bytes | None]:
     """Every file and folder; of links and special files the names alone."""
     return {
-        str(p.relative_to(directory)): p.read_bytes() if p.is_file() and not p.is_symlink() else None
+        str(p.relative_to(directory)): p.read_bytes()
+        if p.is_file() and not p.is_symlink()
+        else None
         for p in directory.rglob("*")
     }
 
@@ -65,7 +68,8 @@ def assert_refused(command: str, argv: list[str], words: list[str], here: Path) 
 
 
 def table(command: str, *rows: str) -> list[tuple[str, list[str], list[str]]]:
-    """(command, argv, words of the answer) of lines like "--lr 0 => above 0 | --lr": ~ stands for a space, "" for nothing."""
+    """(command, argv, words of the answer) of lines like "--lr 0 => above 0 | --lr": ~ stands for a
+    space, "" for nothing."""
     found = []
     for row in rows:
         line, _, answer = row.partition(" => ")
@@ -74,7 +78,7 @@ def table(command: str, *rows: str) -> list[tuple[str, list[str], list[str]]]:
     return found
 
 
-# Command lines ----------------------------------------------------------------------------------------------------------
+# Command lines
 
 FLAGS = [
     *table(
@@ -84,7 +88,8 @@ FLAGS = [
         "--LR 0.1 => unknown flag --LR | did you mean --lr?",
         "lr=0.1 => unexpected 'lr=0.1' | did you mean --lr?",
         "--lr=-- => --lr=-- | is no value",
-        "--lr 0.1 0.2 => unexpected '0.2' | --lr takes one value | python -m fastsmooth.sweep does a run for each",
+        "--lr 0.1 0.2 => unexpected '0.2' | --lr takes one value | python -m fastsmooth.sweep "
+        "does a run for each",
         '--lr "" => --lr | not a number',
         "--lr ~ => --lr | not a number",
         "--lr 0,1 => --lr | '0,1' is not a number",
@@ -156,9 +161,11 @@ FLAGS = [
         "--precision float16 => --precision float16 | choose from",
         "--augment it's => --augment | choose from",
         "--sync-bn --micro-batch 4 => --sync-bn | --micro-batch | leave one of them out",
-        "--loader resident --augment resized-crop-flip --dataset imagenet => --augment | use --loader torch",
+        "--loader resident --augment resized-crop-flip --dataset imagenet => --augment | use "
+        "--loader torch",
         "--plan --plan=yes => --plan | ignored explicit argument",
-        "--plan --json --check => unknown flag --check | did you mean --checkpoint-every or --check-data?",
+        "--plan --json --check => unknown flag --check | did you mean --checkpoint-every or "
+        "--check-data?",
         "--config => --config | expected one argument",
         "--config /dev/zero => --config /dev/zero | a device, not a file | give a TOML file",
         "--config . => --config . | directory | give a TOML file",
@@ -255,7 +262,9 @@ def test_a_bad_flag_is_one_line(command, argv, words, here, cases):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("word", ["x" * 100_000, "." * 100_000, "--" + "y" * 100_000, "é" * 50_000 + "=", "1" * 10_000])
+@pytest.mark.parametrize(
+    "word", ["x" * 100_000, "." * 100_000, "--" + "y" * 100_000, "é" * 50_000 + "=", "1" * 10_000]
+)
 def test_a_very_long_word_is_named_by_its_beginning(command, word, here, cases):
     cases("very long words", 1, 1)
     before = listing(here)
@@ -269,8 +278,10 @@ def test_a_very_long_word_is_named_by_its_beginning(command, word, here, cases):
 
 PLANS = [
     "--method hybrid --decay-epoch 1 --epochs 4000",  # 1.5^3999 is no float
-    "--method batch --decay-epoch 1 --epochs 4000 --dataset folder",  # 2^3999 is none that a loader takes
-    "--method batch --decay-epoch 1 --epochs 4000",  # its target falls to 0, which nothing can be divided by
+    # 2^3999 is none that a loader takes
+    "--method batch --decay-epoch 1 --epochs 4000 --dataset folder",
+    # its target falls to 0, which nothing can be divided by
+    "--method batch --decay-epoch 1 --epochs 4000",
     "--method beta-batch --optimizer nshb --power 1e6",
     "--method lr-batch --c2 1e-100 --power 5000",
     "--method lr-batch --c2 1e100 --lr 1e-100 --optimizer qhm --nu 1",
@@ -278,7 +289,8 @@ PLANS = [
     "--method exp --gamma 1e-100",
     "--method beta --optimizer shb --beta 0.9999999999999999 --c2 1e100 --k2 1e100 --lr 1e100",
     "--budget updates=1000 --method hybrid --compat original",
-    "--method hybrid --decay-epoch 1 --epochs 4000 --compat original --batchsize 1",  # int(1.5) stays 1
+    # int(1.5) stays 1
+    "--method hybrid --decay-epoch 1 --epochs 4000 --compat original --batchsize 1",
     "--method beta-batch --optimizer nshb --power 1e100 --compat original",
     "--method lr-batch --compat original --epochs 1 --decay-epoch 3 --eps 2 --steps 4",
     "--mode sampling --steps 0 674 3",
@@ -294,7 +306,7 @@ def test_an_extreme_schedule_is_planned(line, form, cases):
     assert "-inf" not in found.out
 
 
-# TOML files ---------------------------------------------------------------------------------------------------------------
+# TOML files
 
 TOML = {
     "no TOML": ("lr 0.1", ["not TOML", "line 1"]),
@@ -370,16 +382,20 @@ def test_a_bad_grid_file_is_one_line(name, here, cases):
     text, words = (TOML | OF_SWEEP)[name]
     Path("grid.toml").write_text(text, encoding="utf-8")
     named = [] if name in OF_ALL_FLAGS else ["--grid grid.toml"]
-    words = [word.replace("expected one argument", "expected at least one argument") for word in words]
+    words = [
+        word.replace("expected one argument", "expected at least one argument") for word in words
+    ]
     assert_refused("sweep", ["--out", "s", "--grid", "grid.toml"], [*named, *words], here)
 
 
-# Data ---------------------------------------------------------------------------------------------------------------------
+# Data
 
 
 def both(root: Path, files: dict | None = None) -> Path:
     """A tree of images with two good classes a split, and `files` over it."""
-    good = {f"{split}/{name}/0.png": noise() for split in ("train", "val") for name in ("ant", "bee")}
+    good = {
+        f"{split}/{name}/0.png": noise() for split in ("train", "val") for name in ("ant", "bee")
+    }
     return tree(root, good | (files or {}))
 
 
@@ -418,48 +434,110 @@ def with_socket(root: Path) -> None:
 TREES = {
     "nothing": (lambda root: None, ["no such directory", "it must hold train/"]),
     "a file": (lambda root: root.write_text("x"), ["no such directory", "it must hold train/"]),
-    "a link to nothing": (lambda root: root.symlink_to("nowhere"), ["no such directory", "it must hold train/"]),
-    "a link to itself": (lambda root: root.symlink_to(root.name), ["no such directory", "it must hold train/"]),
+    "a link to nothing": (
+        lambda root: root.symlink_to("nowhere"),
+        ["no such directory", "it must hold train/"],
+    ),
+    "a link to itself": (
+        lambda root: root.symlink_to(root.name),
+        ["no such directory", "it must hold train/"],
+    ),
     "a pipe": (lambda root: os.mkfifo(root), ["no such directory", "it must hold train/"]),
     "an empty folder": (lambda root: root.mkdir(), ["has no train/", "wants train/CLASS/IMAGE"]),
     "no train": (without("train"), ["has no train/", "wants train/CLASS/IMAGE"]),
     "no val": (without("val"), ["has no val/ or test/", "wants train/CLASS/IMAGE"]),
-    "a file train": (lambda root: tree(root, {"train": b"x", "val/a/0.png": noise()}), ["has no train/", "wants"]),
+    "a file train": (
+        lambda root: tree(root, {"train": b"x", "val/a/0.png": noise()}),
+        ["has no train/", "wants"],
+    ),
     "a link train to itself": (with_link("more/x", "y"), []),
-    "no classes": (without("train/ant", "train/bee"), ["train has 0 class folders", "at least two are needed"]),
-    "one class": (without("train/bee", "val/bee"), ["train has 1 class folders", "at least two are needed"]),
+    "no classes": (
+        without("train/ant", "train/bee"),
+        ["train has 0 class folders", "at least two are needed"],
+    ),
+    "one class": (
+        without("train/bee", "val/bee"),
+        ["train has 1 class folders", "at least two are needed"],
+    ),
     "a class in val alone": (without("train/bee"), ["at least two are needed"]),
     "no images to train on": (
         without("train/ant/0.png", "train/bee/0.png"),
         ["train has no images", "looked for .bmp"],
     ),
-    "no images to test on": (without("val/ant/0.png", "val/bee/0.png"), ["val has no images", "looked for .bmp"]),
-    "images in no class": (
-        lambda root: tree(root, {"train/0.png": noise(), "train/1.png": noise(), "val/0.png": noise()}),
-        ["train has 0 class folders", "at least two are needed", "sort them into images/train/CLASS/"],
+    "no images to test on": (
+        without("val/ant/0.png", "val/bee/0.png"),
+        ["val has no images", "looked for .bmp"],
     ),
-    "an extra class in val": (with_files({"val/cat/0.png": noise()}), ["class folder 'cat'", "remove it or add it"]),
-    "a class that is a link to itself": (with_link("train/loop", "loop"), ["train/loop", "symbolic links", "repair"]),
-    "an image that is a link to itself": (with_link("train/ant/1.png", "1.png"), ["ant/1.png", "remove or replace it"]),
-    "an image that is a link to nothing": (with_link("val/bee/1.jpg", "gone"), ["bee/1.jpg", "No such file", "remove"]),
+    "images in no class": (
+        lambda root: tree(
+            root, {"train/0.png": noise(), "train/1.png": noise(), "val/0.png": noise()}
+        ),
+        [
+            "train has 0 class folders",
+            "at least two are needed",
+            "sort them into images/train/CLASS/",
+        ],
+    ),
+    "an extra class in val": (
+        with_files({"val/cat/0.png": noise()}),
+        ["class folder 'cat'", "remove it or add it"],
+    ),
+    "a class that is a link to itself": (
+        with_link("train/loop", "loop"),
+        ["train/loop", "symbolic links", "repair"],
+    ),
+    "an image that is a link to itself": (
+        with_link("train/ant/1.png", "1.png"),
+        ["ant/1.png", "remove or replace it"],
+    ),
+    "an image that is a link to nothing": (
+        with_link("val/bee/1.jpg", "gone"),
+        ["bee/1.jpg", "No such file", "remove"],
+    ),
     "an image that is a link to a folder": (with_link("train/ant/1.png", "../bee"), []),
     "a folder that is a link to what it is in": (
         with_link("train/ant/x", ".."),
         ["train/ant/x", "without end", "remove"],
     ),
-    "an empty class": (with_files({"train/cow": None}), ["train/cow has no images", "put some there or remove"]),
-    "a class of hidden files": (with_files({"train/cow/._1.png": noise()}), ["train/cow has no images"]),
+    "an empty class": (
+        with_files({"train/cow": None}),
+        ["train/cow has no images", "put some there or remove"],
+    ),
+    "a class of hidden files": (
+        with_files({"train/cow/._1.png": noise()}),
+        ["train/cow has no images"],
+    ),
     "a val without class folders": (
-        lambda root: tree(root, {"train/a/0.png": noise(), "train/b/0.png": noise(), "val/0.png": noise()}),
+        lambda root: tree(
+            root, {"train/a/0.png": noise(), "train/b/0.png": noise(), "val/0.png": noise()}
+        ),
         ["val has no images", "lie there without them", "sort them into images/val/CLASS/"],
     ),
-    "a class that val spells otherwise": (with_files({"val/Ant/0.png": noise()}), ["'Ant'", "it has 'ant'"]),
-    "an image that is a device": (with_link("train/ant/1.png", "/dev/zero"), ["ant/1.png", "a device", "remove"]),
+    "a class that val spells otherwise": (
+        with_files({"val/Ant/0.png": noise()}),
+        ["'Ant'", "it has 'ant'"],
+    ),
+    "an image that is a device": (
+        with_link("train/ant/1.png", "/dev/zero"),
+        ["ant/1.png", "a device", "remove"],
+    ),
     "an image that is a socket": (with_socket, ["ant/1.png", "a socket", "remove"]),
-    "an image that is empty": (with_files({"train/ant/1.png": b""}), ["ant/1.png", "not an image", "remove it"]),
-    "an image that is a page": (with_files({"val/ant/1.jpg": b"<html>404</html>"}), ["ant/1.jpg", "remove it"]),
-    "an image of one row": (with_files({"train/ant/1.png": noise((4001, 1))}), ["4001 x 1", "remove or replace it"]),
-    "an image of one column": (with_files({"train/ant/1.png": noise((1, 4001))}), ["1 x 4001", "remove or replace it"]),
+    "an image that is empty": (
+        with_files({"train/ant/1.png": b""}),
+        ["ant/1.png", "not an image", "remove it"],
+    ),
+    "an image that is a page": (
+        with_files({"val/ant/1.jpg": b"<html>404</html>"}),
+        ["ant/1.jpg", "remove it"],
+    ),
+    "an image of one row": (
+        with_files({"train/ant/1.png": noise((4001, 1))}),
+        ["4001 x 1", "remove or replace it"],
+    ),
+    "an image of one column": (
+        with_files({"train/ant/1.png": noise((1, 4001))}),
+        ["1 x 4001", "remove or replace it"],
+    ),
 }
 FINE = {name for name, (_, words) in TREES.items() if not words}
 
@@ -476,8 +554,14 @@ def test_bad_data_is_one_line(name, loader, here, cases):
 
 CIFAR = "cifar-10-batches-py"
 CIFARS = {
-    "a file for the folder": (lambda: Path("data").write_text("x"), ["--data-dir data", "File exists", "repair"]),
-    "an empty folder": (lambda: Path("data", CIFAR).mkdir(parents=True), [f"{CIFAR}/data_batch_1", "fetch it again"]),
+    "a file for the folder": (
+        lambda: Path("data").write_text("x"),
+        ["--data-dir data", "File exists", "repair"],
+    ),
+    "an empty folder": (
+        lambda: Path("data", CIFAR).mkdir(parents=True),
+        [f"{CIFAR}/data_batch_1", "fetch it again"],
+    ),
     "a folder for a batch": (
         lambda: Path("data", CIFAR, "data_batch_1").mkdir(parents=True),
         ["data_batch_1", "Is a directory", "fetch it again"],
@@ -486,7 +570,10 @@ CIFARS = {
         lambda: tree(Path("data"), {"cifar-10-python.tar.gz": b""}),
         ["cifar-10-python.tar.gz", "MD5", "fetch it again"],
     ),
-    "a batch of nothing": (lambda: tree(Path("data"), {f"{CIFAR}/data_batch_1": b""}), ["MD5", "fetch it again"]),
+    "a batch of nothing": (
+        lambda: tree(Path("data"), {f"{CIFAR}/data_batch_1": b""}),
+        ["MD5", "fetch it again"],
+    ),
 }
 
 
@@ -512,14 +599,20 @@ def test_a_download_that_fails_is_one_line_and_keeps_what_it_has(here, monkeypat
     assert_refused("train", ["--dataset", "cifar10"], words, here)
 
 
-# Run folders --------------------------------------------------------------------------------------------------------------
+# Run folders
 
 
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory) -> Path:
     """A run that --max-time stopped in its first updates."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    assert said(train.main, ["--out", str(out), "--max-time", "1e-3", "--epochs", "2", "--log-every", "1"]).code == 75
+    assert (
+        said(
+            train.main,
+            ["--out", str(out), "--max-time", "1e-3", "--epochs", "2", "--log-every", "1"],
+        ).code
+        == 75
+    )
     return out
 
 
@@ -550,10 +643,22 @@ def instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]
 DAMAGED, NOT_ONE = "is damaged", "is this a run folder?"
 RUNS = {
     "no config": (instead("config.json", lambda path: None), ["config.json", NOT_ONE]),
-    "a folder for the config": (instead("config.json", Path.mkdir), ["config.json", "directory", NOT_ONE]),
-    "a pipe for the config": (instead("config.json", os.mkfifo), ["config.json", "a pipe", NOT_ONE]),
-    "a device for the config": (instead("config.json", lambda path: path.symlink_to("/dev/zero")), ["device", NOT_ONE]),
-    "a config that links to itself": (instead("config.json", lambda p: p.symlink_to(p.name)), ["config.json", NOT_ONE]),
+    "a folder for the config": (
+        instead("config.json", Path.mkdir),
+        ["config.json", "directory", NOT_ONE],
+    ),
+    "a pipe for the config": (
+        instead("config.json", os.mkfifo),
+        ["config.json", "a pipe", NOT_ONE],
+    ),
+    "a device for the config": (
+        instead("config.json", lambda path: path.symlink_to("/dev/zero")),
+        ["device", NOT_ONE],
+    ),
+    "a config that links to itself": (
+        instead("config.json", lambda p: p.symlink_to(p.name)),
+        ["config.json", NOT_ONE],
+    ),
     "an empty config": (put("config.json", ""), ["config.json", DAMAGED]),
     "half a config": (put("config.json", '{"dataset": "digi'), ["config.json", DAMAGED]),
     "a config of bytes": (put("config.json", b"\xff\xfe"), ["config.json", DAMAGED]),
@@ -565,28 +670,67 @@ RUNS = {
         put("config.json", '{"lr": ' + "[" * 900 + "]" * 900 + "}"),
         ["config.json", DAMAGED, "it lacks"],
     ),
-    "a config with a huge number": (put("config.json", '{"lr": 1' + "0" * 9000 + "}"), ["config.json", DAMAGED]),
-    "a config with a large number": (edit("config.json", epochs=10**400), ["config.json", "--epochs", "out of range"]),
-    "a config that asks for help": (edit("config.json", help=True), ["config.json", DAMAGED, "help"]),
-    "a config that asks for a plan": (edit("config.json", plan=True), ["config.json", DAMAGED, "plan"]),
+    "a config with a huge number": (
+        put("config.json", '{"lr": 1' + "0" * 9000 + "}"),
+        ["config.json", DAMAGED],
+    ),
+    "a config with a large number": (
+        edit("config.json", epochs=10**400),
+        ["config.json", "--epochs", "out of range"],
+    ),
+    "a config that asks for help": (
+        edit("config.json", help=True),
+        ["config.json", DAMAGED, "help"],
+    ),
+    "a config that asks for a plan": (
+        edit("config.json", plan=True),
+        ["config.json", DAMAGED, "plan"],
+    ),
     "a config with a config": (edit("config.json", config="x"), ["config.json", DAMAGED, "config"]),
-    "a config with an unknown key": (edit("config.json", colour=1), ["config.json", "unknown flag --colour"]),
+    "a config with an unknown key": (
+        edit("config.json", colour=1),
+        ["config.json", "unknown flag --colour"],
+    ),
     "a config with an empty key": (edit("config.json", **{"": 1}), ["config.json", "is no flag"]),
     "a word for lr": (edit("config.json", lr="fast"), ["config.json", "--lr", "not a number"]),
     "a list for lr": (edit("config.json", lr=[0.1, 0.2]), ["config.json", "unexpected '0.2'"]),
     "a table for lr": (edit("config.json", lr={"a": 1}), ["config.json", "[lr] is a table"]),
-    "a switch for lr": (edit("config.json", lr=True), ["config.json", "--lr", "expected one argument"]),
-    "a number for the method": (edit("config.json", method=3), ["config.json", "--method 3", "choose from"]),
-    "a surrogate for the model": (edit("config.json", model="\ud800"), ["config.json", "--model", "not UTF-8"]),
-    "a line break in the project": (edit("config.json", wandb_project="a\nb"), ["config.json", "line break"]),
-    "another model": (edit("config.json", model="resnet20"), ["checkpoint is not of this run", "start a new run"]),
-    "a model that is none": (edit("config.json", model="resnet9"), ["--model resnet9", "torchvision/NAME"]),
+    "a switch for lr": (
+        edit("config.json", lr=True),
+        ["config.json", "--lr", "expected one argument"],
+    ),
+    "a number for the method": (
+        edit("config.json", method=3),
+        ["config.json", "--method 3", "choose from"],
+    ),
+    "a surrogate for the model": (
+        edit("config.json", model="\ud800"),
+        ["config.json", "--model", "not UTF-8"],
+    ),
+    "a line break in the project": (
+        edit("config.json", wandb_project="a\nb"),
+        ["config.json", "line break"],
+    ),
+    "another model": (
+        edit("config.json", model="resnet20"),
+        ["checkpoint is not of this run", "start a new run"],
+    ),
+    "a model that is none": (
+        edit("config.json", model="resnet9"),
+        ["--model resnet9", "torchvision/NAME"],
+    ),
     "a data set that is not here": (
         edit("config.json", dataset="imagenet"),
         ["--data-dir data", "it must hold train/"],
     ),
-    "a folder of metrics": (instead("metrics.jsonl", Path.mkdir), ["metrics.jsonl", "choose another folder"]),
-    "a pipe of metrics": (instead("metrics.jsonl", os.mkfifo), ["metrics.jsonl", "a pipe", "choose another folder"]),
+    "a folder of metrics": (
+        instead("metrics.jsonl", Path.mkdir),
+        ["metrics.jsonl", "choose another folder"],
+    ),
+    "a pipe of metrics": (
+        instead("metrics.jsonl", os.mkfifo),
+        ["metrics.jsonl", "a pipe", "choose another folder"],
+    ),
     "shorter metrics": (put("metrics.jsonl", ""), ["metrics.jsonl", "shorter", "it was changed"]),
     "a folder for the lock": (instead(".lock", Path.mkdir), [".lock", "choose another folder"]),
 }
@@ -604,7 +748,9 @@ def test_a_bad_run_folder_is_one_line(name, stopped, here, cases):
 OF_CONFIG = [name for name in RUNS if "config" in name and name != "a config that links to itself"]
 
 
-@pytest.mark.parametrize("name", [*OF_CONFIG, "a word for lr", "a list for lr", "a surrogate for the model"])
+@pytest.mark.parametrize(
+    "name", [*OF_CONFIG, "a word for lr", "a list for lr", "a surrogate for the model"]
+)
 def test_sharpness_of_a_bad_run_folder_is_one_line(name, stopped, here, cases):
     cases("bad run folders", 1, 1)
     damage, words = RUNS[name]
@@ -617,8 +763,10 @@ def test_sharpness_of_a_bad_run_folder_is_one_line(name, stopped, here, cases):
 
 
 CHANGES = {
-    "lr": "0.5", "epochs": "3", "batchsize": "8", "seed": "1", "method": "exp", "optimizer": "shb", "model": "resnet20",
-    "norm": "group", "weight-decay": "0.1", "log-every": "7", "checkpoint-every": "9", "dataset": "cifar10", "augment": "crop-flip",
+    "lr": "0.5", "epochs": "3", "batchsize": "8", "seed": "1", "method": "exp", "optimizer": "shb",
+    "model": "resnet20",
+    "norm": "group", "weight-decay": "0.1", "log-every": "7", "checkpoint-every": "9",
+    "dataset": "cifar10", "augment": "crop-flip",
     "precision": "bf16", "budget": "updates=9", "mode": "critical", "compat": "original",
 }  # fmt: skip
 
@@ -630,7 +778,9 @@ def test_a_changed_flag_is_refused_with_both_values(name, stopped, here, cases):
     saved = json.loads(Path("run", "config.json").read_text())
     before = configs.shown(saved[name.replace("-", "_").replace("batchsize", "batch_size")])
     argv = ["--resume", "--out", "run", f"--{name}", CHANGES[name]]
-    words = f"without --{name}: " if before == "None" else f"--{name} {before}, not {CHANGES[name]}: "
+    words = (
+        f"without --{name}: " if before == "None" else f"--{name} {before}, not {CHANGES[name]}: "
+    )
     assert_refused("train", argv, ["--resume", words, "leave the flag out"], here)
 
 
@@ -643,7 +793,9 @@ def test_a_checkpoint_that_cannot_be_read_is_named(stopped, here, cases):
         "deep": lambda path: path.write_text("[" * 100_000),
         "a list": lambda path: path.write_text("[]"),
         "a link to itself": lambda path: path.unlink() or path.symlink_to(path.name),
-        "of another step": lambda path: path.write_text(path.read_text().replace('"step": ', '"step": 9')),
+        "of another step": lambda path: path.write_text(
+            path.read_text().replace('"step": ', '"step": 9')
+        ),
     }
     for what in damages:
         for end in ("json", "pt"):
@@ -654,14 +806,23 @@ def test_a_checkpoint_that_cannot_be_read_is_named(stopped, here, cases):
             shutil.copytree(stopped, "run")
             (file,) = Path("run/checkpoints").glob(f"*.{end}")
             damages[what](file)
-            for argv, main in ([["--resume", "--out", "run"], train.main], [["run", "--json"], sharpness.main]):
+            for argv, main in (
+                [["--resume", "--out", "run"], train.main],
+                [["run", "--json"], sharpness.main],
+            ):
                 found = said(main, argv)
                 *warnings, error = found.err.splitlines()
-                assert found.code == 2 and error.startswith("fastsmooth: error: ") and "start a new run" in error, found
-                assert warnings and all(w.startswith("fastsmooth: warning: ") and "damaged" in w for w in warnings)
+                assert (
+                    found.code == 2
+                    and error.startswith("fastsmooth: error: ")
+                    and "start a new run" in error
+                ), found
+                assert warnings and all(
+                    w.startswith("fastsmooth: warning: ") and "damaged" in w for w in warnings
+                )
 
 
-# Sweeps and reports -------------------------------------------------------------------------------------------------------
+# Sweeps and reports
 
 ENTRY = {"name": "lr=0.1", "flags": ["--lr=0.1"], "differs": {"lr": 0.1}}
 SWEEPS = {
@@ -694,7 +855,9 @@ SWEEPS = {
 
 @pytest.mark.parametrize("name", SWEEPS)
 @pytest.mark.parametrize("argv", [[], ["--plan"], ["--run", "0"], ["--lr", "0.1"]], ids=" ".join)
-def test_a_bad_sweep_folder_is_one_line_and_nothing_is_removed(name, argv, here, monkeypatch, cases):
+def test_a_bad_sweep_folder_is_one_line_and_nothing_is_removed(
+    name, argv, here, monkeypatch, cases
+):
     """--run clears away the folder of a run that never began, wherever the name leads."""
     cases("bad sweep folders", 1, 1)
     for module, function in ((os, "execv"), (shutil, "rmtree")):  # what would follow
@@ -703,17 +866,31 @@ def test_a_bad_sweep_folder_is_one_line_and_nothing_is_removed(name, argv, here,
     Path("s/sweep.json").write_text(SWEEPS[name])
     before = listing(here)
     found = said(sweep.main, ["--out", "s", *argv])
-    assert found.code == 2 and "s/sweep.json" in one_line(found.err) and "give the flags" in found.err
+    assert (
+        found.code == 2 and "s/sweep.json" in one_line(found.err) and "give the flags" in found.err
+    )
     after = listing(here)
     after.pop("s/.lock", None)
     assert after == before
 
 
 REPORTS = {
-    "an empty folder": (lambda: Path("r").mkdir(), ["r"], ["r holds no run folder", "name a folder"]),
+    "an empty folder": (
+        lambda: Path("r").mkdir(),
+        ["r"],
+        ["r holds no run folder", "name a folder"],
+    ),
     "a file": (lambda: Path("r").write_text("x"), ["r"], ["r: no such folder", "name run folders"]),
-    "half a config": (lambda: tree(Path("r"), {"config.json": b"{"}), ["r"], ["its config.json is damaged", "name"]),
-    "a list": (lambda: tree(Path("r"), {"config.json": b"[]"}), ["r"], ["its config.json is damaged", "name"]),
+    "half a config": (
+        lambda: tree(Path("r"), {"config.json": b"{"}),
+        ["r"],
+        ["its config.json is damaged", "name"],
+    ),
+    "a list": (
+        lambda: tree(Path("r"), {"config.json": b"[]"}),
+        ["r"],
+        ["its config.json is damaged", "name"],
+    ),
     "a deep config": (
         lambda: tree(Path("r"), {"config.json": b"[" * 99_999}),
         ["r"],
@@ -754,16 +931,19 @@ def test_a_bad_report_is_one_line(name, here, cases):
     make()
     found = said(report.main, argv)
     errors = [line for line in found.err.splitlines() if "without matplotlib" not in line]
-    assert found.code == 2 and len(errors) == 1 and errors[0].startswith("fastsmooth: error: "), found
+    assert found.code == 2 and len(errors) == 1 and errors[0].startswith("fastsmooth: error: "), (
+        found
+    )
     assert all(word in errors[0] for word in words), errors
 
 
-# The machine --------------------------------------------------------------------------------------------------------------
+# The machine
 
 
 @pytest.fixture
 def as_nobody(monkeypatch) -> Iterator[Path]:
-    """A working directory that belongs to a user without rights, who this process is for as long."""
+    """A working directory that belongs to a user without rights, who this process is for as
+    long."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         place.chmod(0o755)
@@ -784,10 +964,22 @@ def closed(path: str) -> None:
 
 
 FORBIDDEN = {
-    "an out in a closed folder": (["--out", "shut/run"], ["--out shut/run", "Permission denied", "choose another"]),
-    "an out that is closed": (["--out", "shut"], ["--out shut", "Permission denied", "choose another folder"]),
-    "a config": (["--config", "shut.toml"], ["--config shut.toml", "Permission denied", "give a TOML file"]),
-    "a data folder": (["--dataset", "folder", "--data-dir", "shut"], ["--data-dir shut", "Permission denied"]),
+    "an out in a closed folder": (
+        ["--out", "shut/run"],
+        ["--out shut/run", "Permission denied", "choose another"],
+    ),
+    "an out that is closed": (
+        ["--out", "shut"],
+        ["--out shut", "Permission denied", "choose another folder"],
+    ),
+    "a config": (
+        ["--config", "shut.toml"],
+        ["--config shut.toml", "Permission denied", "give a TOML file"],
+    ),
+    "a data folder": (
+        ["--dataset", "folder", "--data-dir", "shut"],
+        ["--data-dir shut", "Permission denied"],
+    ),
     "a class folder": (
         ["--dataset", "folder", "--data-dir", "images"],
         ["--data-dir images", "Permission denied", "images/train/ant", "repair that"],
@@ -828,10 +1020,16 @@ def test_an_out_that_may_not_be_written_is_one_line(command, as_nobody, cases):
     closed("shut")
     argv = {"sweep": ["--lr", "1"], "report": ["r"], "smooth": []}[command]
     message = refused(COMMANDS[command], [*argv, "--out", "shut/o"])
-    assert "shut/o" in message and "Permission denied" in message and "choose another folder" in message
+    assert (
+        "shut/o" in message
+        and "Permission denied" in message
+        and "choose another folder" in message
+    )
 
 
-@pytest.mark.parametrize("out", ["file", "file/run", "link", "/proc/run", "/dev/null", "x" * 300, "pipe"])
+@pytest.mark.parametrize(
+    "out", ["file", "file/run", "link", "/proc/run", "/dev/null", "x" * 300, "pipe"]
+)
 @pytest.mark.parametrize("command", ["train", "sweep", "smooth"])
 def test_an_out_that_cannot_be_a_folder_is_one_line(command, out, here, cases):
     cases("places that are no folders", 1, 1)
@@ -842,14 +1040,19 @@ def test_an_out_that_cannot_be_a_folder_is_one_line(command, out, here, cases):
     assert_refused(command, [*argv, "--out", out], [out[:100], "choose another folder"], here)
 
 
-# Random command lines ---------------------------------------------------------------------------------------------------
+# Random command lines
 
 JUNK = [
-    "", " ", "-", "--", "---", "-1", "-0", "0", "-0.5", "nan", "inf", "-inf", "1e999", "1e-999", "9" * 5000, "x" * 20_000,
-    "é素😀", "\udcff", "\u202eabc", "\u200b", "\x1b[31m", "a\nb", "\r", "\u2028", "\0", "\\0", "\\x00", "%00", "%s%n%(x)s", "{}", "{0}", "'",
-    '"', "it's", "[1]", "true", "None", "=", "--lr", "-0x1", "1_000", "٣", "1e-320", "1e308", "5e-324", "1" * 19, "--=5", "-b", "-b=",
-    "-b--", "1..5x1", "1..1e308x1e300", "1..9x2", "0..1+0.5", "." * 2000, "@file", "--no-such", "-lr", "--lr=", "--LR", "--method=",
-    "--plan=1", "9223372036854775807", "1e5", "--out", "*", "~", "$HOME", "`id`", "; ls", "| cat", "<(ls)", "nowhere", "(1", "\\", "\t",
+    "", " ", "-", "--", "---", "-1", "-0", "0", "-0.5", "nan", "inf", "-inf", "1e999", "1e-999",
+    "9" * 5000, "x" * 20_000,
+    "é素😀", "\udcff", "\u202eabc", "\u200b", "\x1b[31m", "a\nb", "\r", "\u2028", "\0", "\\0",
+    "\\x00", "%00", "%s%n%(x)s", "{}", "{0}", "'",
+    '"', "it's", "[1]", "true", "None", "=", "--lr", "-0x1", "1_000", "٣", "1e-320", "1e308",
+    "5e-324", "1" * 19, "--=5", "-b", "-b=",
+    "-b--", "1..5x1", "1..1e308x1e300", "1..9x2", "0..1+0.5", "." * 2000, "@file", "--no-such",
+    "-lr", "--lr=", "--LR", "--method=",
+    "--plan=1", "9223372036854775807", "1e5", "--out", "*", "~", "$HOME", "`id`", "; ls", "| cat",
+    "<(ls)", "nowhere", "(1", "\\", "\t",
 ]  # fmt: skip
 VALUES = [
     "1",
@@ -879,7 +1082,8 @@ def fits(action, value: str) -> bool:
 
 
 def random_line(rng: random.Random, parser, good: dict) -> list[str]:
-    """Flags of the parser with values that fit, of which some are exchanged for junk; most lines have one mistake or none."""
+    """Flags of the parser with values that fit, of which some are exchanged for junk; most lines
+    have one mistake or none."""
     words, mistakes = [], rng.choice([0, 1, 1, 1, 2, 5])
     for _ in range(rng.randint(1, 5)):
         action = rng.choice(list(good))
@@ -890,7 +1094,9 @@ def random_line(rng: random.Random, parser, good: dict) -> list[str]:
             if kind == 0:
                 words.append(rng.choice(JUNK))
             elif kind == 1:
-                name = rng.choice([name.replace("-", "_"), name[: rng.randint(1, len(name))], name.upper()])
+                name = rng.choice(
+                    [name.replace("-", "_"), name[: rng.randint(1, len(name))], name.upper()]
+                )
             else:
                 value = rng.choice(JUNK)
         if action.nargs == 0:
@@ -917,7 +1123,10 @@ def test_random_command_lines_end_with_0_or_one_line(command, here, monkeypatch,
     monkeypatch.setattr(smooth, "run", lambda *_: None)
     monkeypatch.setattr(smooth, "require_matplotlib", lambda: None)
     rng, parser, ended = random.Random(command), parser(), Counter()
-    values = [*VALUES, *(value for f in configs.FIELDS.values() for value in f.metadata["choices"] or ())]
+    values = [
+        *VALUES,
+        *(value for f in configs.FIELDS.values() for value in f.metadata["choices"] or ()),
+    ]
     actions = [a for a in parser._actions if a.option_strings]
     good = {a: [v for v in [*(a.choices or ()), *values] if fits(a, v)][:20] for a in actions}
     count = cases("random command lines", round(5000 * share), round(600 * share))
@@ -930,13 +1139,16 @@ def test_random_command_lines_end_with_0_or_one_line(command, here, monkeypatch,
         assert found.code in (0, 2), where
         # sharpness has a line for each of its runs
         assert (len(lines) == 1 or command == "sharpness") if found.code else not lines, where
-        assert all(line.startswith("fastsmooth: error: ") and len(line) > 25 for line in lines), where
+        assert all(line.startswith("fastsmooth: error: ") and len(line) > 25 for line in lines), (
+            where
+        )
     # lines that are right are among them, and lines that are wrong
     assert command not in ("train", "sweep") or min(ended[0], ended[2]) > count / 20, ended
-    assert command == "smooth" or not list(here.iterdir())  # smooth makes its folder before it computes
+    # smooth makes its folder before it computes
+    assert command == "smooth" or not list(here.iterdir())
 
 
-# Damaged files ------------------------------------------------------------------------------------------------------------
+# Damaged files
 
 SCALARS = [
     None,
@@ -1090,7 +1302,9 @@ def test_damaged_files_are_no_traceback(pattern, readers, runs, here, monkeypatc
         found = said(main, argv)
         where = (number, argv, content[:2000], found)
         assert found.code in (0, 1, 2, 3, 75), where
-        assert "Traceback" not in found.err and all(line.strip() for line in found.err.splitlines()), where
+        assert "Traceback" not in found.err and all(
+            line.strip() for line in found.err.splitlines()
+        ), where
         if found.code == 2:
             assert found.err.splitlines()[-1].startswith("fastsmooth: error: "), where
         for path in Path("runs").rglob("*"):  # as before, for the next
@@ -1105,9 +1319,13 @@ def test_damaged_files_are_no_traceback(pattern, readers, runs, here, monkeypatc
 def test_damaged_toml_files_are_no_traceback(command, here, cases):
     rng = random.Random(command)
     text = (
-        b'lr = 0.1\nmethod = "hybrid"\nepochs = 20\neps = [0.5, 0.7]\nmode = "critical"\ndrop_last = true\nseed = 3\n'
+        b'lr = 0.1\nmethod = "hybrid"\nepochs = 20\neps = [0.5, 0.7]\n'
+        b'mode = "critical"\ndrop_last = true\nseed = 3\n'
     )
-    argv = {"train": ["--plan", "--config", "f.toml"], "sweep": ["--plan", "--out", "s", "--grid", "f.toml"]}[command]
+    argv = {
+        "train": ["--plan", "--config", "f.toml"],
+        "sweep": ["--plan", "--out", "s", "--grid", "f.toml"],
+    }[command]
     for number in range(cases("damaged files", 40, 20)):
         content = damaged(text, rng)
         Path("f.toml").write_bytes(content)
@@ -1116,7 +1334,7 @@ def test_damaged_toml_files_are_no_traceback(command, here, cases):
         assert found.code == 0 or one_line(found.err), (number, content, found)
 
 
-# Real processes -----------------------------------------------------------------------------------------------------------
+# Real processes
 
 REAL = [
     ["fastsmooth.train", "--lr", "0"],
@@ -1132,12 +1350,29 @@ def test_a_real_process_says_one_line_and_exits_with_2(line, here, cases):
     root = Path(configs.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}"}
     done = subprocess.run(
-        [sys.executable, "-m", *line], capture_output=True, env=environment, timeout=60, check=False, cwd=here
+        [sys.executable, "-m", *line],
+        capture_output=True,
+        env=environment,
+        timeout=60,
+        check=False,
+        cwd=here,
     )
     assert done.returncode == 2 and not done.stdout and one_line(done.stderr.decode())
     assert listing(here) == {}
 
 
 def test_there_are_at_least_150_bad_inputs():
-    tables = (FLAGS, TOML, OF_TRAIN, OF_SWEEP, set(TREES) - FINE, CIFARS, RUNS, CHANGES, SWEEPS, REPORTS, FORBIDDEN)
+    tables = (
+        FLAGS,
+        TOML,
+        OF_TRAIN,
+        OF_SWEEP,
+        set(TREES) - FINE,
+        CIFARS,
+        RUNS,
+        CHANGES,
+        SWEEPS,
+        REPORTS,
+        FORBIDDEN,
+    )
     assert sum(map(len, tables)) >= 150

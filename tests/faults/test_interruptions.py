@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped or moved to other processes end as if nothing had happened, to the last bit."""
+"""Runs that are killed, stopped or moved to other processes end as if nothing had happened, to the
+last bit."""
 
 import contextlib
 import functools
@@ -17,7 +18,17 @@ import pytest
 import saboteurs
 import torch
 from exact import EXACT
-from forks import assert_same_run, codes, final_state, finish, logs, saved_steps, start, start_ranks, wait_for
+from forks import (
+    assert_same_run,
+    codes,
+    final_state,
+    finish,
+    logs,
+    saved_steps,
+    start,
+    start_ranks,
+    wait_for,
+)
 
 from fastsmooth.data.order import permutation
 from fastsmooth.kernels import native
@@ -41,15 +52,38 @@ RUNS = {
     "lr-beta": ["--method", "lr-beta", *NSHB, *CONSTANTS],
     "beta-batch": ["--method", "beta-batch", *QHM, "--augment", "crop-flip-rotate"],
     "lr-batch": ["--method", "lr-batch"],
-    "lr-batch, nshb, micro-batches": ["--method", "lr-batch", *NSHB, *CONSTANTS, "--micro-batch", "16"],
+    "lr-batch, nshb, micro-batches": [
+        "--method",
+        "lr-batch",
+        *NSHB,
+        *CONSTANTS,
+        "--micro-batch",
+        "16",
+    ],
     "group norm, drop last": ["--norm", "group", "--drop-last"],
     "DataLoader": ["--loader", "torch", "--workers", "1"],
     "threads": ["--loader", "threads", "--augment", "crop-flip"],
     "DALI": ["--loader", "dali", "--augment", "crop-flip-rotate"],
     "critical, mean-norm": ["--mode", "critical", "--eps", "3", "2", *SHB],
-    "critical, full-grad": ["--mode", "critical", "--eps", "1.5", "--criterion", "full-grad", "--bn", "eval"],
+    "critical, full-grad": [
+        "--mode",
+        "critical",
+        "--eps",
+        "1.5",
+        "--criterion",
+        "full-grad",
+        "--bn",
+        "eval",
+    ],
     "sampling": ["--mode", "sampling", "--steps", "12", "40", "--draws", "3", *NSHB],
-    "dropout": ["--model", "torchvision/mobilenet_v3_small", "--loader", "resident", "--lr", "0.01"],
+    "dropout": [
+        "--model",
+        "torchvision/mobilenet_v3_small",
+        "--loader",
+        "resident",
+        "--lr",
+        "0.01",
+    ],
     "tracked, per-sample": ["--track-noise", "every=10", "--norm", "group", *QHM],
     "tracked, micro-batch": ["--track-noise", "every=10"],
 }
@@ -135,11 +169,19 @@ def test_whole_commands_killed(launcher, tmp_path, cases):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         if read_status(out).get("state") != "done":
-            assert begin(out, *(["--resume"] if (out / "config.json").exists() else [])).wait() == 0, logs(out)
+            assert (
+                begin(out, *(["--resume"] if (out / "config.json").exists() else [])).wait() == 0
+            ), logs(out)
         assert_same_run(out, tmp_path / "undisturbed")
 
 
-POINTS = ("temporary file open", "half written", "before fsync", "between the renames", "during clean-up")
+POINTS = (
+    "temporary file open",
+    "half written",
+    "before fsync",
+    "between the renames",
+    "during clean-up",
+)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -195,7 +237,8 @@ def test_a_signal_saves_and_exits_75(number, world, tmp_path, cases):
 
 
 def test_the_order_of_samples_survives_a_change_of_the_number_of_processes(tmp_path, cases):
-    """1, 2, 4 and 1 processes in turn: each update has the samples that the permutation says, none twice, none missing."""
+    """1, 2, 4 and 1 processes in turn: each update has the samples that the permutation says, none
+    twice, none missing."""
     cases("world size 1 to 2 to 4 to 1 on resume", 1, 1)
     argv = [*BASE, "--method", "hybrid", *STEPS, "--norm", "group", "--augment", "crop-flip"]
     (tmp_path / "indices").mkdir()
@@ -221,13 +264,16 @@ def test_the_order_of_samples_survives_a_change_of_the_number_of_processes(tmp_p
     assert {update: sorted(index) for update, index in served.items()} == expected
 
 
-@pytest.mark.parametrize("off", [-1, 0, 1, 18])  # the last is the last update of the run, before it is evaluated
+# the last is the last update of the run, before it is evaluated
+@pytest.mark.parametrize("off", [-1, 0, 1, 18])
 def test_resumed_around_a_change_of_the_batch(off, tmp_path, cases):
     cases("resume one update before, at and after a batch change, at the last update", 1, 1)
     argv = [*BASE, "--method", "batch", *STEPS, *SHB, "--augment", "crop-flip-rotate"]
     change = 36  # the first epoch's updates
     finish(argv, tmp_path / "undisturbed")
-    process = start(argv, tmp_path / "stopped", functools.partial(saboteurs.stop_after, change + off))
+    process = start(
+        argv, tmp_path / "stopped", functools.partial(saboteurs.stop_after, change + off)
+    )
     assert codes([process]) == [75] and saved_steps(tmp_path / "stopped")[-1] == change + off
     go_on(argv, tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "undisturbed")
@@ -245,22 +291,36 @@ KEPT = {  # on which machine a run begins, and on which it goes on to the same b
 
 @pytest.mark.parametrize("name", KEPT)
 def test_what_auto_chose_is_kept_on_another_machine(name, tmp_path, cases):
-    if cases("another machine on resume: chosen as before", 1, int(name != "images decoded ahead")) == 0:
+    if (
+        cases("another machine on resume: chosen as before", 1, int(name != "images decoded ahead"))
+        == 0
+    ):
         pytest.skip("with --full")
     first, second, argv = KEPT[name]
-    finish(argv, tmp_path / "undisturbed", prepare=functools.partial(saboteurs.elsewhere, first, None))
+    finish(
+        argv, tmp_path / "undisturbed", prepare=functools.partial(saboteurs.elsewhere, first, None)
+    )
     process = start(argv, tmp_path / "run", functools.partial(saboteurs.elsewhere, first, 11))
     assert codes([process]) == [75]
     (tmp_path / "run.log").unlink()
-    process = start(["--resume"], tmp_path / "run", functools.partial(saboteurs.elsewhere, second, None))
+    process = start(
+        ["--resume"], tmp_path / "run", functools.partial(saboteurs.elsewhere, second, None)
+    )
     assert codes([process]) == [0]
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
-    assert "fastsmooth: " not in logs(tmp_path / "run"), logs(tmp_path / "run")  # nothing to warn of
+    # nothing to warn of
+    assert "fastsmooth: " not in logs(tmp_path / "run"), logs(tmp_path / "run")
     assert name != "images decoded ahead" or "loader threads: as before" in logs(tmp_path / "run")
 
 
 OTHERWISE = {  # the machines, flags on resume, exit code, and words of the one line on stderr
-    "fewer processors": ("more threads", "one processor", [], 0, ["threads 1 instead of 3", "bits may differ"]),
+    "fewer processors": (
+        "more threads",
+        "one processor",
+        [],
+        0,
+        ["threads 1 instead of 3", "bits may differ"],
+    ),
     "as many threads as the user says": (
         "more threads",
         "many processors, of which the user names one",
@@ -268,7 +328,13 @@ OTHERWISE = {  # the machines, flags on resume, exit code, and words of the one 
         0,
         ["threads 1 instead of 3", "bits may differ"],
     ),
-    "another PyTorch": ("another torch", "the same", [], 0, ["torch ", "instead of 1.0", "bits may differ"]),
+    "another PyTorch": (
+        "another torch",
+        "the same",
+        [],
+        0,
+        ["torch ", "instead of 1.0", "bits may differ"],
+    ),
     "no compiler": (
         "the same",
         "no compiler",
@@ -312,14 +378,20 @@ def test_what_cannot_be_kept_is_said_in_one_line(name, tmp_path, cases):
     process = start(SHORT, tmp_path / "run", functools.partial(saboteurs.elsewhere, first, 11))
     assert codes([process]) == [75], logs(tmp_path / "run")
     (tmp_path / "run.log").unlink()
-    process = start(["--resume", *flags], tmp_path / "run", functools.partial(saboteurs.elsewhere, second, None))
+    process = start(
+        ["--resume", *flags], tmp_path / "run", functools.partial(saboteurs.elsewhere, second, None)
+    )
     assert codes([process]) == [code], logs(tmp_path / "run")
-    (line,) = [line for line in logs(tmp_path / "run").splitlines() if line.startswith("fastsmooth: ")]
+    (line,) = [
+        line for line in logs(tmp_path / "run").splitlines() if line.startswith("fastsmooth: ")
+    ]
     assert all(word in line for word in words), line
 
 
-CHANGED = [("--lr", "0.1", "0.2"), ("--batchsize", "40", "41"), ("--seed", "0", "1"), ("--model", "resnet8", "resnet20"),
-           ("--method", "hybrid", "lr"), ("--epochs", "2", "3"), ("--norm", "batch", "group")]  # fmt: skip
+CHANGED = [("--lr", "0.1", "0.2"), ("--batchsize", "40", "41"), ("--seed", "0", "1"),
+    ("--model", "resnet8", "resnet20"),
+           ("--method", "hybrid", "lr"), ("--epochs", "2", "3"),
+           ("--norm", "batch", "group")]  # fmt: skip
 
 
 def test_a_changed_flag_is_refused_with_both_values(tmp_path, cases):
@@ -338,17 +410,32 @@ def test_a_changed_flag_is_refused_with_both_values(tmp_path, cases):
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("where", ["loss", "gradient", "weight", "input"])
 def test_what_is_not_finite_stops_the_run_at_that_update(where, world, tmp_path, cases):
-    values = [float("nan"), float("inf")][: cases("NaN and Inf in loss, gradient, weight, input", 2, 1)]
-    argv = [*BASE, "--mode", "critical", "--eps", "1e-6", "--checkpoint-every", "9", "--log-every", "1000"]
+    values = [float("nan"), float("inf")][
+        : cases("NaN and Inf in loss, gradient, weight, input", 2, 1)
+    ]
+    argv = [
+        *BASE,
+        "--mode",
+        "critical",
+        "--eps",
+        "1e-6",
+        "--checkpoint-every",
+        "9",
+        "--log-every",
+        "1000",
+    ]
     for value in values:
         out = tmp_path / f"{value}"
         sabotage = functools.partial(saboteurs.poison, where, value, 12, world - 1)
-        processes = [start(argv, out, sabotage)] if world == 1 else start_ranks(argv, out, world, sabotage)
+        processes = (
+            [start(argv, out, sabotage)] if world == 1 else start_ranks(argv, out, world, sabotage)
+        )
         assert codes(processes) == [3] * world, logs(out)
         (line,) = [line for line in logs(out).splitlines() if line.startswith("fastsmooth: ")]
         assert "not finite at update 12 " in line
         status = read_status(out)
-        assert status["state"] == "diverged" and status["step"] in (12, 13)  # several agree one update later
+        # several agree one update later
+        assert status["state"] == "diverged" and status["step"] in (12, 13)
         assert not (out / "critical.json").exists()
         state = final_state(out)
         assert state["update"] == 9
@@ -357,7 +444,7 @@ def test_what_is_not_finite_stops_the_run_at_that_update(where, world, tmp_path,
             assert all(torch.isfinite(t).all() for t in flat if isinstance(t, torch.Tensor))
 
 
-# The end of a measurement ------------------------------------------------------------------------------------------------
+# The end of a measurement
 
 
 MEASURED = {
@@ -386,6 +473,8 @@ def test_stopped_at_the_update_that_ends_it(name, tmp_path, cases):
     last = saved_steps(tmp_path / "undisturbed")[-1]
     assert last % 10 == 0 and last < 200
     out = tmp_path / "stopped"
-    assert codes([start(argv, out, functools.partial(saboteurs.stop_after, last))]) == [75], logs(out)
+    assert codes([start(argv, out, functools.partial(saboteurs.stop_after, last))]) == [75], logs(
+        out
+    )
     go_on(argv, out)
     assert_same_run(out, tmp_path / "undisturbed")

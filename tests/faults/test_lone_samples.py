@@ -1,4 +1,5 @@
-"""One sample alone where BatchNorm would see 1 x 1 features: refused before the run, and only where the run would meet it."""
+"""One sample alone where BatchNorm would see 1 x 1 features: refused before the run, and only where
+the run would meet it."""
 
 import dataclasses
 import random
@@ -25,7 +26,8 @@ class Pooled(nn.Sequential):
 
     def __init__(self, classes: int):
         super().__init__(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(),
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4),
+            nn.Flatten(),
             nn.Linear(4, classes),
         )  # fmt: skip
 
@@ -61,9 +63,17 @@ def random_flags(rng: random.Random) -> list[str]:
     if rng.randrange(3) == 0:
         flags += ["--micro-batch", str(rng.choice([1, 2, 3, 4, 5]))]
     if mode == "critical":
-        flags += ["--eps", "1e-9", *rng.choice([[], ["--criterion", "full-grad", "--full-grad-every", "1"]])]
+        flags += [
+            "--eps",
+            "1e-9",
+            *rng.choice([[], ["--criterion", "full-grad", "--full-grad-every", "1"]]),
+        ]
     else:
-        flags += ["--method", rng.choice(["constant", "batch", "hybrid"]), *rng.choice([[], ["--norm", "group"]])]
+        flags += [
+            "--method",
+            rng.choice(["constant", "batch", "hybrid"]),
+            *rng.choice([[], ["--norm", "group"]]),
+        ]
     if mode == "sampling":
         flags += ["--steps", *rng.choice([["0"], ["1"], ["1", "3"], ["2"]]), "--draws", "2"]
     elif rng.randrange(3) == 0:
@@ -89,7 +99,11 @@ def test_a_run_is_refused_just_when_it_would_meet_one_sample_alone(pooled, monke
         if found.code == 2 and not refusal:
             continue  # for another reason
         if refusal:
-            assert found.code == 2 and len(found.err.splitlines()) == 1 and not Path(f"run-{k}").exists(), found
+            assert (
+                found.code == 2
+                and len(found.err.splitlines()) == 1
+                and not Path(f"run-{k}").exists()
+            ), found
         monkeypatch.setattr(build, "check_lone_samples", lambda *_: None)
         try:
             met = said(train.main, [*flags, "--out", f"run-{k}-again"]).code != 0
@@ -125,7 +139,9 @@ def test_every_share_of_every_process_is_counted(sync_bn, cases):
             "drop_last": rng.random() < 0.3,
         }
         given |= {"sync_bn": True} if sync_bn else {"micro_batch": rng.choice([None, 1, 2, 3, 5])}
-        c = resolve({key: value for key, value in given.items() if value is not None and value is not False})
+        c = resolve(
+            {key: value for key, value in given.items() if value is not None and value is not False}
+        )
         schedule = plan.make_schedule(c, n)
         sizes = []
         for point in schedule.points():
@@ -144,22 +160,39 @@ def test_every_share_of_every_process_is_counted(sync_bn, cases):
 
 
 def test_the_remedies_are_named_and_help(tmp_path, monkeypatch, cases):
-    """81 images of 32 pixels in batches of 20, of which torchvision's ResNet-18 makes 1 x 1 features."""
+    """81 images of 32 pixels in batches of 20, of which torchvision's ResNet-18 makes 1 x 1
+    features."""
     cases("one sample alone, and its remedies", 4, 4)
     monkeypatch.chdir(tmp_path)
-    files = {f"train/{c}/{k}.png": noise() for c, count in (("a", 41), ("b", 40)) for k in range(count)}
+    files = {
+        f"train/{c}/{k}.png": noise() for c, count in (("a", 41), ("b", 40)) for k in range(count)
+    }
     tree(Path("images"), files | {f"val/{c}/0.png": noise() for c in "ab"})
-    argv = ["--dataset", "folder", "--data-dir", "images", "--model", "torchvision/resnet18", "--batchsize", "20"]
+    argv = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "images",
+        "--model",
+        "torchvision/resnet18",
+        "--batchsize",
+        "20",
+    ]
     argv += ["--epochs", "1", "--device", "cpu", "--out", "run"]
     assert refused(train.main, argv) == (
-        "the last batch of an epoch has 1 sample, of which torchvision/resnet18 makes 1x1 features: BatchNorm cannot normalise "
+        "the last batch of an epoch has 1 sample, of which torchvision/resnet18 makes 1x1 "
+        "features: BatchNorm cannot normalise "
         "a single value: use --drop-last, another --batchsize or --norm group"
     )
     assert not Path("run").exists()
     micro = refused(train.main, [*argv, "--drop-last", "--micro-batch", "19"])
-    assert micro.startswith("a batch has 20 samples, one of them alone with --micro-batch 19, of which")
+    assert micro.startswith(
+        "a batch has 20 samples, one of them alone with --micro-batch 19, of which"
+    )
     for k, remedy in enumerate((["--drop-last"], ["--batchsize", "27"], ["--norm", "group"])):
-        assert said(train.main, [*argv, *remedy, "--out", f"run{k}", "--max-time", "1e-9"]).code == 75
+        assert (
+            said(train.main, [*argv, *remedy, "--out", f"run{k}", "--max-time", "1e-9"]).code == 75
+        )
     # larger features have more than one value, and nothing is refused
     assert said(train.main, [*argv, "--image-size", "64", "--max-time", "1e-9"]).code == 75
 
@@ -167,13 +200,19 @@ def test_the_remedies_are_named_and_help(tmp_path, monkeypatch, cases):
 def test_processes_refuse_a_share_of_one_before_the_run(tmp_path, cases):
     if cases("one sample alone, in processes", 2, 0) == 0:
         pytest.skip("with --full")
-    for k, argv in enumerate((["--batchsize", "717"], ["--batchsize", "717", "--sync-bn"])):  # 1437 % 717 = 3
+    # 1437 % 717 = 3
+    for k, argv in enumerate((["--batchsize", "717"], ["--batchsize", "717", "--sync-bn"])):
         out = tmp_path / f"run{k}"
-        processes = start_ranks([*argv, "--model", "resnet18", "--epochs", "1", "--max-time", "1e-9"], out, 2)
+        processes = start_ranks(
+            [*argv, "--model", "resnet18", "--epochs", "1", "--max-time", "1e-9"], out, 2
+        )
         if k == 0:
             assert codes(processes, 100) == [2, 2]
             (line,) = logs(out).splitlines()
-            assert "has 3 samples, one of them alone in 2 processes" in line and "another number of processes" in line
+            assert (
+                "has 3 samples, one of them alone in 2 processes" in line
+                and "another number of processes" in line
+            )
             assert not out.exists()
         else:
             assert codes(processes, 100) == [75, 75]
@@ -182,7 +221,10 @@ def test_processes_refuse_a_share_of_one_before_the_run(tmp_path, cases):
 def test_trying_one_image_changes_neither_the_model_nor_the_random_state(pooled):
     torch.manual_seed(3)
     model = nn.Sequential(Pooled(10), nn.Dropout(0.5))
-    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    before, state = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     c = resolve({"model": "pooled"})
     images = data.open_data(c, torch.device("cpu"))
     assert build.try_model(c, model, images, torch) is False
@@ -190,4 +232,7 @@ def test_trying_one_image_changes_neither_the_model_nor_the_random_state(pooled)
     torch.manual_seed(3)
     nn.Sequential(Pooled(10), nn.Dropout(0.5))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
+    assert (
+        all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        and model.training
+    )

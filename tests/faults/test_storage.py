@@ -1,4 +1,5 @@
-"""Disks that are full, files that are damaged, trackers that fail, networks that must not be asked, and a long run."""
+"""Disks that are full, files that are damaged, trackers that fail, networks that must not be asked,
+and a long run."""
 
 import functools
 import json
@@ -14,7 +15,17 @@ from pathlib import Path
 import pytest
 import saboteurs
 from exact import EXACT
-from forks import assert_same_bits, assert_same_run, codes, final_state, finish, logs, saved_steps, start, without_times
+from forks import (
+    assert_same_bits,
+    assert_same_run,
+    codes,
+    final_state,
+    finish,
+    logs,
+    saved_steps,
+    start,
+    without_times,
+)
 
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.runfolder.read import read_status
@@ -26,10 +37,12 @@ HYBRID = [*BASE, "--method", "hybrid", "--decay-epoch", "1"]
 
 def stopped_run(out: Path, after: int = 30) -> None:
     """A run that saved itself after an update, and is to be gone on with."""
-    assert codes([start(HYBRID, out, functools.partial(saboteurs.stop_after, after))]) == [75], logs(out)
+    assert codes([start(HYBRID, out, functools.partial(saboteurs.stop_after, after))]) == [75], (
+        logs(out)
+    )
 
 
-# Damaged checkpoints -----------------------------------------------------------------------------------------------------
+# Damaged checkpoints
 
 
 def damages(rng: random.Random, data: bytes, manifest: bytes, older: bytes, number: int):
@@ -102,29 +115,46 @@ def test_no_valid_checkpoint_is_an_error(tmp_path, cases):
     assert "none of its 2 checkpoints is valid" in last
 
 
-# Disks ------------------------------------------------------------------------------------------------------------------
+# Disks
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, cases):
-    """Files that cannot grow beyond ten sizes, from the third save on: in the middle of the run a warning, at its end 74."""
+    """Files that cannot grow beyond ten sizes, from the third save on: in the middle of the run a
+    warning, at its end 74."""
     finish(HYBRID, tmp_path / "undisturbed")
     size = (
-        (tmp_path / "undisturbed" / "checkpoints" / f"ckpt-{saved_steps(tmp_path / 'undisturbed')[0]}.pt")
+        (
+            tmp_path
+            / "undisturbed"
+            / "checkpoints"
+            / f"ckpt-{saved_steps(tmp_path / 'undisturbed')[0]}.pt"
+        )
         .stat()
         .st_size
     )
     sizes = [8192 + k * (size - 8192) // 10 for k in range(10)]
     for k, limit in enumerate(sizes[:: 10 // cases("a full disk, at ten sizes", 10, 2)]):
         out = tmp_path / f"{k}"
-        assert codes([start(HYBRID, out, functools.partial(saboteurs.limit_files, limit, 2))]) == [74], logs(out)
+        assert codes([start(HYBRID, out, functools.partial(saboteurs.limit_files, limit, 2))]) == [
+            74
+        ], logs(out)
         lines = logs(out).splitlines()
         errors = [line for line in lines if line.startswith("fastsmooth: ")]
-        assert errors[-1].startswith("fastsmooth: error: cannot write") and "File too large" in errors[-1]
         assert (
-            all(line.startswith("fastsmooth: warning: no checkpoint at update") for line in errors[:-1])
+            errors[-1].startswith("fastsmooth: error: cannot write")
+            and "File too large" in errors[-1]
+        )
+        assert (
+            all(
+                line.startswith("fastsmooth: warning: no checkpoint at update")
+                for line in errors[:-1]
+            )
             and len(errors) > 2
         )
-        assert saved_steps(out) == [7, 14] and Checkpoints(out / "checkpoints", pytest.fail).load()["update"] == 14
+        assert (
+            saved_steps(out) == [7, 14]
+            and Checkpoints(out / "checkpoints", pytest.fail).load()["update"] == 14
+        )
         assert not list((out / "checkpoints").glob(".*"))
         assert read_status(out)["state"] == "failed"
         finish(["--resume"], out)
@@ -143,7 +173,10 @@ def test_dev_full(what, tmp_path, cases):
         (tmp_path / "run" / what).rename(tmp_path / "kept")
         (tmp_path / "run" / what).symlink_to("/dev/full")
         done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and "metrics.jsonl: it is a pipe, a socket or a device" in done.stderr
+        assert (
+            done.returncode == 2
+            and "metrics.jsonl: it is a pipe, a socket or a device" in done.stderr
+        )
         assert len(done.stderr.splitlines()) == 1
         (tmp_path / "run" / what).unlink()
         (tmp_path / "kept").rename(tmp_path / "run" / what)
@@ -156,7 +189,7 @@ def test_dev_full(what, tmp_path, cases):
     assert read_status(tmp_path / "run")["state"] == "done"
 
 
-# The tracker ------------------------------------------------------------------------------------------------------------
+# The tracker
 
 
 def break_tracker(how: str) -> None:
@@ -183,7 +216,9 @@ def break_tracker(how: str) -> None:
         if self.update == 10:
             folder = self.folder.path / "wandb"
             if how == "its process killed":
-                for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+                for child in (
+                    Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+                ):
                     os.kill(int(child), signal.SIGKILL)
             elif how == "its directory read-only":
                 shutil.rmtree(folder, ignore_errors=True)
@@ -198,7 +233,14 @@ def break_tracker(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["its import broken", "its package broken", "its process killed", "its directory read-only", "its disk full"]
+    "how",
+    [
+        "its import broken",
+        "its package broken",
+        "its process killed",
+        "its directory read-only",
+        "its disk full",
+    ],
 )
 def test_a_broken_tracker_changes_nothing(how, tmp_path, cases):
     if "import" not in how and "package" not in how:
@@ -210,22 +252,27 @@ def test_a_broken_tracker_changes_nothing(how, tmp_path, cases):
     finish(HYBRID, tmp_path / "undisturbed")
     argv = [*HYBRID, "--wandb-mode", "offline"]
     finish(argv, tmp_path / "run", prepare=functools.partial(break_tracker, how))
-    assert without_times(read_rows(tmp_path / "run")) == without_times(read_rows(tmp_path / "undisturbed"))
+    assert without_times(read_rows(tmp_path / "run")) == without_times(
+        read_rows(tmp_path / "undisturbed")
+    )
     assert_same_bits(final_state(tmp_path / "run"), final_state(tmp_path / "undisturbed"))
     assert read_status(tmp_path / "run")["state"] == "done"
 
 
-# The network ------------------------------------------------------------------------------------------------------------
+# The network
 
 
 def test_nothing_is_asked_of_the_network(tmp_path, cases):
-    """Not one internet address in what the kernel is asked, by the run, its threads and its children."""
+    """Not one internet address in what the kernel is asked, by the run, its threads and its
+    children."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     pytest.importorskip("wandb")
     if cases("no network: a run, a report, an offline wandb run", 3, 0) == 0:
         pytest.skip("with --full")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "RANK", "WORLD"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "RANK", "WORLD"))
+    }
     run = ["-m", "fastsmooth.train", "--epochs", "1", "--out"]
     for line in (
         [*run, str(tmp_path / "run")],
@@ -248,10 +295,12 @@ def test_nothing_is_asked_of_the_network(tmp_path, cases):
         assert done.returncode == 0, done.stderr
         asked = [call for call in trace.read_text().splitlines() if "AF_INET" in call]
         # wandb's own process is spoken to on the loopback
-        assert [call for call in asked if 'inet_addr("127.0.0.1")' not in call and '"::1"' not in call] == []
+        assert [
+            call for call in asked if 'inet_addr("127.0.0.1")' not in call and '"::1"' not in call
+        ] == []
 
 
-# A long run -------------------------------------------------------------------------------------------------------------
+# A long run
 
 
 def test_a_long_run_keeps_its_memory_threads_and_files(tmp_path, cases):
@@ -268,10 +317,14 @@ def test_a_long_run_keeps_its_memory_threads_and_files(tmp_path, cases):
         "100",
     ]
     argv += ["--model", "resnet8", "--track-noise", "every=200", "--augment", "crop-flip"]
-    sabotage = functools.partial(saboteurs.watch_resources, str(tmp_path / "watched"), max(updates // 40, 20))
+    sabotage = functools.partial(
+        saboteurs.watch_resources, str(tmp_path / "watched"), max(updates // 40, 20)
+    )
     assert codes([start(argv, tmp_path / "run", sabotage)], 600) == [0], logs(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "watched").read_text().splitlines()]
     first, last = rows[len(rows) // 2], rows[-1]  # what is made once is made by then
-    assert last[1] - first[1] < 8_000, f"{(last[1] - first[1]) / 1e3:.1f} MB more after {updates} updates"
+    assert last[1] - first[1] < 8_000, (
+        f"{(last[1] - first[1]) / 1e3:.1f} MB more after {updates} updates"
+    )
     assert last[2:] == first[2:]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 4

@@ -1,4 +1,5 @@
-"""Folders as people have them: what a run says of one first, what it leaves to the images, and models that want another size."""
+"""Folders as people have them: what a run says of one first, what it leaves to the images, and
+models that want another size."""
 
 import importlib.util
 import json
@@ -14,7 +15,18 @@ from fastsmooth import data
 from fastsmooth.cli.config import resolve
 from fastsmooth.train import main
 
-RUN = ["--dataset", "folder", "--data-dir", "images", "--device", "cpu", "--batchsize", "2", "--epochs", "1"]
+RUN = [
+    "--dataset",
+    "folder",
+    "--data-dir",
+    "images",
+    "--device",
+    "cpu",
+    "--batchsize",
+    "2",
+    "--epochs",
+    "1",
+]
 STOPPED = ["--max-time", "1e-9", "--out", "run"]  # after the first update
 
 
@@ -34,18 +46,23 @@ def saved() -> dict:
     return json.loads(Path("run/config.json").read_text())
 
 
-CHOICES = {  # size of the images, flags: the size, the network and the augmentation of the run, and what is said of them
+# size of the images, flags: the size, the network and the augmentation of the run, and what is said
+# of them
+CHOICES = {
     "digits": ((8, 8), [], (8, "resnet20", "crop-flip"), "8 and resnet20"),
     "small": ((28, 30), [], (28, "resnet18", "crop-flip"), "28 and resnet18"),
-    "photos": ((300, 260), [], (224, "torchvision/resnet34", "resized-crop-flip"), "224 and torchvision/resnet34"),
+    "photos": ((300, 260), [], (224, "torchvision/resnet34", "resized-crop-flip"),
+        "224 and torchvision/resnet34"),
     "a size": ((300, 260), ["--image-size", "32"], (32, "resnet18", "crop-flip"), ""),
     "a network": (
         (100, 120), ["--model", "torchvision/mobilenet_v3_small"],
         (96, "torchvision/mobilenet_v3_small", "resized-crop-flip"), "96:",
     ),
-    "a network for small images": ((300, 260), ["--model", "resnet8"], (64, "resnet8", "crop-flip"), "64:"),
+    "a network for small images": ((300, 260), ["--model", "resnet8"],
+        (64, "resnet8", "crop-flip"), "64:"),
     "all": (
-        (300, 260), ["--model", "resnet8", "--image-size", "40", "--augment", "none"], (40, "resnet8", "none"), "",
+        (300, 260), ["--model", "resnet8", "--image-size", "40", "--augment", "none"],
+        (40, "resnet8", "none"), "",
     ),
 }  # fmt: skip
 
@@ -59,29 +76,49 @@ def test_size_and_network_are_what_the_images_call_for_and_are_said(name, cases)
     images(size)
     found = said(main, [*RUN, *flags, *STOPPED])
     assert found.code == 75 and not found.err, found
-    assert (saved()["image_size"], saved()["model"], saved()["augment"]) == (pixels, network, augment)
+    assert (saved()["image_size"], saved()["model"], saved()["augment"]) == (
+        pixels,
+        network,
+        augment,
+    )
     lines = found.out.splitlines()
     assert lines[1].startswith(f"{network} (")
     chosen = [line for line in lines if "chosen for images" in line]
     assert len(chosen) == bool(words)
     if words:
         assert chosen[0].startswith(words) and f"shorter side has {min(size)} pixels" in chosen[0]
-        assert chosen[0].endswith("--image-size" if "--model" in flags else "--image-size and --model")
+        assert chosen[0].endswith(
+            "--image-size" if "--model" in flags else "--image-size and --model"
+        )
     how = "no augmentation" if augment == "none" else f"augmented by {augment}"
     assert f"2 classes, images brought to {pixels}x{pixels} pixels, {how}" in lines
     # going on needs no images to decide, and no flags
-    tree(Path("images"), {f"train/a/{k}.png": noise((500, 500)) for k in range(4)} if name == "a network" else {})
+    tree(
+        Path("images"),
+        {f"train/a/{k}.png": noise((500, 500)) for k in range(4)} if name == "a network" else {},
+    )
     again = said(main, ["--resume", *STOPPED])
-    assert again.code in (0, 75) and saved()["image_size"] == pixels and "chosen for" not in again.out, again
+    assert (
+        again.code in (0, 75) and saved()["image_size"] == pixels and "chosen for" not in again.out
+    ), again
 
 
 def test_the_usual_image_decides_and_not_one_that_cannot_be_read(here, cases):
     cases("folders whose images say the size and the network", 1, 1)
-    images((48, 90), {"train/a/0.png": noise((400, 500)), "train/a/1.png": noise((9, 9)), "train/b/9.png": b"no image"})
+    images(
+        (48, 90),
+        {
+            "train/a/0.png": noise((400, 500)),
+            "train/a/1.png": noise((9, 9)),
+            "train/b/9.png": b"no image",
+        },
+    )
     read = data.read_set(resolve({"dataset": "folder", "data_dir": "images"}))
     assert data.usual_side(read) == 48
     tree(Path("images"), {f"train/{c}/{k}.png": b"no image" for c in "ab" for k in (*range(4), 9)})
-    with pytest.raises(data.DataError, match=r"images/train/a/0.png: not an image that can be read"):
+    with pytest.raises(
+        data.DataError, match=r"images/train/a/0.png: not an image that can be read"
+    ):
         data.usual_side(read)
 
 
@@ -127,18 +164,34 @@ def test_a_model_that_cannot_take_the_size_names_its_own(model, cases):
 def test_where_the_size_is_fixed_another_model_is_named(cases):
     cases("models that cannot take the images' size", 1, 1)
     message = refused(main, ["--model", "torchvision/alexnet", "--out", "run"])
-    assert message.endswith(": use another --model than torchvision/alexnet, which is made for 224x224")
+    assert message.endswith(
+        ": use another --model than torchvision/alexnet, which is made for 224x224"
+    )
 
 
 def test_a_class_that_is_never_tested_is_a_warning_of_the_run_and_of_check_data(cases):
     cases("folders as people have them", 1, 1)
-    images((32, 32), {"train/cow/0.png": noise(), "train/.ipynb_checkpoints/0.png": noise(), "val/.DS_Store": b"x"})
+    images(
+        (32, 32),
+        {
+            "train/cow/0.png": noise(),
+            "train/.ipynb_checkpoints/0.png": noise(),
+            "val/.DS_Store": b"x",
+        },
+    )
     line = "fastsmooth: warning: images/val has no images of class 'cow': they are never tested\n"
     found = said(main, [*RUN, "--model", "resnet8", *STOPPED])
     assert (found.code, found.err) == (75, line)
-    assert "3 classes, images brought to 32x32 pixels" in found.out and "9 training and 2 test images" in found.out
+    assert (
+        "3 classes, images brought to 32x32 pixels" in found.out
+        and "9 training and 2 test images" in found.out
+    )
     checked = said(main, ["--check-data", *RUN])
-    assert checked.code == 0 and checked.err.startswith(line) and "9 train and 2 test images, 3 classes" in checked.out
+    assert (
+        checked.code == 0
+        and checked.err.startswith(line)
+        and "9 train and 2 test images, 3 classes" in checked.out
+    )
 
 
 def test_mixed_formats_and_sizes_are_measured_alike(cases):
@@ -153,4 +206,7 @@ def test_mixed_formats_and_sizes_are_measured_alike(cases):
     }
     tree(Path("images"), files)
     read = data.read_set(resolve({"dataset": "folder", "data_dir": "images"}))
-    assert data.usual_side(read) == 50 and torch.tensor(read.train.labels).tolist() == [0] * 3 + [1] * 3
+    assert (
+        data.usual_side(read) == 50
+        and torch.tensor(read.train.labels).tolist() == [0] * 3 + [1] * 3
+    )

@@ -29,7 +29,11 @@ def joined(name: str, value: str) -> list[str]:
 
 
 def with_underscores(name: str, value: str) -> list[str]:
-    return ["--" + name.removeprefix("--").replace("-", "_"), value] if name.startswith("--") else [name]
+    return (
+        ["--" + name.removeprefix("--").replace("-", "_"), value]
+        if name.startswith("--")
+        else [name]
+    )
 
 
 def in_a_file(name: str, value: str) -> list[str]:
@@ -47,7 +51,9 @@ def test_flags_of_other_trainers_are_answered_without_a_guess(here, cases):
     for name, form in rng.sample(lines, count):
         message = refused(train.main, form(name, "1"))
         answered = (f"unknown flag {name}: fastsmooth calls it --", f"fastsmooth has no {name}: ")
-        assert any(words in message for words in answered) and "did you mean" not in message, message
+        assert any(words in message for words in answered) and "did you mean" not in message, (
+            message
+        )
 
 
 COMMANDS = [
@@ -56,7 +62,8 @@ COMMANDS = [
     (every.main, []),
     (train.main, ["--method", "lr", "batch"]),
     (train.main, ["--ema"]),
-    (sweep.main, ["--plan", "--out", "s", "--method", "lr", "hybrid", "--batchsize", "8..64x2", "--wandb-project", "a b"]),
+    (sweep.main, ["--plan", "--out", "s", "--method", "lr", "hybrid", "--batchsize", "8..64x2",
+        "--wandb-project", "a b"]),
 ]  # fmt: skip
 
 
@@ -82,4 +89,7 @@ def test_a_run_on_a_terminal_of_any_width_keeps_what_matters_most(here, cases):
         flags = ["--epochs", "2", "--batchsize", "512", "--method", method, "--out", f"run{k}"]
         found = seen(train.main, flags, width)
         assert found.code == 0 and found.widest <= width, (flags, width, found.lines)
-        assert len([line for line in found.lines if line.startswith("epoch ") and "test acc" in line]) == 2
+        assert (
+            len([line for line in found.lines if line.startswith("epoch ") and "test acc" in line])
+            == 2
+        )

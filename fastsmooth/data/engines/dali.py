@@ -1,7 +1,8 @@
 """NVIDIA DALI as a decode and geometry engine, on the CPU or a GPU.
 
-DALI draws no number, reads no file and knows no batch size here: every chunk is fed to it, bytes, crop boxes, flips and
-angles. Its readers repeat samples, and its random operators depend on the batch size.
+DALI draws no number, reads no file and knows no batch size here: every chunk is fed to it, bytes,
+crop boxes, flips and angles. Its readers repeat samples, and its random operators depend on the
+batch size.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ AT_ONCE = 2  # chunks that DALI works on
 
 def available() -> bool:
     # PyTorch's CUDA wheels have a package `nvidia` too
-    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    return (
+        importlib.util.find_spec("nvidia") is not None
+        and importlib.util.find_spec("nvidia.dali") is not None
+    )
 
 
 def require() -> None:
@@ -40,9 +44,17 @@ def require() -> None:
     if available():
         return
     if sys.platform != "linux":
-        raise DataError("--loader dali needs NVIDIA DALI, which runs on Linux alone: use --loader threads")
-    package = "nvidia-dali-cuda120" if (torch.version.cuda or "13").startswith("12") else "nvidia-dali-cuda130"
-    raise DataError(f"--loader dali needs NVIDIA DALI: pip install {package}, or use --loader threads")
+        raise DataError(
+            "--loader dali needs NVIDIA DALI, which runs on Linux alone: use --loader threads"
+        )
+    package = (
+        "nvidia-dali-cuda120"
+        if (torch.version.cuda or "13").startswith("12")
+        else "nvidia-dali-cuda130"
+    )
+    raise DataError(
+        f"--loader dali needs NVIDIA DALI: pip install {package}, or use --loader threads"
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,8 @@ class Prepared:
     feeds: dict[str, Any]
     moves: Tensor | None = None
     views: list[View] = field(default_factory=list)  # of files
-    given: dict[int, np.ndarray] = field(default_factory=dict)  # place in the chunk: pixels from elsewhere
+    # place in the chunk: pixels from elsewhere
+    given: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 class DaliEngine:
@@ -71,12 +84,24 @@ class DaliEngine:
 
     ahead = True
 
-    def __init__(self, source: Source, chunk: int, threads: int, device: torch.device, decoder: Decoder):
+    def __init__(
+        self, source: Source, chunk: int, threads: int, device: torch.device, decoder: Decoder
+    ):
         require()
-        self.source, self.chunk, self.threads, self.device, self.decoder = source, chunk, threads, device, decoder
+        self.source, self.chunk, self.threads, self.device, self.decoder = (
+            source,
+            chunk,
+            threads,
+            device,
+            decoder,
+        )
         self.gpu = device.type == "cuda"
         self.files = source.split.pixels is None
-        self.pixels = None if self.files else torch.from_numpy(source.split.pixels).to(device if self.gpu else "cpu")
+        self.pixels = (
+            None
+            if self.files
+            else torch.from_numpy(source.split.pixels).to(device if self.gpu else "cpu")
+        )
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fastsmooth read")
         self.idle: list[Any] = []  # pipelines
 
@@ -113,7 +138,8 @@ class DaliEngine:
             return None
 
     def _collect(self, pipe, waiting: deque[Prepared]):
-        """The pipeline, and the chunk that has waited longest. A chunk that DALI fails on is made sample by sample."""
+        """The pipeline, and the chunk that has waited longest. A chunk that DALI fails on is made
+        sample by sample."""
         prepared = waiting.popleft()
         try:
             if pipe is None:
@@ -139,13 +165,17 @@ class DaliEngine:
                 pixels.append(result(pipe))
             except RuntimeError as error:
                 if "CUDA" in str(error) or "alloc" in str(error):
-                    raise DataError(f"DALI: {reason(error)}: lower --chunk, or use --loader threads") from None
+                    raise DataError(
+                        f"DALI: {reason(error)}: lower --chunk, or use --loader threads"
+                    ) from None
                 pipe = None
-                pixels.append(torch.zeros(1, self.source.size, self.source.size, 3, dtype=torch.uint8))
+                pixels.append(
+                    torch.zeros(1, self.source.size, self.source.size, 3, dtype=torch.uint8)
+                )
                 prepared.given[k] = self.source.by_pil(i, prepared.views[k])
         return torch.cat([p.to(self.device if self.gpu else "cpu") for p in pixels])
 
-    # What is fed ------------------------------------------------------------------------------------------------------
+    # What is fed
 
     def _prepare(self, job: Job) -> Prepared:
         return self._prepare_files(job) if self.files else self._prepare_pixels(job)
@@ -170,13 +200,17 @@ class DaliEngine:
         return prepared
 
     def _read(self, i: int, view: View) -> np.ndarray:
-        """The bytes of sample i, or where DALI is not to decode them its pixels, uint8 [size, size, 3]."""
+        """The bytes of sample i, or where DALI is not to decode them its pixels, uint8 [size, size,
+        3]."""
         pixels = self.source.given(i, view)
         if pixels is not None:
             return pixels
         with contextlib.suppress(OSError):
             encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
-            if plain_size(encoded.data) == (self.source.index.width[i], self.source.index.height[i]):
+            if plain_size(encoded.data) == (
+                self.source.index.width[i],
+                self.source.index.height[i],
+            ):
                 return encoded
         return self.source.by_pil(i, view)  # or finds the words
 
@@ -189,11 +223,15 @@ class DaliEngine:
         if drawn is None:
             start, flip, angle = np.zeros((m, 2)), np.zeros(m), np.zeros(m)
         else:
-            start, flip, angle = drawn[:, :2].numpy() - padding(source.size), drawn[:, 2].numpy(), drawn[:, 3].numpy()
+            start, flip, angle = (
+                drawn[:, :2].numpy() - padding(source.size),
+                drawn[:, 2].numpy(),
+                drawn[:, 3].numpy(),
+            )
         feeds = {"images": images, "start": start.astype(np.int32), "flip": flip.astype(np.int32)}
         return Prepared(job, feeds | {"angle": angle.astype(np.float32)})
 
-    # The pipelines ----------------------------------------------------------------------------------------------------
+    # The pipelines
 
     def _pipeline(self, most: int):
         """A pipeline for chunks of up to `most` samples."""
@@ -203,7 +241,9 @@ class DaliEngine:
         # one in the queue: run() puts AT_ONCE in DALI's hands itself
         pipe = Pipeline(most, self.threads, device_id, prefetch_queue_depth=1)
         with pipe:
-            pipe.set_outputs(self._files_graph(fn, types) if self.files else self._pixels_graph(fn, types))
+            pipe.set_outputs(
+                self._files_graph(fn, types) if self.files else self._pixels_graph(fn, types)
+            )
         pipe.build()
         return pipe
 
@@ -211,10 +251,12 @@ class DaliEngine:
         size = self.source.size
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         start, shape, corner = (
-            fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape", "corner")
+            fn.external_source(name=name, dtype=types.INT32, ndim=1)
+            for name in ("start", "shape", "corner")
         )
         scaled = fn.external_source(name="scaled", dtype=types.FLOAT, ndim=1)
-        options = {"output_type": types.RGB, "adjust_orientation": False}  # as PIL and torchvision leave it
+        # as PIL and torchvision leave it
+        options = {"output_type": types.RGB, "adjust_orientation": False}
         if self.gpu:
             options |= {
                 "device": "mixed",
@@ -223,22 +265,30 @@ class DaliEngine:
                 "host_memory_padding": self.decoder.host_padding,
             }
         if self.gpu and not self.decoder.sliced:
-            images = fn.slice(fn.decoders.image(encoded, **options), start=start, shape=shape, axes=(0, 1))
+            images = fn.slice(
+                fn.decoders.image(encoded, **options), start=start, shape=shape, axes=(0, 1)
+            )
         else:
-            images = fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
+            images = fn.decoders.image_slice(
+                encoded, start=start, shape=shape, axes=(0, 1), **options
+            )
         images = fn.resize(images, size=scaled, interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.slice(images, start=corner, shape=[size, size], axes=(0, 1))
 
     def _pixels_graph(self, fn, types):
         size, device = self.source.size, "gpu" if self.gpu else "cpu"
-        images = fn.external_source(name="images", device=device, dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True)
+        images = fn.external_source(
+            name="images", device=device, dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True
+        )
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
         angle = fn.external_source(name="angle", dtype=types.FLOAT, ndim=0)
         border = {"out_of_bounds_policy": "pad", "fill_values": 0}
         images = fn.slice(images, start=start, shape=[size, size], axes=(0, 1), **border)
         images = fn.flip(images, horizontal=flip)
-        return fn.rotate(images, angle=angle, interp_type=types.INTERP_NN, keep_size=True, fill_value=0)
+        return fn.rotate(
+            images, angle=angle, interp_type=types.INTERP_NN, keep_size=True, fill_value=0
+        )
 
 
 def stand_in() -> np.ndarray:
@@ -259,7 +309,8 @@ def run(pipe, feeds: dict[str, Any]) -> None:
 
 
 def result(pipe) -> Tensor:
-    """uint8 [m, size, size, 3], of the chunk that was put in first; the memory is DALI's, and its own."""
+    """uint8 [m, size, size, 3], of the chunk that was put in first; the memory is DALI's, and its
+    own."""
     (images,) = pipe.outputs()
     return torch.from_dlpack(images.as_tensor())
 
@@ -267,4 +318,7 @@ def result(pipe) -> Tensor:
 def reason(error: Exception) -> str:
     """The telling line of what DALI raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith(("Error", "Assert"))), lines[0] if lines else "failed")
+    return next(
+        (line for line in lines if line.startswith(("Error", "Assert"))),
+        lines[0] if lines else "failed",
+    )

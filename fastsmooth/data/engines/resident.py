@@ -1,4 +1,5 @@
-"""All images of a split on the device: a batch is one look-up, crop, flip, rotation and normalisation included."""
+"""All images of a split on the device: a batch is one look-up, crop, flip, rotation and
+normalisation included."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from fastsmooth.data.chunks import Loader, Segment, normalisation
 from fastsmooth.data.images import Split
 from fastsmooth.kernels.augment import augment as augmented
 
-DRAWN_AT_ONCE = 8192  # samples: few enough for the intermediate numbers to stay in a processor's cache
+# samples: few enough for the intermediate numbers to stay in a processor's cache
+DRAWN_AT_ONCE = 8192
 
 
 class ResidentLoader(Loader):
@@ -35,7 +37,9 @@ class ResidentLoader(Loader):
         if self._drawn is None or self._drawn[0] != epoch:
             parts = torch.arange(len(self), device=self.device).split(DRAWN_AT_ONCE)
             drawn = [
-                augment.moves(self.kind, self.size, augment.draw(self.kind, self.size, self.seed, epoch, part))
+                augment.moves(
+                    self.kind, self.size, augment.draw(self.kind, self.size, self.seed, epoch, part)
+                )
                 for part in parts
             ]
             self._drawn = epoch, torch.cat(drawn)

@@ -1,4 +1,5 @@
-"""JPEG files by torchvision's decoder, others by PIL, in a pool of threads: ImageNet without DALI."""
+"""JPEG files by torchvision's decoder, others by PIL, in a pool of threads: ImageNet without
+DALI."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ class ThreadsEngine:
         source = self.source
         drawn = source.drawn(job)
         if source.split.pixels is not None:
-            return Chunk(job, torch.from_numpy(source.split.pixels[job.index.numpy()]), source.moves(drawn)), []
+            return Chunk(
+                job, torch.from_numpy(source.split.pixels[job.index.numpy()]), source.moves(drawn)
+            ), []
         buffer = self._buffer(len(job.index))
         views = source.views(job, drawn).each()
         pixels = buffer[: len(job.index)]
@@ -67,7 +70,9 @@ class ThreadsEngine:
             buffer = self.free.popleft()
             if len(buffer) >= count:
                 return buffer
-        return torch.empty(count, self.source.size, self.source.size, 3, dtype=torch.uint8, pin_memory=self.pinned)
+        return torch.empty(
+            count, self.source.size, self.source.size, 3, dtype=torch.uint8, pin_memory=self.pinned
+        )
 
     def _decode(self, i: int, view: View, to: np.ndarray) -> None:
         """Write the view of sample i into `to`, uint8 [size, size, 3]."""
@@ -77,11 +82,13 @@ class ThreadsEngine:
         to[...] = self.source.by_pil(i, view) if pixels is None else pixels
 
     def _fast(self, i: int, view: View) -> np.ndarray | None:
-        """The view of sample i by torchvision's decoder; None where it is not to read the file: PIL does, or finds the words."""
+        """The view of sample i by torchvision's decoder; None where it is not to read the file: PIL
+        does, or finds the words."""
         (top, left, height, width), scaled, (down, right) = view
         try:
             encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
-            if encoded[: len(JPEG)].tobytes() != JPEG:  # a damaged PNG would end the process (torchvision 0.29.1)
+            # a damaged PNG would end the process (torchvision 0.29.1)
+            if encoded[: len(JPEG)].tobytes() != JPEG:
                 return None
             image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
         except (RuntimeError, OSError):
@@ -89,5 +96,9 @@ class ThreadsEngine:
         if tuple(image.shape[1:]) != (self.source.index.height[i], self.source.index.width[i]):
             return None
         image = image[None, :, top : top + height, left : left + width]
-        image = F.interpolate(image, scaled, mode="bilinear", antialias=True)[0].numpy().transpose(1, 2, 0)
+        image = (
+            F.interpolate(image, scaled, mode="bilinear", antialias=True)[0]
+            .numpy()
+            .transpose(1, 2, 0)
+        )
         return image[down : down + self.source.size, right : right + self.source.size]

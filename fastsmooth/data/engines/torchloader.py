@@ -1,4 +1,5 @@
-"""PyTorch's DataLoader with PIL and torchvision's transforms, one image after the other: the reference of the engines."""
+"""PyTorch's DataLoader with PIL and torchvision's transforms, one image after the other: the
+reference of the engines."""
 
 from __future__ import annotations
 
@@ -23,10 +24,14 @@ from fastsmooth.data.images import DataError, open_image
 from fastsmooth.data.source import Source
 from fastsmooth.messages import one_line
 
-Item = tuple[int, list[int], list[float] | None]  # sample, the box of its view, the numbers that `draw` gave
+# sample, the box of its view, the numbers that `draw` gave
+Item = tuple[int, list[int], list[float] | None]
 LIMIT = 300.0  # seconds that a chunk is waited for: many times what one takes on a slow disk
 LATE = "no chunk within"
-NO_ROOM = "/dev/shm is too small (docker run --shm-size=1g): fewer --workers or a smaller --chunk need less, --loader threads none"
+NO_ROOM = (
+    "/dev/shm is too small (docker run --shm-size=1g): fewer --workers or a smaller --chunk need "
+    "less, --loader threads none"
+)
 REMEDIES = (  # for what is found in the words of PyTorch or the system
     ("Too many open files", "raise the limit (ulimit -n), or use --loader threads"),
     (LATE, "does the disk or the network hang? a smaller --chunk is there sooner"),
@@ -45,7 +50,12 @@ class Images(Dataset):
     """
 
     def __init__(self, source: Source):
-        self.split, self.index, self.kind, self.size = source.split, source.index, source.kind, source.size
+        self.split, self.index, self.kind, self.size = (
+            source.split,
+            source.index,
+            source.kind,
+            source.size,
+        )
 
     def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
         index, box, drawn = item
@@ -56,7 +66,9 @@ class Images(Dataset):
         if drawn is not None and self.kind == "resized-crop-flip":
             return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size)), None
         image = augment.evaluation_view(image, self.kind, self.size)
-        return np.asarray(image if drawn is None else augment.crop_flip_rotate(image, drawn, self.size)), None
+        return np.asarray(
+            image if drawn is None else augment.crop_flip_rotate(image, drawn, self.size)
+        ), None
 
     def open(self, index: int) -> Image.Image:
         if self.split.pixels is not None:
@@ -67,12 +79,14 @@ class Images(Dataset):
 
 
 def collate(images: list[tuple[np.ndarray, str | None]]) -> tuple[Tensor | None, dict[int, str]]:
-    """uint8 [m, size, size, 3], and why some are black, by their place; no pixels where they cannot be handed over."""
+    """uint8 [m, size, size, 3], and why some are black, by their place; no pixels where they cannot
+    be handed over."""
     arrays, reasons = zip(*images, strict=True)
     pixels = torch.from_numpy(np.stack(arrays))
     if get_worker_info() is not None:
         try:
-            pixels.share_memory_()  # now: where the queue's thread cannot, it drops them, and they are waited for
+            # now: where the queue's thread cannot, it drops them, and they are waited for
+            pixels.share_memory_()
         except (RuntimeError, OSError) as error:
             return None, {0: words(error)}
     return pixels, {k: reason for k, reason in enumerate(reasons) if reason}
@@ -83,14 +97,21 @@ def words(error: Exception) -> str:
 
 
 def lost(reason: str) -> ChildProcessError:
-    """What a run ends with, whose DataLoader cannot go on. Ends all processes: Python would wait for one that is stuck."""
-    ended = multiprocessing.connection.wait([process.sentinel for process in PROCESSES], 0 if LATE in reason else 1)
+    """What a run ends with, whose DataLoader cannot go on. Ends all processes: Python would wait
+    for one that is stuck."""
+    ended = multiprocessing.connection.wait(
+        [process.sentinel for process in PROCESSES], 0 if LATE in reason else 1
+    )
     dead = [process for process in PROCESSES if process.sentinel in ended]
     for process in dead:
         process.join(1)  # its files are closed a moment before it is gone
     code = next((process.exitcode for process in dead if process.exitcode), None)
     if code is not None:  # that was first, whatever came of it
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
         reason = f"one of them {how}"
     for process in PROCESSES:
         process.kill()
@@ -101,10 +122,12 @@ def lost(reason: str) -> ChildProcessError:
 
 
 class Watch:
-    """What ends the wait for a DataLoader: PyTorch's handler of SIGCHLD, which raises RuntimeError, and a time limit.
+    """What ends the wait for a DataLoader: PyTorch's handler of SIGCHLD, which raises RuntimeError,
+    and a time limit.
 
-    The handler is in force for as long alone: elsewhere the error would be taken for that of whatever goes on. The limit is an
-    alarm, since PyTorch's own does not hold while a process that is stuck is asked for its memory.
+    The handler is in force for as long alone: elsewhere the error would be taken for that of
+    whatever goes on. The limit is an alarm, since PyTorch's own does not hold while a process that
+    is stuck is asked for its memory.
     """
 
     died: Callable[[int, Any], None] | None = None  # PyTorch sets it once a process
@@ -149,7 +172,8 @@ PROCESSES: weakref.WeakSet = weakref.WeakSet()  # of all DataLoaders
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
-    """What a half-made DataLoader raises when it is freed says nothing of why it could not be made."""
+    """What a half-made DataLoader raises when it is freed says nothing of why it could not be
+    made."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -196,17 +220,24 @@ class TorchEngine:
                     self.source.bad.report(self.source.split.paths[job.index[k]], reason)
                 yield Chunk(job, pixels, None)
         finally:
-            items.source.close()  # suspended, it and the kept DataLoader hold each other, which stalls the garbage collector
+            # suspended, it and the kept DataLoader hold each other, which stalls the garbage
+            # collector
+            items.source.close()
             self._busy = self._busy and not kept
 
     def items(self, job: Job) -> list[Item]:
         drawn = self.source.drawn(job)
         numbers = [None] * len(job.index) if drawn is None else drawn.tolist()
-        boxes = self.source.views(job, drawn).box.tolist() if self.source.index else [None] * len(job.index)
+        boxes = (
+            self.source.views(job, drawn).box.tolist()
+            if self.source.index
+            else [None] * len(job.index)
+        )
         return list(zip(job.index.tolist(), boxes, numbers, strict=True))
 
     def _started(self, loader: DataLoader) -> Iterator:
-        """A pass over the DataLoader. Raises ChildProcessError where its processes cannot be started or do not answer."""
+        """A pass over the DataLoader. Raises ChildProcessError where its processes cannot be
+        started or do not answer."""
         with without_remarks(), WATCH.started():
             try:
                 with WATCH.waiting():
@@ -218,7 +249,8 @@ class TorchEngine:
         raise lost(reason)
 
     def _next(self, batches: Iterator) -> tuple[Tensor, dict[int, str]] | None:
-        """What the DataLoader gives next; None at its end. Raises ChildProcessError where a process is lost or silent."""
+        """What the DataLoader gives next; None at its end. Raises ChildProcessError where a process
+        is lost or silent."""
         try:
             with WATCH.waiting():
                 pixels, reasons = next(batches, (None, None))
@@ -248,5 +280,6 @@ class TorchEngine:
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.pinned,
-            generator=torch.Generator(),  # without one of its own each pass would move the global random state
+            # without one of its own each pass would move the global random state
+            generator=torch.Generator(),
         )
