@@ -147,9 +147,9 @@ def test_every_flag_of_the_design_exists():
     expected = """
         --dataset --data-dir --model --method --mode --optimizer --lr --batchsize -b --batch-size
         --beta --nu --weight-decay --epochs --decay-epoch --power --gamma --c2 --k2 --eps --steps
-        --draws --bn --measure-augment --seed --device --loader --compile --precision --drop-last --deterministic
-        --out --resume --checkpoint-every --log-every --max-time --config --plan --json --wandb-mode
-        --wandb-entity --wandb-project --beta1 --help --version
+        --draws --bn --measure-augment --seed --device --loader --compile --precision --drop-last
+        --deterministic --out --resume --checkpoint-every --log-every --max-time --config --plan
+        --json --wandb-mode --wandb-entity --wandb-project --beta1 --help --version
     """
     assert known >= set(expected.split())
 
