@@ -275,14 +275,14 @@ def fail_at(place: str, error: str, update: int, rank: int) -> None:
     from fastsmooth.cli import progress
     from fastsmooth.runfolder import checkpoint
     from fastsmooth.runfolder import write as runfolder
-    from fastsmooth.training import loop, modes, step
+    from fastsmooth.training import loop, step
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
     owner, name = {
         "gradient": (loop.Run, "gradient"),
         "update": (step.Step, "update"),
-        "data": (modes.Stream, "rest_of_epoch"),
+        "data": (loop.Stream, "rest_of_epoch"),
         "row": (runfolder.RunFolder, "row"),
         "checkpoint": (checkpoint.Checkpoints, "save"),
         "evaluation": (step.Step, "evaluate"),

@@ -8,8 +8,8 @@ from said import refused, said, seen
 
 from fastsmooth import __main__ as every
 from fastsmooth import train
-from fastsmooth.cli import config as configs
 from fastsmooth.names import FLAGS
+from fastsmooth.schedule import METHODS
 from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.terminal import cells
 
@@ -85,7 +85,7 @@ def test_a_run_on_a_terminal_of_any_width_keeps_what_matters_most(here, cases):
     rng = random.Random(2)
     for k in range(cases("runs on terminals of every width", 20, 1)):
         width = rng.randint(40, 140)
-        method = rng.choice(configs.METHODS[:7])
+        method = rng.choice(list(METHODS)[:7])
         flags = ["--epochs", "2", "--batchsize", "512", "--method", method, "--out", f"run{k}"]
         found = seen(train.main, flags, width)
         assert found.code == 0 and found.widest <= width, (flags, width, found.lines)
