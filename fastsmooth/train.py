@@ -32,9 +32,8 @@ from fastsmooth.messages import (
 )
 from fastsmooth.processors import keep_within_quota
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.training.build import begin, noise_cost, prepare
 from fastsmooth.training.device import pick_device
-from fastsmooth.training.ending import LOST, Ending, conclude, failed, out_of_memory, watch
+from fastsmooth.training.ending import LOST, Ending, conclude, failed, out_of_memory, report, watch
 from fastsmooth.training.plan import print_plan
 
 
@@ -88,26 +87,24 @@ def run(c: Config) -> int:
         return refuse(
             ConfigError(f"PyTorch cannot be imported ({error}): pip install torch torchvision")
         )
-    from fastsmooth.data import DataError
-    from fastsmooth.models import ModelError
     from fastsmooth.ranks import RankLost, Ranks
-    from fastsmooth.runfolder.checkpoint import CheckpointError
-    from fastsmooth.runfolder.write import RunFolderError
-    from fastsmooth.training.loop import Diverged, Preempted
+    from fastsmooth.training.build import REFUSALS, begin, prepare
+    from fastsmooth.training.loop import Diverged, Preempted, train
 
     keep_within_quota(torch)
-    refusals = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
     live = ranks = None
     try:
         check_launch()
         device = pick_device(c, torch)
         ranks = Ranks.join(device)
-        live, state, decided = prepare(c, device, ranks, refusals, torch)
+        live, state, decided = prepare(c, device, ranks)
         live.stop_asked = asked
-        begin(live, state, decided, refusals, torch)
+        begin(live, state, decided)
+        started = time.perf_counter()
         train(live)
+        report(live, time.perf_counter() - started)
         ended = Ending(DONE, "done")
-    except refusals as error:
+    except REFUSALS as error:
         ended = Ending(BAD_INPUT, "failed", str(error), "error", one_line(error))
     except Preempted as stop:
         ended = Ending(PREEMPTED, "preempted", str(stop))
@@ -131,42 +128,6 @@ def run(c: Config) -> int:
             ended = failed(error, live)
     conclude(ended, live, ranks)
     return ended.code
-
-
-def train(live) -> None:
-    """The run from where it stands to its end."""
-    from fastsmooth.training.modes import MODES
-
-    started = time.perf_counter()
-    MODES[live.config.mode](live)
-    live.progress.close()
-    live.folder.sync()
-    summary = live.summary() | {"seconds": round(time.perf_counter() - started, 2)}
-    summary["images_per_second"] = live.last_epoch.get("images_per_second")
-    live.folder.write("summary.json", summary)
-    live.folder.status("done", "", live.update)
-    live.tracker.finish(summary, DONE)
-    if live.step.compile:
-        live.progress.say(
-            f"compiled {live.step.compiled_graphs} graphs (training step, evaluation, "
-            "measurement), the first in "
-            f"{live.clock.read('compile'):.0f} s"
-        )
-    if live.last_epoch:
-        live.progress.say(
-            f"final test accuracy {live.last_epoch['test_acc']:.2%}, best {live.best_test_acc:.2%}"
-        )
-    if live.noise and live.noise.count:
-        live.progress.say(noise_cost(live))
-    if summary["bad_images"]:
-        live.progress.say(f"{summary['bad_images']} images could not be read and were served black")
-    live.progress.say(f"run folder {live.folder.path}")
-    if live.config.dataset == "digits" and live.config.mode == "normal":
-        live.progress.say(
-            "next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help "
-            "the rest"
-        )
-    live.folder.close()
 
 
 def finished(out: Path) -> bool:

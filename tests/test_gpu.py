@@ -18,7 +18,7 @@ from fastsmooth.noise.persample import sample_norms
 from fastsmooth.noise.tails import BLOCK, NoiseStatistics
 from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.train import main
-from fastsmooth.training import loop
+from fastsmooth.training import loop, measuring
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use"
@@ -359,7 +359,7 @@ def test_chunks_are_halved_until_they_fit(tmp_path, monkeypatch):
 
 
 def with_memory(spare: int, full: Callable) -> Callable:
-    """modes.Run.full_gradient with `spare` bytes beyond what the process holds by then."""
+    """measuring.full_gradient with `spare` bytes beyond what the process holds by then."""
 
     def limited(live: loop.Run, point) -> list[Tensor]:
         torch.cuda.empty_cache()
@@ -376,7 +376,7 @@ def with_memory(spare: int, full: Callable) -> Callable:
 def test_chunks_are_halved_where_the_memory_ends(tmp_path, monkeypatch):
     """After a few updates, by which time what libraries keep for themselves is there."""
     whole = points_of(run(tmp_path / "whole", *SAMPLING, "--steps", "3"))
-    monkeypatch.setattr(loop.Run, "full_gradient", with_memory(64 << 20, loop.Run.full_gradient))
+    monkeypatch.setattr(measuring, "full_gradient", with_memory(64 << 20, measuring.full_gradient))
     halved = points_of(run(tmp_path / "halved", *SAMPLING, "--steps", "3"))
     assert 1 <= halved[0]["chunk"] < whole[0]["chunk"] == loop.EVAL_CHUNK["cuda"]
     assert halved[0]["full_grad_norm"] == pytest.approx(whole[0]["full_grad_norm"], rel=1e-4)

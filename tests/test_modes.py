@@ -28,7 +28,7 @@ from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.runfolder.write import TIMES, read_rows
 from fastsmooth.train import main
-from fastsmooth.training import loop, modes
+from fastsmooth.training import loop, measuring, modes
 
 CPU = torch.device("cpu")
 
@@ -551,13 +551,13 @@ def history_batches(history: int, updates: int) -> list[torch.Tensor]:
 def test_no_two_processes_drop_the_same_units_in_their_histories():
     places = [(history, Ranks(rank, 3)) for history in range(1, 9) for rank in range(3)]
     seeds = {
-        loop.history_seed(seed, update, *place)
+        measuring.history_seed(seed, update, *place)
         for seed in range(3)
         for update in (0, 9)
         for place in places
     }
     assert len(seeds) == 3 * 2 * len(places)
-    assert loop.history_seed(5, 2, 1, Ranks()) == (7 + 0x9E3779B97F4A7C15) % 2**63
+    assert measuring.history_seed(5, 2, 1, Ranks()) == (7 + 0x9E3779B97F4A7C15) % 2**63
 
 
 def test_a_history_draws_from_what_the_epoch_has_left():
@@ -580,7 +580,7 @@ def test_the_first_history_is_the_run_itself(flags, tmp_path, monkeypatch):
     """Bit for bit, from the middle of an epoch over its edge; every other history ends
     elsewhere."""
     ends, places = [], []
-    ahead, updates = loop.Run.ahead, loop.Run.updates
+    ahead, before_gradient = measuring.ahead, loop.Run.before_gradient
 
     def flat(live):
         buffers = [s["momentum_buffer"] for s in live.step.optimizer.state.values()]
@@ -595,15 +595,14 @@ def test_the_first_history_is_the_run_itself(flags, tmp_path, monkeypatch):
             ends.append(flat(live))
             yield
 
-    def watching(live):
-        for batch in updates(live):
-            if live.update == 95:
-                places.append((live.update, live.epoch, live.step.optimizer.param_groups[0]["lr"]))
-                ends.append(flat(live))
-            yield batch
+    def watching(live, *batch):
+        if live.update == 95:
+            places.append((live.update, live.epoch, live.step.optimizer.param_groups[0]["lr"]))
+            ends.append(flat(live))
+        before_gradient(live, *batch)
 
-    monkeypatch.setattr(loop.Run, "ahead", watched)
-    monkeypatch.setattr(loop.Run, "updates", watching)
+    monkeypatch.setattr(measuring, "ahead", watched)
+    monkeypatch.setattr(loop.Run, "before_gradient", watching)
     line = "--mode sampling --lr 0.02 --steps 95 --beta 0.5 --draws 3 --epochs 4"
     run(tmp_path, *EXACT, *line.split(), *flags)
     first, *others, own = ends
@@ -716,14 +715,14 @@ def test_the_function_is_named_by_what_batchnorm_sees(tmp_path):
 
 
 def test_a_measurement_is_no_part_of_the_speed_that_is_told(tmp_path, monkeypatch):
-    measure_noise, clocks = modes.measure_noise, []
+    measure, clocks = modes.Sampling.measure, []
 
-    def watched(live, step, replayed):
+    def watched(sampling, live, step):
         began = time.monotonic()
-        measure_noise(live, step, replayed)
+        measure(sampling, live, step)
         clocks.append((live.progress.started - began, live.progress.begun_at, live.samples))
 
-    monkeypatch.setattr(modes, "measure_noise", watched)
+    monkeypatch.setattr(modes.Sampling, "measure", watched)
     run(tmp_path, "--mode", "sampling", "--steps", "0", "3", "--draws", "2")
     assert (
         all(started > 0 and begun == samples for started, begun, samples in clocks)
@@ -735,7 +734,7 @@ def test_a_measurement_is_no_part_of_the_speed_that_is_told(tmp_path, monkeypatc
 def test_a_measurement_that_is_asked_to_stop_saves_and_is_made_again(draw, tmp_path, monkeypatch):
     flags = [*SEVERAL, "--beta", "0.3", "--batchsize", "100", "--steps", "20"]
     undisturbed = run(tmp_path, *flags, name="undisturbed")
-    follow = loop.Run._follow
+    follow = measuring.follow
     calls = 0
 
     def stopping(live, stream, updates):
@@ -745,7 +744,7 @@ def test_a_measurement_that_is_asked_to_stop_saves_and_is_made_again(draw, tmp_p
         calls += 1
         follow(live, stream, updates)
 
-    monkeypatch.setattr(loop.Run, "_follow", stopping)
+    monkeypatch.setattr(measuring, "follow", stopping)
     out = tmp_path / "out"
     assert main([*flags, "--out", str(out)]) == 75
     assert read_status(out)["state"] == "preempted" and read_status(out)["step"] == 14
@@ -814,7 +813,8 @@ def test_training_after_a_measurement_is_that_of_a_run_without(how, tmp_path):
     )
     # with momentum a point is measured where its histories begin
     expected = [0, 5] if "sgd" in how else [0, 5, 44]
-    assert [p["step"] for p in b.pop("noise_points")] == expected and a.pop("noise_points") == []
+    points = b["instruments"]["sampling"]["points"]
+    assert [p["step"] for p in points] == expected and a["instruments"] == {}
     for key in ("model", "optimizer", "meter", "window", "rng", "samples"):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
 

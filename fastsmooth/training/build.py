@@ -4,52 +4,52 @@ here."""
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastsmooth import data, models
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.progress import Progress
+from fastsmooth.data import DataError
 from fastsmooth.messages import one_line, warn
-from fastsmooth.schedule import Schedule
+from fastsmooth.models import ModelError, own_size
+from fastsmooth.noise.gradients import undisturbed
+from fastsmooth.optim import NoisySGD
+from fastsmooth.ranks import Ranks
+from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
+from fastsmooth.runfolder.machine import environment
+from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, check_unused, claim
+from fastsmooth.training import device as machine
+from fastsmooth.training import syncnorm
+from fastsmooth.training.clock import Clock
 from fastsmooth.training.device import choose_kernels, device_name, pick_device, set_numerics
-from fastsmooth.training.plan import (
-    check_steps,
-    epochs_done,
-    make_schedule,
-    measured,
-    notes,
-    within_budget,
-)
+from fastsmooth.training.loop import FORMAT, Run
+from fastsmooth.training.modes import INSTRUMENTS
+from fastsmooth.training.plan import Plan, make_plan, notes
+from fastsmooth.training.step import Step, keep_freed_memory
+
+REFUSALS = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
+State = dict[str, Any]
 
 
-def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], torch):
-    """(the run, the state to go on from): everything that can be refused, in the order of the
-    data's path.
+def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State | None, str]:
+    """(the run, the state to go on from, what the images decided in words): everything that can be
+    refused, in the order of the data's path.
 
     The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
-    from fastsmooth import data, models
-    from fastsmooth.noise.threshold import NormRecord
-    from fastsmooth.optim import NoisySGD
-    from fastsmooth.runfolder.checkpoint import Checkpoints
-    from fastsmooth.runfolder.machine import environment
-    from fastsmooth.runfolder.tracker import Tracker
-    from fastsmooth.runfolder.write import RunFolder, Unwritten, check_unused
-    from fastsmooth.training import device as machine
-    from fastsmooth.training import syncnorm
-    from fastsmooth.training.clock import Clock
-    from fastsmooth.training.loop import Run
-    from fastsmooth.training.step import Step, keep_freed_memory
-
     keep_freed_memory()
     folder = checkpoints = state = None
-    with ranks.together(refusals, ConfigError):
+    with ranks.together(REFUSALS, ConfigError):
         if c.resume and ranks.leader:
             folder = RunFolder(Path(c.out))  # locked before its checkpoints are read
             checkpoints = Checkpoints(Path(c.out) / "checkpoints", warn)
@@ -57,7 +57,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         elif c.out and ranks.leader:
             check_unused(Path(c.out))
     before = ranks.from_leader(made_with(state))
-    with ranks.together(refusals, ConfigError), as_it_began(c, before, data.DataError):
+    with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
         if before:
             c = parsing.as_before(c, before, f"{c.out}/checkpoints")
             device = pick_device(c, torch)
@@ -73,23 +73,20 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
             c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
         )
         images.bad.say = warn  # from now on each process meets bad images of its own
-        n = len(images.train)
-        check_batch(c, n, ranks.world)
-        if not c.resume:
-            c = within_budget(c, n)
-        schedule = make_schedule(c, n)
-        check_steps(c, schedule, n)
-        set_numerics(c, schedule, torch)
+        check_batch(c, len(images.train), ranks.world)
+        plan = make_plan(c, len(images.train))
+        c = plan.config
+        set_numerics(c, plan.schedule, torch)
         torch.manual_seed(c.seed)
         model = models.build(c.model, images.classes, c.norm).to(
             device, memory_format=torch.channels_last
         )
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
-        alone = try_model(c, model, images, torch)
-        if not alone:
-            check_lone_samples(c, schedule, n, ranks.world)
-        noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
+        if not try_model(c, model, images):
+            check_lone_samples(plan, ranks.world)
+        made = [make(plan, model, images, ranks) for make in INSTRUMENTS]
+        instruments = [instrument for instrument in made if instrument is not None]
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
     # SyncBatchNorm's exchange would cut the graph at every layer
@@ -102,15 +99,16 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         "compile": "on" if compiled else "off",
         "kernels": kernels,
     }
-    chosen |= {"estimator": noise.estimator} if noise else {}
+    for instrument in instruments:
+        chosen |= instrument.chosen()
     check_alike(images, model, chosen, ranks)
     optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
-    with ranks.together(refusals, ConfigError):
+    with ranks.together(REFUSALS, ConfigError):
         out = c.out or (default_out(c) if ranks.leader else None)
     out = Path(ranks.from_leader(out))
-    with ranks.together(refusals, ConfigError):
+    with ranks.together(REFUSALS, ConfigError):
         if not ranks.leader:
             folder = Unwritten(out)
         elif not c.resume:
@@ -119,65 +117,58 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
             folder = RunFolder.create(out, c.to_json(), about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-        checkpoints = checkpoints or Checkpoints(out / "checkpoints", warn)
-        live = Run(
-            c,
-            schedule,
+        run = Run(
+            plan,
             images,
             model,
             step,
             device,
             folder,
-            checkpoints,
+            checkpoints or Checkpoints(out / "checkpoints", warn),
             tracker,
             Clock(wait),
             ranks=ranks,
+            instruments=instruments,
+            made_with=chosen | machine.facts(device, ranks.world),
         )
-        if c.mode == "critical":
-            ignored = c.min_epochs * schedule.updates(n, c.drop_last)[0]
-            live.record = NormRecord(c.eps, c.criterion, ignored, device)
-        live.noise = noise
-        live.made_with = chosen | machine.facts(device, ranks.world)
-    return live, state, decided
+    return run, state, decided
 
 
-def begin(
-    live, state: dict[str, Any] | None, decided: str, refusals: tuple[type[Exception], ...], torch
-) -> None:
+def begin(run: Run, state: State | None, decided: str) -> None:
     """Stand where the run is to go on, and say what it is."""
-    from fastsmooth import models
-    from fastsmooth.cli.progress import Progress
-    from fastsmooth.training import device as machine
-
-    c, ranks, n = live.config, live.ranks, len(live.data.train)
+    c, plan, ranks = run.config, run.plan, run.ranks
     if c.resume:
         state = ranks.from_leader(state)
-        with ranks.together(refusals, ConfigError):
-            go_on(live, state)
-        changes = machine.changes(made_with(state), live.made_with)
+        with ranks.together(REFUSALS, ConfigError):
+            go_on(run, state)
+        changes = machine.changes(made_with(state), run.made_with)
         if changes and ranks.leader:
             warn(
                 f"going on with {changes}: the bits may differ from those of a run that is not "
                 "interrupted"
             )
-    live.begun = True
-    epoch_samples = n - n % c.batch_size if c.drop_last else n
-    total = sum(samples for _, samples in epochs_done(c, live.schedule, n))
-    name = device_name(live.device, torch) if ranks.world == 1 else f"{ranks.world} processes"
-    live.progress = Progress(
-        c.epochs, epoch_samples, total, live.samples, name, not ranks.leader, c.delta_unit
+    run.begun = True
+    name = device_name(run.device, torch) if ranks.world == 1 else f"{ranks.world} processes"
+    run.progress = Progress(
+        c.epochs,
+        plan.samples_at_first,
+        plan.samples,
+        run.samples,
+        name,
+        not ranks.leader,
+        c.delta_unit,
     )
-    introduce(c, live, models.count_parameters(live.model), decided)
-    live.folder.status("running", "", live.update)
+    introduce(run, decided)
+    run.folder.status("running", "", run.update)
 
 
 @contextlib.contextmanager
-def as_it_began(c: Config, before: dict[str, Any], data_error: type[Exception]) -> Iterator[None]:
+def as_it_began(c: Config, before: dict[str, Any]) -> Iterator[None]:
     """What `auto` chose when the run began and cannot be had now is refused in words that say
     so."""
     try:
         yield
-    except (ConfigError, data_error) as error:
+    except (ConfigError, DataError) as error:
         names = (
             name for name in configs.RESOLVED_ONCE if getattr(c, name) == "auto" and name in before
         )
@@ -188,7 +179,7 @@ def as_it_began(c: Config, before: dict[str, Any], data_error: type[Exception]) 
         raise
 
 
-def saved_state(checkpoints) -> dict[str, Any] | None:
+def saved_state(checkpoints: Checkpoints) -> dict[str, Any] | None:
     """The newest valid checkpoint; None where the run made none, and begins anew."""
     checkpoints.clean()
     return checkpoints.load()
@@ -203,27 +194,30 @@ def made_with(state: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, str | int | None)}
 
 
-def go_on(live, state: dict[str, Any] | None) -> None:
+def go_on(run: Run, state: State | None) -> None:
     """Stand where `state` was saved, or at the beginning."""
-    from fastsmooth.data import DataError
-    from fastsmooth.runfolder.checkpoint import CheckpointError
-
     if state is None:
-        live.folder.rewind(0)
+        run.folder.rewind(0)
         return
+    directory = run.checkpoints.directory
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory}: the checkpoint has the form of another version of fastsmooth: finish "
+            "the run with the version that began it, or start a new one"
+        )
     try:
         size = state["metrics_bytes"]
         if type(size) is not int or size < 0:
             raise ValueError(f"its metrics_bytes are {size!r}")
-        live.restore(state)
+        run.restore(state)
     except DataError as error:
-        raise ConfigError(f"--resume with --data-dir {live.config.data_dir}: {error}") from None
+        raise ConfigError(f"--resume with --data-dir {run.config.data_dir}: {error}") from None
     except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
-            f"{live.checkpoints.directory}: the checkpoint is not of this run "
-            f"({one_line(error)[:200]}): start a new run"
+            f"{directory}: the checkpoint is not of this run ({one_line(error)[:200]}): start a "
+            "new run"
         ) from None
-    live.folder.rewind(size)
+    run.folder.rewind(size)
 
 
 def check_batch(c: Config, n: int, processes: int) -> None:
@@ -240,7 +234,9 @@ def check_batch(c: Config, n: int, processes: int) -> None:
         )
 
 
-def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
+def check_alike(
+    images: data.Data, model: torch.nn.Module, chosen: dict[str, Any], ranks: Ranks
+) -> None:
     """Refuse processes that see other images, begin with another model or chose otherwise, as two
     machines may."""
     if ranks.world == 1:
@@ -268,17 +264,13 @@ def check_alike(images, model, chosen: dict[str, Any], ranks) -> None:
             )
 
 
-def try_model(c: Config, model, images, torch) -> bool:
+def try_model(c: Config, model: torch.nn.Module, images: data.Data) -> bool:
     """One image through the model in both modes, so that one that cannot take it is refused before
     the run folder is made.
 
     Whether the model can train on a single sample: not where a BatchNorm would see 1 x 1 features
     of it.
     """
-    from fastsmooth.data import DataError
-    from fastsmooth.models import ModelError, own_size
-    from fastsmooth.noise.gradients import undisturbed
-
     try:
         x, _ = next(iter(images.test.batches([torch.arange(1)])))
         with torch.no_grad():
@@ -304,11 +296,12 @@ def try_model(c: Config, model, images, torch) -> bool:
         ) from None
 
 
-def check_lone_samples(c: Config, schedule: Schedule, n: int, processes: int) -> None:
+def check_lone_samples(plan: Plan, processes: int) -> None:
     """Refuse a run in which a single sample would go through a model that cannot train on one."""
+    c = plan.config
     joined = c.sync_bn and processes > 1
     parts = c.micro_batch
-    for where, size, remedies in in_training_mode(c, schedule, n):
+    for where, size, remedies in plan.in_training_mode():
         shares = {size} if joined else {size // processes, -(-size // processes)} - {0}
         if not any(share == 1 or (parts and share % parts == 1 % parts) for share in shares):
             continue
@@ -331,72 +324,8 @@ def check_lone_samples(c: Config, schedule: Schedule, n: int, processes: int) ->
         )
 
 
-def in_training_mode(c: Config, schedule: Schedule, n: int) -> Iterator[tuple[str, int, list[str]]]:
-    """(what, of how many samples, what else avoids it) of all that will go through the model in
-    training mode.
-
-    What --track-noise measures is no part of it: it waits for a batch whose parts have two samples
-    or more.
-    """
-    if c.bn == "train" and c.mode == "critical" and c.criterion == "full-grad":
-        yield "the last chunk of the full gradient", n % c.batch_size, []
-    for size in measured(c, schedule, n).values() if c.bn == "train" else ():
-        yield "a drawn batch", size, []
-        yield "the last chunk of the full gradient", n % size, []
-    unit, amount = c.limit or ("updates", max(c.steps) if c.mode == "sampling" else math.inf)
-    done = {"epochs": 0, "updates": 0, "samples": 0}
-    for size in (size for epochs, size in schedule.stages() for _ in range(epochs)):
-        rest = n % size
-        batches = [("a batch", size, n // size, [])]
-        if rest and not c.drop_last:
-            batches.append(("the last batch of an epoch", rest, 1, ["--drop-last"]))
-        for what, samples, count, remedies in batches:
-            if done[unit] >= amount:
-                return
-            yield what, samples, remedies
-            done["updates"] += count
-            done["samples"] += count * samples
-
-
-def noise_tracker(c: Config, model, images, schedule: Schedule, ranks, torch):
-    """What --track-noise asks for; a model or a batch that it cannot measure is refused before the
-    run folder is made."""
-    from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator, smallest_batch
-    from fastsmooth.noise.persample import NotCovered
-
-    x, _ = next(iter(images.test.batches([torch.arange(2)])))
-    try:
-        estimator, why = choose_estimator(model, x, c.estimator, c.bn)
-    except NotCovered as error:
-        raise ConfigError(
-            f"--track-noise: {error}; --estimator micro-batch measures any model"
-        ) from None
-    smallest = smallest_batch(estimator) * ranks.world
-    if c.batch_size < smallest:
-        raise ConfigError(
-            f"--track-noise with the {estimator} estimator needs batches of {smallest} or more, "
-            f"not --batchsize {c.batch_size}"
-        )
-    every = Every.parse(c.track_noise)
-    return NoiseTracker(
-        model, every, estimator, why, c.bn, schedule.smoothing, len(images.train), ranks
-    )
-
-
-def noise_cost(live) -> str:
-    """What --track-noise took of this process's training time."""
-    tracked, trained = live.clock.read("track"), live.train_seconds + live.clock.read("train")
-    share = tracked / max(trained, 1e-9)
-    return (
-        f"noise measured {live.noise.count} times, here in {tracked:.2g} s: {share:.1%} of the "
-        "training time"
-    )
-
-
 def default_out(c: Config) -> Path:
     """A new folder, which no other run that starts now gets."""
-    from fastsmooth.runfolder.write import claim
-
     name = (
         f"{time.strftime('%Y%m%d-%H%M%S')}-{c.dataset}-{c.method if c.mode == 'normal' else c.mode}"
     )
@@ -415,14 +344,15 @@ def choice(c: Config, asked: Config, side: int) -> str:
     )
 
 
-def introduce(c: Config, live, parameters: int, decided: str) -> None:
-    say, ranks = live.progress.say, live.ranks
+def introduce(run: Run, decided: str) -> None:
+    c, say, ranks = run.config, run.progress.say, run.ranks
+    parameters = models.count_parameters(run.model)
     about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(
         c.dataset, ""
     )
     say(
-        f"{c.dataset}{about}: {len(live.data.train):,} training and {len(live.data.test):,} test "
-        f"images, {live.data.choice}"
+        f"{c.dataset}{about}: {len(run.data.train):,} training and {len(run.data.test):,} test "
+        f"images, {run.data.choice}"
     )
     say(
         f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} "
@@ -432,26 +362,27 @@ def introduce(c: Config, live, parameters: int, decided: str) -> None:
         + f", seed {c.seed}"
     )
     augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
-    size = live.data.size
+    size = run.data.size
     if decided:
         say(decided)
-    say(f"{live.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
+    say(f"{run.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
     if ranks.world > 1:
         normed = (
             "; BatchNorm's statistics are "
             f"{'over all of them' if c.sync_bn else 'for each by itself'}"
         )
-        say(f"{ranks.world} processes share every batch{normed * live.step.normalises_batches}")
-    if c.micro_batch and live.step.normalises_batches:
+        say(f"{ranks.world} processes share every batch{normed * run.step.normalises_batches}")
+    if c.micro_batch and run.step.normalises_batches:
         say(
             f"--micro-batch {c.micro_batch}: BatchNorm sees {c.micro_batch} samples at a time, so "
             "this is another gradient"
         )
-    for line in notes(c, live.schedule):
+    for line in notes(c, run.schedule):
         say(line)
-    if live.noise:
-        say(f"noise measured {live.noise.described()}")
-    if live.tracker.where:
-        say(live.tracker.where)
-    if live.update:
-        say(f"going on from update {live.update:,}, epoch {live.epoch}")
+    for instrument in run.instruments:
+        for line in instrument.introduction():
+            say(line)
+    if run.tracker.where:
+        say(run.tracker.where)
+    if run.update:
+        say(f"going on from update {run.update:,}, epoch {run.epoch}")

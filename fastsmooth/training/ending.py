@@ -7,10 +7,15 @@ import dataclasses
 import os
 import signal
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from fastsmooth.cli.config import Config
 from fastsmooth.messages import DONE, INTERRUPTED, PREEMPTED, failure, on_stop, tell
+
+if TYPE_CHECKING:
+    from fastsmooth.ranks import Ranks
+    from fastsmooth.training.loop import Run  # imports torch, and signals are heeded before that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +30,12 @@ class Ending:
     line: str = ""
 
 
+OUT_OF_TIME = 254  # a reason to stop, beside the numbers of signals
 GONE = "another process of the run was lost"
 LOST = Ending(PREEMPTED, "preempted", GONE, "error", f"{GONE}: start again with --resume")
 
 
-def failed(error: BaseException, live) -> Ending:
+def failed(error: BaseException, live: Run | None) -> Ending:
     """The ending of a run that the system or an error of ours or of a library stopped."""
     if live is None:
         code, line = failure(error)
@@ -56,7 +62,39 @@ def failed(error: BaseException, live) -> Ending:
     return Ending(code, "failed", line, "error", said)
 
 
-def conclude(ended: Ending, live, ranks) -> None:
+def report(run: Run, seconds: float) -> None:
+    """Write and say what came out of a run that has reached its end."""
+    run.finish()
+    run.progress.close()
+    run.folder.sync()
+    summary = run.summary() | {"seconds": round(seconds, 2)}
+    summary["images_per_second"] = run.last_epoch.get("images_per_second")
+    run.folder.write("summary.json", summary)
+    run.folder.status("done", "", run.update)
+    run.tracker.finish(summary, DONE)
+    say = run.progress.say
+    if run.step.compile:
+        say(
+            f"compiled {run.step.compiled_graphs} graphs (training step, evaluation, measurement), "
+            f"the first in {run.clock.read('compile'):.0f} s"
+        )
+    if run.last_epoch:
+        say(f"final test accuracy {run.last_epoch['test_acc']:.2%}, best {run.best_test_acc:.2%}")
+    for instrument in run.instruments:
+        for line in instrument.conclusion(run):
+            say(line)
+    if summary["bad_images"]:
+        say(f"{summary['bad_images']} images could not be read and were served black")
+    say(f"run folder {run.folder.path}")
+    if run.config.dataset == "digits" and run.config.mode == "normal":
+        say(
+            "next: --dataset cifar100 trains the papers' network; --plan shows a schedule; --help "
+            "the rest"
+        )
+    run.folder.close()
+
+
+def conclude(ended: Ending, live: Run | None, ranks: Ranks | None) -> None:
     """Close what is open and say how the run ended; never raises."""
     if live is not None:
         steps = [lambda: live.stream.close()]
@@ -90,7 +128,7 @@ NO_MEMORY = (
 )
 
 
-def out_of_memory(error: Exception, live, c: Config, torch) -> str | None:
+def out_of_memory(error: BaseException, live: Run | None, c: Config, torch: Any) -> str | None:
     """What to do about memory that ran out; None for another error."""
     gpu = isinstance(error, torch.OutOfMemoryError)
     if not (
@@ -106,7 +144,7 @@ def out_of_memory(error: Exception, live, c: Config, torch) -> str | None:
     )
 
 
-def watch(c: Config):
+def watch(c: Config) -> Callable[[], int]:
     """A function that says whether to stop: the number of a signal that has come, OUT_OF_TIME after
     --max-time, or 0."""
     received: list[int] = []
@@ -121,8 +159,6 @@ def watch(c: Config):
     deadline = time.monotonic() + c.max_time if c.max_time else None
 
     def asked() -> int:
-        from fastsmooth.training.loop import OUT_OF_TIME
-
         if received:
             return received[0]
         return OUT_OF_TIME if deadline and time.monotonic() > deadline else 0

@@ -1,4 +1,7 @@
-"""A run and its updates: batch after batch, logged, saved and stopped."""
+"""A run and its updates: batch after batch, measured, logged, saved and stopped.
+
+`train` is the loop that all runs share; what a mode adds are instruments.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,25 +19,27 @@ from torch import Tensor
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import Data, Stream
-from fastsmooth.data.order import in_order, subset
+from fastsmooth.data.order import in_order
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.messages import CannotWrite, warn
-from fastsmooth.noise import gradients, threshold
-from fastsmooth.noise.online import NoiseTracker
+from fastsmooth.noise.instrument import Instrument, Values
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.tracker import Tracker
 from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
+from fastsmooth.training.ending import OUT_OF_TIME
+from fastsmooth.training.plan import Plan
 from fastsmooth.training.step import Step
 
+FORMAT = 2  # of the state in a checkpoint; another number is refused
 TEST_BATCH = 250
 # Samples a chunk of the full gradient in eval mode, where chunks change time and memory alone. On a
 # CPU no size from 100 to 1000 was faster than another beyond the noise (resnet20); a GPU starts
 # with many, halved until they fit in its memory.
 EVAL_CHUNK = {"cpu": 250, "cuda": 1000, "mps": 250}
-OUT_OF_TIME, NOT_FINITE = 254, 255  # reasons to stop, beside the numbers of signals
+NOT_FINITE = 255  # a reason to stop, beside OUT_OF_TIME and the numbers of signals
 
 
 class Preempted(Exception):
@@ -105,12 +110,30 @@ def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
         raise ValueError("its last epoch is none")
 
 
+def train(run: Run) -> None:
+    """From where the run stands to its end, or until an instrument has enough."""
+    for point in run.epochs_left():
+        with run.clock.measure("train"):
+            for x, y in run.batches_left():
+                run.before_gradient(x, y, point)
+                if run.enough():
+                    return
+                with run.compiling():
+                    run.gradient(x, y)
+                    run.before_update(x, y, point)
+                    run.step.update()
+                run.count(point)
+                run.after_update(point)
+                if run.enough():
+                    return
+        run.end_epoch(point)
+
+
 @dataclass
 class Run:
     """The parts of a run, and where it stands: everything below `epoch` is in its checkpoints."""
 
-    config: Config
-    schedule: Schedule
+    plan: Plan
     data: Data
     model: torch.nn.Module
     step: Step
@@ -123,18 +146,23 @@ class Run:
     stop_asked: Callable[[], int] = lambda: 0  # a signal's number, OUT_OF_TIME, or 0
     begun: bool = False  # or it was refused, and its folder is as it was
     ranks: Ranks = field(default_factory=Ranks)
+    instruments: list[Instrument] = field(default_factory=list)
+    # what the bits depend on besides the flags
+    made_with: dict[str, Any] = field(default_factory=dict)
 
     epoch: int = 0
     update: int = 0
     samples: int = 0
     best_test_acc: float | None = None
     last_epoch: dict[str, Any] = field(default_factory=dict)
-    enough: bool = False  # a mode has what it wanted: no update comes after this one
-    record: threshold.NormRecord | None = None
-    noise: NoiseTracker | None = None
-    # what the bits depend on besides the flags
-    made_with: dict[str, Any] = field(default_factory=dict)
-    noise_points: list[dict[str, Any]] = field(default_factory=list)  # the points of noise.json
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan.schedule
 
     def __post_init__(self) -> None:
         self.meter, self.window = Meter(self.device), Meter(self.device)
@@ -143,54 +171,91 @@ class Run:
         c = self.config
         place = {"rank": self.ranks.rank, "world": self.ranks.world}
         data = self.data
-        self.stream = Stream(
-            data.train, c.seed, self.schedule.epochs, data.fingerprint, c.drop_last, **place
-        )
+        self.stream = Stream(data.train, c.seed, c.epochs, data.fingerprint, c.drop_last, **place)
         self.eval_chunk = EVAL_CHUNK[self.device.type]
         self.epoch_seconds_before = 0.0  # of this epoch, spent by an earlier process
         self.train_seconds = 0.0  # of this process, in epochs that are done
         self.recent: float | None = None
+        self.due: list[Instrument] = []  # of the instruments, for the batch at hand
 
-    # The loop that all modes share
+    # What the loop asks of it, in its order
 
-    def updates(self) -> Iterator[tuple[Tensor, Tensor, Point]]:
-        """(x, y, point) of every update still to be done; the caller computes the gradient and
-        applies it.
-
-        With several processes x and y are this one's share of a batch of stream.size samples, and
-        may be empty. When the caller comes back for more, the update counts as done: it is logged,
-        saved when due, and stopped after when asked. A finished epoch is evaluated.
-        """
-        while self.epoch < self.schedule.epochs and not self.enough:
-            point = self.schedule(self.epoch)
+    def epochs_left(self) -> Iterator[Point]:
+        """Every epoch that is still to be trained, by the Point in force: the optimizer, the
+        images and the log go by it."""
+        while self.epoch < self.plan.config.epochs and not self.enough():
+            point = self.plan.schedule(self.epoch)
             self.step.optimizer.set_point(point.lr, point.momentum)
             self.stream.batch_size = point.batch_size
-            with self.clock.measure("train"):
-                for x, y in () if self.spent() else self.stream.rest_of_epoch():
-                    if self.noise is not None and self.noise.due(
-                        self.update, self.epoch, self.stream.size
-                    ):
-                        self.track(x, y, point)
-                    if self.step.compile and not self.step.compiled_graphs:
-                        with self.clock.measure("compile"):
-                            yield x, y, point
-                        self.progress.restart_clock(self.samples + self.stream.size)
-                    else:
-                        yield x, y, point
-                    self.samples += self.stream.size
-                    self.update += 1
-                    self.after_update(point)
-                    if self.enough:
-                        return
-                    if self.spent():
-                        break
-            self.end_epoch(point)
+            yield point
+
+    def batches_left(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y) of every update of the epoch that is still to be done: to its end, or to that of
+        --budget.
+
+        With several processes x and y are this one's share of a batch of stream.size samples, and
+        may be empty.
+        """
+        if self.spent():
+            return
+        for batch in self.stream.rest_of_epoch():
+            yield batch
+            if self.spent():
+                return
 
     def spent(self) -> bool:
-        """Whether the --budget is used up, which ends the last epoch early."""
-        unit, amount = self.config.limit or ("", 0)
-        done = {"updates": self.update, "samples": self.samples}
-        return unit in done and done[unit] >= amount
+        return self.plan.spent(self.update, self.samples)
+
+    def enough(self) -> bool:
+        """Whether an instrument has all that it wanted."""
+        return any(instrument.enough() for instrument in self.instruments)
+
+    def before_gradient(self, x: Tensor, y: Tensor, point: Point) -> None:
+        """Measure what falls due before the batch's gradient is taken."""
+        self.due = [instrument for instrument in self.instruments if instrument.due(self)]
+        for instrument in self.due:
+            try:
+                values = instrument.before_gradient(self, x, y, point)
+            except Asked as stop:
+                self.stream.cursor -= self.stream.size  # this batch comes again
+                self.stop(stop.number)
+            except FloatingPointError as error:
+                raise Diverged(
+                    f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr"
+                ) from None
+            self.measured(instrument, point, values)
+
+    def before_update(self, x: Tensor, y: Tensor, point: Point) -> None:
+        """Measure what falls due with the batch's gradient at hand."""
+        for instrument in self.due:
+            self.measured(instrument, point, instrument.before_update(self, x, y, point))
+
+    def count(self, point: Point) -> None:
+        """One more update is done: measure what is of every one."""
+        self.samples += self.stream.size
+        self.update += 1
+        for instrument in self.instruments:
+            self.measured(instrument, point, instrument.after_update(self, point))
+
+    def measured(self, instrument: Instrument, point: Point, values: Values | None) -> None:
+        """Write what an instrument has found, where it has."""
+        if values is not None:
+            self.row("measure", point, values)
+            self.write_files(instrument)
+
+    def write_files(self, instrument: Instrument) -> None:
+        for name, content in instrument.files(self).items():
+            self.folder.write(name, content)
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around an update: the first one of --compile is no part of the speed."""
+        if not self.step.compile or self.step.compiled_graphs:
+            yield
+            return
+        with self.clock.measure("compile"):
+            yield
+        self.progress.restart_clock(self.samples + self.stream.size)
 
     def gradient(self, x: Tensor, y: Tensor) -> None:
         """Forward and backward; what they say is kept on the device."""
@@ -199,6 +264,7 @@ class Run:
             meter.add(self.loss, correct, self.stream.size)
 
     def after_update(self, point: Point) -> None:
+        """Log, save when due, and stop when asked."""
         finite = torch.isfinite(self.loss + self.step.optimizer.sq_norms.sum()) | (
             self.bad_update > 0
         )
@@ -214,7 +280,7 @@ class Run:
         if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
             self.save()
 
-    def stop(self, asked: int) -> None:
+    def stop(self, asked: int) -> NoReturn:
         self.save(final=True)  # which refuses what is not finite
         raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
 
@@ -248,11 +314,13 @@ class Run:
             "train_acc": train_acc,
             "test_loss": test_loss,
             "test_acc": test_acc,
-            "c2_sampled": self.noise.end_epoch() if self.noise else None,
+            "c2_sampled": None,
             "train_seconds": round(train_seconds, 3),
             "eval_seconds": round(self.clock.read("eval") - evaluated, 3),
             "images_per_second": round(self.meter.count / max(train_seconds, 1e-9), 1),
         }
+        for instrument in self.instruments:
+            values |= instrument.end_epoch()
         self.last_epoch = self.row("epoch", point, values)
         self.progress.epoch(self.last_epoch)
         self.best_test_acc = max(test_acc, self.best_test_acc or 0.0)
@@ -260,8 +328,14 @@ class Run:
         self.train_seconds += self.clock.read("train")
         self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
         self.epoch += 1
-        if self.epoch == self.schedule.epochs or not self.config.checkpoint_every:
-            self.save(final=self.epoch == self.schedule.epochs)
+        last = self.epoch == self.plan.config.epochs
+        if last or not self.config.checkpoint_every:
+            self.save(final=last)
+
+    def finish(self) -> None:
+        """Write what the instruments have found."""
+        for instrument in self.instruments:
+            self.write_files(instrument)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         # the published ImageNet code tests on the training view
@@ -313,6 +387,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         return {
+            "format": FORMAT,
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "epoch": self.epoch,
@@ -323,10 +398,7 @@ class Run:
             "last_epoch": self.last_epoch,
             "meter": self.meter.state_dict(),
             "window": self.window.state_dict(),
-            "enough": self.enough,
-            "record": self.record.state_dict() if self.record else None,
-            "noise_points": self.noise_points,
-            "noise": self.noise.state_dict() if self.noise else None,
+            "instruments": {i.name: i.state_dict() for i in self.instruments},
             "rng": self.ranks.gather(
                 (torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None)
             ),
@@ -338,26 +410,16 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved. Raises DataError where that was with other images."""
-        check_standing(state, len(self.data.train), self.schedule.epochs)
+        check_standing(state, self.plan.images, self.config.epochs)
         self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
-        for name in (
-            "epoch",
-            "update",
-            "samples",
-            "best_test_acc",
-            "last_epoch",
-            "enough",
-            "noise_points",
-        ):
+        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch"):
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
-        if self.record is not None:
-            self.record.load_state_dict(state["record"])
-        if self.noise is not None:
-            self.noise.load_state_dict(state["noise"])
+        for instrument in self.instruments:
+            instrument.load_state_dict(state["instruments"][instrument.name])
         # a process that joins later begins with the numbers of its own seed
         if self.ranks.rank < len(state["rng"]):
             rng, cuda_rng = state["rng"][self.ranks.rank]
@@ -366,166 +428,6 @@ class Run:
                 torch.cuda.set_rng_state(cuda_rng, self.device)
         self.eval_chunk = max(state["eval_chunk"], 1)
         self.epoch_seconds_before = state["epoch_seconds"]
-
-    # Measuring
-
-    def track(self, x: Tensor, y: Tensor, point: Point) -> None:
-        """Measure the noise of the batch that comes next; training does not notice."""
-        before = self.clock.read("track")
-        with self.clock.measure("track"):
-            try:
-                values = self.noise.measure(x, y, point, self.update, self.epoch, self.stream.size)
-            except FloatingPointError as error:
-                raise Diverged(
-                    f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr"
-                ) from None
-        self.row(
-            "measure", point, values | {"seconds": round(self.clock.read("track") - before, 3)}
-        )
-
-    def point_after(self, updates: int) -> Point:
-        """The Point in force at the update that comes so many updates later."""
-        return self.schedule(
-            self.schedule.epoch_of(
-                self.update + updates, len(self.data.train), self.config.drop_last
-            )
-        )
-
-    @contextmanager
-    def ahead(self, updates: int, history: int) -> Iterator[None]:
-        """Inside, the run stands so many updates later, at the end of a history of its own;
-        afterwards where it stood.
-
-        History 0 sees the batches that the run itself will see, the others draw theirs from what
-        the epoch has left. Call it before an update. Dropout draws numbers of the history's own.
-        """
-        stood = self.epoch, self.update
-        stream = self.stream.branch(self.update, history)
-        try:
-            with (
-                gradients.unmoved(self.model, self.step.optimizer),
-                gradients.undisturbed(self.model, "train"),
-            ):
-                if history:
-                    torch.manual_seed(
-                        history_seed(self.config.seed, self.update, history, self.ranks)
-                    )
-                self._follow(stream, updates)
-                self.update += updates
-                self.epoch = self.schedule.epoch_of(
-                    self.update, len(self.data.train), self.config.drop_last
-                )
-                point = self.schedule(self.epoch)
-                self.step.optimizer.set_point(point.lr, point.momentum)
-                yield
-        finally:
-            stream.close()
-            self.epoch, self.update = stood
-
-    def _follow(self, stream: Stream, updates: int) -> None:
-        """Do so many updates on the batches of a stream, and nothing else that a run does."""
-        done = 0
-        while done < updates:
-            point = self.schedule(stream.epoch)
-            self.step.optimizer.set_point(point.lr, point.momentum)
-            stream.batch_size = point.batch_size
-            for x, y in stream.rest_of_epoch():
-                self.heed()
-                self.step.gradient(x, y, stream.size)
-                self.step.update()
-                done += 1
-                if done == updates:
-                    break
-
-    def heed(self) -> None:
-        """Raises Asked where the run is asked to stop: a measurement may take as long as many
-        updates."""
-        asked = self.ranks.vote(self.stop_asked())
-        if asked:
-            raise Asked(asked)
-
-    def heeding(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, between which a single process may be asked to stop; several may have
-        unequal numbers of them."""
-        for batch in batches:
-            if self.ranks.world == 1:
-                self.heed()
-            yield batch
-
-    def stop_before_update(self, asked: int) -> None:
-        """Save the run as it stands before the update whose batch is drawn, and raise Preempted."""
-        self.stream.cursor -= self.stream.size
-        self.stop(asked)
-
-    def measured_epoch(self) -> int | None:
-        """The augmentation under which is measured: none, or this epoch's own numbers, a fixed
-        function of x either way."""
-        return self.epoch if self.config.measure_augment else None
-
-    def chunk(self, point: Point) -> int:
-        """Samples a chunk of the full gradient: in train mode the batch size, which is part of what
-        is measured."""
-        return point.batch_size if self.config.bn == "train" else self.eval_chunk
-
-    def pieces(self, index: Tensor) -> list[Tensor]:
-        """This process's share of a batch or chunk, in what goes through the model together."""
-        own = self.ranks.share(index)
-        if len(own) == 0 and not self.step.joined:
-            return []
-        return list(own.split(self.config.micro_batch or max(len(own), 1)))
-
-    def full_gradient(self, point: Point) -> list[Tensor]:
-        """grad f at the present parameters, the same on every process; call it inside
-        measure.undisturbed.
-
-        In eval mode a chunk that does not fit in the GPU's memory is halved, once for the whole
-        run.
-        """
-        n = len(self.data.train)
-        order = subset(
-            self.config.seed, self.update, gradients.FULL_GRADIENT_DRAW, n, n, str(self.device)
-        )
-        while True:
-            if self.config.bn == "train":
-                chunks = [
-                    (piece, len(chunk))
-                    for chunk in order.split(self.chunk(point))
-                    for piece in self.pieces(chunk)
-                ]
-            else:
-                chunks = [
-                    (piece, len(piece))
-                    for piece in self.ranks.share(order).split(self.chunk(point))
-                ]
-            batches = self.data.train.batches([piece for piece, _ in chunks], self.measured_epoch())
-            try:
-                loss, sizes = self.step.measured_loss, [size for _, size in chunks]
-                total = gradients.full_gradient(self.model, self.heeding(batches), n, loss, sizes)
-                break
-            except torch.OutOfMemoryError:
-                if self.config.bn == "train" or self.eval_chunk == 1:
-                    raise
-                self.eval_chunk //= 2
-        self.ranks.sum_(total)
-        return total
-
-    def drawn_gradient(self, draw: int, point: Point) -> list[Tensor]:
-        """The gradient of a mini-batch drawn at the present parameters, the same on every
-        process."""
-        size = point.batch_size
-        index = subset(
-            self.config.seed, self.update, draw, len(self.data.train), size, str(self.device)
-        )
-        total: list[Tensor] = []
-        for x, y in self.data.train.batches(self.pieces(index), self.measured_epoch()):
-            grads = gradients.batch_gradient(
-                self.model, x, y, self.step.measured_loss, len(y) / size
-            )
-            if total:
-                torch._foreach_add_(total, grads)
-            total = total or grads
-        self.ranks.sum_(total)
-        return total
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -538,8 +440,3 @@ class Run:
             "compiled_graphs": self.step.compiled_graphs,
             "bad_images": len(set().union(*self.ranks.gather(sorted(self.data.bad.reasons)))),
         }
-
-
-def history_seed(seed: int, update: int, history: int, ranks: Ranks) -> int:
-    """That of a history's dropout: another one for each history of each process."""
-    return (seed + update + (history * ranks.world + ranks.rank) * 0x9E3779B97F4A7C15) % 2**63

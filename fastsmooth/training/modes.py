@@ -1,258 +1,362 @@
-"""normal, critical, sampling: three short loops over the same updates of the same run."""
+"""The instruments of a run: --track-noise, --mode critical, --mode sampling.
+
+Each is a row of INSTRUMENTS. What they measure is in fastsmooth.noise; what they need of a run is
+in measuring.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastsmooth.cli.flags import ConfigError
+from fastsmooth.data import Data
 from fastsmooth.noise import gradients
+from fastsmooth.noise.instrument import Idle, Instrument, Values
+from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator, smallest_batch
+from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.tails import NoiseStatistics
+from fastsmooth.noise.threshold import NormRecord
+from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
 from fastsmooth.schedule import Point, memory
-from fastsmooth.training.loop import Asked, Diverged, Run
+from fastsmooth.training import measuring
+from fastsmooth.training.loop import Diverged, Run
+from fastsmooth.training.plan import Plan
 
 
-def normal(run: Run) -> None:
-    """Train to the last epoch."""
-    for x, y, _ in run.updates():
-        run.gradient(x, y)
-        run.step.update()
+class TrackNoise(Idle):
+    """--track-noise: C^2, the noise scale and delta of batches of the training, every so often."""
 
+    name = "track"
 
-def critical(run: Run) -> None:
-    """Train until the running mean of the gradient norm has crossed every eps; critical.json says
-    at which update."""
-    c = run.config
-    per_epoch = run.schedule.updates(len(run.data.train), c.drop_last)[0]
-    full = c.criterion == "full-grad"
-    every = (c.full_grad_every or per_epoch) if full else 1
-    for x, y, point in run.updates():
-        update = run.update + 1
-        if full and update % every == 0:
-            run.record.observe(full_gradient_norm(run, point), update)
-        run.gradient(x, y)
-        run.step.update()
-        if not full:
-            run.record.observe(run.step.grad_norm(), update)
-        if update % c.log_every == 0:
-            run.enough = run.ranks.from_leader(all(run.record.crossings()))
-    report_crossings(run, per_epoch, every)
+    def __init__(self, tracker: NoiseTracker):
+        self.tracker = tracker
 
-
-def full_gradient_norm(run: Run, point: Point) -> Tensor:
-    """||grad f|| at the present parameters, 0-d."""
-    try:
-        with gradients.undisturbed(run.model, run.config.bn):
-            return gradients.norm(run.full_gradient(point))
-    except Asked as stop:
-        run.stop_before_update(stop.number)
-
-
-def report_crossings(run: Run, per_epoch: int, every: int) -> None:
-    c, n, batch = run.config, len(run.data.train), run.schedule.start.batch_size
-    # the first update that may count; a mean that is at most eps there may have been so at any
-    # update before, if there is one
-    earliest = -(-(run.record.ignore + 1) // every) * every
-    crossings: dict[str, Any] = {}
-    for eps, step in zip(c.eps, run.record.crossings(), strict=True):
-        epochs, rest = divmod(step, per_epoch)
-        served = n - n % batch if c.drop_last else n
-        samples = epochs * served + rest * batch
-        entry = {
-            "step": step,
-            "epoch": (step - 1) // per_epoch,
-            "samples": samples,
-            "censored": step == earliest > 1,
-        }
-        crossings[exact(eps)] = entry if step else None
-        found = (
-            f"update {step:,} ({samples:,} samples)"
-            if step
-            else f"not reached in {run.update:,} updates"
-        )
-        if step == earliest > 1:
-            found += (
-                ", the first that counts, so no crossing: it may have been there before "
-                "(--min-epochs, --eps)"
+    @classmethod
+    def of(cls, plan: Plan, model: torch.nn.Module, data: Data, ranks: Ranks) -> TrackNoise | None:
+        """Raises ConfigError for a model or a batch that it cannot measure."""
+        c = plan.config
+        if not c.track_noise:
+            return None
+        x, _ = next(iter(data.test.batches([torch.arange(2)])))
+        try:
+            estimator, why = choose_estimator(model, x, c.estimator, c.bn)
+        except NotCovered as error:
+            raise ConfigError(
+                f"--track-noise: {error}; --estimator micro-batch measures any model"
+            ) from None
+        smallest = smallest_batch(estimator) * ranks.world
+        if c.batch_size < smallest:
+            raise ConfigError(
+                f"--track-noise with the {estimator} estimator needs batches of {smallest} or "
+                f"more, not --batchsize {c.batch_size}"
             )
-        run.progress.say(f"eps {exact(eps)}: {found}")
-    about = {
-        "criterion": c.criterion,
-        "optimizer": c.optimizer,
-        "lr": c.lr,
-        "batch_size": batch,
-        "momentum": c.momentum,
-    }
-    about |= {"seed": c.seed, "min_epochs": c.min_epochs, "first_that_counts": earliest}
-    about |= {"resolution": every, "updates": run.update}
-    if c.criterion == "full-grad":
-        about |= {"function": measured_function(run, run.chunk(run.schedule.start))}
-    run.folder.write("critical.json", about | {"crossings": crossings} | run.record.summary())
+        every, smoothing = Every.parse(c.track_noise), plan.schedule.smoothing
+        return cls(NoiseTracker(model, every, estimator, why, c.bn, smoothing, plan.images, ranks))
+
+    def introduction(self) -> list[str]:
+        return [f"noise measured {self.tracker.described()}"]
+
+    def chosen(self) -> dict[str, str]:
+        return {"estimator": self.tracker.estimator}
+
+    def due(self, run: Run) -> bool:
+        return self.tracker.due(run.update, run.epoch, run.stream.size)
+
+    def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> Values:
+        before = run.clock.read("track")
+        with run.clock.measure("track"):
+            values = self.tracker.measure(x, y, point, run.update, run.epoch, run.stream.size)
+        return values | {"seconds": round(run.clock.read("track") - before, 3)}
+
+    def end_epoch(self) -> Values:
+        return {"c2_sampled": self.tracker.end_epoch()}
+
+    def conclusion(self, run: Run) -> list[str]:
+        if not self.tracker.count:
+            return []
+        tracked, trained = run.clock.read("track"), run.train_seconds + run.clock.read("train")
+        share = tracked / max(trained, 1e-9)
+        return [
+            f"noise measured {self.tracker.count} times, here in {tracked:.2g} s: {share:.1%} of "
+            "the training time"
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.tracker.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tracker.load_state_dict(state)
 
 
-def measured_function(run: Run, chunk: int) -> str:
-    """In words: the function of the parameters whose full gradient is taken."""
-    c = run.config
-    images = f"augmented as in the epoch ({c.augment})" if c.measure_augment else "not augmented"
-    how, statistics = "evaluation mode", "running statistics"
-    if c.bn == "train":
-        share = chunk if run.step.joined else -(-chunk // run.ranks.world)
-        how = "training mode"
-        statistics = (
-            f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one "
-            "order of the images"
-        )
-    if run.step.normalises_batches:
-        how += f": BatchNorm with {statistics}"
-    return (
-        f"mean cross-entropy over the {len(run.data.train):,} training images, {images}; the "
-        f"model in {how}"
-    )
+class Crossings(Idle):
+    """--mode critical: the update from which on the running mean of the gradient norm is at most
+    each eps; critical.json has them."""
+
+    name = "crossings"
+
+    def __init__(self, plan: Plan, device: torch.device, ranks: Ranks):
+        c = plan.config
+        self.full, self.log_every, self.ranks = c.criterion == "full-grad", c.log_every, ranks
+        self.every = (c.full_grad_every or plan.updates_at_first) if self.full else 1
+        self.record = NormRecord(c.eps, c.criterion, c.min_epochs * plan.updates_at_first, device)
+        self.all_crossed = False
+
+    @classmethod
+    def of(cls, plan: Plan, model: torch.nn.Module, data: Data, ranks: Ranks) -> Crossings | None:
+        if plan.config.mode != "critical":
+            return None
+        return cls(plan, next(model.parameters()).device, ranks)
+
+    def due(self, run: Run) -> bool:
+        return self.full and (run.update + 1) % self.every == 0
+
+    def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> None:
+        with gradients.undisturbed(run.model, run.config.bn):
+            norm = gradients.norm(measuring.full_gradient(run, point))
+        self.record.observe(norm, run.update + 1)
+
+    def after_update(self, run: Run, point: Point) -> None:
+        if not self.full:
+            self.record.observe(run.step.grad_norm(), run.update)
+        if run.update % self.log_every == 0:
+            self.all_crossed = self.ranks.from_leader(all(self.record.crossings()))
+
+    def enough(self) -> bool:
+        return self.all_crossed
+
+    @property
+    def earliest(self) -> int:
+        """The first update that may count; a mean that is at most eps there may have been so at
+        any update before, if there is one."""
+        return -(-(self.record.ignore + 1) // self.every) * self.every
+
+    def files(self, run: Run) -> dict[str, Any]:
+        c, plan = run.config, run.plan
+        crossings: dict[str, Any] = {}
+        for eps, step in zip(c.eps, self.record.crossings(), strict=True):
+            epochs, rest = divmod(step, plan.updates_at_first)
+            entry = {
+                "step": step,
+                "epoch": (step - 1) // plan.updates_at_first,
+                "samples": epochs * plan.samples_at_first + rest * c.batch_size,
+                "censored": step == self.earliest > 1,
+            }
+            crossings[exact(eps)] = entry if step else None
+        about = {
+            "criterion": c.criterion,
+            "optimizer": c.optimizer,
+            "lr": c.lr,
+            "batch_size": c.batch_size,
+            "momentum": c.momentum,
+            "seed": c.seed,
+            "min_epochs": c.min_epochs,
+            "first_that_counts": self.earliest,
+            "resolution": self.every,
+            "updates": run.update,
+        }
+        if self.full:
+            chunk = measuring.chunk_size(run, plan.schedule.start)
+            about |= {"function": measuring.function_measured(run, chunk)}
+        return {"critical.json": about | {"crossings": crossings} | self.record.summary()}
+
+    def conclusion(self, run: Run) -> list[str]:
+        lines = []
+        for eps, entry in self.files(run)["critical.json"]["crossings"].items():
+            if entry is None:
+                lines.append(f"eps {eps}: not reached in {run.update:,} updates")
+                continue
+            line = f"eps {eps}: update {entry['step']:,} ({entry['samples']:,} samples)"
+            if entry["censored"]:
+                line += (
+                    ", the first that counts, so no crossing: it may have been there before "
+                    "(--min-epochs, --eps)"
+                )
+            lines.append(line)
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.record.state_dict() | {"all_crossed": self.all_crossed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.record.load_state_dict(state)
+        self.all_crossed = state["all_crossed"]
 
 
-def sampling(run: Run) -> None:
-    """Train for the largest of --steps updates, measuring the search-direction noise at each;
-    noise.json has the points.
+class Sampling(Idle):
+    """--mode sampling: the search-direction noise after each of --steps updates; noise.json has the
+    points.
 
     A direction with momentum is the work of the updates before it. So its noise is measured over
     histories: the run goes back, and every draw comes to its point by batches of its own. That is
     done where the histories begin, and told where they end.
     """
-    c = run.config
-    reach, last = memory(c.momentum), max(c.steps)
-    if reach:
-        run.progress.say(
-            f"each of {c.draws} directions is that of a history of its own: up to {reach} updates "
-            "replayed, then a pass over the "
-            "training images, at each of --steps"
+
+    name = "sampling"
+
+    def __init__(self, plan: Plan):
+        c = plan.config
+        self.steps, self.draws, self.save_omega = sorted(c.steps), c.draws, c.save_omega
+        self.reach = memory(c.momentum)  # updates that a history replays
+        self.points: list[dict[str, Any]] = []  # of noise.json, some not yet told
+        self.told = 0  # steps, the first so many
+
+    @classmethod
+    def of(cls, plan: Plan, model: torch.nn.Module, data: Data, ranks: Ranks) -> Sampling | None:
+        return cls(plan) if plan.config.mode == "sampling" else None
+
+    def introduction(self) -> list[str]:
+        if not self.reach:
+            return []
+        return [
+            f"each of {self.draws} directions is that of a history of its own: up to {self.reach} "
+            "updates replayed, then a pass over the training images, at each of --steps"
+        ]
+
+    def due(self, run: Run) -> bool:
+        return run.update in self.steps or bool(self.begins(run.update))
+
+    def begins(self, update: int) -> list[int]:
+        """The steps whose histories begin here, and which are not measured yet."""
+        measured = {point["step"] for point in self.points}
+        return [s for s in self.steps if max(s - self.reach, 0) == update and s not in measured]
+
+    def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> Values | None:
+        for step in self.begins(run.update):
+            self.measure(run, step)
+        return self.tell(run) if run.update in self.steps else None
+
+    def enough(self) -> bool:
+        return self.told == len(self.steps)
+
+    def measure(self, run: Run, step: int) -> None:
+        """Add the point of a step, whose histories begin here, to the points."""
+        c, replayed = run.config, step - run.update
+        run.check_finite()
+        parameters = sum(p.numel() for p in gradients.trainable(run.model))
+        omega = None
+        if self.save_omega and run.ranks.leader:
+            path = run.folder.path / f"omega-{step}.npy"
+            omega = OmegaFile(path, (self.draws, parameters))
+        statistics = NoiseStatistics(parameters, run.device)
+        here: list[list[Tensor]] = []  # the full gradient, where all draws are at one point
+
+        def keep(draw: int, vectors: list[Tensor]) -> None:
+            statistics.observe(vectors)
+            if omega:
+                omega.keep(vectors)
+
+        @contextmanager
+        def at(draw: int) -> Iterator[list[Tensor]]:
+            if replayed:
+                with measuring.ahead(run, replayed, draw), gradients.undisturbed(run.model, c.bn):
+                    yield measuring.full_gradient(run, point)
+            else:
+                here[:] = here or [measuring.full_gradient(run, point)]
+                yield here[0]
+
+        point = measuring.point_after(run, replayed)
+        over = (
+            f"histories, the last {replayed} updates replayed"
+            if replayed
+            else "mini-batches drawn at one point"
         )
-    for x, y, point in run.updates():
-        for step in sorted(c.steps):
-            # before a stop at this update
-            measured = any(p["step"] == step for p in run.noise_points)
-            if run.update == max(step - reach, 0) and not measured:
-                measure_noise(run, step, step - run.update)
-        if run.update in c.steps:
-            report_noise(run, point)
-        if run.update == last:
-            return
-        run.gradient(x, y)
-        run.step.update()
+        started = time.perf_counter()
+        with (
+            run.clock.measure("measure"),
+            gradients.undisturbed(run.model, c.bn),
+            omega or contextlib.nullcontext(),
+        ):
+            try:
+                noise = gradients.direction_noise(
+                    run.step.optimizer,
+                    lambda draw: measuring.drawn_gradient(run, draw, point),
+                    point.batch_size,
+                    at,
+                    self.draws,
+                    run.plan.images,
+                    keep,
+                    over,
+                )
+            except FloatingPointError as error:
+                raise Diverged(f"{error}, measured of update {step}: lower --lr") from None
+        norm, full, c2 = noise.noise_norm(), noise.full_grad_norm(), noise.grad_variance()
+        chunk = measuring.chunk_size(run, point)
+        self.points.append(
+            {
+                "step": step,
+                "lr": point.lr,
+                "batch_size": point.batch_size,
+                "momentum": point.momentum,
+                "noise_norm": norm.value,
+                "noise_norm_se": norm.error,
+                "full_grad_norm": full.value,
+                "full_grad_norm_se": full.error,
+                "c2_sampled": c2.value,
+                "c2_sampled_se": c2.error,
+                "draws": self.draws,
+                "se_over": f"{self.draws} {over}",
+                "replayed": replayed,
+                "bn": c.bn,
+                "augmented": c.measure_augment,
+                "chunk": chunk,
+                "function": measuring.function_measured(run, chunk),
+                "noise_norms": noise.noise_norms,
+                "grad_noise_norms": noise.grad_noise_norms,
+                "full_grad_norms": noise.full_grad_norms,
+                "statistics": statistics.summary(),
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+        )
+        run.progress.restart_clock(run.samples)  # what is told of the speed is that of training
 
+    def tell(self, run: Run) -> Values:
+        """Say what was measured of the present update; the values of its row."""
+        found = next(p for p in self.points if p["step"] == run.update)
+        found["epoch"] = run.epoch
+        self.told = self.steps.index(run.update) + 1
+        pairs = [(name, found[key], found[f"{key}_se"]) for name, key in SHOWN]
+        line = ", ".join(f"{name} {value:.4g} +- {error:.2g}" for name, value, error in pairs)
+        tails = found["statistics"]
+        for text in (
+            f"{line} (standard errors over {found['se_over']})",
+            f"of {found['function']}",
+            f"its coordinates have {shown(tails['excess_kurtosis'], 'excess kurtosis')}, "
+            f"{shown(tails['ks_distance'], 'KS distance')} to a normal, "
+            f"{shown(tails['hill'][1], 'Hill tail index')} over the largest 1 %",
+        ):
+            run.progress.say(f"update {run.update:,}: {text}")
+        return {key: v for key, v in found.items() if not isinstance(v, list | dict)}
 
-def measure_noise(run: Run, step: int, replayed: int) -> None:
-    """Add the point of update `step`, `replayed` updates from here, to noise_points."""
-    c = run.config
-    run.check_finite()
-    omega = OmegaFile(run, step) if c.save_omega and run.ranks.leader else None
-    statistics = NoiseStatistics(sum(p.numel() for p in gradients.trainable(run.model)), run.device)
-    here: list[list[Tensor]] = []  # the full gradient, where all draws are at one point
+    def files(self, run: Run) -> dict[str, Any]:
+        about = {
+            "optimizer": run.config.optimizer,
+            "seed": run.config.seed,
+            "images": run.plan.images,
+        }
+        points = [
+            {k: v for k, v in point.items() if k != "seconds"}
+            for point in self.points
+            if point["step"] in self.steps[: self.told]
+        ]
+        return {"noise.json": about | {"points": points}}
 
-    def keep(draw: int, vectors: list[Tensor]) -> None:
-        statistics.observe(vectors)
-        if omega:
-            omega.keep(vectors)
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": self.points, "told": self.told}
 
-    @contextmanager
-    def at(draw: int) -> Iterator[list[Tensor]]:
-        if replayed:
-            with run.ahead(replayed, draw), gradients.undisturbed(run.model, c.bn):
-                yield run.full_gradient(point)
-        else:
-            here[:] = here or [run.full_gradient(point)]
-            yield here[0]
-
-    point = run.point_after(replayed)
-    over = (
-        f"histories, the last {replayed} updates replayed"
-        if replayed
-        else "mini-batches drawn at one point"
-    )
-    started = time.perf_counter()
-    with (
-        run.clock.measure("measure"),
-        gradients.undisturbed(run.model, c.bn),
-        omega or contextlib.nullcontext(),
-    ):
-        try:
-            noise = gradients.direction_noise(
-                run.step.optimizer,
-                lambda draw: run.drawn_gradient(draw, point),
-                point.batch_size,
-                at,
-                c.draws,
-                len(run.data.train),
-                keep,
-                over,
-            )
-        except FloatingPointError as error:
-            raise Diverged(f"{error}, measured of update {step}: lower --lr") from None
-        except Asked as stop:
-            run.stop_before_update(stop.number)
-    norm, full, c2 = noise.noise_norm(), noise.full_grad_norm(), noise.grad_variance()
-    values = {
-        "noise_norm": norm.value,
-        "noise_norm_se": norm.error,
-        "full_grad_norm": full.value,
-        "full_grad_norm_se": full.error,
-        "c2_sampled": c2.value,
-        "c2_sampled_se": c2.error,
-        "draws": c.draws,
-        "se_over": f"{c.draws} {over}",
-        "replayed": replayed,
-        "bn": c.bn,
-        "augmented": c.measure_augment,
-        "chunk": run.chunk(point),
-        "function": measured_function(run, run.chunk(point)),
-    }
-    at_step = {
-        "step": step,
-        "lr": point.lr,
-        "batch_size": point.batch_size,
-        "momentum": point.momentum,
-    }
-    norms = {"noise_norms": noise.noise_norms, "grad_noise_norms": noise.grad_noise_norms}
-    norms |= {"full_grad_norms": noise.full_grad_norms}
-    tails = statistics.summary()
-    seconds = round(time.perf_counter() - started, 3)
-    run.noise_points.append(at_step | values | norms | {"statistics": tails, "seconds": seconds})
-    run.progress.restart_clock(run.samples)  # what is told of the speed is that of training
-
-
-def report_noise(run: Run, point: Point) -> None:
-    """Say and write what was measured of the present update."""
-    c = run.config
-    found = next(p for p in run.noise_points if p["step"] == run.update)
-    found["epoch"] = run.epoch
-    values = {key: v for key, v in found.items() if not isinstance(v, list | dict)}
-    run.row("measure", point, values)
-    about = {"optimizer": c.optimizer, "seed": c.seed, "images": len(run.data.train)}
-    points = [
-        {k: v for k, v in p.items() if k != "seconds"}
-        for p in run.noise_points
-        if p["step"] <= run.update
-    ]
-    run.folder.write("noise.json", about | {"points": points})
-    pairs = [(name, found[key], found[f"{key}_se"]) for name, key in SHOWN]
-    line = ", ".join(f"{name} {value:.4g} +- {error:.2g}" for name, value, error in pairs)
-    run.progress.say(f"update {run.update:,}: {line} (standard errors over {found['se_over']})")
-    run.progress.say(f"update {run.update:,}: of {found['function']}")
-    tails = found["statistics"]
-    run.progress.say(
-        f"update {run.update:,}: its coordinates have "
-        f"{shown(tails['excess_kurtosis'], 'excess kurtosis')}, "
-        f"{shown(tails['ks_distance'], 'KS distance')} to a normal, "
-        f"{shown(tails['hill'][1], 'Hill tail index')} over the largest 1 %"
-    )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.points, self.told = state["points"], state["told"]
 
 
 SHOWN = (
@@ -279,10 +383,9 @@ class OmegaFile:
     could be told.
     """
 
-    def __init__(self, run: Run, step: int):
-        self.target = run.folder.path / f"omega-{step}.npy"
-        self.aside = new_aside(self.target)
-        self.shape = run.config.draws, sum(p.numel() for p in gradients.trainable(run.model))
+    def __init__(self, target: Path, shape: tuple[int, int]):
+        self.target, self.shape = target, shape
+        self.aside = new_aside(target)
 
     def __enter__(self) -> OmegaFile:
         with writing(self.target):
@@ -310,4 +413,7 @@ class OmegaFile:
             self.aside.unlink(missing_ok=True)
 
 
-MODES = {"normal": normal, "critical": critical, "sampling": sampling}
+Made = Callable[[Plan, torch.nn.Module, Data, Ranks], Instrument | None]
+# In the order in which they are asked. Each is made of a run's plan, model, images and processes,
+# or None where the flags do not ask for it; the model is the one that will be trained.
+INSTRUMENTS: tuple[Made, ...] = (TrackNoise.of, Crossings.of, Sampling.of)

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 
 from fastsmooth.cli import config as configs
 from fastsmooth.cli.config import Config
@@ -28,6 +29,139 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will do over so many training images: made once, by `make_plan`."""
+
+    config: Config  # with the epochs that its --budget takes
+    schedule: Schedule
+    images: int
+
+    @cached_property
+    def limit(self) -> tuple[str, int]:
+        """("epochs", "updates" or "samples", how many) that the run ends after."""
+        c = self.config
+        if c.mode == "sampling":
+            return "updates", max(c.steps)
+        return c.limit or ("epochs", c.epochs)
+
+    @cached_property
+    def measured(self) -> dict[int, int]:
+        """The batch size at each of --steps at which --mode sampling measures."""
+        c = self.config
+        steps = c.steps if c.mode == "sampling" else ()
+        return {step: self.schedule.batch_size(self.epoch_of(step)) for step in steps}
+
+    @cached_property
+    def samples(self) -> int:
+        """What the run will process in all."""
+        return sum(samples for _, samples in self.epochs())
+
+    @cached_property
+    def updates_at_first(self) -> int:
+        """Of the first epoch."""
+        return updates_of(self.images, self.config.batch_size, self.config.drop_last)
+
+    @property
+    def samples_at_first(self) -> int:
+        """Of the first epoch."""
+        return min(self.updates_at_first * self.config.batch_size, self.images)
+
+    def epoch_of(self, update: int) -> int:
+        """The epoch of an update, both counted from 0; the last one for what comes after."""
+        return self.schedule.epoch_of(update, self.images, self.config.drop_last)
+
+    def spent(self, updates: int, samples: int) -> bool:
+        """Whether the --budget is used up, which ends the last epoch early."""
+        unit, amount = self.config.limit or ("epochs", 0)
+        return {"updates": updates, "samples": samples, "epochs": -1}[unit] >= amount
+
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        """(updates, samples) of every epoch that the run begins: to its last, to the end of
+        --budget or the largest of --steps."""
+        unit, amount = self.limit
+        sampling = self.config.mode == "sampling"
+        done = {"epochs": 0, "updates": 0, "samples": 0}
+        for epochs, size in self.schedule.stages():
+            in_each = updates_of(self.images, size, self.config.drop_last)
+            for _ in range(epochs):
+                # which measures once the next batch is there
+                if done[unit] >= amount and not sampling:
+                    return
+                left = {
+                    "epochs": in_each,
+                    "updates": amount - done["updates"],
+                    "samples": -(-(amount - done["samples"]) // size),
+                }
+                updates = min(in_each, left[unit])
+                samples = min(updates * size, self.images)
+                yield updates, samples
+                if updates < in_each:
+                    return
+                done["epochs"] += 1
+                done["updates"] += updates
+                done["samples"] += samples
+
+    def in_training_mode(self) -> Iterator[tuple[str, int, list[str]]]:
+        """(what, of how many samples, what else avoids it) of all that will go through the model in
+        training mode.
+
+        What --track-noise measures is no part of it: it waits for a batch whose parts have two
+        samples or more.
+        """
+        c, n = self.config, self.images
+        if c.bn == "train" and c.mode == "critical" and c.criterion == "full-grad":
+            yield "the last chunk of the full gradient", n % c.batch_size, []
+        for size in self.measured.values() if c.bn == "train" else ():
+            yield "a drawn batch", size, []
+            yield "the last chunk of the full gradient", n % size, []
+        unit, amount = self.limit
+        done = {"epochs": 0, "updates": 0, "samples": 0}
+        for epochs, size in self.schedule.stages():
+            rest = n % size
+            batches = [("a batch", size, n // size, [])]
+            if rest and not c.drop_last:
+                batches.append(("the last batch of an epoch", rest, 1, ["--drop-last"]))
+            for _ in range(epochs):
+                for what, samples, count, remedies in batches:
+                    if done[unit] >= amount:
+                        return
+                    yield what, samples, remedies
+                    done["updates"] += count
+                    done["samples"] += count * samples
+                done["epochs"] += 1
+
+
+def make_plan(c: Config, images: int) -> Plan:
+    """Raises ConfigError for what cannot be done over so many images."""
+    if not c.resume:  # else its epochs are those that the run began with
+        c = within_budget(c, images)
+    plan = Plan(c, make_schedule(c, images), images)
+    total = sum(plan.schedule.updates(images, c.drop_last))
+    if c.mode == "sampling" and max(c.steps) >= total:
+        raise ConfigError(
+            f"--steps {max(c.steps)} lies past the run's {total} updates: lower --steps or raise "
+            "--epochs"
+        )
+    full = next((step for step, size in plan.measured.items() if size == images), None)
+    if full is not None:
+        raise ConfigError(
+            f"--steps {full}: the batch is the whole training set of {images} images then, whose "
+            "gradient has no noise: lower --batchsize, or measure before"
+        )
+    return plan
+
+
+def totals(c: Config, schedule: Schedule, images: int) -> dict[str, int]:
+    """How many epochs, and the updates and samples of all of them."""
+    updates = samples = 0
+    for epochs, size in schedule.stages():
+        in_each = updates_of(images, size, c.drop_last)
+        updates += epochs * in_each
+        samples += epochs * min(in_each * size, images)
+    return {"epochs": c.epochs, "updates": updates, "samples": samples}
+
+
 def within_budget(c: Config, images: int) -> Config:
     """`c` with the fewest epochs over `images` training images that hold its --budget; the run ends
     inside the last of them."""
@@ -41,7 +175,8 @@ def within_budget(c: Config, images: int) -> Config:
         )
 
     def held(epochs: int) -> int:
-        return training(lasting(epochs), images)[unit]
+        lasts = lasting(epochs)
+        return totals(lasts, make_schedule(lasts, images), images)[unit]
 
     # what an epoch holds at most: the first one's updates, since the batch never falls
     most = images if unit == "samples" else held(1)
@@ -58,60 +193,18 @@ def within_budget(c: Config, images: int) -> Config:
     return lasting(enough)
 
 
-def training(c: Config, images: int) -> dict[str, int]:
-    """How many epochs, and the updates and samples of all of them."""
-    updates = samples = 0
-    for epochs, size in make_schedule(c, images).stages():
-        in_each = updates_of(images, size, c.drop_last)
-        updates, samples = (
-            updates + epochs * in_each,
-            samples + epochs * min(in_each * size, images),
-        )
-    return {"epochs": c.epochs, "updates": updates, "samples": samples}
-
-
-def epochs_done(c: Config, schedule: Schedule, images: int) -> Iterator[tuple[int, int]]:
-    """(updates, samples) of every epoch that the run begins: to its last, to the end of --budget or
-    the largest of --steps."""
-    sampling = c.mode == "sampling"
-    unit, amount = ("updates", max(c.steps)) if sampling else c.limit or ("epochs", c.epochs)
-    done = {"epochs": 0, "updates": 0, "samples": 0}
-    for epochs, size in schedule.stages():
-        in_each = updates_of(images, size, c.drop_last)
-        for _ in range(epochs):
-            if done[unit] >= amount and not sampling:  # which measures once the next batch is there
-                return
-            left = {
-                "epochs": in_each,
-                "updates": amount - done["updates"],
-                "samples": -(-(amount - done["samples"]) // size),
-            }
-            updates = min(in_each, left[unit])
-            samples = min(updates * size, images)
-            yield updates, samples
-            if updates < in_each:
-                return
-            done["epochs"] += 1
-            done["updates"] += updates
-            done["samples"] += samples
-
-
 def print_plan(c: Config, as_json: bool) -> None:
     """Point and delta of every epoch that the run begins; equal epochs share a line."""
-    images = c.images
-    if c.limit:
-        if images is None:
-            raise ConfigError(
-                f"--plan: how many epochs --budget {c.budget} takes, only the images in "
-                f"{c.data_dir} tell"
-            )
-        c = within_budget(c, images)
-    schedule = make_schedule(c, images)
-    done = None
-    if images is not None:
-        check_steps(c, schedule, images)
-        done = list(epochs_done(c, schedule, images))
-    epochs = c.epochs if done is None else len(done)
+    if c.limit and c.images is None:
+        raise ConfigError(
+            f"--plan: how many epochs --budget {c.budget} takes, only the images in "
+            f"{c.data_dir} tell"
+        )
+    plan = None if c.images is None else make_plan(c, c.images)
+    c = plan.config if plan else c
+    schedule = plan.schedule if plan else make_schedule(c, None)
+    done = list(plan.epochs()) if plan else []
+    epochs = len(done) if plan else c.epochs
     if as_json:
         for epoch, p in enumerate(map(schedule, range(epochs))):
             show(
@@ -135,7 +228,7 @@ def print_plan(c: Config, as_json: bool) -> None:
         ]
         cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
         show(table.row(cells, columns(sys.stdout)))
-    for line in [*units(c), *notes(c, schedule), cost(c, schedule, done)]:
+    for line in [*units(c), *notes(c, schedule), cost(plan) if plan else cost_of_a_folder(c)]:
         show(line)
     if c.image_size is None:
         show(
@@ -144,30 +237,32 @@ def print_plan(c: Config, as_json: bool) -> None:
         )
 
 
-def cost(c: Config, schedule: Schedule, done: list[tuple[int, int]] | None) -> str:
-    """What the run will compute; `done` are the updates and samples of its epochs, None where only
-    the folder can tell."""
-    if done is None and c.mode == "sampling":
+def cost(plan: Plan) -> str:
+    """What the run will compute."""
+    c = plan.config
+    updates, samples = (sum(column) for column in zip(*plan.epochs(), strict=True))
+    most = "at most " if c.mode == "critical" else ""
+    line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
+    if plan.measured:
+        more = 0
+        for step, size in plan.measured.items():
+            # with momentum each direction ends a history of its own, which has its batches and a
+            # full gradient to itself
+            replayed = min(step, memory(c.momentum))
+            more += (c.draws if replayed else 1) * plan.images + c.draws * (1 + replayed) * size
+        about = "about " * (c.momentum > 0)
+        line += f", and {about}{more:,} more to measure at {len(c.steps)} of them"
+    return line
+
+
+def cost_of_a_folder(c: Config) -> str:
+    """The same in words, where only the folder can tell how many images there are."""
+    if c.mode == "sampling":
         return (
             f"cost: {max(c.steps):,} updates, and at {len(c.steps)} of them the gradient of all "
             f"images in {c.data_dir}"
         )
-    if done is None:
-        return f"cost: {c.epochs} passes over the images in {c.data_dir}"
-    updates, samples = (sum(column) for column in zip(*done, strict=True))
-    most = "at most " if c.mode == "critical" else ""
-    line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
-    if c.mode == "sampling":
-        more = 0
-        for step, size in measured(c, schedule, c.images).items():
-            # with momentum each direction ends a history of its own, which has its batches and a
-            # full gradient to itself
-            replayed = min(step, memory(c.momentum))
-            more += (c.draws if replayed else 1) * c.images + c.draws * (1 + replayed) * size
-        line += (
-            f", and {'about ' * (c.momentum > 0)}{more:,} more to measure at {len(c.steps)} of them"
-        )
-    return line
+    return f"cost: {c.epochs} passes over the images in {c.data_dir}"
 
 
 def units(c: Config) -> list[str]:
@@ -191,8 +286,7 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
         epoch, target, reached = missed
         found.append(
             f"--method {c.method} misses its target: at epoch {epoch} that is delta {target:.4g}, "
-            f"reached {reached:.4g} "
-            f"({why_missed(c, schedule, epoch)})"
+            f"reached {reached:.4g} ({why_missed(c, schedule, epoch)})"
         )
     return found
 
@@ -209,25 +303,3 @@ def why_missed(c: Config, schedule: Schedule, epoch: int) -> str:
         if schedule.shifted
         else "a batch is a whole number"
     )
-
-
-def check_steps(c: Config, schedule: Schedule, n: int) -> None:
-    total = sum(schedule.updates(n, c.drop_last))
-    if c.mode == "sampling" and max(c.steps) >= total:
-        raise ConfigError(
-            f"--steps {max(c.steps)} lies past the run's {total} updates: lower --steps or raise "
-            "--epochs"
-        )
-    full = next((step for step, size in measured(c, schedule, n).items() if size == n), None)
-    if full is not None:
-        raise ConfigError(
-            f"--steps {full}: the batch is the whole training set of {n} images then, whose "
-            "gradient has no noise: lower "
-            "--batchsize, or measure before"
-        )
-
-
-def measured(c: Config, schedule: Schedule, n: int) -> dict[int, int]:
-    """The batch size at each of --steps at which --mode sampling measures."""
-    steps = c.steps if c.mode == "sampling" else ()
-    return {step: schedule.batch_size(schedule.epoch_of(step, n, c.drop_last)) for step in steps}

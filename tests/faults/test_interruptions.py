@@ -439,7 +439,7 @@ def test_what_is_not_finite_stops_the_run_at_that_update(where, world, tmp_path,
         assert not (out / "critical.json").exists()
         state = final_state(out)
         assert state["update"] == 9
-        for part in (state["model"], state["optimizer"]["state"], state["record"]):
+        for part in (state["model"], state["optimizer"]["state"], state["instruments"]):
             flat = torch.utils._pytree.tree_leaves(part)
             assert all(torch.isfinite(t).all() for t in flat if isinstance(t, torch.Tensor))
 

@@ -142,16 +142,16 @@ def test_every_share_of_every_process_is_counted(sync_bn, cases):
         c = resolve(
             {key: value for key, value in given.items() if value is not None and value is not False}
         )
-        schedule = plan.make_schedule(c, n)
+        made = plan.Plan(c, plan.make_schedule(c, n), n)
         sizes = []
-        for point in schedule.points():
+        for point in made.schedule.points():
             for at in range(0, n, point.batch_size):
                 order = list(range(at, min(at + point.batch_size, n)))
                 if len(order) == point.batch_size or not c.drop_last:
                     joined = sync_bn and processes > 1
                     sizes += [len(order)] if joined else pieces(order, processes, c.micro_batch)
         try:
-            build.check_lone_samples(c, schedule, n, processes)
+            build.check_lone_samples(made, processes)
             refusal = ""
         except ConfigError as error:
             refusal = str(error)
@@ -227,8 +227,8 @@ def test_trying_one_image_changes_neither_the_model_nor_the_random_state(pooled)
     )
     c = resolve({"model": "pooled"})
     images = data.open_data(c, torch.device("cpu"))
-    assert build.try_model(c, model, images, torch) is False
-    assert build.try_model(c, models.build("resnet8", 10), images, torch) is True
+    assert build.try_model(c, model, images) is False
+    assert build.try_model(c, models.build("resnet8", 10), images) is True
     torch.manual_seed(3)
     nn.Sequential(Pooled(10), nn.Dropout(0.5))
     assert torch.equal(torch.get_rng_state(), state)
