@@ -58,7 +58,8 @@ def carry_out(argv: list[str]) -> int:
             check_data.check(configs.resolve(request.given))
         else:
             resume = request.given.get("resume", False)
-            return run(parsing.resumed(request.given) if resume else configs.resolve(request.given))
+            configured = parsing.resumed if resume else configs.resolve
+            return carry_through(configured(request.given))
         return DONE
     except ConfigError as error:
         return refuse(error)
@@ -71,7 +72,7 @@ def refuse(error: Exception) -> int:
     return BAD_INPUT
 
 
-def run(c: Config) -> int:
+def carry_through(c: Config) -> int:
     """Do the run that `c` describes; the exit code."""
     if c.resume and finished(Path(c.out)):
         if os.environ.get("RANK", "0") == "0":
@@ -92,25 +93,25 @@ def run(c: Config) -> int:
     from fastsmooth.training.loop import Diverged, Preempted, train
 
     keep_within_quota(torch)
-    live = ranks = None
+    run = ranks = None
     try:
         check_launch()
         device = pick_device(c, torch)
         ranks = Ranks.join(device)
-        live, state, decided = prepare(c, device, ranks)
-        live.stop_asked = asked
-        begin(live, state, decided)
+        run, state, decided = prepare(c, device, ranks)
+        run.stop_asked = asked
+        begin(run, state, decided)
         started = time.perf_counter()
-        train(live)
-        report(live, time.perf_counter() - started)
+        train(run)
+        report(run, time.perf_counter() - started)
         ended = Ending(DONE, "done")
     except REFUSALS as error:
         ended = Ending(BAD_INPUT, "failed", str(error), "error", one_line(error))
     except Preempted as stop:
         ended = Ending(PREEMPTED, "preempted", str(stop))
-        live.progress.say(
-            f"stopped by {stop} at update {live.update:,}, saved: go on with --resume --out "
-            f"{live.folder.path}"
+        run.progress.say(
+            f"stopped by {stop} at update {run.update:,}, saved: go on with --resume --out "
+            f"{run.folder.path}"
         )
     except Diverged as error:
         ended = Ending(
@@ -121,12 +122,12 @@ def run(c: Config) -> int:
     except KeyboardInterrupt:
         ended = Ending(INTERRUPTED, "failed", "interrupted")
     except (Exception, SystemExit) as error:  # a library may mean to end the process
-        line = out_of_memory(error, live, c, torch)
+        line = out_of_memory(error, run, c, torch)
         if line is not None:
             ended = Ending(BAD_INPUT, "failed", "out of memory", "error", line)
         else:
-            ended = failed(error, live)
-    conclude(ended, live, ranks)
+            ended = failed(error, run)
+    conclude(ended, run, ranks)
     return ended.code
 
 

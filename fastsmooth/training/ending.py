@@ -35,19 +35,19 @@ GONE = "another process of the run was lost"
 LOST = Ending(PREEMPTED, "preempted", GONE, "error", f"{GONE}: start again with --resume")
 
 
-def failed(error: BaseException, live: Run | None) -> Ending:
+def failed(error: BaseException, run: Run | None) -> Ending:
     """The ending of a run that the system or an error of ours or of a library stopped."""
-    if live is None:
+    if run is None:
         code, line = failure(error)
         return Ending(code, "failed", line, "error", line)
-    rank = live.ranks.rank
+    rank = run.ranks.rank
     code, line = failure(
-        error, live.folder.path, f"traceback-{rank}.txt" if rank else "traceback.txt"
+        error, run.folder.path, f"traceback-{rank}.txt" if rank else "traceback.txt"
     )
     with contextlib.suppress(Exception):
-        live.stream.close()  # frees open files, of which there may be none left
+        run.stream.close()  # frees open files, of which there may be none left
     try:
-        steps = live.checkpoints.steps()
+        steps = run.checkpoints.steps()
         from_where = (
             f"the checkpoint of update {steps[-1]:,}"
             if steps
@@ -56,7 +56,7 @@ def failed(error: BaseException, live: Run | None) -> Ending:
     except OSError:
         from_where = "the newest checkpoint"
     said = (
-        f"{line}; this was at update {live.update:,}, --resume --out {live.folder.path} goes on "
+        f"{line}; this was at update {run.update:,}, --resume --out {run.folder.path} goes on "
         f"from {from_where}"
     )
     return Ending(code, "failed", line, "error", said)
@@ -94,16 +94,16 @@ def report(run: Run, seconds: float) -> None:
     run.folder.close()
 
 
-def conclude(ended: Ending, live: Run | None, ranks: Ranks | None) -> None:
+def conclude(ended: Ending, run: Run | None, ranks: Ranks | None) -> None:
     """Close what is open and say how the run ended; never raises."""
-    if live is not None:
-        steps = [lambda: live.stream.close()]
+    if run is not None:
+        steps = [lambda: run.stream.close()]
         if ended.code != DONE:
-            steps += [lambda: live.progress.close()]
+            steps += [lambda: run.progress.close()]
             # a folder that was not gone on with stays as it was
-            if live.begun or not live.config.resume:
-                steps += [lambda: live.folder.status(ended.state, ended.reason, live.update)]
-            steps += [lambda: live.tracker.finish({}, 1), lambda: live.folder.close()]
+            if run.begun or not run.config.resume:
+                steps += [lambda: run.folder.status(ended.state, ended.reason, run.update)]
+            steps += [lambda: run.tracker.finish({}, 1), lambda: run.folder.close()]
         for step in steps:
             # what failed once may fail again; the exit code says it
             with contextlib.suppress(Exception):
@@ -128,14 +128,14 @@ NO_MEMORY = (
 )
 
 
-def out_of_memory(error: BaseException, live: Run | None, c: Config, torch: Any) -> str | None:
+def out_of_memory(error: BaseException, run: Run | None, c: Config, torch: Any) -> str | None:
     """What to do about memory that ran out; None for another error."""
     gpu = isinstance(error, torch.OutOfMemoryError)
     if not (
         gpu or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
     ):
         return None
-    batch = live.schedule(live.epoch).batch_size if live is not None else c.batch_size
+    batch = run.schedule(run.epoch).batch_size if run is not None else c.batch_size
     where = "on the GPU" if gpu else "in main memory"
     return (
         f"out of memory {where} at batch {batch}: --micro-batch N computes the same batch N "
