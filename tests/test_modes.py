@@ -819,6 +819,32 @@ def test_training_after_a_measurement_is_that_of_a_run_without(how, tmp_path):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
 
 
+def test_a_measurement_that_is_asked_to_stop_keeps_the_histories_that_are_done(
+    tmp_path, monkeypatch
+):
+    """Else one that takes longer than --max-time would never end."""
+    flags = [flag for flag in SEVERAL if flag != "--save-omega"]
+    flags += ["--beta", "0.3", "--batchsize", "100", "--steps", "20", "--draws", "4"]
+    undisturbed = run(tmp_path, *flags, name="undisturbed")
+    follow = measuring.follow
+    calls = 0
+
+    def stopping(live, stream, updates):
+        nonlocal calls
+        calls += 1
+        if calls in (3, 5):  # in the third history, and when it is made again
+            live.stop_asked = lambda: 15
+        follow(live, stream, updates)
+
+    monkeypatch.setattr(measuring, "follow", stopping)
+    out = tmp_path / "out"
+    assert main([*flags, "--out", str(out)]) == 75
+    assert main(["--resume", "--out", str(out)]) == 75
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert calls == 4 + 2  # none that was done is made again
+    assert (out / "noise.json").read_bytes() == (undisturbed / "noise.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     "stop", [16, *(pytest.param(stop, marks=pytest.mark.full) for stop in (12, 26, 30))]
 )

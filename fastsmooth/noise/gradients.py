@@ -143,6 +143,7 @@ def direction_noise(
     n: int,
     keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
     over: str = "mini-batches drawn at one point",
+    done: list[Tensor] | None = None,
 ) -> DirectionNoise:
     """Compare the direction m_t with the full gradient at the same parameters, `draws` times.
 
@@ -150,10 +151,11 @@ def direction_noise(
     there: the same point for all draws, or each time the end of another history. gradient(draw) is
     that of a mini-batch of `batch_size` out of n, drawn there. Each noise vector omega = m_t - grad
     f(x_t), in float64, goes through `keep` before it is forgotten. The norms stay on the device
-    until all draws are done. Call it inside `undisturbed`.
+    until all draws are done. `done` has those of the draws that were made before, [3] each, and
+    grows by one a draw. Call it inside `undisturbed`.
     """
-    norms = []
-    for draw in range(draws):
+    norms = [] if done is None else done
+    for draw in range(len(norms), draws):
         with at(draw) as full:
             grads = gradient(draw)
             omega = torch._foreach_sub(optimizer.directions(grads), full)

@@ -40,8 +40,8 @@ class Instrument(Protocol):
         """At the parameters of which the batch's gradient will be taken. What is returned becomes a
         row of metrics.jsonl.
 
-        Raises measuring.Asked to be called again once the run goes on, FloatingPointError where the
-        run has diverged.
+        Raises training.loop.Asked to be called again once the run goes on, and FloatingPointError
+        where the run has diverged.
         """
 
     def before_update(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:

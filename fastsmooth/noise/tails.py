@@ -103,6 +103,19 @@ class NoiseStatistics:
         if filled:
             yield self.block[:filled]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the draws so far have left: tensors, numbers and None."""
+        return {
+            "counts": [sample.counts for sample in self.groups],
+            "moments": [sample.moments for sample in self.groups],
+            "estimates": self.estimates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state_dict` was asked, of as many coordinates."""
+        self.groups = list(map(Sample, state["counts"], state["moments"]))
+        self.estimates = list(state["estimates"])
+
     def summary(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON. Raises ValueError before the first draw.
 

@@ -218,6 +218,7 @@ class Run:
                 values = instrument.before_gradient(self, x, y, point)
             except Asked as stop:
                 self.stream.cursor -= self.stream.size  # this batch comes again
+                self.checkpoints.saved = None  # one of this update lacks what is measured by now
                 self.stop(stop.number)
             except FloatingPointError as error:
                 raise Diverged(

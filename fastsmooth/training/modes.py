@@ -31,7 +31,7 @@ from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
 from fastsmooth.schedule import Point, memory
 from fastsmooth.training import measuring
-from fastsmooth.training.loop import Diverged, Run
+from fastsmooth.training.loop import Asked, Diverged, Run
 from fastsmooth.training.plan import Plan
 
 
@@ -211,6 +211,8 @@ class Sampling(Idle):
         self.reach = memory(c.momentum)  # updates that a history replays
         self.points: list[dict[str, Any]] = []  # of noise.json, some not yet told
         self.told = 0  # steps, the first so many
+        # what a measurement that was asked to stop has of the histories that are done
+        self.begun: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, plan: Plan, model: torch.nn.Module, data: Data, ranks: Ranks) -> Sampling | None:
@@ -272,7 +274,17 @@ class Sampling(Idle):
             if replayed
             else "mini-batches drawn at one point"
         )
+        norms: list[Tensor] = []
+        before = 0.0
+        if self.begun is not None:
+            norms = [values.to(run.device) for values in self.begun["norms"]]
+            statistics.load_state_dict(self.begun["statistics"])
+            before = self.begun["seconds"]
         started = time.perf_counter()
+
+        def seconds() -> float:
+            return before + time.perf_counter() - started
+
         with (
             run.clock.measure("measure"),
             gradients.undisturbed(run.model, c.bn),
@@ -288,9 +300,20 @@ class Sampling(Idle):
                     run.plan.images,
                     keep,
                     over,
+                    norms,
                 )
             except FloatingPointError as error:
                 raise Diverged(f"{error}, measured of update {step}: lower --lr") from None
+            except Asked:
+                # draws at one point share a random state, and a file of draws is whole or absent
+                if replayed and not self.save_omega:
+                    self.begun = {
+                        "norms": norms,
+                        "statistics": statistics.state_dict(),
+                        "seconds": seconds(),
+                    }
+                raise
+        self.begun = None
         norm, full, c2 = noise.noise_norm(), noise.full_grad_norm(), noise.grad_variance()
         chunk = measuring.chunk_size(run, point)
         self.points.append(
@@ -316,7 +339,7 @@ class Sampling(Idle):
                 "grad_noise_norms": noise.grad_noise_norms,
                 "full_grad_norms": noise.full_grad_norms,
                 "statistics": statistics.summary(),
-                "seconds": round(time.perf_counter() - started, 3),
+                "seconds": round(seconds(), 3),
             }
         )
         run.progress.restart_clock(run.samples)  # what is told of the speed is that of training
@@ -353,10 +376,10 @@ class Sampling(Idle):
         return {"noise.json": about | {"points": points}}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"points": self.points, "told": self.told}
+        return {"points": self.points, "told": self.told, "begun": self.begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.points, self.told = state["points"], state["told"]
+        self.points, self.told, self.begun = state["points"], state["told"], state["begun"]
 
 
 SHOWN = (
