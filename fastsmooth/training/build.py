@@ -14,10 +14,11 @@ from typing import Any
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
+from fastsmooth.cli.device import pick_device
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import one_line, warn
 from fastsmooth.schedule import Schedule
-from fastsmooth.training.device import choose_kernels, device_name, pick_device, set_numerics
+from fastsmooth.training.device import choose_kernels, device_name, set_numerics
 from fastsmooth.training.plan import (
     check_steps,
     epochs_done,
@@ -60,7 +61,7 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     with ranks.together(refusals, ConfigError), as_it_began(c, before, data.DataError):
         if before:
             c = parsing.as_before(c, before, f"{c.out}/checkpoints")
-            device = pick_device(c, torch)
+            device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
         # before their first use, which would warn in other words
         kernels = choose_kernels(c, device, torch)
