@@ -35,7 +35,7 @@ ALLOWED = {
     "saved": {"noise", "data", "models", "cli", "runfolder", "processors"},
     "sharpness": {"saved", "noise", "cli", "runfolder"},
     "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},
-    "smooth": {"cli", "runfolder", "processors"},
+    "smooth": {"figures", "cli", "runfolder", "processors"},
     "report": {"figures", "cli", "forms", "runfolder", "schedule", "sweep"},
 }  # fmt: skip
 

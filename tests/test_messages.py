@@ -208,7 +208,7 @@ COMMANDS = {
     "sharpness": (sharpness.main, ["run"], "fastsmooth.saved.ready_device"),
     "sharpness of a run": (sharpness.main, ["run", "--json"], "fastsmooth.saved.measure_sharpness"),
     "report": (report.main, ["run"], "find_runs"),
-    "smooth": (smooth.main, ["--out", "o"], "require_matplotlib"),
+    "smooth": (smooth.main, ["--out", "o"], "parse"),
 }
 
 

@@ -36,6 +36,16 @@ class Smoothed:
     error: float | None
 
 
+@dataclass(frozen=True)
+class Case:
+    """f_delta of one function under one noise."""
+
+    function: str
+    noise: str
+    delta: float
+    smoothed: Smoothed
+
+
 def smooth_rastrigin(x: ndarray, delta: float, noise: Noise, shift: float) -> Smoothed:
     """(x - delta m)^2 + delta^2 v - 10 E cos(2 pi (x - delta u)) + 10 with the mean m and the
     variance v of u - shift."""
