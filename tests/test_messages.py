@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rows import read_rows
 from said import one_line, said
 
 from fastsmooth import messages, sharpness, train
@@ -281,7 +282,7 @@ def test_a_metrics_file_that_is_removed_or_replaced_is_written_again(tmp_path, c
         folder.row("step", {"step": 2})
         assert folder.sync() > size and path.read_bytes().startswith(whole)
         assert "was removed or replaced under the run" in one_warning(capsys)
-    assert [row["step"] for row in runfolder.read_rows(tmp_path)] == [1, 2, 1, 2]
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 1, 2]
     folder.sync()
     assert not capsys.readouterr().err
     os.truncate(path, 5)

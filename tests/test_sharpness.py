@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from rows import read_rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +23,6 @@ from fastsmooth.data import open_data
 from fastsmooth.noise.algorithms import ALGORITHMS, Setting
 from fastsmooth.noise.sharpness import BatchLoss, Ellipsoid, checkpoints, sharpness
 from fastsmooth.runfolder.checkpoint import Checkpoints
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.saved import Images, open_images
 from fastsmooth.sharpness import main, parse
 from fastsmooth.train import main as train

@@ -271,12 +271,12 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     """Powers of ten; 1, 2 and 5 times those where there is room."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [
+        values = [
             float(f"{m}e{d}") for d in decades for m in factors if low <= float(f"{m}e{d}") <= high
         ]
-        if len(found) <= max(most, 2):
-            return found
-    return found[:: math.ceil(len(found) / max(most, 2))]
+        if len(values) <= max(most, 2):
+            return values
+    return values[:: math.ceil(len(values) / max(most, 2))]
 
 
 def tick_text(value: float) -> str:

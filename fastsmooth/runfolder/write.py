@@ -244,9 +244,3 @@ def lock(path: Path) -> int:
             ) from None
         # a network file system without locks: then nothing guards the folder
     return descriptor
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    with (path / "metrics.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
