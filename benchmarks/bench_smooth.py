@@ -4,7 +4,7 @@
 Case graduated/rastrigin/D50 is one optimizer step, from one start: the mean over 100 perturbations
 of the central-difference gradient of Rastrigin's function in 50 dimensions, in float64. Variants:
 
-    ours    fastsmooth/smooth.py: all values of f from the terms of coordinates
+    ours    fastsmooth/smooth/graduated.py: all values of f from the terms of coordinates
     loop    the published algorithm: for each perturbation, for each coordinate, two calls of a
             numpy function of the vector
 
@@ -27,9 +27,10 @@ import torch
 from benchmarks import timing
 from benchmarks.timing import Variant
 from fastsmooth.smooth import graduated
+from fastsmooth.smooth.objectives import OBJECTIVES, STEP, nice
 
 TESTS = ("test_smooth.py",)
-FUNCTION = graduated.LANDSCAPES["rastrigin"]
+FUNCTION = OBJECTIVES["rastrigin"]
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def differences(f: Callable[[np.ndarray], float], x: np.ndarray) -> np.ndarray:
     gradient = np.zeros_like(x)
     for i in range(len(x)):
         behind, ahead = x.copy(), x.copy()
-        behind[i] -= graduated.STEP
-        ahead[i] += graduated.STEP
-        gradient[i] = (f(ahead) - f(behind)) / (2 * graduated.STEP)
+        behind[i] -= STEP
+        ahead[i] += STEP
+        gradient[i] = (f(ahead) - f(behind)) / (2 * STEP)
     return gradient
 
 
@@ -140,7 +141,7 @@ def statistics(case: Case) -> dict[str, Any]:
     """The last values of short runs from the same starts with draws of their own, and their
     difference in pairs."""
     seeds = range(1, case.runs + 1)
-    deltas = graduated.nice(1.0, 0.01, case.run_rounds)
+    deltas = nice(1.0, 0.01, case.run_rounds)
     start = graduated.starts(FUNCTION, case.dim, seeds)
     perturb = graduated.normal(case.dim, case.draws, seeds)
     ours = graduated.descend(FUNCTION, start, deltas, case.run_steps, perturb)[-1].tolist()

@@ -15,6 +15,7 @@ from fastsmooth.cli import check_data, doctor
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
+from fastsmooth.cli.device import pick_device
 from fastsmooth.cli.doctor import check_launch
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import (
@@ -32,7 +33,6 @@ from fastsmooth.messages import (
 )
 from fastsmooth.processors import keep_within_quota
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.training.device import pick_device
 from fastsmooth.training.ending import LOST, Ending, conclude, failed, out_of_memory, report, watch
 from fastsmooth.training.plan import print_plan
 
@@ -53,7 +53,7 @@ def carry_out(argv: list[str]) -> int:
         elif request.plan:
             print_plan(configs.resolve(request.given), request.json)
         elif request.doctor:
-            doctor.examine(configs.resolve(request.given), check_launch, pick_device)
+            doctor.examine(configs.resolve(request.given), check_launch)
         elif request.check_data:
             check_data.check(configs.resolve(request.given))
         else:
@@ -96,7 +96,7 @@ def carry_through(c: Config) -> int:
     run = ranks = None
     try:
         check_launch()
-        device = pick_device(c, torch)
+        device = pick_device(c.device, torch, c.precision)
         ranks = Ranks.join(device)
         run, state, decided = prepare(c, device, ranks)
         run.stop_asked = asked

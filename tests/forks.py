@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import torch
+from rows import read_rows
 
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.write import TIMES, read_rows
+from fastsmooth.runfolder.write import TIMES
 
 # One warm process that has imported everything and computed nothing; its forks start in
 # milliseconds.

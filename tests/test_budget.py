@@ -6,11 +6,11 @@ import re
 
 import pytest
 from exact import EXACT
+from rows import read_rows
 
 from fastsmooth.cli.config import resolve
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.parse import parse
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.schedule import Schedule, Smoothing
 from fastsmooth.train import main
 from fastsmooth.training import loop

@@ -29,7 +29,6 @@ WRITERS = {
     ): "the part of a download, which goes on where it stopped and is named once its sum is right",
     ("checkpoint.py", "save"): "into memory",
     ("index.py", "savez"): "into memory",
-    ("figures.py", "savefig"): "into memory",
     ("pdf.py", "print_pdf"): "into memory",
     (
         "modes.py",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact import EXACT
+from rows import read_rows
 from test_persample import MODELS, model_and_batch, rows_of, rows_of_batch, set_statistics
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -16,7 +17,7 @@ from fastsmooth import models
 from fastsmooth.noise import estimators, gradients
 from fastsmooth.noise.persample import sample_norms
 from fastsmooth.noise.tails import BLOCK, NoiseStatistics
-from fastsmooth.runfolder.write import TIMES, read_rows
+from fastsmooth.runfolder.write import TIMES
 from fastsmooth.train import main
 from fastsmooth.training import loop, measuring
 

@@ -15,6 +15,7 @@ import torch
 from archives import extracted
 from images import CPU, HAS_DALI, LOADERS, encoded, every_batch, one_line, opened, tree
 from PIL import Image
+from rows import read_rows
 
 from fastsmooth.cli.config import resolve
 from fastsmooth.data import DataError, Stream, augment, images, make_engine, open_data, sets
@@ -22,7 +23,6 @@ from fastsmooth.data.chunks import ChunkedLoader, Engine, Job, Segment, jobs, no
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.order import permutation
 from fastsmooth.data.source import BadImages, Source
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.train import main
 
 MEAN, STD = sets.IMAGENET_MEAN, sets.IMAGENET_STD

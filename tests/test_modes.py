@@ -13,6 +13,7 @@ import torch
 from exact import EXACT
 from forks import assert_same_bits
 from images import epoch_batches
+from rows import read_rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +27,7 @@ from fastsmooth.noise.threshold import NormRecord
 from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.write import TIMES, read_rows
+from fastsmooth.runfolder.write import TIMES
 from fastsmooth.train import main
 from fastsmooth.training import loop, measuring, modes
 

@@ -21,13 +21,13 @@ from forks import (
     start_ranks,
     wait_for,
 )
+from rows import read_rows
 from torch.nn import functional as F
 
 from fastsmooth import data, models
 from fastsmooth.cli.config import resolve
 from fastsmooth.data.order import permutation
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.training.syncnorm import convert
 
 CPU = torch.device("cpu")

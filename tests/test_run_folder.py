@@ -7,10 +7,11 @@ import time
 
 import pytest
 import torch
+from rows import read_rows
 
 from fastsmooth.cli.progress import span
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
-from fastsmooth.runfolder.write import RunFolder, RunFolderError, claim, read_rows
+from fastsmooth.runfolder.write import RunFolder, RunFolderError, claim
 from fastsmooth.training.clock import Clock
 
 

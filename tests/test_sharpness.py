@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from rows import read_rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,17 +20,11 @@ from fastsmooth import models
 from fastsmooth.cli.config import resolve
 from fastsmooth.cli.parse import read_saved
 from fastsmooth.data import open_data
-from fastsmooth.noise.sharpness import (
-    ALGORITHMS,
-    Ellipsoid,
-    Landscape,
-    Setting,
-    checkpoints,
-    sharpness,
-)
+from fastsmooth.noise.algorithms import ALGORITHMS, Setting
+from fastsmooth.noise.sharpness import BatchLoss, Ellipsoid, checkpoints, sharpness
 from fastsmooth.runfolder.checkpoint import Checkpoints
-from fastsmooth.runfolder.write import read_rows
-from fastsmooth.sharpness import main, open_images, parse
+from fastsmooth.saved import Images, open_images
+from fastsmooth.sharpness import main, parse
 from fastsmooth.train import main as train
 
 CPU = torch.device("cpu")
@@ -354,9 +349,9 @@ def test_what_is_inside_the_ellipsoid_stays():
 def test_no_iterate_leaves_the_region(algorithm, adaptive, monkeypatch):
     """Random starts included."""
     seen = []
-    look = Landscape._values
+    look = BatchLoss._values
     monkeypatch.setattr(
-        Landscape, "_values", lambda f, d: seen.append((f.weights, d.detach())) or look(f, d)
+        BatchLoss, "_values", lambda f, d: seen.append((f.weights, d.detach())) or look(f, d)
     )
     sharpness(
         small_net(), images(1), Setting(algorithm, adaptive, random_start=True, restarts=2), [0.3]
@@ -742,7 +737,7 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsmooth.sharpness.sharpness", interrupted)
+    monkeypatch.setattr("fastsmooth.saved.sharpness", interrupted)
     assert main([str(run), *QUICK]) == 130
 
 
@@ -752,7 +747,7 @@ def test_files_are_decoded_as_the_run_decoded_them(cifar_folder):
         {"dataset": "folder", "data_dir": str(cifar_folder), "loader": "resident", "image_size": 32}
     )
     resident = open_data(config, CPU)
-    found = open_images(cifar_folder, config, parse(["RUN", *QUICK]), CPU)
+    found = open_images(cifar_folder, config, Images(128, 64, False, False, None), CPU)
     for split in ("train", "test"):
         (x, y), (u, v) = (
             next(iter(getattr(d, split).batches([torch.arange(64)]))) for d in (resident, found)

@@ -1,20 +1,27 @@
 """fastsmooth.smooth beside scipy's quadrature, Monte Carlo and a loop as it was published."""
 
+import base64
+import io
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import integrate, special, stats
 
-from fastsmooth.smooth import __main__ as smooth
-from fastsmooth.smooth import figures, graduated, noises, smoothing, study
+from fastsmooth.figures import pdf, svg
+from fastsmooth.figures.chart import Picture, Text, ramp, text_width
+from fastsmooth.figures.grid import draw_grid
+from fastsmooth.smooth import figures, graduated, noises, objectives, smoothing, study
 from fastsmooth.smooth.__main__ import main
-from fastsmooth.smooth.graduated import LANDSCAPES
 from fastsmooth.smooth.noises import NOISES
+from fastsmooth.smooth.objectives import OBJECTIVES
+from fastsmooth.smooth.request import Request
 from fastsmooth.smooth.smoothing import smooth_drop_wave, smooth_rastrigin
 
 LAWS = {
@@ -205,7 +212,7 @@ PUBLISHED = {
 def naive(f, x, lr, deltas, steps, noises):
     """Graduated optimization as published: a loop over perturbations and coordinates, two values of
     f for each."""
-    values, h = [], graduated.STEP
+    values, h = [], objectives.STEP
     for delta in deltas:
         for _ in range(steps):
             total, draws = np.zeros_like(x), next(noises)
@@ -220,10 +227,10 @@ def naive(f, x, lr, deltas, steps, noises):
     return values
 
 
-@pytest.mark.parametrize("name", LANDSCAPES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_graduated_optimization_equals_the_published_loop(name):
     """With one lr for all: with the largest ones rounding grows from step to step."""
-    f, deltas, seeds = replace(LANDSCAPES[name], lr=0.01), graduated.nice(1.0, 0.01, 3), range(2)
+    f, deltas, seeds = replace(OBJECTIVES[name], lr=0.01), objectives.nice(1.0, 0.01, 3), range(2)
     start = graduated.starts(f, 7, seeds)
     found = graduated.descend(f, start, deltas, 2, graduated.normal(7, 5, seeds))
     for s in seeds:
@@ -233,36 +240,36 @@ def test_graduated_optimization_equals_the_published_loop(name):
         np.testing.assert_allclose(found[:, s], exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", LANDSCAPES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_are_autograds(name):
-    x = graduated.starts(LANDSCAPES[name], 50, [0, 1]).requires_grad_()
-    (exact,) = torch.autograd.grad(LANDSCAPES[name](x).sum(), x)
+    x = graduated.starts(OBJECTIVES[name], 50, [0, 1]).requires_grad_()
+    (exact,) = torch.autograd.grad(OBJECTIVES[name](x).sum(), x)
     # the differences of f round by eps f / h
-    rounding = 1e-15 * LANDSCAPES[name](x).abs().max().item() / graduated.STEP
+    rounding = 1e-15 * OBJECTIVES[name](x).abs().max().item() / objectives.STEP
     np.testing.assert_allclose(
-        LANDSCAPES[name].gradient(x.detach()), exact, rtol=1e-6, atol=1e-6 + 4 * rounding
+        OBJECTIVES[name].gradient(x.detach()), exact, rtol=1e-6, atol=1e-6 + 4 * rounding
     )
 
 
 def test_every_function_is_least_at_zero():
-    for name, f in LANDSCAPES.items():
+    for name, f in OBJECTIVES.items():
         place = 420.96874635998202 if name == "schwefel" else 0.0
         assert f(torch.full((50,), place, dtype=torch.float64)).item() == pytest.approx(0, abs=1e-8)
         assert (f(graduated.starts(f, 50, range(4))) > 0).all()
 
 
 def test_schedules_run_from_the_first_delta_to_the_last():
-    for schedule in graduated.SCHEDULES.values():
+    for schedule in objectives.SCHEDULES.values():
         deltas = schedule(1.0, 0.01, 50)
         assert len(deltas) == 50 and deltas[0] == 1 and deltas[-1] == pytest.approx(0.01)
         assert schedule(0.5, 0.5, 1) == [0.5]
-    assert np.diff(graduated.nice(1.0, 0.01, 50)) == pytest.approx(-0.99 / 49)
-    geo = np.array(graduated.geo(1.0, 0.01, 50))
+    assert np.diff(objectives.nice(1.0, 0.01, 50)) == pytest.approx(-0.99 / 49)
+    geo = np.array(objectives.geo(1.0, 0.01, 50))
     assert geo[1:] / geo[:-1] == pytest.approx(0.01 ** (1 / 49))
 
 
 def test_a_seed_is_the_same_alone_and_among_others_and_in_groups(monkeypatch):
-    r = study.Request(seeds=3, rounds=2, steps=2, draws=20, dim_ego=6)
+    r = Request(seeds=3, rounds=2, steps=2, draws=20, dim_ego=6)
     together = study.all_seeds(r, "ackley", "geo", "graduated")
     monkeypatch.setattr(study, "BLOCK", 1)
     assert torch.allclose(study.all_seeds(r, "ackley", "geo", "graduated"), together, rtol=1e-12)
@@ -270,7 +277,7 @@ def test_a_seed_is_the_same_alone_and_among_others_and_in_groups(monkeypatch):
 
 
 def test_without_noise_it_is_gradient_descent_from_the_same_start():
-    f, deltas = LANDSCAPES["rastrigin"], [1.0, 0.5]
+    f, deltas = OBJECTIVES["rastrigin"], [1.0, 0.5]
     x = graduated.starts(f, 5, [4])
     found = graduated.descend(f, x, deltas, 3, graduated.nothing(5, 100, [4]))
     for delta in [1.0] * 3 + [0.5] * 3:
@@ -279,7 +286,7 @@ def test_without_noise_it_is_gradient_descent_from_the_same_start():
 
 
 def test_smoothing_finds_what_plain_descent_does_not():
-    r = study.Request(seeds=2, rounds=10, steps=20, draws=50, dim_ego=10)
+    r = Request(seeds=2, rounds=10, steps=20, draws=50, dim_ego=10)
     best = {
         m: study.all_seeds(r, "rastrigin", "nice", m).min(dim=0).values for m in graduated.DESCENTS
     }
@@ -315,9 +322,7 @@ FEW_STEPS = ["--rounds", "2", "--steps", "2", "--draws", "5", "--dim-ego", "6", 
 @pytest.fixture
 def without_pdf(monkeypatch):
     """Most of the time of a figure goes into its PDF's fonts."""
-    monkeypatch.setattr(
-        figures, "save", lambda figure, stem: figure.savefig(stem.with_suffix(".svg"))
-    )
+    monkeypatch.setattr(pdf, "available", lambda: False)
 
 
 def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
@@ -407,11 +412,16 @@ def refused(capsys, words):
     assert error.startswith("fastsmooth: error: ") and error.count("\n") == 1 and words in error
 
 
-def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, tmp_path, capsys):
+def test_without_matplotlib_the_svg_is_written_and_one_line_says_what_to_install(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["--out", str(tmp_path / "new")]) == 2
-    refused(capsys, "pip install 'fastsmooth[plot]'")
-    assert not (tmp_path / "new").exists()
+    assert main(["--out", str(tmp_path), "--parts", "smoothing", *FEW_NOISES]) == 0
+    error = capsys.readouterr().err
+    assert error == (
+        "fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'\n"
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"light.svg", "heavy.svg", "smooth.json"}
 
 
 @pytest.mark.parametrize("name", ["smooth.json", "heavy.svg"])
@@ -432,21 +442,109 @@ def test_ctrl_c_is_no_traceback(monkeypatch, tmp_path, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(smooth, "smoothing", interrupt)
+    monkeypatch.setattr(study, "smoothing", interrupt)
     assert main(["--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("columns", [1, 4])
-def test_the_legend_lies_within_the_figure(columns):
-    """It was cut off on both sides of a figure of one panel."""
-    figure, axes = figures.new_figure(1, columns)
-    for label in ("nice, graduated", "nice, plain", "geo, graduated", "geo, plain"):
-        axes[0, 0].plot([0, 1], label=label)
-    figures.add_legend(figure, axes, 1.7)
-    figure.draw_without_rendering()
-    box = figure.legends[0].get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+# --- the figures
+
+
+def drawn(monkeypatch, draw, *args):
+    """The grid that a function of figures saves, and its drawing."""
+    grids = []
+    monkeypatch.setattr(figures, "save", lambda grid, r: grids.append(grid))
+    draw(*args)
+    (grid,) = grids
+    return grid, draw_grid(grid)
+
+
+def descents(r, value=1.0):
+    values = torch.linspace(3 * value, value, r.rounds).double()[:, None] * torch.tensor([0.5, 1.5])
+    return [
+        graduated.Descent(f, s, m, values)
+        for f in r.functions
+        for s in r.schedules
+        for m in graduated.DESCENTS
+    ]
+
+
+@pytest.mark.parametrize("functions", [("ackley",), tuple(OBJECTIVES)])
+def test_all_text_lies_within_the_figure(functions, monkeypatch):
+    """The legend of a figure of one panel was cut off on both sides."""
+    r = Request(functions=functions, rounds=4)
+    grid, drawing = drawn(monkeypatch, figures.draw_graduated, r, descents(r))
+    words = [shape for shape in drawing.shapes if isinstance(shape, Text)]
+    for word in words:
+        share = {"start": 0, "middle": 0.5, "end": 1}[word.anchor]
+        left = word.x - share * text_width(word.text, word.size)
+        assert left >= 0 and left + text_width(word.text, word.size) <= drawing.width, word
+        assert 0 < word.y < drawing.height, word
+    assert {grid.title, *(look.label for look in grid.legend)} <= {word.text for word in words}
+
+
+def test_a_descent_is_drawn_as_its_mean_and_range(monkeypatch):
+    r = Request(functions=("ackley",), rounds=3, schedules=("geo",))
+    grid, _ = drawn(monkeypatch, figures.draw_graduated, r, descents(r, 2.0))
+    graduated_curve, plain = grid.rows[0][0].curves
+    assert graduated_curve.line == ((1, 6.0), (2, 4.0), (3, 2.0))
+    assert graduated_curve.band == ((1, 3.0, 9.0), (2, 2.0, 6.0), (3, 1.0, 3.0))
+    assert not graduated_curve.dash and plain.dash and plain.color == graduated_curve.color
+
+
+def test_what_overflowed_is_left_out_of_a_figure(monkeypatch):
+    r = Request(functions=("ackley",), rounds=2, schedules=("geo",))
+    for value in (math.inf, math.nan):
+        grid, drawing = drawn(monkeypatch, figures.draw_graduated, r, descents(r, value))
+        assert all(not curve.line and not curve.band for curve in grid.rows[0][0].curves)
+        assert "nan" not in svg.svg_file(drawing) and "inf" not in svg.svg_file(drawing)
+
+
+def test_undefined_functions_are_said_to_be_so_and_the_others_are_not(monkeypatch):
+    r = Request(noise=("cauchy", "levy"), delta=(0.0, 0.5), points=11)
+    grid, drawing = drawn(monkeypatch, figures.draw_smoothing, r, list(study.smoothing(r)))
+    rastrigin, drop_wave = grid.rows
+    assert all(panel.note and len(panel.curves) == 2 for panel in rastrigin)  # f, and f of delta 0
+    assert all(not panel.note and len(panel.curves) == 3 for panel in drop_wave)
+    shown = [shape.text for shape in drawing.shapes if isinstance(shape, Text)]
+    assert shown.count("undefined for δ > 0:") == 2
+
+
+VALUES = np.array([[0.0, 10.0], [20.0, 30.0]])  # [x1, x2]
+PLACED = (85, 255, 0, 170)  # x1 to the right and x2 upwards: the first row is the largest x2
+
+
+def test_a_map_has_every_value_in_its_place():
+    assert tuple(figures.levels(VALUES, 0.0, 30.0)) == PLACED
+    assert tuple(figures.levels(np.full((2, 2), 7.0), 7.0, 7.0)) == (0, 0, 0, 0)
+    assert figures.levels(None, 0.0, 1.0) == b""
+
+
+def test_a_picture_has_the_colours_of_its_levels_in_svg_and_in_pdf():
+    palette = ramp()
+    assert palette[:3].hex() == "440154" and palette[-3:].hex() == "fde725"
+    colors = [tuple(palette[3 * level : 3 * level + 3]) for level in PLACED]
+    colors = [*colors, *colors[:2]]  # two columns, three rows
+    picture = Picture(10, 20, 80, 60, 2, bytes((*PLACED, *PLACED[:2])))
+    (data,) = re.findall(r'base64,([^"]+)', svg.element(picture))
+    image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    assert [image.getpixel((i % 2, i // 2)) for i in range(6)] == colors and image.size == (2, 3)
+
+    axes = pytest.importorskip("matplotlib.figure").Figure().add_axes((0, 0, 1, 1))
+    pdf.add(axes, picture, 0)
+    (image,) = axes.images
+    assert [tuple(pixel) for row in image.get_array() for pixel in row] == colors
+    assert image.get_extent() == [10, 90, 80, 20]
+
+
+def test_rows_of_maps_have_a_colour_bar_and_undefined_ones_none(monkeypatch):
+    r = Request(noise=("levy",), delta=(0.5,), points=9, dim=2, samples=50)
+    grid, drawing = drawn(monkeypatch, figures.draw_smoothing, r, list(study.smoothing(r)))
+    (rastrigin,), (drop_wave,) = grid.rows
+    assert rastrigin.note and not rastrigin.levels and len(drop_wave.levels) == 81
+    pictures = [shape for shape in drawing.shapes if isinstance(shape, Picture)]
+    assert [(p.columns, len(p.levels)) for p in pictures] == [(9, 81), (1, 256)]
+    assert pictures[1].x > pictures[0].x + pictures[0].width
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path, capsys):

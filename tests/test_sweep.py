@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from exact import EXACT
+from rows import read_rows
 
 from fastsmooth import train
 from fastsmooth.cli.config import resolve
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.parse import parse
 from fastsmooth.runfolder.read import SavedRun, read_status
-from fastsmooth.runfolder.write import TIMES, read_rows
+from fastsmooth.runfolder.write import TIMES
 from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.sweep import critical, grid, machines, store
 

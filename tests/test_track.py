@@ -7,6 +7,7 @@ import pytest
 import torch
 from exact import EXACT
 from images import epoch_batches
+from rows import read_rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from fastsmooth.cli.config import resolve
 from fastsmooth.data import open_data
 from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator
 from fastsmooth.noise.persample import NotCovered
-from fastsmooth.runfolder.write import TIMES, read_rows
+from fastsmooth.runfolder.write import TIMES
 from fastsmooth.schedule import Point, Smoothing
 from fastsmooth.train import main
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import pytest
 from exact import EXACT
+from rows import read_rows
 
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.runfolder.tracker import Tracker
-from fastsmooth.runfolder.write import TIMES, read_rows
+from fastsmooth.runfolder.write import TIMES
 from fastsmooth.train import main
 from fastsmooth.training import loop
 

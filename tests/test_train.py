@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact import EXACT
+from rows import read_rows
 from torch.nn import functional as F
 
 from fastsmooth import models
@@ -21,7 +22,6 @@ from fastsmooth.data import open_data
 from fastsmooth.kernels import native
 from fastsmooth.optim import NoisySGD
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.schedule import METHODS, SOLVED
 from fastsmooth.train import main
 from fastsmooth.training import loop

@@ -25,6 +25,7 @@ from typing import Any
 from fastsmooth import __version__
 from fastsmooth.cli import doctor
 from fastsmooth.cli.config import Config
+from fastsmooth.cli.device import pick_device
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import one_line, show
 from fastsmooth.processors import THREADS, keep_within_quota, processors, quota
@@ -116,15 +117,13 @@ EXTRAS = (
 )
 
 
-def examine(
-    c: Config, check_launch: Callable[[], None], pick_device: Callable[[Config, Any], Any]
-) -> None:
+def examine(c: Config, check_launch: Callable[[], None]) -> None:
     """Print what a run of `c` finds here, a line each. Raises ConfigError where no run can be done.
 
-    `check_launch()` and `pick_device(c, torch)` refuse as a run does.
+    `check_launch()` refuses as a run does.
     """
     bad = []
-    for row in rows(c, check_launch, pick_device):
+    for row in rows(c, check_launch):
         show(f"{row.state:<4}  {row.name:<12} {row.text}", indent=19)
         if row.state == BAD:
             bad.append(row)
@@ -134,7 +133,7 @@ def examine(
     show("a run can be done")
 
 
-def rows(c: Config, check_launch, pick_device) -> Iterator[Row]:
+def rows(c: Config, check_launch) -> Iterator[Row]:
     yield Row("fastsmooth", f"{__version__} in {Path(__file__).parents[1]}")
     yield Row("python", f"{platform.python_version()}, {sys.executable}")
     modules = {}
@@ -155,7 +154,7 @@ def rows(c: Config, check_launch, pick_device) -> Iterator[Row]:
     yield launch(check_launch)
     if torch is not None:
         try:
-            yield from devices(c, torch, pick_device)
+            yield from devices(c, torch)
         except Exception as error:
             yield Row("device", f"cannot be examined ({described(error)}): try --device cpu", BAD)
     yield guarded("memory", memory)
@@ -355,7 +354,7 @@ def launch(check_launch: Callable[[], None]) -> Row:
     return Row("launch", text)
 
 
-def devices(c: Config, torch, pick_device) -> Iterator[Row]:
+def devices(c: Config, torch) -> Iterator[Row]:
     """Every GPU, the device of the run and the kernels there."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -365,7 +364,7 @@ def devices(c: Config, torch, pick_device) -> Iterator[Row]:
     if not usable:
         yield no_gpu(torch, [str(warning.message) for warning in said])
     try:
-        device = pick_device(c, torch)
+        device = pick_device(c.device, torch, c.precision)
         (torch.ones(8, device=device) * 2).sum().item()
     except ConfigError as error:
         yield Row("device", str(error), BAD)

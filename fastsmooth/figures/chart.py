@@ -45,10 +45,17 @@ COLORS = (
     | {f"c{i}": pair for i, pair in enumerate(UNORDERED)}
     | {f"o{i}": pair for i, pair in enumerate(ORDERED)}
 )
+# The ramp of maps, evenly spaced in lightness: viridis, CC0, every ninth of it.
+HEAT = (
+    "#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58",
+    "#b5de2b", "#fde725",
+)  # fmt: skip
 SIZE, SMALL = 12.5, 11  # of text
 BOLD = 1.1  # times as wide
 LINE = 13.5  # from one label to the next
-MOST_POINTS = 240  # of a line
+# How far a line's simplification may be off, in pixels, and the points it may have: on a page of
+# many figures, and in a fine panel, whose bends are not seen.
+COARSE, FINE = (0.15, 240), (0.04, 1200)
 
 
 def ordered_colors(count: int) -> list[str]:
@@ -103,6 +110,8 @@ class Panel:
     strip: bool = False
     floor: float | None = None  # where the y axis begins; lines below it are cut off
     ticks: tuple[float, ...] = ()
+    note: tuple[str, ...] = ()  # lines written over the plot
+    fine: bool = False  # lines are drawn to more than the eye sees
 
 
 @dataclass(frozen=True)
@@ -155,11 +164,37 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Colours in a rectangle: `levels` 0 to 255 of the ramp, row by row from the top."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    columns: int
+    levels: bytes
+
+
+Shape = Path | Dot | Text | Picture
+
+
+@dataclass(frozen=True)
 class Drawing:
     width: float
     height: float
     title: str
-    shapes: list[Path | Dot | Text] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+
+
+def ramp() -> bytes:
+    """Red, green and blue of the 256 levels of a Picture."""
+    ends = [tuple(bytes.fromhex(color[1:])) for color in HEAT]
+    colors = []
+    for level in range(256):
+        below, share = divmod(level * (len(ends) - 1), 255)
+        low, high = ends[below], ends[min(below + 1, len(ends) - 1)]
+        colors += [round(a + (b - a) * share / 255) for a, b in zip(low, high, strict=True)]
+    return bytes(colors)
 
 
 def text_width(text: str, size: float) -> float:
@@ -221,7 +256,13 @@ def ticks(low: float, high: float, log: bool, most: int) -> list[float]:
         return log_ticks(low, high, most)
     raw = (high - low) / max(most, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10, 20) if power * m >= raw * (1 - 1e-9))
+    steps = [power * m for m in (0.5, 1, 2, 5, 10, 20)]
+    at = next(i for i, step in enumerate(steps) if i and step >= raw * (1 - 1e-9))
+    wide, narrow = (multiples(step, low, high) for step in (steps[at], steps[at - 1]))
+    return wide if len(wide) > 1 else narrow
+
+
+def multiples(step: float, low: float, high: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
@@ -230,12 +271,12 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     """Powers of ten; 1, 2 and 5 times those where there is room."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [
+        values = [
             float(f"{m}e{d}") for d in decades for m in factors if low <= float(f"{m}e{d}") <= high
         ]
-        if len(found) <= max(most, 2):
-            return found
-    return found[:: math.ceil(len(found) / max(most, 2))]
+        if len(values) <= max(most, 2):
+            return values
+    return values[:: math.ceil(len(values) / max(most, 2))]
 
 
 def tick_text(value: float) -> str:
@@ -265,7 +306,7 @@ def fitting(
         )
         ends = [(place(v), text_width(tick_text(v), SMALL) / 2) for v in inside]
         apart = all(b - wb - (a + wa) >= 8 for (a, wa), (b, wb) in pairwise(ends))
-        if apart or len(inside) < 3:
+        if apart or len(inside) < 3 or (most < 1 and not wanted):
             return inside if apart else inside[:1]
         every, most = every + 1, most - 1
 
@@ -288,7 +329,7 @@ def draw(figure: Figure, width: float, label_room: float, legend: bool = False) 
     )
     x_scale = Scale(low, high, left, width - right, figure.x_log)
     x_ticks = fitting(low, high, figure.x_log, figure.x_ticks, x_scale)
-    shapes: list[Path | Dot | Text] = []
+    shapes: list[Shape] = []
     top = 4.0
     if figure.heading:
         top += 18
@@ -379,12 +420,21 @@ def y_axis(panel: Panel) -> tuple[Scale, list[float]]:
     return Scale(low, high, 0, 1, panel.log), ticks(low, high, panel.log, int(panel.height // 36))
 
 
-def draw_panel(panel, x: Scale, y: Scale, x_ticks, y_ticks, label: Callable[[Curve], str]) -> list:
-    """Grid, then bands, lines and marks, then the names."""
-    shapes: list[Path | Dot | Text] = []
+def draw_panel(
+    panel: Panel,
+    x: Scale,
+    y: Scale,
+    x_ticks: list[float],
+    y_ticks: list[float],
+    label: Callable[[Curve], str],
+    numbered: bool = True,
+) -> list[Shape]:
+    """Grid, with numbers at the y axis if `numbered`, then bands, lines and marks, then the names
+    and the note."""
+    shapes: list[Shape] = []
     for v in y_ticks:
         shapes.append(Path(((x.start, y(v)), (x.end, y(v))), "grid"))
-        shapes.append(Text(x.start - 6, y(v) + 4, tick_text(v), anchor="end"))
+        shapes += y_numbers(x, y, [v]) if numbered else []
     shapes += [Path(((x(v), y.start), (x(v), y.end)), "grid") for v in x_ticks]
     shapes.append(Path(((x.start, y.start), (x.end, y.start)), "axis"))
     for c in panel.curves:
@@ -394,23 +444,44 @@ def draw_panel(panel, x: Scale, y: Scale, x_ticks, y_ticks, label: Callable[[Cur
             ]
             points = [(x(a), min(y(b), y.start)) for a, b in edge]
             half = len(c.band)
-            outline = (*simplified(points[:half]), *simplified(points[half:]))
+            outline = (
+                *simplified(points[:half], panel.fine),
+                *simplified(points[half:], panel.fine),
+            )
             shapes.append(Path(outline, fill=c.color, opacity=0.16))
     for c in panel.curves:
-        shapes += lines_of(c, x, y)
+        shapes += lines_of(c, x, y, panel.fine)
     for c in panel.curves:
         shapes += [
             shape for m in c.marks if m.y >= y.low for shape in symbol(m, x(m.x), y(m.y), c.color)
         ]
     if not panel.strip:
         shapes += names(panel.curves, x, y, label)
-    return shapes
+    return shapes + note(panel.note, x, y)
 
 
-def lines_of(c: Curve, x: Scale, y: Scale) -> list[Path]:
+def y_numbers(x: Scale, y: Scale, values: list[float]) -> list[Shape]:
+    return [Text(x.start - 6, y(v) + 4, tick_text(v), anchor="end") for v in values]
+
+
+def note(lines: tuple[str, ...], x: Scale, y: Scale) -> list[Shape]:
+    """The lines in the upper part of a plot, on a piece of paper that hides what is behind them."""
+    if not lines:
+        return []
+    middle, top = (x.start + x.end) / 2, y.end + 0.12 * (y.start - y.end)
+    half, bottom = max(text_width(line, SMALL) for line in lines) / 2 + 6, top + 15 * len(lines) + 6
+    box = ((-half, top), (half, top), (half, bottom), (-half, bottom))
+    shapes: list[Shape] = [Path(tuple((middle + a, b) for a, b in box), fill="paper", opacity=0.9)]
+    return shapes + [
+        Text(middle, top + 15 * i, line, "ink", "middle") for i, line in enumerate(lines, 1)
+    ]
+
+
+def lines_of(c: Curve, x: Scale, y: Scale, fine: bool) -> list[Path]:
     shapes = []
     for piece in above([(x(a), y(b)) for a, b in c.line], y.start):
-        shapes.append(Path(tuple(simplified(piece)), c.color, width=c.width, dash=c.dash))
+        points = tuple(simplified(piece, fine))
+        shapes.append(Path(points, c.color, width=c.width, dash=c.dash))
     for at, low, high in c.bars:
         top, bottom = y(high), min(y(low), y.start)
         shapes.append(Path(((x(at), bottom), (x(at), top)), c.color, width=1.2))
@@ -435,11 +506,11 @@ def above(points: list[tuple[float, float]], bottom: float) -> list[list[tuple[f
     return [piece for piece in pieces if len(piece) > 1]
 
 
-def simplified(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def simplified(points: list[tuple[float, float]], fine: bool = False) -> list[tuple[float, float]]:
     """The line with fewer points, nowhere further off than a fraction of a pixel, or than it takes
-    to have MOST_POINTS."""
-    tolerance = 0.15
-    while len(kept := thinned(points, tolerance)) > MOST_POINTS:
+    to have as many as it may."""
+    tolerance, most = FINE if fine else COARSE
+    while len(kept := thinned(points, tolerance)) > most:
         tolerance *= 1.6
     return kept
 
@@ -521,7 +592,7 @@ def apart(wanted: list[float], low: float, high: float) -> list[float]:
     starts = [
         min(max(total / count, low), max(most, low))
         for total, count in blocks
-        for _ in range(count)
+        for _ in range(int(count))
     ]
     return [start + i * LINE for i, start in enumerate(starts)]
 

@@ -3,11 +3,14 @@ own."""
 
 from __future__ import annotations
 
+import base64
+import struct
+import zlib
 from collections.abc import Iterable
 from html import escape
 from itertools import pairwise
 
-from fastsmooth.figures.chart import COLORS, SMALL, Dot, Drawing, Path, Text
+from fastsmooth.figures.chart import COLORS, SMALL, Dot, Drawing, Picture, Shape, Text, ramp
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -45,7 +48,9 @@ def dark_rules() -> str:
     return f"@media screen and (prefers-color-scheme:dark){{{''.join(rules)}}}"
 
 
-def element(shape: Path | Dot | Text) -> str:
+def element(shape: Shape) -> str:
+    if isinstance(shape, Picture):
+        return picture(shape)
     if isinstance(shape, Text):
         style = f' text-anchor="{shape.anchor}"' if shape.anchor != "start" else ""
         style += f' font-size="{shape.size}"' if shape.size != SMALL else ""
@@ -65,6 +70,30 @@ def element(shape: Path | Dot | Text) -> str:
     return closed(
         "path", f'd="{path_data(shape.points)}{"z" if shape.fill else ""}"{look}', shape.tip
     )
+
+
+def picture(shape: Picture) -> str:
+    at = f'x="{number(shape.x)}" y="{number(shape.y)}"'
+    size = f'width="{number(shape.width)}" height="{number(shape.height)}"'
+    data = base64.b64encode(png(shape.columns, shape.levels)).decode()
+    return (
+        f'<image {at} {size} preserveAspectRatio="none" image-rendering="pixelated" '
+        f'href="data:image/png;base64,{data}"/>'
+    )
+
+
+def png(columns: int, levels: bytes) -> bytes:
+    """A PNG file of one byte a pixel, by the ramp's palette (ISO 15948)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        whole = kind + data
+        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    rows = [levels[i : i + columns] for i in range(0, len(levels), columns)]
+    header = struct.pack(">IIBBBBB", columns, len(rows), 8, 3, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows), 9)  # each row unfiltered
+    chunks = ((b"IHDR", header), (b"PLTE", ramp()), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks)
 
 
 def paint(**colors: str) -> str:

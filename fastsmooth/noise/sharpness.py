@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.noise.algorithms import ALGORITHMS, Setting
 from fastsmooth.noise.estimators import Estimate
 from fastsmooth.noise.gradients import undisturbed
 
@@ -24,7 +25,7 @@ MIN_IMPROVED = 0.75  # of the iterations since the last checkpoint, or the step 
 NEWTON_STEPS = 16
 
 
-class Landscape:
+class BatchLoss:
     """Loss and error of one batch at the weights w + d. The model's own parameters are never
     written.
 
@@ -132,29 +133,16 @@ class Ellipsoid:
 
 
 Region = Box | Ellipsoid
+REGIONS: dict[str, type[Region]] = {"l2": Ellipsoid, "linf": Box}  # by their norm
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is measured, but for rho and the images."""
-
-    algorithm: str = "m_apgd_linf"
-    adaptive: bool = True
-    normalize_logits: bool = False
-    n_iters: int = 20  # draws, for the averages
-    restarts: int = 1
-    step_size_mult: float = 1.0
-    random_start: bool = False
-    seed: int = 0
-
-
-# Each gives the values [k, 2] of one batch at k perturbations, whose mean counts, from those at
-# none.
-Search = Callable[[Landscape, Region, Setting, Generator, Tensor], Tensor]
+# From the values [2] of one batch at no perturbation those at k perturbations, [k, 2], whose mean
+# counts.
+Search = Callable[[BatchLoss, Region, Setting, Generator, Tensor], Tensor]
 
 
 def average(
-    f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor
+    f: BatchLoss, region: Region, setting: Setting, generator: Generator, clean: Tensor
 ) -> Tensor:
     """Random perturbations, one an iteration."""
     return torch.stack(
@@ -163,17 +151,17 @@ def average(
 
 
 def worst(
-    f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor
+    f: BatchLoss, region: Region, setting: Setting, generator: Generator, clean: Tensor
 ) -> Tensor:
     """The largest loss that any restart finds, [1, 2]."""
-    found = torch.stack(
+    ends = torch.stack(
         [ascend(f, region, setting, generator, clean) for _ in range(setting.restarts)]
     )
-    return found.index_select(0, found[:, :1].argmax(dim=0))
+    return ends.index_select(0, ends[:, :1].argmax(dim=0))
 
 
 def ascend(
-    f: Landscape, region: Region, setting: Setting, generator: Generator, clean: Tensor
+    f: BatchLoss, region: Region, setting: Setting, generator: Generator, clean: Tensor
 ) -> Tensor:
     """The values [2] at the largest loss that APGD meets (Croce and Hein 2020, as coded by
     Andriushchenko et al. 2023).
@@ -219,19 +207,11 @@ def ascend(
 def checkpoints(n_iters: int) -> list[int]:
     """The iterations, counted from 0, after which the step may be halved; 20: 5, 9, 12, 15, 16, 18,
     19 and one never reached."""
-    shares, found = [0.0, 0.22], [0, math.ceil(n_iters * 0.22)]
-    while found[-1] < n_iters and found[-1] != found[-2]:
+    shares, iterations = [0.0, 0.22], [0, math.ceil(n_iters * 0.22)]
+    while iterations[-1] < n_iters and iterations[-1] != iterations[-2]:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-        found.append(math.ceil(shares[-1] * n_iters))
-    return found[1:]
-
-
-ALGORITHMS: dict[str, tuple[Search, type[Region]]] = {
-    "avg_l2": (average, Ellipsoid),
-    "avg_linf": (average, Box),
-    "m_apgd_l2": (worst, Ellipsoid),
-    "m_apgd_linf": (worst, Box),
-}
+        iterations.append(math.ceil(shares[-1] * n_iters))
+    return iterations[1:]
 
 
 @dataclass(frozen=True)
@@ -259,23 +239,26 @@ def sharpness(
     Random numbers come from the setting's seed alone (on a GPU they are others than on a CPU).
     Parameters, buffers, gradients, modes and random state are bit for bit what they were.
     """
-    search, shape = ALGORITHMS[setting.algorithm]
-    rhos, regions, found, clean = list(rhos), [], [], []
+    algorithm = ALGORITHMS[setting.algorithm]
+    search: Search = worst if algorithm.at_worst else average
+    rhos = list(rhos)
+    regions: list[Region] = []
+    clean, moved = [], []
     with undisturbed(model, "eval"):
         for x, y in batches:
-            f = Landscape(model, x, y, setting.normalize_logits)
+            f = BatchLoss(model, x, y, setting.normalize_logits)
             if not regions:
                 scale = f.weights.abs() if setting.adaptive else torch.ones_like(f.weights[0])
-                regions = [shape(scale, rho) for rho in rhos]
+                regions = [REGIONS[algorithm.norm](scale, rho) for rho in rhos]
                 generators = [Generator(x.device).manual_seed(setting.seed) for _ in rhos]
             clean.append(f.values(torch.zeros_like(f.weights)))
-            moved = [
+            searched = [
                 search(f, r, setting, g, clean[-1])
                 for r, g in zip(regions, generators, strict=True)
             ]
-            found.append(torch.stack(moved))
+            moved.append(torch.stack(searched))
     unmoved = torch.stack(clean)  # [batches, 2]
-    rises = torch.stack(found, dim=1) - unmoved[:, None]  # [rhos, batches, draws, 2]
+    rises = torch.stack(moved, dim=1) - unmoved[:, None]  # [rhos, batches, draws, 2]
     return [summary(rho, rise, unmoved) for rho, rise in zip(rhos, rises.cpu(), strict=True)]
 
 

@@ -59,7 +59,7 @@ class NoiseStatistics:
         self.coordinates = coordinates
         size = min(coordinates, BLOCK.get(device.type, BLOCK["cpu"]))
         self.block = torch.empty(size, dtype=wide_dtype(device), device=device)
-        self.groups: list[Sample] = []  # draw i is in group i % GROUPS
+        self.groups: list[CoordinateStats] = []  # draw i is in group i % GROUPS
         self.estimates: list[dict[str, float | None]] = []  # one a draw
 
     def observe(self, omega: list[Tensor]) -> None:
@@ -80,7 +80,7 @@ class NoiseStatistics:
         counts = counts.view(2, CODES).cpu()
         if counts[:, BINS:].any():
             raise FloatingPointError(f"draw {draw} has coordinates that are not finite in float32")
-        sample = Sample(counts[:, :BINS], merged(torch.stack(moments).cpu().double()))
+        sample = CoordinateStats(counts[:, :BINS], merged(torch.stack(moments).cpu().double()))
         if draw < GROUPS:
             self.groups.append(sample)
         else:
@@ -187,7 +187,7 @@ class NoiseStatistics:
 
 
 @dataclass(frozen=True)
-class Sample:
+class CoordinateStats:
     """What is kept of the coordinates of one draw or several."""
 
     counts: Tensor  # [2, BINS] int64: of positive and negative magnitudes
@@ -364,17 +364,21 @@ def merged(moments: Tensor) -> Tensor:
     )
 
 
-def joined(samples: list[Sample]) -> Sample:
+def joined(samples: list[CoordinateStats]) -> CoordinateStats:
     """The sample of all their coordinates."""
-    return Sample(sum(s.counts for s in samples), merged(torch.stack([s.moments for s in samples])))
+    return CoordinateStats(
+        sum(s.counts for s in samples), merged(torch.stack([s.moments for s in samples]))
+    )
 
 
-def leave_one_out(samples: list[Sample], all_joined: Sample) -> Iterator[Sample]:
+def leave_one_out(
+    samples: list[CoordinateStats], all_joined: CoordinateStats
+) -> Iterator[CoordinateStats]:
     """For each of two or more samples that of all others; for one nothing."""
     moments = torch.stack([s.moments for s in samples])
     for i, left in enumerate(samples):
         if len(samples) > 1:
-            yield Sample(
+            yield CoordinateStats(
                 all_joined.counts - left.counts, merged(torch.cat([moments[:i], moments[i + 1 :]]))
             )
 

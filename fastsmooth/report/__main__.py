@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from fastsmooth.cli import flags as flag_types
-from fastsmooth.figures import pdf, svg
-from fastsmooth.figures.chart import draw
+from fastsmooth.figures import NO_PDF, files_of, pdf
+from fastsmooth.figures.chart import Figure, draw
 from fastsmooth.messages import DONE, command, end_with, exit_code, note, say
 from fastsmooth.report import page
 from fastsmooth.runfolder.files import replace
@@ -49,20 +49,18 @@ def report(argv: list[str]) -> int:
     return DONE
 
 
-def write(out: Path, html: str, figures: list, runs: int) -> None:
+def write(out: Path, html: str, figures: list[Figure], runs: int) -> None:
     """report.html last: where it is, the figures are whole."""
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    with_pdf = pdf.available()
     for figure in figures:
         drawing = draw(figure, page.WIDE, page.WIDE_LABELS, legend=True)
-        replace(folder / f"{figure.name}.svg", svg.svg_file(drawing).encode())
-        if with_pdf:
-            replace(folder / f"{figure.name}.pdf", pdf.pdf_file(drawing))
+        for suffix, data in files_of(drawing).items():
+            replace(folder / f"{figure.name}{suffix}", data)
     replace(out / "report.html", html.encode())
-    if not with_pdf:
-        note("fastsmooth: no PDF figures without matplotlib: pip install 'fastsmooth[plot]'")
-    kinds = "SVG and PDF" if with_pdf else "SVG"
+    if not pdf.available():
+        note(NO_PDF)
+    kinds = "SVG and PDF" if pdf.available() else "SVG"
     say(
         f"{out / 'report.html'}: {page.count(runs, 'run')}, {page.count(len(figures), 'figure')} "
         f"({kinds} in {folder}), {len(html.encode()) // 1024} kB"

@@ -87,10 +87,10 @@ class Checkpoints:
         """The steps that have a manifest, ascending."""
         if not self.directory.is_dir():
             return []
-        found = (
+        manifests = (
             re.fullmatch(r"ckpt-(\d+)\.json", entry.name) for entry in os.scandir(self.directory)
         )
-        return sorted(int(match[1]) for match in found if match)
+        return sorted(int(match[1]) for match in manifests if match)
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind."""

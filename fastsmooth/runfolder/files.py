@@ -2,6 +2,11 @@
 
 What is read, somebody else may have written: never a pipe that keeps its reader waiting, never more
 than fits in memory. What is replaced is whole or as it was before, whatever happens meanwhile.
+
+The rule for that, and the one place where it is kept: data goes into a new file beside the old one
+(new_aside), is on the disk (fsync) before the file gets its name, and so is the folder's new entry
+before anybody is told (rename). `replace` does all of it. Who writes a file in pieces does the
+first two steps, and ends with `rename` inside `writing`.
 """
 
 from __future__ import annotations
@@ -44,11 +49,11 @@ def read_file(path: Path, most: float = LARGEST) -> bytes:
 
 def size_of(path: Path | str) -> int:
     """The bytes of a file. Raises OSError where the path leads to a pipe, a socket or a device."""
-    found = os.stat(path)
+    status = os.stat(path)
     # opening a folder says so itself
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
-    return found.st_size
+    return status.st_size
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
@@ -82,8 +87,8 @@ def cache_folder() -> Path:
 
 def only_mine(path: Path) -> bool:
     """Whether no other user but root may write the file. Raises OSError."""
-    found = os.stat(path)
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    status = os.stat(path)
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @contextmanager
@@ -144,8 +149,8 @@ def new_aside(path: Path) -> Path:
 def aside_of(name: str) -> str | None:
     """The name of the file that a file of this name was to become; None for what new_aside has not
     named."""
-    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)
-    return found and found[1]
+    aside = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)
+    return aside and aside[1]
 
 
 def clean(directory: Path) -> None:

@@ -27,5 +27,5 @@ def deviation(values: list[float]) -> float | None:
     """The standard deviation with n - 1; None for fewer than two."""
     if len(values) < 2:
         return None
-    center = mean(values)
+    center = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((v - center) ** 2 for v in values) / (len(values) - 1))

@@ -66,12 +66,13 @@ def read_run(path: Path) -> SavedRun:
         raise RunError(
             f"{path} is not a run folder: {why}: name a folder that fastsmooth.train wrote"
         )
-    found, damaged = {}, []
+    files: dict[str, dict[str, Any]] = {}
+    damaged = []
     for name in ("status", "summary", "critical", "noise", "sharpness"):
         value = read_object(path / f"{name}.json")
         if value is None and (path / f"{name}.json").exists():
             damaged.append(f"{name}.json")
-        found[name] = value or {}
+        files[name] = value or {}
     try:
         rows, torn, not_finite = read_rows(path / "metrics.jsonl")
     except FileNotFoundError:
@@ -80,14 +81,14 @@ def read_run(path: Path) -> SavedRun:
         rows, torn, not_finite = [], 0, 0
         damaged.append("metrics.jsonl")
     return SavedRun(
-        path, config, **found, rows=rows, torn=torn, not_finite=not_finite, damaged=tuple(damaged)
+        path, config, **files, rows=rows, torn=torn, not_finite=not_finite, damaged=tuple(damaged)
     )
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run folders among and below `paths`, each once, sorted within each path. Raises RunError
     where one has none."""
-    found: dict[Path, None] = {}
+    runs: dict[Path, None] = {}
     for path in paths:
         if not os.path.isdir(path):  # that of Path raises what a name that is too long meets
             raise RunError(f"{path}: no such folder: name run folders, or folders that hold them")
@@ -97,8 +98,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
                 f"{path} holds no run folder (none with a config.json): name a folder that "
                 "fastsmooth.train wrote"
             )
-        found |= dict.fromkeys(inside)
-    return list(found)
+        runs |= dict.fromkeys(inside)
+    return list(runs)
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int, int]:

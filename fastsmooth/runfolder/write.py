@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -198,13 +197,14 @@ def claim(path: Path) -> Path:
     else can claim it."""
     with refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        folder, number = path, 1
+        while True:
             try:
                 folder.mkdir()
+                return folder
             except FileExistsError:
-                continue
-            return folder
+                number += 1
+                folder = path.with_name(f"{path.name}-{number}")
 
 
 def unfinished(entry: Path) -> bool:
@@ -244,9 +244,3 @@ def lock(path: Path) -> int:
             ) from None
         # a network file system without locks: then nothing guards the folder
     return descriptor
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    with (path / "metrics.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

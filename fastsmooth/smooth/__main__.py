@@ -12,42 +12,18 @@ descent without noise (arXiv 2412.11501, SPEC A.6 and B.5). Writes figures and s
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import shlex
 import sys
 from argparse import SUPPRESS
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli.flags import ConfigError
-from fastsmooth.messages import DONE, command, end_with, exit_code, say, show
-from fastsmooth.processors import keep_within_quota
-from fastsmooth.runfolder.files import replace
+from fastsmooth.messages import DONE, command, end_with, exit_code, show
 from fastsmooth.runfolder.write import RunFolderError, refusing
-from fastsmooth.smooth.figures import FIGURES, KINDS, draw_graduated, draw_smoothing
-from fastsmooth.smooth.graduated import LANDSCAPES, SCHEDULES, one_thread
 from fastsmooth.smooth.noises import NOISES
-from fastsmooth.smooth.study import Request, entry_of, graduated, smoothing
-
-PART_OF = {  # flags that change one part alone
-    "smoothing": ("noise", "delta", "centred", "dim", "points", "samples"),
-    "graduated": (
-        "functions",
-        "schedules",
-        "dim_ego",
-        "rounds",
-        "steps",
-        "draws",
-        "delta_first",
-        "delta_last",
-        "seeds",
-    ),
-}
+from fastsmooth.smooth.objectives import OBJECTIVES, SCHEDULES
+from fastsmooth.smooth.request import Request, check, check_unused, flag
 
 
 def parser() -> flag_types.Parser:
@@ -62,418 +38,19 @@ def parser() -> flag_types.Parser:
     d, whole, positive = Request(), flag_types.whole, flag_types.real(0, open_low=True)
     # fmt: off
     add = p.add_argument
-    add("--out", type=flag_types.text, metavar="DIR", help="folder of the figures and of "
-                                                           "smooth.json (smooth)")
+    add("--out", type=flag_types.text, metavar="DIR", help="folder of the figures and of smooth.json (smooth)")
     add("--parts", nargs="+", choices=d.parts, metavar="PART", help="smoothing graduated (both)")
     add("--seed", type=whole(0, 2**31), metavar="N", help="of draws, starts and perturbations (0)")
     add("-h", "--help", action="store_true", help="this page")
     add = p.add_argument_group("smoothing").add_argument
-    add("--noise", nargs="+", choices=NOISES, metavar="NAME", help=f"{'; '.join(f'{name}: {n.law}' for name, n in NOISES.items())} "
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   ""
-                                                                   "(all)")
+    add("--noise", nargs="+", choices=NOISES, metavar="NAME", help=f"{'; '.join(f'{name}: {n.law}' for name, n in NOISES.items())} (all)")
     add("--delta", nargs="+", type=flag_types.real(0, 100), metavar="X", help="degrees of smoothing; 0 is f itself (0.05 0.2 0.5)")
     add("--centred", action="store_true", help="noise without its mean, so that minima do not shift; noise without a mean is skipped")
     add("--dim", type=whole(1, 2), metavar="N", help="1, or 2: Rastrigin summed over coordinates, the drop-wave of the radius (1)")
     add("--points", type=whole(2, 10_000), metavar="N", help="values of x in [-5, 5], in every coordinate (1001; 61 with --dim 2)")
     add("--samples", type=whole(2, 10**6), metavar="N", help="draws of u for the drop-wave with --dim 2 (4096)")
     add = p.add_argument_group("graduated").add_argument
-    add("--functions", nargs="+", choices=LANDSCAPES, metavar="NAME", help=f"{' '.join(LANDSCAPES)} (all)")
+    add("--functions", nargs="+", choices=OBJECTIVES, metavar="NAME", help=f"{' '.join(OBJECTIVES)} (all)")
     add("--schedules", nargs="+", choices=SCHEDULES, metavar="NAME", help="of delta: nice geo (both)")
     add("--dim-ego", type=whole(1, 1000), metavar="D", help=f"coordinates ({d.dim_ego})")
     add("--rounds", type=whole(1, 10**6), metavar="M", help=f"values of delta ({d.rounds})")
@@ -507,38 +84,6 @@ def parse(argv: list[str]) -> Request | None:
     return request
 
 
-def check(r: Request, given: dict[str, Any]) -> None:
-    """Refuse flags that would change nothing, and what cannot be computed."""
-    for part, names in PART_OF.items():
-        idle = next((name for name in names if name in given and part not in r.parts), None)
-        if idle:
-            raise ConfigError(
-                f"{flag(idle)} has no effect without the part {part}: add it to --parts"
-            )
-    if r.dim == 1 and "samples" in given:
-        raise ConfigError(
-            "--samples has no effect with --dim 1, whose curves need no draws: add --dim 2"
-        )
-    if r.dim == 2 and r.points > 500:
-        raise ConfigError(f"--points {r.points} is too many for --dim 2: give at most 500")
-    if r.centred and all(NOISES[name].mean is None for name in r.noise):
-        raise ConfigError(
-            f"--centred: {' and '.join(r.noise)} noise has no mean that could be removed: leave it out"
-        )
-    if r.rounds == 1 and r.delta_first != r.delta_last and "graduated" in r.parts:
-        raise ConfigError(
-            "--rounds 1 has one delta: give --delta-first and --delta-last the same value"
-        )
-    if r.delta_last > r.delta_first:
-        raise ConfigError(
-            f"--delta-last {r.delta_last:g} exceeds --delta-first {r.delta_first:g}: delta falls"
-        )
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Compute, print and draw what a command line asks for; the exit code."""
     return exit_code(
@@ -551,64 +96,13 @@ def carry_out(argv: list[str]) -> int:
     if request is None:
         show(*parser().format_help().splitlines())
         return DONE
-    require_matplotlib()
-    keep_within_quota(torch)
     with refusing(request.out):  # a folder that cannot be written fails now
         request.out.mkdir(parents=True, exist_ok=True)
     check_unused(request.out)
-    run(request, shlex.join(["python", "-m", "fastsmooth.smooth", *argv]))
+    from fastsmooth.smooth import study  # with torch, after the flags are right: it takes seconds
+
+    study.run(request, shlex.join(["python", "-m", "fastsmooth.smooth", *argv]))
     return DONE
-
-
-def check_unused(out: Path) -> None:
-    """Refuse a folder that has results: figures of one command beside the numbers of another would
-    mislead."""
-    names = ["smooth.json", *(stem + kind for stem in FIGURES for kind in KINDS)]
-    there = [name for name in names if (out / name).exists()]
-    if there:
-        raise ConfigError(
-            f"--out {out} has {' '.join(there)} already: choose another folder, or move them"
-        )
-
-
-def require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("the figures need matplotlib: pip install 'fastsmooth[plot]'") from None
-
-
-def run(r: Request, command: str) -> None:
-    """Both parts, each drawn when it is done; smooth.json last."""
-    settings = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)} | {"out": str(r.out)}
-    result: dict[str, Any] = {"command": command, "settings": settings}
-    if "smoothing" in r.parts:
-        curves = list(smoothing(r))
-        draw_smoothing(r, curves)
-        result["smoothing"] = {
-            "x": r.grid.tolist(),
-            "curves": [entry_of(curve, r) for curve in curves],
-        }
-    if "graduated" in r.parts:
-        with one_thread():
-            descents = list(graduated(r))
-        draw_graduated(r, descents)
-        deltas = {
-            name: SCHEDULES[name](r.delta_first, r.delta_last, r.rounds) for name in r.schedules
-        }
-        result["graduated"] = {"deltas": deltas, "results": [d.summary() for d in descents]}
-    text = json.dumps(without_nan(result), allow_nan=False)
-    replace(r.out / "smooth.json", text.encode() + b"\n")
-    say(f"{r.out}: {' '.join(sorted(path.name for path in r.out.iterdir()))}")
-
-
-def without_nan(value: Any) -> Any:
-    """The same for JSON, which has no word for what is not finite: null."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

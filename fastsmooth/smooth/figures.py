@@ -2,136 +2,132 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy import ndarray
 
-from fastsmooth.runfolder.files import replace
+from fastsmooth.figures import files_of
+from fastsmooth.figures.chart import Curve, Panel, ordered_colors
+from fastsmooth.figures.grid import Grid, Map, draw_grid
+from fastsmooth.runfolder import files
+from fastsmooth.runfolder.numbers import number
 from fastsmooth.smooth.graduated import Descent
 from fastsmooth.smooth.noises import NOISES
-from fastsmooth.smooth.smoothing import REACH, drop_wave, rastrigin
-from fastsmooth.smooth.study import Curve, Request
+from fastsmooth.smooth.request import Request
+from fastsmooth.smooth.smoothing import REACH, Case, drop_wave, rastrigin
 
-FIGURES, KINDS = ("light", "heavy", "graduated"), (".svg", ".pdf")
-LINES = {"graduated": "-", "plain": "--"}
-COLOURS = {"nice": "#0072b2", "geo": "#c94a00"}  # apart for colour-blind eyes, and in grey
-
-
-def new_figure(rows: int, columns: int, **options: Any) -> tuple[Any, ndarray]:
-    """A figure that belongs to no window, and its axes [rows, columns]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 2.6 * columns, 0.8 + 2.3 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+UNDEFINED = ("undefined for δ > 0:", "E u² is infinite")
+ITSELF = Curve("axis", label="f", width=0.8, dash="3 2")
+COLORS, DASHES = {"nice": "c0", "geo": "c1"}, {"graduated": "", "plain": "5 3"}
+HEIGHT = 185.0  # of a panel, in pixels
 
 
-def save(figure: Any, stem: Path) -> None:
-    """As SVG and as PDF, without dates, so that the same numbers give the same bytes."""
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "fastsmooth", "pdf.fonttype": 42}):
-        for kind, date in zip(KINDS, ("Date", "CreationDate"), strict=True):
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format=kind[1:], metadata={date: None})
-            replace(stem.with_suffix(kind), drawn.getbuffer())
+def save(grid: Grid, r: Request) -> None:
+    """As SVG and, where matplotlib is installed, as PDF: the same numbers give the same bytes."""
+    for suffix, data in files_of(draw_grid(grid)).items():
+        files.replace(r.out / f"{grid.name}{suffix}", data)
 
 
-def draw_smoothing(r: Request, curves: list[Curve]) -> None:
+def draw_smoothing(r: Request, cases: list[Case]) -> None:
     """light and heavy, each where it has a noise."""
     for tails in ("light", "heavy"):
-        names = [
-            n for n in r.noise if NOISES[n].tails == tails and any(c.noise == n for c in curves)
-        ]
-        if names:
-            figure = (draw_lines if r.dim == 1 else draw_images)(
-                r, [c for c in curves if c.noise in names], names
-            )
-            figure.suptitle(
-                f"$f_\\delta(x) = E\\,f(x - \\delta u)$, {tails} tails" + ", centred" * r.centred
-            )
-            save(figure, r.out / tails)
+        shown = [case for case in cases if NOISES[case.noise].tails == tails]
+        if shown:
+            title = f"E f(x − δu), noise u with {tails} tails" + ", centred" * r.centred
+            save((lines if r.dim == 1 else maps)(r, tails, title, shown), r)
 
 
-def add_legend(figure: Any, axes: ndarray, width: float) -> None:
-    """Below all axes [rows, columns], in as many rows as labels of `width` inches need."""
-    handles, labels = axes[-1, 0].get_legend_handles_labels()
-    columns = min(len(labels), max(1, int(figure.get_figwidth() / width)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+def noises_of(r: Request, shown: list[Case]) -> list[str]:
+    """Of the cases, in the order of the command line: the columns of a figure."""
+    return [name for name in r.noise if any(case.noise == name for case in shown)]
 
 
-def draw_lines(r: Request, curves: list[Curve], names: list[str]) -> Any:
-    """A row a function, a column a noise, a line a delta, the darker the smaller; f itself in
-    dashed grey."""
-    from matplotlib import colormaps
+def lines(r: Request, name: str, title: str, shown: list[Case]) -> Grid:
+    """A row a function, a column a noise, a line a delta, the darker the smaller; f itself
+    dashed."""
+    colors = dict(zip(sorted(r.delta), ordered_colors(len(r.delta)), strict=True))
+    looks = {d: Curve(colors[d], label=f"δ = {d:g}", width=1.3) for d in r.delta}
 
-    colours = dict(
-        zip(sorted(r.delta), colormaps["viridis"](np.linspace(0, 0.85, len(r.delta))), strict=True)
+    def panel(function: str, noise: str, f: ndarray) -> Panel:
+        own = [case for case in shown if (case.function, case.noise) == (function, noise)]
+        curves = [line(ITSELF, r.grid, f)]
+        for case in own:
+            if case.smoothed.values is not None:
+                curves.append(line(looks[case.delta], r.grid, case.smoothed.values))
+        title = f"{spelled(function)}, {noise}"
+        return Panel(title, tuple(curves), height=HEIGHT, note=undefined(own), fine=True)
+
+    columns = noises_of(r, shown)
+    rows = tuple(
+        tuple(panel(function, noise, f(r.grid)) for noise in columns)
+        for function, f in (("rastrigin", rastrigin), ("drop_wave", drop_wave))
     )
-    figure, axes = new_figure(2, len(names), sharex=True, sharey="row")
-    for row, (function, f) in enumerate((("rastrigin", rastrigin), ("drop_wave", drop_wave))):
-        for axis, name in zip(axes[row], names, strict=True):
-            axis.plot(r.grid, f(r.grid), "--", color="0.65", lw=0.8, label="$f$")
-            shown = [c for c in curves if (c.function, c.noise) == (function, name)]
-            for curve in (c for c in shown if c.smoothed.values is not None):
-                look = {"color": colours[curve.delta], "label": f"$\\delta$ = {curve.delta:g}"}
-                axis.plot(r.grid, curve.smoothed.values, lw=1.3, **look)
-            say_undefined(axis, shown)
-            axis.set_title(f"{function.replace('_', '-')}, {name}", fontsize=10)
-        axes[row, 0].set_ylim(*([-2, 52] if function == "rastrigin" else [-1.05, 0.05]))
-    add_legend(figure, axes, 1.2)
-    return figure
+    return Grid(name, title, "x", rows, legend=(ITSELF, *looks.values()))
 
 
-def draw_images(r: Request, curves: list[Curve], names: list[str]) -> Any:
+def maps(r: Request, name: str, title: str, shown: list[Case]) -> Grid:
     """A row a function and delta, a column a noise, a colour scale a row."""
-    kinds = list(dict.fromkeys((c.function, c.delta) for c in curves))
-    figure, axes = new_figure(len(kinds), len(names), sharex=True, sharey=True)
-    for row, (function, delta) in enumerate(kinds):
-        shown = {c.noise: c for c in curves if (c.function, c.delta) == (function, delta)}
-        known = [c.smoothed.values for c in shown.values() if c.smoothed.values is not None]
-        for axis, name in zip(axes[row], names, strict=True):
-            axis.set_title(
-                f"{function.replace('_', '-')}, $\\delta$ = {delta:g}, {name}", fontsize=8
+    rows = []
+    for function, delta in dict.fromkeys((case.function, case.delta) for case in shown):
+        row = {c.noise: c for c in shown if (c.function, c.delta) == (function, delta)}
+        values = [c.smoothed.values for c in row.values() if c.smoothed.values is not None]
+        low = min((float(v.min()) for v in values), default=0.0)
+        high = max((float(v.max()) for v in values), default=1.0)
+        rows.append(
+            tuple(
+                Map(
+                    f"{spelled(function)}, {noise}, δ {delta:g}",
+                    -REACH,
+                    REACH,
+                    levels(row[noise].smoothed.values, low, high),
+                    (low, high),
+                    undefined([row[noise]]),
+                )
+                for noise in noises_of(r, shown)
             )
-            say_undefined(axis, [shown[name]])
-            if (values := shown[name].smoothed.values) is not None:
-                scale = {"vmin": min(map(np.min, known)), "vmax": max(map(np.max, known))}
-                extent = (-REACH, REACH, -REACH, REACH)
-                image = axis.imshow(values.T, origin="lower", extent=extent, **scale)
-        if known:
-            figure.colorbar(image, ax=list(axes[row]))
-    return figure
+        )
+    return Grid(name, title, "x₁; upwards x₂", tuple(rows))
 
 
-def say_undefined(axis: Any, shown: list[Curve]) -> None:
-    if any(c.smoothed.values is None for c in shown):
-        words = "undefined for $\\delta > 0$:\n$E\\,u^2$ is infinite"
-        look = {
-            "transform": axis.transAxes,
-            "ha": "center",
-            "va": "center",
-            "bbox": {"fc": "white", "ec": "none"},
-        }
-        axis.text(0.5, 0.8, words, **look)
+def levels(values: ndarray | None, low: float, high: float) -> bytes:
+    """0 at `low` to 255 at `high` of values [x1, x2], row by row from the largest x2."""
+    if values is None:
+        return b""
+    shares = (values - low) / (high - low) if low < high else np.zeros_like(values)
+    return np.rint(255 * shares).astype(np.uint8).T[::-1].tobytes()
+
+
+def undefined(cases: list[Case]) -> tuple[str, ...]:
+    return UNDEFINED if any(case.smoothed.values is None for case in cases) else ()
+
+
+def spelled(function: str) -> str:
+    return function.replace("_", "-")
+
+
+def line(look: Curve, x: ndarray, y: ndarray) -> Curve:
+    """The look with a line; what no axis can hold is left out."""
+    points = zip(x.tolist(), y.tolist(), strict=True)
+    return replace(look, line=tuple(point for point in points if number(point[1])))
 
 
 def draw_graduated(r: Request, descents: list[Descent]) -> None:
     """A panel a function: mean and range over seeds of f after each round."""
-    figure, axes = new_figure(1, len(r.functions))
     rounds = np.arange(1, r.rounds + 1)
-    for axis, function in zip(axes[0], r.functions, strict=True):
+    panels, looks = [], {}
+    for function in r.functions:
+        curves = []
         for d in (d for d in descents if d.function == function):
-            look = {"color": COLOURS[d.schedule], "ls": LINES[d.method]}
-            axis.plot(
-                rounds, d.values.mean(dim=1), label=f"{d.schedule}, {d.method}", lw=1.3, **look
-            )
-            low, high = d.values.amin(dim=1), d.values.amax(dim=1)
-            axis.fill_between(rounds, low, high, color=look["color"], alpha=0.12, lw=0)
-        axis.set_title(f"{function.replace('_', '-')}, {r.dim_ego} dimensions", fontsize=10)
-        axis.set_xlabel("round")
-    axes[0, 0].set_ylabel("f, mean and range over seeds")
-    add_legend(figure, axes, 1.7)
-    save(figure, r.out / "graduated")
+            name = f"{d.schedule}, {d.method}"
+            looks[name] = Curve(COLORS[d.schedule], label=name, width=1.5, dash=DASHES[d.method])
+            low, high = d.values.amin(dim=1).tolist(), d.values.amax(dim=1).tolist()
+            span = zip(rounds.tolist(), low, high, strict=True)
+            band = tuple(at for at in span if number(at[1]) and number(at[2]))
+            mean = line(looks[name], rounds, d.values.mean(dim=1).numpy())
+            curves.append(replace(mean, band=band))
+        title = f"{spelled(function)}, {r.dim_ego} dimensions"
+        panels.append(Panel(title, tuple(curves), height=HEIGHT, fine=True))
+    title = "f after every round: mean and range over seeds"
+    rows = (tuple(panels),)
+    save(Grid("graduated", title, "Round", rows, shared=False, legend=tuple(looks.values())), r)

@@ -48,11 +48,11 @@ def pareto(t: ndarray) -> ndarray:
     """The exponential integral E_2(-it): its series near 0, elsewhere its continued fraction (DLMF
     6.6.2, 8.9.2)."""
     z, near = -1j * t, t < 2
-    series, term = -np.euler_gamma - np.log(z), np.ones_like(z)
+    term: ndarray = np.ones_like(z)
+    series, fraction = -np.euler_gamma - np.log(z), np.zeros_like(z)
     for k in range(1, 40):
         term = term * np.where(near, -z, 0) / k
         series = series - term / k
-    fraction = np.zeros_like(z)
     for k in range(120, 0, -1):
         fraction = k * (k + 1) / (z + 2 + 2 * k - fraction)
     return np.where(near, np.exp(-z) - z * series, np.exp(-z) / (z + 2 - fraction))

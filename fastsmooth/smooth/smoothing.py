@@ -36,6 +36,16 @@ class Smoothed:
     error: float | None
 
 
+@dataclass(frozen=True)
+class Case:
+    """f_delta of one function under one noise."""
+
+    function: str
+    noise: str
+    delta: float
+    smoothed: Smoothed
+
+
 def smooth_rastrigin(x: ndarray, delta: float, noise: Noise, shift: float) -> Smoothed:
     """(x - delta m)^2 + delta^2 v - 10 E cos(2 pi (x - delta u)) + 10 with the mean m and the
     variance v of u - shift."""
@@ -110,9 +120,9 @@ def smooth_drop_wave_2d(
     total, squares = np.zeros((2, len(x), len(x)))
     for part in np.array_split(u, -(-samples * len(x) ** 2 // BLOCK)):
         a, b = (x[:, None] - delta * part[:, i] for i in (0, 1))
-        found = drop_wave(np.hypot(a[:, None], b))
-        total += found.sum(axis=2)
-        squares += (found**2).sum(axis=2)
+        values = drop_wave(np.hypot(a[:, None], b))
+        total += values.sum(axis=2)
+        squares += (values**2).sum(axis=2)
     mean = total / samples
     error = np.sqrt(np.maximum(squares / samples - mean**2, 0) / (samples - 1))
     return Smoothed(mean, f"{samples} common draws", float(error.max()))

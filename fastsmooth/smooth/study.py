@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy import ndarray
 from torch import Tensor
 
-from fastsmooth.messages import say
-from fastsmooth.smooth.graduated import DESCENTS, LANDSCAPES, SCHEDULES, Descent, descend, starts
+from fastsmooth.figures import NO_PDF, pdf
+from fastsmooth.messages import note, say
+from fastsmooth.processors import keep_within_quota
+from fastsmooth.runfolder.files import finite, replace
+from fastsmooth.smooth.figures import draw_graduated, draw_smoothing
+from fastsmooth.smooth.graduated import DESCENTS, Descent, descend, one_thread, starts
 from fastsmooth.smooth.noises import NOISES, Noise
+from fastsmooth.smooth.objectives import OBJECTIVES, SCHEDULES
+from fastsmooth.smooth.request import Request
 from fastsmooth.smooth.smoothing import (
     BLOCK,
-    REACH,
+    Case,
     Smoothed,
     smooth_drop_wave,
     smooth_drop_wave_2d,
@@ -28,57 +33,19 @@ from fastsmooth.smooth.smoothing import (
 from fastsmooth.terminal import Table, columns
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a command line asks for."""
-
-    out: Path = Path("smooth")
-    parts: tuple[str, ...] = ("smoothing", "graduated")
-    seed: int = 0
-    noise: tuple[str, ...] = tuple(NOISES)
-    delta: tuple[float, ...] = (0.05, 0.2, 0.5)
-    centred: bool = False
-    dim: int = 1
-    points: int = 1001
-    samples: int = 4096
-    functions: tuple[str, ...] = tuple(LANDSCAPES)
-    schedules: tuple[str, ...] = tuple(SCHEDULES)
-    dim_ego: int = 50
-    rounds: int = 50
-    steps: int = 20
-    draws: int = 100
-    delta_first: float = 1.0
-    delta_last: float = 0.01
-    seeds: int = 10
-
-    @property
-    def grid(self) -> ndarray:
-        return np.linspace(-REACH, REACH, self.points)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """f_delta of one function under one noise."""
-
-    function: str
-    noise: str
-    delta: float
-    smoothed: Smoothed
-
-
-def smoothing(r: Request) -> Iterator[Curve]:
+def smoothing(r: Request) -> Iterator[Case]:
     """Every function under every noise at every delta, each with a line on stdout where there is
     something to say."""
     for name in r.noise:
         noise = NOISES[name]
-        if r.centred and noise.mean is None:
+        shift = noise.mean if r.centred else 0.0
+        if shift is None:
             say(f"{name}: skipped, since it has no mean that --centred could remove")
             continue
-        shift = noise.mean if r.centred else 0.0
         for function, delta in ((f, d) for f in ("rastrigin", "drop_wave") for d in r.delta):
-            curve = Curve(function, name, delta, smooth(r, function, delta, noise, shift))
-            say(line_of(curve, r))
-            yield curve
+            case = Case(function, name, delta, smooth(r, function, delta, noise, shift))
+            say(line_of(case, r))
+            yield case
 
 
 def smooth(r: Request, function: str, delta: float, noise: Noise, shift: float) -> Smoothed:
@@ -91,18 +58,18 @@ def smooth(r: Request, function: str, delta: float, noise: Noise, shift: float) 
     return smooth_drop_wave_2d(r.grid, delta, noise, shift, r.samples, r.seed)
 
 
-def minimum(curve: Curve, r: Request) -> tuple[list[float], float] | None:
+def minimum(case: Case, r: Request) -> tuple[list[float], float] | None:
     """(x, f_delta(x)) where f_delta is least on the grid; None where it is undefined."""
-    values = curve.smoothed.values
+    values = case.smoothed.values
     if values is None:
         return None
     place = np.unravel_index(values.argmin(), values.shape)
     return [float(r.grid[i]) for i in place], float(values.min())
 
 
-def line_of(curve: Curve, r: Request) -> str:
-    least, s = minimum(curve, r), curve.smoothed
-    words = f"{curve.function:<9}  {curve.noise:<11}  delta {curve.delta:<6g}  "
+def line_of(case: Case, r: Request) -> str:
+    least, s = minimum(case, r), case.smoothed
+    words = f"{case.function:<9}  {case.noise:<11}  delta {case.delta:<6g}  "
     if least is None:
         return words + s.method
     place = ", ".join(f"{x:g}" for x in least[0])
@@ -113,15 +80,15 @@ def line_of(curve: Curve, r: Request) -> str:
     )
 
 
-def entry_of(curve: Curve, r: Request) -> dict[str, Any]:
+def entry_of(case: Case, r: Request) -> dict[str, Any]:
     """For smooth.json. `error`: see Smoothed; 0 for a closed form, which float64 alone rounds."""
-    least, s = minimum(curve, r), curve.smoothed
+    least, s = minimum(case, r), case.smoothed
     return {
-        "function": curve.function,
-        "noise": curve.noise,
-        "tails": NOISES[curve.noise].tails,
-        "law": NOISES[curve.noise].law,
-        "delta": curve.delta,
+        "function": case.function,
+        "noise": case.noise,
+        "tails": NOISES[case.noise].tails,
+        "law": NOISES[case.noise].law,
+        "delta": case.delta,
         "method": s.method,
         "error": s.error,
         "minimiser": None if least is None else least[0],
@@ -150,16 +117,12 @@ def graduated(r: Request) -> Iterator[Descent]:
     for function in r.functions:
         for schedule in r.schedules:
             for method in DESCENTS:
-                found = Descent(
-                    function, schedule, method, all_seeds(r, function, schedule, method)
-                )
-                numbers = [*mean_and_sd(found.values[-1]), *mean_and_sd(found.best)]
-                say(
-                    table.row(
-                        [function, schedule, method, *numbers, f"{r.seeds}"], columns(sys.stdout)
-                    )
-                )
-                yield found
+                values = all_seeds(r, function, schedule, method)
+                descent = Descent(function, schedule, method, values)
+                numbers = [*mean_and_sd(values[-1]), *mean_and_sd(descent.best)]
+                cells = [function, schedule, method, *numbers, f"{r.seeds}"]
+                say(table.row(cells, columns(sys.stdout)))
+                yield descent
 
 
 def mean_and_sd(values: Tensor) -> tuple[str, str]:
@@ -169,11 +132,36 @@ def mean_and_sd(values: Tensor) -> tuple[str, str]:
 
 def all_seeds(r: Request, function: str, schedule: str, method: str) -> Tensor:
     """f [rounds, seeds], some seeds at a time so that memory is bounded."""
-    f, deltas = LANDSCAPES[function], SCHEDULES[schedule](r.delta_first, r.delta_last, r.rounds)
+    f, deltas = OBJECTIVES[function], SCHEDULES[schedule](r.delta_first, r.delta_last, r.rounds)
     together = max(1, BLOCK // (r.draws * r.dim_ego))
-    found = []
+    values = []
     for first in range(r.seed, r.seed + r.seeds, together):
         seeds = range(first, min(first + together, r.seed + r.seeds))
         perturb = DESCENTS[method](r.dim_ego, r.draws, seeds)
-        found.append(descend(f, starts(f, r.dim_ego, seeds), deltas, r.steps, perturb))
-    return torch.cat(found, dim=1)
+        values.append(descend(f, starts(f, r.dim_ego, seeds), deltas, r.steps, perturb))
+    return torch.cat(values, dim=1)
+
+
+def run(r: Request, command: str) -> None:
+    """Both parts, each drawn when it is done; smooth.json, which has `command`, last."""
+    keep_within_quota(torch)
+    settings = {f.name: getattr(r, f.name) for f in dataclasses.fields(r)} | {"out": str(r.out)}
+    result: dict[str, Any] = {"command": command, "settings": settings}
+    if "smoothing" in r.parts:
+        cases = list(smoothing(r))
+        draw_smoothing(r, cases)
+        curves = [entry_of(case, r) for case in cases]
+        result["smoothing"] = {"x": r.grid.tolist(), "curves": curves}
+    if "graduated" in r.parts:
+        with one_thread():
+            descents = list(graduated(r))
+        draw_graduated(r, descents)
+        deltas = {
+            name: SCHEDULES[name](r.delta_first, r.delta_last, r.rounds) for name in r.schedules
+        }
+        result["graduated"] = {"deltas": deltas, "results": [d.summary() for d in descents]}
+    text = json.dumps(finite(result)[0], allow_nan=False)
+    replace(r.out / "smooth.json", text.encode() + b"\n")
+    if not pdf.available():
+        note(NO_PDF)
+    say(f"{r.out}: {' '.join(sorted(path.name for path in r.out.iterdir()))}")

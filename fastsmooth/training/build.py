@@ -16,6 +16,7 @@ from fastsmooth import data, models
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
+from fastsmooth.cli.device import pick_device
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import DataError
@@ -31,7 +32,7 @@ from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, che
 from fastsmooth.training import device as machine
 from fastsmooth.training import syncnorm
 from fastsmooth.training.clock import Clock
-from fastsmooth.training.device import choose_kernels, device_name, pick_device, set_numerics
+from fastsmooth.training.device import choose_kernels, device_name, set_numerics
 from fastsmooth.training.loop import FORMAT, Run
 from fastsmooth.training.modes import INSTRUMENTS
 from fastsmooth.training.plan import Plan, make_plan, notes
@@ -60,7 +61,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
         if before:
             c = parsing.as_before(c, before, f"{c.out}/checkpoints")
-            device = pick_device(c, torch)
+            device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
         # before their first use, which would warn in other words
         kernels = choose_kernels(c, device, torch)

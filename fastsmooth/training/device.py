@@ -43,47 +43,6 @@ def choose_kernels(c: Config, device, torch) -> str:
     return chosen
 
 
-def pick_device(c: Config, torch):
-    name = c.device
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count()
-        if processes > 1 and ":" in name:
-            raise ConfigError(
-                f"--device {name} with {processes} processes: --device cuda gives each a GPU of "
-                "its own"
-            )
-        if 0 < count < processes:
-            raise ConfigError(
-                f"{processes} processes on a machine with {count} GPUs: --nproc-per-node {count}, "
-                "or --device cpu"
-            )
-        index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
-        if not torch.cuda.is_available() or index >= count:
-            raise ConfigError(
-                f"--device {name}: this machine has {count} CUDA devices that PyTorch can use: "
-                "--device cpu"
-            )
-        name = f"cuda:{index}"
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(
-            "--device mps: this machine has no Apple GPU that PyTorch can use: --device cpu"
-        )
-    if c.precision == "tf32" and not name.startswith("cuda"):
-        raise ConfigError(
-            f"--precision tf32 is a mode of NVIDIA GPUs: with --device {name} use fp32 or bf16"
-        )
-    return torch.device(name)
-
-
 def set_numerics(c: Config, schedule: Schedule, torch) -> None:
     tf32 = c.precision == "tf32"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"

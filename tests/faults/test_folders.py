@@ -18,10 +18,10 @@ from forks import (
     start_ranks,
     without_times,
 )
+from rows import read_rows
 
 from fastsmooth import sharpness
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.sweep import grid, store
 
 BASE = [*EXACT, "--batchsize", "40", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]

@@ -28,6 +28,7 @@ from fastsmooth.cli import parse as parsing
 from fastsmooth.figures import pdf
 from fastsmooth.report import __main__ as report
 from fastsmooth.smooth import __main__ as smooth
+from fastsmooth.smooth import study
 from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.sweep import grid
 
@@ -1120,8 +1121,7 @@ RANDOM = {  # the first words, with which nothing is trained or computed, and ho
 @pytest.mark.parametrize("command", RANDOM)
 def test_random_command_lines_end_with_0_or_one_line(command, here, monkeypatch, cases):
     first, parser, share = RANDOM[command]
-    monkeypatch.setattr(smooth, "run", lambda *_: None)
-    monkeypatch.setattr(smooth, "require_matplotlib", lambda: None)
+    monkeypatch.setattr(study, "run", lambda *_: None)
     rng, parser, ended = random.Random(command), parser(), Counter()
     values = [
         *VALUES,

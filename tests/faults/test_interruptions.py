@@ -29,11 +29,11 @@ from forks import (
     start_ranks,
     wait_for,
 )
+from rows import read_rows
 
 from fastsmooth.data.order import permutation
 from fastsmooth.kernels import native
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.write import read_rows
 
 BASE = [*EXACT, "--batchsize", "40", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]
 STEPS = ["--decay-epoch", "1"]

@@ -26,10 +26,10 @@ from forks import (
     start,
     without_times,
 )
+from rows import read_rows
 
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.write import read_rows
 
 BASE = [*EXACT, "--batchsize", "40", "--epochs", "2", "--checkpoint-every", "7", "--log-every", "5"]
 HYBRID = [*BASE, "--method", "hybrid", "--decay-epoch", "1"]

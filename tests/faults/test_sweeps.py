@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from forks import without_times
+from rows import read_rows
 
 from fastsmooth import train
 from fastsmooth.runfolder.read import read_run
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.sweep import store
 
 SHORT = ["--epochs", "2", "--batchsize", "64", "--checkpoint-every", "5", "--device", "cpu"]
