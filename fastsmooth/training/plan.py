@@ -137,7 +137,7 @@ def print_plan(c: Config, as_json: bool) -> None:
         show(table.row(cells, columns(sys.stdout)))
     for line in [*units(c), *notes(c, schedule), cost(c, schedule, done)]:
         show(line)
-    if c.image_size is None:
+    if not c.image_size:
         show(
             "the images, which --plan does not open, decide what --image-size and --model are "
             "where they are not given"
