@@ -35,11 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         show(f"fastsmooth {__version__}")
         return DONE
     if name.startswith("-"):
-        tell(
-            "error",
-            f"{name}: name the command first: {command('train')} {name}, or --help, which lists "
-            "them",
-        )
+        first = f"name the command first: {command('train')} {name}"
+        tell("error", f"{name}: {first}, or --help, which lists them")
     else:
         tell("error", f"unknown command {name!r}: {hint(name, COMMANDS) or '--help lists them'}")
     return BAD_INPUT

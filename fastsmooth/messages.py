@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from fastsmooth.terminal import columns, wrapped
@@ -191,10 +192,8 @@ def failure(
         return UNEXPECTED, unexpected(error, folder, name)
     reason, where = error.strerror or one_line(error), error.filename
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return (
-            CANNOT_WRITE,
-            f"{reason}{f' ({where})' if where else ''}: raise the limit (ulimit -n)",
-        )
+        named = f" ({where})" if where else ""
+        return CANNOT_WRITE, f"{reason}{named}: raise the limit (ulimit -n)"
     if isinstance(error, CannotWrite) or (error.errno in NO_ROOM and where):
         return CANNOT_WRITE, f"cannot write {where}: {reason}"
     if error.errno is None:  # in words of ours
@@ -206,12 +205,11 @@ def unexpected(error: BaseException, folder: Path | None, name: str) -> str:
     """The error's words, and where its traceback is now."""
     text = "".join(traceback.format_exception(error))
     where = (folder and kept(text, folder / name)) or kept(text, None)
-    frames = traceback.extract_tb(error.__traceback__)
-    at = (
-        f"the traceback is in {where}"
-        if where
-        else "".join(f"raised in {f.filename}:{f.lineno}" for f in frames[-1:])
-    )
+    if where:
+        at = f"the traceback is in {where}"
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        at = "".join(f"raised in {frame.filename}:{frame.lineno}" for frame in last)
     said = one_line(error)
     kind = type(error).__name__
     return f"{kind}: {said[:300]}: {at}" if said != kind else f"{kind}: {at}"
@@ -244,18 +242,18 @@ def printable(text: str, stream: TextIO | None = None) -> str:
     stream = stream or sys.stdout
     stream = getattr(stream, "rich_proxied_file", stream)  # while a bar is shown
     encoding = getattr(stream, "encoding", None) or "ascii"
-    return "".join(
-        c if c.isprintable() and c.encode(encoding, "ignore") else escaped(c) for c in text
-    )
+
+    def can_show(c: str) -> bool:
+        return c.isprintable() and bool(c.encode(encoding, "ignore"))
+
+    return "".join(c if can_show(c) else escaped(c) for c in text)
 
 
 def escaped(c: str) -> str:
     """The bytes of a character, \\xHH each."""
     # a byte of a file name that is not UTF-8 comes as one of these surrogates
-    as_bytes = c.encode(
-        "utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass"
-    )
-    return "".join(f"\\x{byte:02x}" for byte in as_bytes)
+    how = "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass"
+    return "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", how))
 
 
 def printable_path(path: str) -> str:
@@ -279,21 +277,31 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     """Be the process of a command. What Python says by itself about others' code goes the way of
     all lines too."""
 
-    def traced(kind, error, trace) -> None:
+    def traced(
+        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             note(line)
 
-    def warned(message, category, filename, lineno, file=None, line=None) -> None:
+    def warned(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         warn(f"{message} ({category.__name__} of {filename}:{lineno})")
 
     class Noted(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             note(self.format(record))
 
-    def ended(thread) -> None:
+    def ended(thread: threading.ExceptHookArgs) -> None:
         if thread.exc_type is not SystemExit:
             traced(thread.exc_type, thread.exc_value, thread.exc_traceback)
 
-    sys.excepthook, threading.excepthook, warnings.showwarning = traced, ended, warned
+    sys.excepthook, threading.excepthook = traced, ended
+    warnings.showwarning = warned
     logging.lastResort = Noted(logging.WARNING)
     sys.exit(main())

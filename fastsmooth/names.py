@@ -26,18 +26,15 @@ def hint(word: str, known: Iterable[str], prefix: str = "") -> str:
     plain: dict[str, str] = {}  # of names that are the same but for signs, the first
     for name in known:
         plain.setdefault(bare(name), name)
-    found = [meant] if meant in plain else []
-    if len(meant) > 2 and not found:
+    guesses = [meant] if meant in plain else []
+    if len(meant) > 2 and not guesses:
         alike = [b for b in plain if letters(b) != letters(meant)]
         cutoff = min(CLOSE, (len(meant) - 1) / len(meant))  # one letter of a short word
-        found = difflib.get_close_matches(meant, alike, 1, cutoff) or [
-            b for b in plain if b.startswith(meant)
-        ]
-    return (
-        f"did you mean {' or '.join(prefix + plain[b] for b in found)}?"
-        if 0 < len(found) < 3
-        else ""
-    )
+        guesses = difflib.get_close_matches(meant, alike, 1, cutoff)
+        guesses = guesses or [b for b in plain if b.startswith(meant)]
+    if not 0 < len(guesses) < 3:
+        return ""
+    return f"did you mean {' or '.join(prefix + plain[b] for b in guesses)}?"
 
 
 def bare(name: str) -> str:
@@ -187,15 +184,12 @@ def about_flag(word: str, known: Iterable[str]) -> str:
     known = [name for name in known if name.startswith("--")]
     answer = FLAGS.get(word) or FLAGS.get(word.lower()) or ""
     other_words = bare(word) not in map(bare, known)
-    if (
-        answer and other_words and set(re.findall(r"--[a-z][\w-]*", answer)) <= set(known)
-    ):  # not of a command without them
-        renamed = re.fullmatch(r"--\S+( \S+)?", answer)
-        return (
-            f"unknown flag {word}: fastsmooth calls it {answer}"
-            if renamed
-            else f"fastsmooth has no {word}: {answer}"
-        )
+    # a command may be without the flags that the answer names
+    has_them = set(re.findall(r"--[a-z][\w-]*", answer)) <= set(known)
+    if answer and other_words and has_them:
+        if re.fullmatch(r"--\S+( \S+)?", answer):
+            return f"unknown flag {word}: fastsmooth calls it {answer}"
+        return f"fastsmooth has no {word}: {answer}"
     return f"unknown flag {word}: {hint(word, known) or '--help lists the flags'}"
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how many threads compute
 
@@ -20,7 +21,7 @@ def processors() -> int:
     return max(1, int(min(mine, quota())))
 
 
-def keep_within_quota(torch) -> None:
+def keep_within_quota(torch: ModuleType) -> None:
     """Have PyTorch compute in no more threads than there are processors; it does not know of
     quotas."""
     if not any(os.environ.get(name) for name in THREADS) and torch.get_num_threads() > processors():
@@ -38,7 +39,7 @@ def quota(proc: Path = Path("/proc/self")) -> float:
 
 def limits(proc: Path) -> Iterator[float]:
     """The limits of every group that the process is in, and of the groups around it."""
-    groups = {}
+    groups: dict[str, str] = {}  # by controller
     for line in (proc / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         groups |= dict.fromkeys(controllers.split(","), path)  # of version 2 it is ""

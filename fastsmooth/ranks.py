@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,27 +50,27 @@ class Ranks:
         Raises RankLost where the others do not come.
         """
         names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        found = cls(*(int(os.environ.get(name, otherwise)) for name, otherwise in names))
-        if found.world > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        ranks = cls(*(int(os.environ.get(name, otherwise)) for name, otherwise in names))
+        if ranks.world > 1:
+            on_gpu = device.type == "cuda"
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             with talking():
-                dist.init_process_group(
-                    backend, device_id=device if device.type == "cuda" else None
-                )
-        return found
+                dist.init_process_group(backend, device_id=device if on_gpu else None)
+        return ranks
 
     def share(self, index: Tensor) -> Tensor:
-        """This process's part of samples in order, [B]: every `world`-th."""
+        """This process's part of samples in order, int64 [B]: every `world`-th."""
         return index[self.rank :: self.world]
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Replace the tensors, of one dtype, by their sums over the processes: the same bits
-        everywhere."""
+        """Replace the tensors, [...] of any shapes and one dtype, by their sums over the processes:
+        the same bits everywhere. Raises RankLost."""
         if self.world > 1:
             Bucket(tensors).sum_(tensors)
 
     def largest_(self, tensor: Tensor) -> None:
-        """Replace the tensor by its largest values over the processes."""
+        """Replace the tensor, [...] of any shape and dtype, by its largest values over the
+        processes. Raises RankLost."""
         if self.world > 1:
             with talking():
                 dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -79,10 +79,10 @@ class Ranks:
         """The plain `value` of every process, by rank."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world
         with talking():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def from_leader(self, value: Any) -> Any:
         """What the leader has, everywhere."""
@@ -181,26 +181,28 @@ def last_words() -> dict[str, Any]:
 
 
 class Bucket:
-    """One flat tensor for tensors of given shapes and strides, with `extra` places at its end."""
+    """One flat tensor for tensors of the shapes, strides and one dtype of `like`, with `extra`
+    places at its end."""
 
-    def __init__(self, like: list[Tensor], extra: int = 0):
+    def __init__(self, like: Sequence[Tensor], extra: int = 0):
         sizes = [t.numel() for t in like]
         self.flat = torch.zeros(sum(sizes) + extra, dtype=like[0].dtype, device=like[0].device)
-        self.parts, at = [], 0
+        self.parts: list[Tensor] = []  # views of it, one for each tensor
+        at = 0
         for t, size in zip(like, sizes, strict=True):
             # in the tensor's own order in memory, so that a copy is a plain one
-            dense = t.is_contiguous() or (
-                t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-            )
+            by_channel = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
             part = self.flat[at : at + size]
-            self.parts.append(
-                part.as_strided(t.shape, t.stride(), at) if dense else part.view(t.shape)
-            )
+            if t.is_contiguous() or by_channel:
+                self.parts.append(part.as_strided(t.shape, t.stride(), at))
+            else:
+                self.parts.append(part.view(t.shape))
             at += size
         self.extra = self.flat[at:]
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Replace the tensors, and the places at the end, by their sums over the processes."""
+        """Replace the tensors, [...] each as it was said, and the places at the end, by their sums
+        over the processes. Raises RankLost."""
         torch._foreach_copy_(self.parts, tensors)
         with talking():
             dist.all_reduce(self.flat)

@@ -17,11 +17,8 @@ def columns(stream: TextIO | None) -> int | None:
     try:
         if stream is None or not stream.isatty():
             return None
-        return (
-            int(os.environ.get("COLUMNS") or 0)
-            or os.get_terminal_size(stream.fileno()).columns
-            or UNKNOWN
-        )
+        asked = int(os.environ.get("COLUMNS") or 0)
+        return asked or os.get_terminal_size(stream.fileno()).columns or UNKNOWN
     except (OSError, ValueError):  # a closed stream, COLUMNS that is no number
         return UNKNOWN
 

@@ -18,7 +18,7 @@ from fastsmooth.kernels import backend, native
 
 
 def affine_grads_ref(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """As `affine_grads`, in plain PyTorch."""
+    """As `affine_grads`, in plain PyTorch: (dw, db), each [B, C] and wide."""
     B, C = x.shape[:2]
     each = C // mean.shape[1]
     center, scale = (t.repeat_interleave(each, 1).view(-1, C, 1) for t in (mean, rstd))
@@ -27,7 +27,9 @@ def affine_grads_ref(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple
     return (slopes * ((pixels - center) * scale)).sum(2, dtype=wide), slopes.sum(2, dtype=wide)
 
 
-def _affine_grads_native(x, dy, mean, rstd) -> tuple[Tensor, Tensor]:
+def _affine_grads_native(
+    x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     B, C = x.shape[:2]
     x, dy = (t.movedim(1, -1).contiguous() for t in (x, dy))
     mean, rstd = mean.contiguous(), rstd.contiguous()
@@ -41,13 +43,13 @@ def _affine_grads_native(x, dy, mean, rstd) -> tuple[Tensor, Tensor]:
     return dw, db
 
 
-def _dispatch(x, dy, mean, rstd) -> tuple[Tensor, Tensor]:
+def _dispatch(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     alike = len({t.dtype for t in (x, dy, mean, rstd)}) == 1 and x.dtype != torch.bfloat16
     native_here = alike and backend.choose(x.device, x.dtype) == "native"
     return (_affine_grads_native if native_here else affine_grads_ref)(x, dy, mean, rstd)
 
 
-def _fake(x, dy, mean, rstd) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     dw, db = (x.new_empty(x.shape[:2], dtype=backend.wide_dtype(x.device)) for _ in range(2))
     return dw, db
 
@@ -61,6 +63,14 @@ _OP = backend.custom_op(
 
 
 def affine_grads(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(dw, db), each [B, C] and wide, for x and dy [B, C, ...]; mean and rstd are [1 or B, groups
-    of equal size]."""
+    """The gradients of scale and shift, sample by sample.
+
+    Args:
+        x: [B, C, ...], what was normalised: float32, float64 or bfloat16.
+        dy: [B, C, ...], the gradient of the layer's output, in x's dtype.
+        mean, rstd: [1 or B, groups of equal size], by which x was normalised, in x's dtype.
+
+    Returns:
+        (dw, db): each [B, C], float64 (float32 where the device has no wider).
+    """
     return _OP(x, dy, mean, rstd)

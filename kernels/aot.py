@@ -36,7 +36,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -242,7 +242,7 @@ class Origins:
         self.reached = True
 
     def write(self, register: str, words: int, constants: list[str], origin: set[str]) -> None:
-        kind, number = re.match(r"(U?R)(\d+)", register).groups()
+        kind, number = register.rstrip("0123456789"), register.lstrip("UR")
         for word in range(words):
             slots = [(int(at, 16) - self.base + 4 * word) // 8 for at in constants]
             names = [self.pointers[slot] for slot in slots if 0 <= slot < len(self.pointers)]
@@ -255,9 +255,9 @@ def parse(sass: str, pointers: Sequence[str], base: int) -> Code:
         if label := LABEL.match(text):
             labels[label[0]] = line
             origins.arrive(label[0])
-        if not (found := INSTRUCTION.match(text)):
+        if not (instruction := INSTRUCTION.match(text)):
             continue
-        predicate, name, suffix, operands = found.groups()
+        predicate, name, suffix, operands = instruction.groups()
         first, _, others = operands.partition(",")
         width = int(bits[1]) // 8 if (bits := WIDTH.search(suffix)) else 4
         loads = name.startswith(("LD", "ULD"))
@@ -335,12 +335,11 @@ def traffic(case: Case, code: Code) -> dict[str, Any]:
 
 def widths(accesses: list[Access]) -> dict[str, list[list[int]]]:
     """Of the loads and of the stores of each tensor: {"p": [[32, 128], [32]]}."""
-    found = defaultdict(lambda: [set(), set()])
+    loads: dict[str, set[int]] = defaultdict(set)
+    stores: dict[str, set[int]] = defaultdict(set)
     for a in accesses:
-        found[a.tensor][0 if a.load else 1].add(8 * a.width)
-    return {
-        tensor: [sorted(loads), sorted(stores)] for tensor, (loads, stores) in sorted(found.items())
-    }
+        (loads if a.load else stores)[a.tensor].add(8 * a.width)
+    return {t: [sorted(loads[t]), sorted(stores[t])] for t in sorted(loads.keys() | stores)}
 
 
 def ordered(accesses: list[Access], barriers: list[int], tensor: str) -> bool:
@@ -362,7 +361,7 @@ def occupancy(arch: int, warps: int, registers: int, shared: int) -> tuple[float
         "registers": limits.registers // PARTITIONS // of_warp * PARTITIONS // warps,
         "shared memory": limits.shared // of_block,
     }
-    scarce = min(blocks, key=blocks.get)
+    scarce = min(blocks, key=lambda limit: blocks[limit])
     return blocks[scarce] * warps / limits.warps, scarce
 
 
@@ -392,17 +391,12 @@ def examine(case: Case, arch: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        usage, sass = (
-            tool("cuobjdump", "-res-usage", str(path)),
-            tool("nvdisasm", "-c", "-ndf", str(path)),
-        )
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+        usage = tool("cuobjdump", "-res-usage", str(path))
+        sass = tool("nvdisasm", "-c", "-ndf", str(path))
+    registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[0]) for word in ("REG", "STACK"))
     shared = binary.metadata.shared
-    code = parse(
-        sass,
-        [name for name, kind in cut.types.items() if kind.startswith("*")],
-        LIMITS[arch].arguments,
-    )
+    pointers = [name for name, kind in cut.types.items() if kind.startswith("*")]
+    code = parse(sass, pointers, LIMITS[arch].arguments)
     share, scarce = occupancy(arch, cut.warps, registers, shared)
     return {
         "arch": arch, "kernel": case.kernel, "case": str(case), "rows": case.rows,
@@ -416,19 +410,8 @@ def examine(case: Case, arch: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
-    heads = [
-        "kernel",
-        "case",
-        "tile",
-        "warps",
-        "registers",
-        "stack",
-        "spills",
-        "shared",
-        "occupancy",
-        "widths",
-    ]
-    heads += ["replicas", "issued", "bytes", "minimum"]
+    heads = ["kernel", "case", "tile", "warps", "registers", "stack", "spills", "shared"]
+    heads += ["occupancy", "widths", "replicas", "issued", "bytes", "minimum"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         cells = row | {key: f"{row[key]:g}" for key in ("issued", "bytes", "minimum")}
@@ -444,17 +427,17 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def short(found: dict[str, list[list[int]]]) -> str:
+def short(widths: dict[str, list[list[int]]]) -> str:
     """{"p": [[32, 128], [32]]} as "p 32+128/32"."""
     bits = {
         tensor: "/".join("+".join(map(str, some)) for some in both if some)
-        for tensor, both in found.items()
+        for tensor, both in widths.items()
     }
     return ", ".join(f"{tensor} {text}" for tensor, text in bits.items())
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise Refusal(message)
 
 
@@ -486,7 +469,7 @@ def report(argv: Sequence[str] | None) -> None:
         for arch in args.arch:
             rows = list(pool.map(examine, CASES, itertools.repeat(arch)))
             if args.json:
-                lines = map(json.dumps, rows)
+                lines = [json.dumps(row) for row in rows]
             else:
                 lines = [f"### sm_{arch}, Triton {triton.__version__}", "", *table(rows), ""]
             show(*lines, whole=True)

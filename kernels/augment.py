@@ -48,17 +48,16 @@ def sources_ref(moves: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def augment_ref(
     pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor
 ) -> Tensor:
-    """As `augment`, in plain PyTorch."""
+    """As `augment`, in plain PyTorch, into `out` [B, S, S, 3]."""
     count, size = out.shape[:2]
-    values = (pixels if rows is None else pixels.index_select(0, rows)).reshape(
-        count, size * size, 3
-    )
+    if rows is not None:
+        pixels = pixels.index_select(0, rows)
+        moves = None if moves is None else moves.index_select(0, rows)
+    values = pixels.reshape(count, size * size, 3)
     if moves is not None:
-        index, inside = sources_ref(moves if rows is None else moves.index_select(0, rows), size)
-        values = (
-            values.gather(1, torch.where(inside, index, 0)[..., None].expand(-1, -1, 3))
-            * inside[..., None]
-        )
+        index, inside = sources_ref(moves, size)
+        index = torch.where(inside, index, 0)[..., None].expand(-1, -1, 3)
+        values = values.gather(1, index) * inside[..., None]
     places = values.long() + 256 * torch.arange(3, device=values.device)
     return out.copy_(table.flatten()[places].view_as(out))
 
@@ -70,7 +69,7 @@ BLOCK = 1024  # output values of one program: neighbours in memory, so that the 
 if triton:
 
     @triton.jit
-    def _augment_kernel(
+    def _augment_kernel(  # type: ignore[no-untyped-def]  # compiled by Triton
         pixels,  # uint8 [N, S, S, 3]
         rows,  # int64 [B]: which of the N; not read without INDEXED
         moves,  # int32 [N, 8]; not read without MOVED
@@ -109,7 +108,9 @@ if triton:
         )
 
 
-def _augment_triton(pixels, rows, moves, table, out) -> Tensor:
+def _augment_triton(
+    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor
+) -> Tensor:
     count, size = out.shape[:2]
     with torch.cuda.device_of(out):  # Triton launches on the current device
         # an unused pointer is any tensor
@@ -126,19 +127,17 @@ def _augment_triton(pixels, rows, moves, table, out) -> Tensor:
 PER_THREAD = 16  # images of 32 x 32 pixels, below which another thread costs more than it gives
 
 
-def _augment_native(pixels, rows, moves, table, out) -> Tensor:
+def _augment_native(
+    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor
+) -> Tensor:
     count, size = out.shape[:2]
     threads = max(1, min(torch.get_num_threads(), count * size * size // (PER_THREAD * 1024)))
-    places = [
-        ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (pixels, rows, moves, table)
-    ]
-    native.function("augment")(
-        ctypes.c_int64(count),
-        ctypes.c_int64(size),
-        *places,
-        threads,
-        ctypes.c_void_p(out.data_ptr()),
+    pixels_at, rows_at, moves_at, table_at, out_at = (
+        ctypes.c_void_p(None if t is None else t.data_ptr())
+        for t in (pixels, rows, moves, table, out)
     )
+    sizes = ctypes.c_int64(count), ctypes.c_int64(size)
+    native.function("augment")(*sizes, pixels_at, rows_at, moves_at, table_at, threads, out_at)
     return out
 
 
@@ -166,7 +165,7 @@ def augment(
     """
     size = pixels.shape[1] if pixels.ndim == 4 else 0
     count = len(pixels) if rows is None else len(rows)
-    expected = [
+    expected: list[tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]] = [
         ("pixels", pixels, torch.uint8, (len(pixels), size, size, 3)),
         ("rows", rows, torch.int64, (count,)),
         ("moves", moves, torch.int32, (len(pixels), COLUMNS)),
@@ -174,19 +173,14 @@ def augment(
         ("out", out, torch.float32, (count, size, size, 3)),
     ]
     for name, tensor, dtype, shape in expected:
-        if tensor is None and name != "pixels":
+        if tensor is None:
             continue
-        if (
-            tensor.dtype != dtype
-            or tensor.shape != shape
-            or not tensor.is_contiguous()
-            or tensor.device != pixels.device
-        ):
+        kind = (tensor.dtype, tensor.shape, tensor.device)
+        if kind != (dtype, shape, pixels.device) or not tensor.is_contiguous():
             strides = "" if tensor.is_contiguous() else ", not contiguous"
             raise ValueError(
                 f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}{strides}: "
-                f"wanted contiguous {list(shape)} of "
-                f"{dtype} on {pixels.device}"
+                f"wanted contiguous {list(shape)} of {dtype} on {pixels.device}"
             )
     if out is None:
         out = torch.empty(count, size, size, 3, device=pixels.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     asked = _asked.get(device.type, "auto")
     if asked == "reference":
         return asked
-    found = fastest(device, dtype)
-    return found if asked in ("auto", found) else "reference"
+    best = fastest(device, dtype)
+    return best if asked in ("auto", best) else "reference"
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> str:
@@ -65,9 +66,12 @@ def scalar(value: float, device: torch.device) -> Tensor:
     )
 
 
-def custom_op(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+def custom_op(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Register an operator that torch.compile calls without looking inside, on every device, and
-    return it."""
+    return it. `fake` takes the same arguments and gives empty tensors of the right shapes and
+    dtypes."""
     torch.library.define(f"fastsmooth::{name}", schema)
     torch.library.impl(f"fastsmooth::{name}", "CompositeExplicitAutograd", implementation)
     torch.library.register_fake(f"fastsmooth::{name}", fake)

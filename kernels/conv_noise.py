@@ -1,8 +1,8 @@
 """The weight gradient of a convolution, with the squared norm of every sample's share and its
 distance from the mean.
 
-    g_i = sum_t dy_it (x) x_i(t),   dw = sum_i g_i,   squares_i = ||g_i||^2,   noise_i = ||g_i - dw
-                                    / B||^2
+    g_i = sum_t dy_it (x) x_i(t),   dw = sum_i g_i
+    squares_i = ||g_i||^2,          noise_i = ||g_i - dw / B||^2
 
 x_i(t) are the d = C k^2 inputs of output pixel t, of which there are T. The shares of a few output
 channels, so few that those of all samples stay in the cache, are computed, added to dw, squared and
@@ -46,7 +46,7 @@ def conv_noise_ref(
     groups: int,
     noise: bool,
 ) -> Shares:
-    """As `conv_noise`, in plain PyTorch."""
+    """As `conv_noise`, in plain PyTorch, for x [B, C, H, W] and dy [B, p, OH, OW]."""
     B, C, p, T = len(x), x.shape[1] // groups, dy.shape[1] // groups, dy.shape[2] * dy.shape[3]
     d = C * kernel[0] * kernel[1]
     wide = backend.wide_dtype(x.device)
@@ -56,33 +56,38 @@ def conv_noise_ref(
     mean = (dw.to(wide) / B).to(x.dtype).reshape(groups, p, d) if noise else None
     gram = not noise and T * (d + p) < d * p
     size = max(1, BLOCK_BYTES // (x.element_size() * groups * max(d * T, T * T if gram else d * p)))
-    squares, deviations = [], []
+    window = (tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    norms, deviations = [], []  # of each block: wide [samples]
     for xs, dys in zip(x.split(size), dy.split(size), strict=True):
-        columns = F.unfold(xs, kernel, dilation, padding, stride).view(len(xs), groups, d, T)
+        columns = F.unfold(xs, *window).view(len(xs), groups, d, T)
         slopes = dys.reshape(len(xs), groups, p, T)
         if gram:
-            squares.append(
-                ((columns.mT @ columns) * (slopes.mT @ slopes)).flatten(1).to(wide).sum(1)
-            )
+            pairs = (columns.mT @ columns) * (slopes.mT @ slopes)
+            norms.append(pairs.flatten(1).to(wide).sum(1))
             continue
         g = slopes @ columns.mT
-        squares.append(torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide).square())
-        if noise:
-            deviations.append(
-                torch.linalg.vector_norm((g - mean).flatten(1), dim=1, dtype=wide).square()
-            )
-    squares = torch.cat(squares)
+        norms.append(torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=wide).square())
+        if mean is not None:
+            away = (g - mean).flatten(1)
+            deviations.append(torch.linalg.vector_norm(away, dim=1, dtype=wide).square())
+    squares = torch.cat(norms)
     # as cpu.cpp has it, and as compilers are told
     dw = dw.contiguous(memory_format=torch.channels_last)
     return Shares(dw, squares, torch.cat(deviations) if noise else torch.zeros_like(squares))
 
 
-def _conv_noise_native(x, dy, kernel, stride, padding, dilation, groups, noise) -> Shares:
+def _conv_noise_native(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    noise: bool,
+) -> Shares:
     B, C, H, W = x.shape
-    x, dy = (
-        x.contiguous(memory_format=torch.channels_last),
-        dy.contiguous(memory_format=torch.channels_last),
-    )
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     sizes = [B, H, W, C // groups, dy.shape[2], dy.shape[3], dy.shape[1] // groups, groups]
     rule = (ctypes.c_int64 * 16)(*sizes, *kernel, *stride, *padding, *dilation)
     dw = x.new_empty(dy.shape[1], *kernel, C // groups)
@@ -95,36 +100,48 @@ def _conv_noise_native(x, dy, kernel, stride, padding, dilation, groups, noise) 
 
 
 def fits(x: Tensor, dy: Tensor) -> bool:
-    """Whether cpu.cpp takes these: its offsets within a sample are 32 bits."""
-    return (
-        x.dtype == dy.dtype
-        and x.dtype != torch.bfloat16
-        and max(x[0].numel(), dy[0].numel()) < 2**31
-    )
+    """Whether cpu.cpp takes x [B, C, H, W] and dy [B, p, OH, OW]: one dtype, float32 or float64,
+    and offsets within a sample of 32 bits."""
+    alike = x.dtype == dy.dtype and x.dtype != torch.bfloat16
+    return alike and max(x[0].numel(), dy[0].numel()) < 2**31
 
 
-def _dispatch(x, dy, kernel, stride, padding, dilation, groups, noise) -> Shares:
+def _dispatch(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    noise: bool,
+) -> Shares:
     native_here = backend.choose(x.device, x.dtype) == "native" and fits(x, dy)
     implementation = _conv_noise_native if native_here else conv_noise_ref
     return implementation(x, dy, kernel, stride, padding, dilation, groups, noise)
 
 
-def _fake(x, dy, kernel, stride, padding, dilation, groups, noise) -> Shares:
+def _fake(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    noise: bool,
+) -> Shares:
     squares, deviations = (
         x.new_empty(len(x), dtype=backend.wide_dtype(x.device)) for _ in range(2)
     )
-    return Shares(
-        x.new_empty(dy.shape[1], *kernel, x.shape[1] // groups).permute(0, 3, 1, 2),
-        squares,
-        deviations,
-    )
+    dw = x.new_empty(dy.shape[1], *kernel, x.shape[1] // groups)
+    return Shares(dw.permute(0, 3, 1, 2), squares, deviations)
 
 
 _OP = backend.custom_op(
     "conv_noise",
     "(Tensor x, Tensor dy, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool noise) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool noise) -> (Tensor, Tensor, Tensor)",
     _dispatch,
     _fake,
 )
@@ -144,6 +161,7 @@ def conv_noise(
     None, ...), zero-padded.
 
     kernel, stride, padding and dilation are [height, width]. Without `noise` the deviations are not
-    computed. x and dy have one dtype: float32, float64 or bfloat16.
+    computed. x and dy have one dtype: float32, float64 or bfloat16. Shares has dw [p, C / groups,
+    kh, kw] in that dtype, squares and noise [B] in float64 (float32 where the device has no wider).
     """
     return Shares(*_OP(x, dy, kernel, stride, padding, dilation, groups, noise))

@@ -23,22 +23,15 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-shared",
-    "-fPIC",
-]
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += ["-shared", "-fPIC"]
 
 
 class BuildError(RuntimeError):
@@ -59,15 +52,8 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return "\n".join(
-        sorted(
-            {
-                line
-                for line in lines
-                if line.startswith(("model name", "flags", "Features", "CPU part"))
-            }
-        )
-    )
+    telling = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
 
 
 def run(command: list[str]) -> str:
@@ -76,9 +62,8 @@ def run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from None
     if done.returncode:
-        raise BuildError(
-            f"{command[0]}: {(done.stderr.strip().splitlines() or ['failed without a word'])[0]}"
-        )
+        words = done.stderr.strip().splitlines() or ["failed without a word"]
+        raise BuildError(f"{command[0]}: {words[0]}")
     return done.stdout
 
 
@@ -88,11 +73,8 @@ def build() -> Path:
     cxx = compiler()
     # Apple's clang has no OpenMP: one thread there
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]
-    key = digest(
-        "\n".join(
-            [SOURCE.read_text(), *FLAGS, *threads, run([cxx, "--version"]), processor()]
-        ).encode()
-    )
+    made_of = [SOURCE.read_text(), *FLAGS, *threads, run([cxx, "--version"]), processor()]
+    key = digest("\n".join(made_of).encode())
     command, wrong = [cxx, *FLAGS, *threads, str(SOURCE)], []
     for place in (cache_folder, private_folder):
         try:
@@ -135,8 +117,8 @@ def kept_or_made(folder: Path, key: str, command: list[str]) -> Path:
     bad = []
     for path in sorted(folder.glob(f"cpu-{key}-*.so")):
         try:
-            found = os.lstat(path)
-            doubt = doubted(found) if stat.S_ISREG(found.st_mode) else "is no file"
+            status = os.lstat(path)
+            doubt = doubted(status) if stat.S_ISREG(status.st_mode) else "is no file"
             if not doubt and path.name == name_of(key, path.read_bytes()):
                 return path
         except FileNotFoundError:  # another process has built it again
@@ -178,11 +160,12 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def doubted(found: os.stat_result) -> str:
+def doubted(status: os.stat_result) -> str:
     """Why a file or a folder may be the work of another user; empty where it cannot be."""
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         return "belongs to another user"
-    return "may be written by other users" if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return "may be written by other users" if others else ""
 
 
 def warn(words: str) -> None:
@@ -201,10 +184,10 @@ def library() -> ctypes.CDLL | None:
 
 def function(name: str, *dtypes: torch.dtype) -> Callable[..., None]:
     """The library's function of this name for tensors of these dtypes."""
-    return getattr(
-        library(), "_".join([name, *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
-    )
+    words = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return getattr(library(), "_".join([name, *words]))
 
 
-def addresses(tensors: list[Tensor]) -> ctypes.Array:
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where the values of each begin in memory; of tensors of any shapes and dtypes [n]."""
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])

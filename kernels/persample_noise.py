@@ -50,7 +50,7 @@ class Noise(NamedTuple):
 
 
 def persample_noise_ref(G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixed: bool) -> Noise:
-    """As `persample_noise`, in plain PyTorch."""
+    """As `persample_noise`, in plain PyTorch, for G [B, P] and p, m [P]."""
     wide = backend.wide_dtype(G.device)
     rows = G.to(backend.buffer_dtype(p.dtype))
     near = rows.mean(dim=0)
@@ -106,7 +106,9 @@ def tile(rows: int, dtype: torch.dtype, aligned: bool) -> Tile:
 if triton:
 
     @triton.jit
-    def _per_thread(x, VECTOR: tl.constexpr):
+    def _per_thread(  # type: ignore[no-untyped-def]  # compiled by Triton
+        x, VECTOR: tl.constexpr
+    ):
         """[.., C] -> [.., C / VECTOR]: the sums of VECTOR neighbours, which one thread holds."""
         if len(x.shape) == 1:
             parts = tl.reshape(x, [x.shape[0] // VECTOR, VECTOR])
@@ -115,7 +117,7 @@ if triton:
         return tl.sum(parts, axis=len(x.shape))
 
     @triton.jit
-    def _persample_noise_kernel(
+    def _persample_noise_kernel(  # type: ignore[no-untyped-def]  # compiled by Triton
         G, p, m, lr, beta, alpha, fresh, kept, decay,
         row_sums,  # float64 [programs, 2, B]: of deviation^2, of G^2; zeros
         sums,  # float64 [programs, 3]: of mean^2, direction^2, direction mean
@@ -197,7 +199,9 @@ if triton:
         tl.store(sums + 3 * program + 2, tl.sum(gm.to(tl.float64)))
 
 
-def _persample_noise_triton(G, p, m, rule, mixed) -> Noise:
+def _persample_noise_triton(
+    G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixed: bool
+) -> Noise:
     B, P = G.shape
     vector = 16 // G.dtype.itemsize
     cut = tile(B, G.dtype, aligned=P % vector == 0)
@@ -219,18 +223,21 @@ def _persample_noise_triton(G, p, m, rule, mixed) -> Noise:
 # C++, and the choice
 
 
-def _persample_noise_native(G, p, m, rule, mixed) -> Noise:
+def _persample_noise_native(
+    G: Tensor, p: Tensor, m: Tensor | None, rule: Rule, mixed: bool
+) -> Noise:
     function = native.function("persample_noise", G.dtype, p.dtype)
-    found = Noise(*(torch.empty(n, dtype=torch.float64) for n in (len(G), len(G), 3)))
-    rule = [s.to("cpu", torch.float64) for s in rule]
+    sizes = (len(G), len(G), 3)
+    measured = Noise(*(torch.empty(size, dtype=torch.float64) for size in sizes))
+    coefficients = [s.to("cpu", torch.float64) for s in rule]
     function(
         ctypes.c_int64(len(G)), ctypes.c_int64(len(p)),
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (G, p, m)),
         kind_of(m is not None, mixed),
-        native.addresses(rule), torch.get_num_threads(),
-        *(ctypes.c_void_p(t.data_ptr()) for t in found),
+        native.addresses(coefficients), torch.get_num_threads(),
+        *(ctypes.c_void_p(t.data_ptr()) for t in measured),
     )  # fmt: skip
-    return found
+    return measured
 
 
 IMPLEMENTATIONS = {
@@ -240,27 +247,25 @@ IMPLEMENTATIONS = {
 }
 
 
-def _persample_noise(G, p, m, rule, mixed) -> tuple[Tensor, Tensor, Tensor]:
+def _persample_noise(
+    G: Tensor, p: Tensor, m: Tensor | None, rule: list[Tensor], mixed: bool
+) -> Noise:
     run = IMPLEMENTATIONS[backend.choose(G.device, p.dtype)]
     with torch.cuda.device_of(G):  # Triton launches on the current device
-        found = run(G, p, m, Rule(*rule), mixed)
+        measured = run(G, p, m, Rule(*rule), mixed)
     torch.autograd.graph.increment_version([p] if m is None else [p, m])
-    return tuple(found)
+    return measured
 
 
-def _fake(G, p, m, rule, mixed) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(G: Tensor, p: Tensor, m: Tensor | None, rule: list[Tensor], mixed: bool) -> Noise:
     wide = backend.wide_dtype(G.device)
-    return (
-        G.new_empty(len(G), dtype=wide),
-        G.new_empty(len(G), dtype=wide),
-        G.new_empty(3, dtype=wide),
-    )
+    return Noise(*(G.new_empty(size, dtype=wide) for size in (len(G), len(G), 3)))
 
 
 _op = backend.custom_op(
     "persample_noise",
-    "(Tensor G, Tensor(a!) p, Tensor(b!)? m, Tensor[] rule, bool mixed) -> (Tensor, Tensor, "
-    "Tensor)",
+    "(Tensor G, Tensor(a!) p, Tensor(b!)? m, Tensor[] rule, bool mixed) "
+    "-> (Tensor, Tensor, Tensor)",
     _persample_noise,
     _fake,
 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,10 @@ def direction_ref(
     decay: float,
     mixed: bool,
 ) -> Tensor:
-    """The direction m_t for one tensor x and its gradient `slope`; moves m alone. All in one
-    dtype."""
+    """The direction m_t for one tensor x and its gradient `slope`; moves m alone.
+
+    x, slope, m and the result have one shape, [...], and one dtype.
+    """
     direction = u = slope.add(x, alpha=decay) if decay else slope
     if m is not None:
         direction = m.mul_(beta).add_(u, alpha=alpha)
@@ -75,11 +78,11 @@ def direction_ref(
 
 
 def move_ref(p: Tensor, slope: Tensor, m: Tensor | None, rule: Rule, mixed: bool) -> Tensor:
-    """Move p, of any dtype, and m along the direction, which is returned in the dtype of
-    `slope`."""
-    lr, *coefficients = (s.item() for s in rule)
+    """Move p [...], of any dtype, and m along the direction, which is returned in the dtype of
+    `slope`. slope and m have the shape of p, and one dtype."""
+    lr, beta, alpha, fresh, kept, decay = (s.item() for s in rule)
     x = p.to(slope.dtype)
-    direction = direction_ref(x, slope, m, *coefficients, mixed)
+    direction = direction_ref(x, slope, m, beta, alpha, fresh, kept, decay, mixed)
     p.copy_(x.add(direction, alpha=-lr))
     return direction
 
@@ -87,10 +90,11 @@ def move_ref(p: Tensor, slope: Tensor, m: Tensor | None, rule: Rule, mixed: bool
 def update_ref(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool
 ) -> Tensor:
-    """As `update`, in plain PyTorch, one tensor after the other."""
+    """As `update`, in plain PyTorch, one tensor after the other: wide [2]."""
     wide = backend.wide_dtype(params[0].device)
     squares = torch.zeros(2, dtype=wide, device=params[0].device)
-    for p, g, m in zip(params, grads, buffers or [None] * len(params), strict=True):
+    ms: Sequence[Tensor | None] = buffers or [None] * len(params)
+    for p, g, m in zip(params, grads, ms, strict=True):
         slope = g.to(backend.buffer_dtype(p.dtype))
         direction = move_ref(p, slope, m, rule, mixed)
         squares += torch.stack([slope.to(wide).square().sum(), direction.to(wide).square().sum()])
@@ -106,15 +110,17 @@ WARPS = 4
 if triton:
 
     @triton.jit
-    def _load(at, mask):
+    def _load(at, mask):  # type: ignore[no-untyped-def]  # compiled by Triton
         if mask is None:
-            found = tl.load(at)
+            values = tl.load(at)
         else:
-            found = tl.load(at, mask=mask, other=0.0)
-        return found
+            values = tl.load(at, mask=mask, other=0.0)
+        return values
 
     @triton.jit
-    def scalars(lr, beta, alpha, fresh, kept, decay, wide: tl.constexpr):
+    def scalars(  # type: ignore[no-untyped-def]  # compiled by Triton
+        lr, beta, alpha, fresh, kept, decay, wide: tl.constexpr
+    ):
         """(-lr, beta, alpha, fresh, kept, decay) in the arithmetic's dtype, from float64 in
         memory."""
         minus_lr, decay = (-tl.load(lr)).to(wide), tl.load(decay).to(wide)
@@ -122,7 +128,9 @@ if triton:
         return minus_lr, beta, alpha, tl.load(fresh).to(wide), tl.load(kept).to(wide), decay
 
     @triton.jit
-    def move(x, slope, m, scalars, kind: tl.constexpr):
+    def move(  # type: ignore[no-untyped-def]  # compiled by Triton
+        x, slope, m, scalars, kind: tl.constexpr
+    ):
         """(x and m after the update, direction); without a buffer m is given back as it is."""
         minus_lr, beta, alpha, fresh, kept, decay = scalars
         u = slope + decay * x
@@ -135,7 +143,9 @@ if triton:
         return x + minus_lr * direction, m, direction
 
     @triton.jit
-    def _update_block(p_at, g_at, m_at, mask, scalars, wide: tl.constexpr, kind: tl.constexpr):
+    def _update_block(  # type: ignore[no-untyped-def]  # compiled by Triton
+        p_at, g_at, m_at, mask, scalars, wide: tl.constexpr, kind: tl.constexpr
+    ):
         slope = _load(g_at, mask).to(wide)
         x = _load(p_at, mask)
         m = slope
@@ -148,7 +158,7 @@ if triton:
         return slope * slope, direction * direction
 
     @triton.jit
-    def _update_kernel(
+    def _update_kernel(  # type: ignore[no-untyped-def]  # compiled by Triton
         chunks,  # int64 [programs, 2]: tensor, first parameter
         tensors,  # int64 [tensors, 4]: parameters, addresses of p, g and m
         lr, beta, alpha, fresh, kept, decay,  # float64 scalars
@@ -185,8 +195,8 @@ if triton:
 @functools.lru_cache(maxsize=32)
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     chunk = BLOCK * BLOCKS
-    found = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, chunk)]
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2).to(device)
+    starts = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, chunk)]
+    return torch.tensor(starts, dtype=torch.int64).reshape(-1, 2).to(device)
 
 
 @functools.lru_cache(maxsize=32)
@@ -196,7 +206,9 @@ def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
-def _update_triton(params, grads, buffers, rule, mixed) -> Tensor:
+def _update_triton(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool
+) -> Tensor:
     device, dtype = params[0].device, params[0].dtype
     chunks = _chunks(tuple(p.numel() for p in params), device)
     places = [params, grads, buffers or params]  # without m an address that is never used
@@ -204,9 +216,8 @@ def _update_triton(params, grads, buffers, rule, mixed) -> Tensor:
     aligned = not any(address % 16 for row in rows for address in row[1:])
     sums = torch.zeros(len(chunks), 2, dtype=torch.float64, device=device)
     if len(chunks):
-        types = [
-            getattr(tl, str(t).removeprefix("torch.")) for t in (dtype, backend.buffer_dtype(dtype))
-        ]
+        dtypes = (dtype, backend.buffer_dtype(dtype))
+        types = [getattr(tl, str(t).removeprefix("torch.")) for t in dtypes]
         _update_kernel[(len(chunks),)](
             chunks, _table(rows, device), *rule, sums, *types, kind_of(bool(buffers), mixed),
             aligned, BLOCK, BLOCKS,
@@ -218,15 +229,17 @@ def _update_triton(params, grads, buffers, rule, mixed) -> Tensor:
 # C++, and the choice
 
 
-def _update_native(params, grads, buffers, rule, mixed) -> Tensor:
+def _update_native(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], rule: Rule, mixed: bool
+) -> Tensor:
     function = native.function("update", params[0].dtype)
     sizes = (ctypes.c_int64 * len(params))(*[p.numel() for p in params])
-    rule = [s.to("cpu", torch.float64) for s in rule]
+    coefficients = [s.to("cpu", torch.float64) for s in rule]
     squares = torch.empty(2, dtype=torch.float64)
     function(
         ctypes.c_int64(len(params)), sizes, *map(native.addresses, (params, grads, buffers)),
         kind_of(bool(buffers), mixed),
-        native.addresses(rule), torch.get_num_threads(),
+        native.addresses(coefficients), torch.get_num_threads(),
         ctypes.c_void_p(squares.data_ptr()),
     )  # fmt: skip
     return squares
@@ -235,7 +248,13 @@ def _update_native(params, grads, buffers, rule, mixed) -> Tensor:
 IMPLEMENTATIONS = {"triton": _update_triton, "native": _update_native, "reference": update_ref}
 
 
-def _update(params, grads, buffers, rule, mixed) -> Tensor:
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    rule: list[Tensor],
+    mixed: bool,
+) -> Tensor:
     device = params[0].device
     squares = torch.zeros(2, dtype=backend.wide_dtype(device), device=device)
     for dtype in dict.fromkeys(p.dtype for p in params):
@@ -250,22 +269,22 @@ def _update(params, grads, buffers, rule, mixed) -> Tensor:
 
 
 def ordered_as(p: Tensor, g: Tensor) -> Tensor:
-    """g with its values in the order in which p has them in memory."""
+    """g [...] with its values in the order in which p, of the same shape, has them in memory."""
     return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the values fill the memory from the first to the last, in whatever order."""
-    return (
-        t.is_contiguous()
-        or 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel()
-    )
+    """Whether the values of t [...] fill the memory from the first to the last, in whatever
+    order."""
+    if t.is_contiguous():
+        return True
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel()
 
 
 _op = backend.custom_op(
     "update",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor[] rule, bool mixed) -> "
-    "Tensor",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor[] rule, bool mixed) "
+    "-> Tensor",
     _update,
     lambda params, *others: params[0].new_empty(2, dtype=backend.wide_dtype(params[0].device)),
 )
@@ -314,14 +333,11 @@ def update(
                 f"a parameter {list(p.shape)} with strides {p.stride()} is not dense in memory"
             )
     for p, m in zip(params, buffers, strict=False):
-        if (
-            m.shape != p.shape
-            or m.stride() != p.stride()
-            or m.dtype != backend.buffer_dtype(p.dtype)
-        ):
+        wanted = (p.shape, p.stride(), backend.buffer_dtype(p.dtype))
+        if (m.shape, m.stride(), m.dtype) != wanted:
             raise ValueError(
                 f"a momentum {list(m.shape)} of {m.dtype} for a parameter {list(p.shape)} of "
-                f"{p.dtype}: "
-                f"it has the parameter's shape and strides, in {backend.buffer_dtype(p.dtype)}"
+                f"{p.dtype}: it has the parameter's shape and strides, in "
+                f"{backend.buffer_dtype(p.dtype)}"
             )
     return _op(params, grads, buffers, list(rule), mixed)

@@ -17,6 +17,7 @@ from fastsmooth.data.chunks import ChunkedLoader
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.engines.torchloader import TorchEngine
 from fastsmooth.data.images import Split
+from fastsmooth.data.index import NO_FILES
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.kernels.augment import sources_ref
 
@@ -60,7 +61,9 @@ def torchvision_tensor(image: Image.Image) -> torch.Tensor:
 def both_loaders(pixels: np.ndarray, kind: str, seed: int = 0) -> list:
     split, size = Split(np.arange(len(pixels)), pixels), pixels.shape[1]
     engine = TorchEngine(
-        Source(split, None, kind, size, seed, BadImages("raise", print)), workers=0, pinned=False
+        Source(split, NO_FILES, kind, size, seed, BadImages("raise", print)),
+        workers=0,
+        pinned=False,
     )
     return [
         ResidentLoader(split, kind, seed, MEAN, STD, CPU),

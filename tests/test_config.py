@@ -381,7 +381,7 @@ DEFAULTS = {
     "cifar10": ("resnet18", 200, 0.1, 32, "crop-flip", 32, (10_000,), 11, 40),
     "cifar100": ("resnet18", 200, 0.1, 32, "crop-flip-rotate", 32, (10_000,), 11, 40),
     "imagenet": ("torchvision/resnet34", 200, 0.1, 256, "resized-crop-flip", 224, (1000,), 11, 40),
-    "folder": (None, 20, 0.1, 32, None, None, (200,), 1, 4),  # what is None its images say
+    "folder": ("", 20, 0.1, 32, "", 0, (200,), 1, 4),  # what is empty its images say
 }
 
 

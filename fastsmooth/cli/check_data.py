@@ -6,11 +6,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import note, one_line, printable_path, show, warn
 from fastsmooth.processors import processors
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
 CHUNK = 16
@@ -33,9 +38,10 @@ def check(c: Config) -> None:
     for line in images.remarks:
         warn(line)
     splits = {"train": images.train, "test": images.test}
-    total, bad, sizes = sum(map(len, splits.values())), 0, set()
+    total, bad = sum(map(len, splits.values())), 0
+    sizes: set[tuple[int, int]] = set()  # width, height
     for name, split in splits.items():
-        if split.paths is None:
+        if split.pixels is not None:
             sizes.add((split.pixels.shape[2], split.pixels.shape[1]))
             continue
         for path, width, height, wrong in looked_at(name, split.paths, c.workers or processors()):
@@ -44,14 +50,13 @@ def check(c: Config) -> None:
                 show(f"{printable_path(path)}: {wrong}")
             else:
                 sizes.add((width, height))
+    classes = len(images.classes)
     counted = [f"{len(split):,} {name}" for name, split in splits.items()]
-    by_class = [
-        f"{name} {spread(split.labels, len(images.classes))}" for name, split in splits.items()
-    ]
+    by_class = [f"{name} {spread(split.labels, classes)}" for name, split in splits.items()]
     show(
-        f"{c.dataset}: {' and '.join(counted)} images, {len(images.classes)} classes, {bad:,} bad; "
-        f"{extent(sizes)}; "
-        f"images a class: {', '.join(by_class)}; {time.perf_counter() - started:.1f} s"
+        f"{c.dataset}: {' and '.join(counted)} images, {classes} classes, {bad:,} bad; "
+        f"{extent(sizes)}; images a class: {', '.join(by_class)}; "
+        f"{time.perf_counter() - started:.1f} s"
     )
     if bad:
         raise ConfigError(
@@ -60,22 +65,24 @@ def check(c: Config) -> None:
         )
 
 
-def looked_at(name: str, paths: tuple[str, ...], threads: int):
+def looked_at(
+    name: str, paths: tuple[str, ...], threads: int
+) -> Iterator[tuple[str, int, int, str]]:
     """(path, width, height, what is wrong) of each file, in order; says on stderr how far it is."""
-    from fastsmooth.data.index import in_threads, load_formats
+    from fastsmooth.data.index import in_threads, load_formats  # as in check
 
     load_formats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about images that it reads all the same
-        for part, found in in_threads(look, paths, f"decoding {name}", note, threads, CHUNK):
-            for path, facts in zip(paths[part], found, strict=True):
-                yield path, *facts
+        for part, seen in in_threads(look, paths, f"decoding {name}", note, threads, CHUNK):
+            for path, (width, height, wrong) in zip(paths[part], seen, strict=True):
+                yield path, width, height, wrong
 
 
 def look(path: str) -> tuple[int, int, str]:
     """Width and height in pixels, and what is wrong with the file, in words: nothing, or why it
     cannot be read."""
-    from fastsmooth.data.images import DataError, open_image
+    from fastsmooth.data.images import DataError, open_image  # as in check
 
     try:
         return *open_image(path).size, ""
@@ -92,8 +99,8 @@ def extent(sizes: set[tuple[int, int]]) -> str:
     return f"all {smallest} pixels" if len(sizes) == 1 else f"{smallest} to {largest} pixels"
 
 
-def spread(labels, classes: int) -> str:
-    """The fewest and the most images of a class."""
+def spread(labels: np.ndarray, classes: int) -> str:
+    """The fewest and the most images of a class, of labels int64 [n]."""
     counts = Counter(labels.tolist())
     fewest, most = (choose(counts[label] for label in range(classes)) for choose in (min, max))
     return f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"

@@ -48,6 +48,7 @@ WITH_K2 = {
 }
 WITH_VERSIONS = {name for name, form in FORMS.items() if len(form.bounds) > 1}
 MODES = ("normal", "critical", "sampling")
+FILLED = dataclasses.MISSING  # no default of its own: resolve() takes it from the data set
 AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
 CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
 MEMORY_SETS = {"cifar10", "cifar100", "imagenet", "folder"}
@@ -58,45 +59,40 @@ def using(name: str) -> set[str]:
     return {method for method, row in METHODS.items() if row.uses == name}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run. A value of None means "the data set's or the published default"; resolve() leaves
-    none that matters."""
+    """One run, as resolve() makes it.
+
+    What is left to the images is empty until fitted() has seen them (model "", augment "",
+    image_size 0), and decay_epoch is 0 until they tell how many epochs --budget takes. None says
+    that something is not there, or that the run itself sets it: workers, chunk, out.
+    """
 
     # fmt: off
     dataset: str = option("digits", "data", "what to train on", choices=SETS)
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", MEMORY_SETS))
-    image_size: int | None = option(None, "data", "pixels a side (folder: what the images call "
-                                                  "for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", {"folder", "imagenet"}))
-    augment: str | None = option(None, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
-    loader: str = option("auto", "data", "resident: all images on the device; dali, threads: "
-                                         "decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
+    image_size: int = option(FILLED, "data", "pixels a side (folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", {"folder", "imagenet"}))
+    augment: str = option(FILLED, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
+    loader: str = option("auto", "data", "resident: all images on the device; dali, threads: decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
-    chunk: int | None = option(None, "data", "samples decoded together (512, on CUDA 2048; "
-                                             "files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
+    chunk: int | None = option(None, "data", "samples decoded together (512, on CUDA 2048; files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
     on_bad_image: str = option("raise", "data", "raise: stop; zeros: serve it black and count it", choices=("raise", "zeros"), only=("dataset", {"folder", "imagenet"}))
     hw_decoder_load: float = option(0.65, "data", "dali on CUDA: share of the hardware decoder", real(0, 1), metavar="X", only=("loader", DALI))
-    decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers "
-                                                    "begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))
+    decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))
     decoder_host_memory: int = option(8, "data", "the same in host memory", whole(0, 65536), metavar="MB", only=("loader", DALI))
     drop_last: bool = option(False, "data", "drop the last partial batch of an epoch")
 
-    model: str | None = option(None, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 "
-                                              "wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
+    model: str = option(FILLED, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
-    sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all "
-                                           "of them", only=("norm", {"batch"}))
-    micro_batch: int | None = option(None, "model", "at most so many samples through the model "
-                                                    "together, to save memory", whole(1), metavar="N")
+    sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
+    micro_batch: int | None = option(None, "model", "at most so many samples through the model together, to save memory", whole(1), metavar="N")
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
-    epochs: int | None = option(None, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
-    budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or "
-                                                  "samples=N", budget, metavar="WHAT=N")
-    lr: float | None = option(None, "schedule", "learning rate at the start", positive, metavar="X")
-    batch_size: int | None = option(None, "schedule", "batch size at the start", whole(1), names=("-b", "--batchsize"), metavar="N")
-    decay_epoch: int | None = option(None, "schedule", "epochs between steps (a fifth of "
-                                                       "--epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
+    epochs: int = option(FILLED, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
+    budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or samples=N", budget, metavar="WHAT=N")
+    lr: float = option(FILLED, "schedule", "learning rate at the start", positive, metavar="X")
+    batch_size: int = option(FILLED, "schedule", "batch size at the start", whole(1), names=("-b", "--batchsize"), metavar="N")
+    decay_epoch: int = option(FILLED, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
     power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", using("power")))
     gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", using("gamma")))
     c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X")
@@ -112,29 +108,20 @@ class Config:
     mode: str = option("normal", "measure", "train, find first crossings, or sample noise", choices=MODES)
     eps: tuple[float, ...] = option((0.5,), "measure", "critical: thresholds", positive, metavar="X", many=True, only=("mode", {"critical"}))
     criterion: str = option("mean-norm", "measure", "critical: what must fall below eps", choices=("mean-norm", "rms-norm", "full-grad"), only=("mode", {"critical"}))
-    min_epochs: int | None = option(None, "measure", "critical: no crossing counts before", whole(0), metavar="N", only=("mode", {"critical"}))
-    full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between "
-                                                          "looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
-    steps: tuple[int, ...] | None = option(None, "measure", "sampling: updates before each "
-                                                            "measurement", whole(0), metavar="N", many=True, only=("mode", {"sampling"}))
-    draws: int | None = option(None, "measure", "sampling: directions drawn at each point (16; "
-                                                "with momentum 8, each after a history of its "
-                                                "own)", whole(2, 65535), metavar="N", only=("mode", {"sampling"}))
-    track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training "
-                                                      "batches: every=50 updates, every=2ep", every, metavar="WHEN")
-    estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where "
-                                               "BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
-    bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen "
-                                         "or eval", choices=("train", "eval", "batch", "frozen"))
+    min_epochs: int = option(FILLED, "measure", "critical: no crossing counts before", whole(0), metavar="N", only=("mode", {"critical"}))
+    full_grad_every: int | None = option(None, "measure", "critical, full-grad: updates between looks (an epoch)", whole(1), metavar="N", only=("criterion", {"full-grad"}))
+    steps: tuple[int, ...] = option(FILLED, "measure", "sampling: updates before each measurement", whole(0), metavar="N", many=True, only=("mode", {"sampling"}))
+    draws: int = option(FILLED, "measure", "sampling: directions drawn at each point (16; with momentum 8, each after a history of its own)", whole(2, 65535), metavar="N", only=("mode", {"sampling"}))
+    track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training batches: every=50 updates, every=2ep", every, metavar="WHEN")
+    estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
+    bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen or eval", choices=("train", "eval", "batch", "frozen"))
     measure_augment: bool = option(False, "measure", "measure on augmented images")
-    save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, "
-                                                "omega-<step>.npy", only=("mode", {"sampling"}))
+    save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, omega-<step>.npy", only=("mode", {"sampling"}))
 
     seed: int = option(0, "run", "of weights, order and augmentation", whole(0), metavar="N")
     device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", device, metavar="DEV")
     compile: str = option("auto", "run", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
-    kernels: str = option("auto", "run", "native: C++, on CPUs; triton: on NVIDIA GPUs; "
-                                         "reference: plain PyTorch", choices=("auto", "native", "triton", "reference"))
+    kernels: str = option("auto", "run", "native: C++, on CPUs; triton: on NVIDIA GPUs; reference: plain PyTorch", choices=("auto", "native", "triton", "reference"))
     precision: str = option("fp32", "run", "of the forward and backward pass", choices=("fp32", "tf32", "bf16"))
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
@@ -142,8 +129,7 @@ class Config:
     checkpoint_every: int | None = option(None, "run", "updates between checkpoints (an epoch)", whole(1), metavar="N")
     log_every: int = option(50, "run", "updates between step rows", whole(1), metavar="N")
     max_time: float | None = option(None, "run", "save and stop after: 90, 45s, 30m, 1.5h", duration, metavar="T")
-    wandb_mode: str = option("off", "run", "Weights & Biases; auto: online with a key, else "
-                                           "offline", choices=("off", "auto", "offline", "online"))
+    wandb_mode: str = option("off", "run", "Weights & Biases; auto: online with a key, else offline", choices=("off", "auto", "offline", "online"))
     wandb_project: str = option("fastsmooth", "run", "wandb project", text, metavar="NAME")
     wandb_entity: str | None = option(None, "run", "wandb entity", text, metavar="NAME")
     # fmt: on
@@ -217,7 +203,7 @@ def flag(name: str) -> str:
 
 def check(c: Config) -> None:
     """Refuse contradictions that no default can resolve."""
-    if c.batch_size is not None and c.images is not None and c.batch_size > c.images:
+    if c.images is not None and c.batch_size > c.images:
         raise ConfigError(
             f"--batchsize {c.batch_size} exceeds the {c.images} training images of {c.dataset}: "
             "lower --batchsize"
@@ -241,7 +227,7 @@ def check(c: Config) -> None:
             "--epochs"
         )
     for name, thing in (("steps", "update"), ("eps", "threshold")):
-        values = getattr(c, name) or ()
+        values = getattr(c, name)
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise ConfigError(f"--{name} names {twice} more than once: give every {thing} once")
@@ -285,7 +271,7 @@ def resolve(given: dict[str, Any]) -> Config:
     """Fill what was not given: first from the data set, then from the published constants."""
     given, effective = fill(given)
     refuse_idle(given, effective)
-    return dataclasses.replace(effective, **constants(effective))
+    return with_constants(effective)
 
 
 def without_idle(given: dict[str, Any]) -> dict[str, Any]:
@@ -306,7 +292,7 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         given["method"] = "constant"
     facts = SETS[given.get("dataset", "digits")]
     values = facts.defaults | given
-    if values["image_size"] is not None:
+    if values["image_size"]:
         values = suited(values)
     # of sgd the directions of one point, with momentum those of histories, each with a full
     # gradient of its own
@@ -316,9 +302,8 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         values["measure_augment"] = True
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
-    # else once the epochs are known
-    if values.get("decay_epoch") is None and "budget" not in given:
-        values["decay_epoch"] = max(1, values["epochs"] // 5)
+    # a budget's epochs are not known yet
+    values.setdefault("decay_epoch", 0 if "budget" in given else max(1, values["epochs"] // 5))
     return given, Config(**values)
 
 
@@ -338,39 +323,37 @@ def fitted(c: Config, side: int) -> Config:
     Images up to SMALL pixels are taken as they are, larger ones at a multiple of STEP. A network
     for small images (all but torchvision's and timm's) is given SMALL pixels at the most.
     """
-    small = side <= SMALL or (c.model is not None and "/" not in c.model)
+    small = side <= SMALL or (c.model != "" and "/" not in c.model)
     size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
-    found = suited({"image_size": size, "model": c.model, "augment": c.augment})
-    follows = follows_augmentation(c.mode, c.momentum, found["augment"])
-    return dataclasses.replace(c, **found, measure_augment=c.measure_augment or follows)
+    values = suited({"image_size": size, "model": c.model, "augment": c.augment})
+    follows = follows_augmentation(c.mode, c.momentum, values["augment"])
+    return dataclasses.replace(c, **values, measure_augment=c.measure_augment or follows)
 
 
-def follows_augmentation(mode: str, momentum: float, augment: str | None) -> bool:
+def follows_augmentation(mode: str, momentum: float, augment: str) -> bool:
     """Whether a direction is measured on augmented images: where its buffer is made of gradients of
     augmented ones."""
-    return mode == "sampling" and momentum > 0 and augment not in (None, "none")
+    return mode == "sampling" and momentum > 0 and augment not in ("", "none")
 
 
-def constants(c: Config) -> dict[str, float]:
-    """The published C^2 and K^2 where none were given; a schedule that is solved from them refuses
-    to guess."""
+def with_constants(c: Config) -> Config:
+    """`c` with the published C^2 and K^2 where none were given; a schedule that is solved from them
+    refuses to guess."""
     as_published = all(getattr(c, name) == value for name, value in PUBLISHED_WITH.items())
     c2, k2 = PUBLISHED.get(setting(c), (None, None)) if as_published else (None, None)
-    found = {}
-    if c.c2 is None and c2 is not None:
-        found["c2"] = c2
-    if c.k2 is None and k2 is not None and (c.c2 is None or uses_k2(c)):
-        found["k2"] = k2
-    if c.method in SOLVED and uses_k2(c) and dataclasses.replace(c, **found).assumed:
+    if c.c2 is not None and not uses_k2(c):
+        k2 = None  # a C^2 of one's own, and nothing that the published K^2 enters
+    c = dataclasses.replace(c, c2=c2 if c.c2 is None else c.c2, k2=k2 if c.k2 is None else c.k2)
+    if c.method in SOLVED and uses_k2(c) and c.assumed:
         raise ConfigError(
             f"--method {c.method} with {c.optimizer} is solved from the noise constants, and none "
-            "are published for "
-            f"{setting_of(c)}: give --c2 and --k2 (measure them with --mode sampling)"
+            f"are published for {setting_of(c)}: give --c2 and --k2 (measure them with --mode "
+            "sampling)"
         )
-    return found
+    return c
 
 
-def setting(c: Config) -> tuple[str, str, str | None, float | None, float]:
+def setting(c: Config) -> tuple[str, str, str, float, float]:
     """What the constants are published by."""
     return c.dataset, c.optimizer, c.model, c.lr, c.momentum
 

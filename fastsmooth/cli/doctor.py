@@ -19,11 +19,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from fastsmooth import __version__
-from fastsmooth.cli import doctor
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import pick_device
 from fastsmooth.cli.flags import ConfigError
@@ -31,29 +32,32 @@ from fastsmooth.messages import one_line, show
 from fastsmooth.processors import THREADS, keep_within_quota, processors, quota
 from fastsmooth.runfolder.files import cache_folder, only_mine
 
+if TYPE_CHECKING:
+    import torch
+
+
+OK, NOTE, BAD = "ok", "note", "BAD"  # a note is what a run does without, BAD what it cannot
+ROOM = 10**7  # bytes: less does not hold the checkpoints of the smallest network
+LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def check_launch() -> None:
     """Refuse the environment of a launcher that does not say all that several processes need to
     meet."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
-    wrong = [
-        name
-        for name in doctor.LAUNCH
-        if not os.environ.get(name) or not (name == "MASTER_ADDR" or os.environ[name].isdigit())
-    ]
+    wrong = []
+    for name in LAUNCH:
+        value = os.environ.get(name)
+        if not value or not (name == "MASTER_ADDR" or value.isdigit()):
+            wrong.append(name)
     if wrong:
+        verb = "is" if len(wrong) == 1 else "are"
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {', '.join(wrong)} "
-            f"{'is' if len(wrong) == 1 else 'are'} "
-            "not set to what several processes need: start them with torchrun, or unset WORLD_SIZE "
-            "for one process"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {', '.join(wrong)} {verb} not set to "
+            "what several processes need: start them with torchrun, or unset WORLD_SIZE for one "
+            "process"
         )
-
-
-OK, NOTE, BAD = "ok", "note", "BAD"  # a note is what a run does without, BAD what it cannot
-ROOM = 10**7  # bytes: less does not hold the checkpoints of the smallest network
-LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ def examine(c: Config, check_launch: Callable[[], None]) -> None:
     show("a run can be done")
 
 
-def rows(c: Config, check_launch) -> Iterator[Row]:
+def rows(c: Config, check_launch: Callable[[], None]) -> Iterator[Row]:
+    """The lines of the report, each made when it is asked for."""
     yield Row("fastsmooth", f"{__version__} in {Path(__file__).parents[1]}")
     yield Row("python", f"{platform.python_version()}, {sys.executable}")
     modules = {}
@@ -149,7 +154,7 @@ def rows(c: Config, check_launch) -> Iterator[Row]:
         yield row
     torch = modules.get("torch")
     for package in EXTRAS:
-        yield guarded(package.name, lambda package=package: extra(package, c, torch))
+        yield guarded(package.name, partial(extra, package, c, torch))
     yield guarded("processors", lambda: threads(torch))
     yield launch(check_launch)
     if torch is not None:
@@ -172,9 +177,8 @@ def guarded(name: str, look: Callable[[], Row]) -> Row:
 
 
 def described(error: BaseException) -> str:
-    return (
-        f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__
-    )
+    kind = type(error).__name__
+    return f"{kind}: {one_line(error)}" if str(error).strip() else kind
 
 
 def attempt(module: str) -> tuple[Any, str]:
@@ -203,16 +207,16 @@ def present(module: str) -> bool:
 
 def recorded(distributions: tuple[str, ...]) -> dict[str, str]:
     """The version of those that are installed, by name, as pip recorded it."""
-    found = {}
+    versions = {}
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def numbers(version: str) -> tuple[int, ...]:
     """(2, 14, 1) of "2.14.1+cu130"."""
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))
 
 
 def required(name: str, needed: Required) -> tuple[Any, Row]:
@@ -221,14 +225,12 @@ def required(name: str, needed: Required) -> tuple[Any, Row]:
         return None, Row(name, f"missing: pip install {needed.pip}", BAD)
     module, why = attempt(needed.module)
     if module is None:
-        return None, Row(
-            name, f"cannot be imported ({why}): pip install --force-reinstall {needed.pip}", BAD
-        )
+        again = f"pip install --force-reinstall {needed.pip}"
+        return None, Row(name, f"cannot be imported ({why}): {again}", BAD)
     if not hasattr(module, needed.holds):
         place = getattr(module, "__file__", "another module")
-        return None, Row(
-            name, f"is hidden by {place}, which is something else of that name: rename that", BAD
-        )
+        text = f"is hidden by {place}, which is something else of that name: rename that"
+        return None, Row(name, text, BAD)
     version = str(module.__version__)
     if numbers(version) < numbers(needed.oldest):
         text = (
@@ -239,20 +241,20 @@ def required(name: str, needed: Required) -> tuple[Any, Row]:
     return module, Row(name, version + (f", {built_for(module)}" if name == "torch" else ""))
 
 
-def built_for(torch) -> str:
+def built_for(torch: ModuleType) -> str:
     if torch.version.cuda:
         return f"CUDA {torch.version.cuda}"
     return f"ROCm {torch.version.hip}" if torch.version.hip else "for CPUs, without CUDA"
 
 
 def without_torch() -> Row:
-    found = recorded(("torchvision",))
-    if found:
-        return Row("torchvision", f"{found['torchvision']}, not tried without PyTorch", NOTE)
+    versions = recorded(("torchvision",))
+    if versions:
+        return Row("torchvision", f"{versions['torchvision']}, not tried without PyTorch", NOTE)
     return Row("torchvision", f"missing: pip install {TORCH}", BAD)
 
 
-def belonging(row: Row, torch, torchvision) -> Row:
+def belonging(row: Row, torch: ModuleType, torchvision: ModuleType) -> Row:
     """Whether this torchvision was made for this PyTorch: what it records, and whether its compiled
     part works with it."""
     try:
@@ -279,8 +281,8 @@ class Wanted:
     version: str
 
     def holds(self, version: str) -> bool:
-        found, wanted = numbers(version), numbers(self.version)
-        return found[: len(wanted)] == wanted if self.exactly else found >= wanted
+        has, wanted = numbers(version), numbers(self.version)
+        return has[: len(wanted)] == wanted if self.exactly else has >= wanted
 
 
 def wanted_torch() -> Wanted | None:
@@ -292,35 +294,33 @@ def wanted_torch() -> Wanted | None:
     return None
 
 
-def extra(package: Extra, c: Config, torch) -> Row:
+def extra(package: Extra, c: Config, torch: ModuleType | None) -> Row:
     """The row of a package; it is BAD where `c` asks for the package and it cannot be used."""
-    asked = (package.name == "dali" and c.loader == "dali") or (
-        package.name == "timm" and (c.model or "").startswith("timm/")
-    )
+    needed = {"dali": c.loader == "dali", "timm": c.model.startswith("timm/")}
+    asked = needed.get(package.name, False)
     wrong = BAD if asked else NOTE
     cuda = torch.version.cuda if torch is not None else None
     pip = package.pip
     if package.name == "dali" and (cuda or "").startswith("12."):
         pip = "nvidia-dali-cuda120"  # the extra's is for CUDA 13
-    found = recorded(package.distributions)
+    installed = recorded(package.distributions)
     if not present(package.module):
         return Row(package.name, f"missing, for {package.use}: pip install {pip}", wrong)
-    versions = " and ".join(found.values())
-    if package.heavy and found and not asked:
+    versions = " and ".join(installed.values())
+    if package.heavy and installed and not asked:
         return Row(package.name, f"{versions}, not tried; for {package.use}")
     module, why = attempt(package.module)
     if module is None:
-        again = f"pip install --force-reinstall --no-deps {' '.join(found) or pip}"
+        again = f"pip install --force-reinstall --no-deps {' '.join(installed) or pip}"
         text = f"{versions} cannot be imported ({why}); for {package.use}: {again}"
         return Row(package.name, text.strip(), wrong)
-    if package.name == "dali" and (
-        len(found) > 1 or (cuda and unlike(next(iter(found), ""), cuda))
-    ):
+    other_cuda = bool(cuda) and unlike(next(iter(installed), ""), cuda or "")
+    if package.name == "dali" and (len(installed) > 1 or other_cuda):
         text = (
-            f"{versions} of {' and '.join(found)} beside a PyTorch of CUDA {cuda}: pip uninstall "
-            f"{' '.join(found)}, "
+            f"{versions} of {' and '.join(installed)} beside a PyTorch of CUDA {cuda}: pip "
+            f"uninstall {' '.join(installed)}, then pip install {pip}"
         )
-        return Row(package.name, f"{text}then pip install {pip}", NOTE)
+        return Row(package.name, text, NOTE)
     versions = versions or getattr(module, "__version__", "of unknown version")
     return Row(package.name, f"{versions}, for {package.use}")
 
@@ -330,23 +330,22 @@ def unlike(dali: str, cuda: str) -> bool:
     return "cuda" in dali and not dali.partition("cuda")[2].startswith(cuda.partition(".")[0])
 
 
-def threads(torch) -> Row:
+def threads(torch: ModuleType | None) -> Row:
     text = f"{processors()} of {os.cpu_count()} usable"
     if quota() < math.inf:
         text += f" (the container's quota is {quota():.3g})"
     if torch is not None:
         keep_within_quota(torch)  # as a run does
         said = [f"{name}={os.environ[name]}" for name in THREADS if os.environ.get(name)]
-        text += f", PyTorch takes {torch.get_num_threads()} threads" + (
-            f" ({', '.join(said)})" if said else ""
-        )
+        text += f", PyTorch takes {torch.get_num_threads()} threads"
+        text += f" ({', '.join(said)})" if said else ""
     return Row("processors", text)
 
 
 def launch(check_launch: Callable[[], None]) -> Row:
     """What a launcher such as torchrun has set."""
-    found = [f"{name}={os.environ[name]}" for name in LAUNCH if name in os.environ]
-    text = ", ".join(found) or "one process: no launcher has set WORLD_SIZE"
+    said = [f"{name}={os.environ[name]}" for name in LAUNCH if name in os.environ]
+    text = ", ".join(said) or "one process: no launcher has set WORLD_SIZE"
     try:
         check_launch()
     except ConfigError as error:
@@ -354,13 +353,13 @@ def launch(check_launch: Callable[[], None]) -> Row:
     return Row("launch", text)
 
 
-def devices(c: Config, torch) -> Iterator[Row]:
+def devices(c: Config, torch: ModuleType) -> Iterator[Row]:
     """Every GPU, the device of the run and the kernels there."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()  # warns of a driver that is too old
     for number in range(torch.cuda.device_count() if usable else 0):
-        yield guarded(f"cuda:{number}", lambda number=number: gpu(number, torch))
+        yield guarded(f"cuda:{number}", partial(gpu, number, torch))
     if not usable:
         yield no_gpu(torch, [str(warning.message) for warning in said])
     try:
@@ -370,19 +369,16 @@ def devices(c: Config, torch) -> Iterator[Row]:
         yield Row("device", str(error), BAD)
         return
     except Exception as error:
-        yield Row(
-            "device",
-            f"--device {c.device} cannot compute ({described(error)}): --device cpu trains "
-            "without it",
-            BAD,
-        )
+        why = described(error)
+        text = f"--device {c.device} cannot compute ({why}): --device cpu trains without it"
+        yield Row("device", text, BAD)
         return
     yield Row("device", f"--device {c.device} is {device}")
     for where in dict.fromkeys((device, torch.device("cpu"))):
         yield kernels(where, torch, c.kernels if where == device else "auto")
 
 
-def gpu(number: int, torch) -> Row:
+def gpu(number: int, torch: ModuleType) -> Row:
     free, total = torch.cuda.mem_get_info(number)
     name = torch.cuda.get_device_name(number)
     major, minor = torch.cuda.get_device_capability(number)
@@ -392,44 +388,39 @@ def gpu(number: int, torch) -> Row:
     )
 
 
-def no_gpu(torch, said: list[str]) -> Row:
+def no_gpu(torch: ModuleType, said: list[str]) -> Row:
     mps = torch.backends.mps.is_available()
     text = "an Apple GPU" if mps else "none that PyTorch can use"
     if said:
         return Row("GPU", f"{text}: {' '.join(' '.join(said).split())}", NOTE)
     if not mps and Path("/proc/driver/nvidia/version").exists():
-        text += (
-            f", though an NVIDIA driver is here: this PyTorch is {built_for(torch)}; "
-            "CUDA_VISIBLE_DEVICES is "
-        )
-        return Row("GPU", text + repr(os.environ.get("CUDA_VISIBLE_DEVICES", "not set")), NOTE)
+        text += f", though an NVIDIA driver is here: this PyTorch is {built_for(torch)}; "
+        text += f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')!r}"
+        return Row("GPU", text, NOTE)
     return Row("GPU", text)
 
 
-def kernels(device, torch, asked: str) -> Row:
+def kernels(device: torch.device, torch: ModuleType, asked: str) -> Row:
     """Which implementation runs on the device, of which `asked` is asked for; for a CPU this builds
     it."""
     name = f"{device.type} kernels"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            from fastsmooth.kernels import backend, native
+            from fastsmooth.kernels import backend, native  # with PyTorch, which may be broken
 
             backend.use(asked, device)
             chosen = backend.choose(device, torch.float32)
         except Exception as error:
             return Row(name, f"cannot be chosen: {described(error)}", BAD)
-    messages = [warning.message for warning in said]
+    messages = [" ".join(str(warning.message).split()) for warning in said]
     if asked not in ("auto", chosen):
         return Row(name, f"--kernels {asked} cannot run here: give --kernels {chosen}", BAD)
     if chosen == "native":
-        return Row(
-            name,
-            "; ".join([f"native: C++, built by {native.compiler()}", *map(one_line, messages)]),
-        )
+        return Row(name, "; ".join([f"native: C++, built by {native.compiler()}", *messages]))
     if chosen == "triton":
         return Row(name, "triton")
-    why = "; ".join(map(one_line, messages)) or "plain PyTorch, slower"
+    why = "; ".join(messages) or "plain PyTorch, slower"
     try:
         native.compiler()
         remedy = ""
@@ -470,11 +461,8 @@ def cache() -> Row:
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         return Row("cache", f"{text}, cannot be written: {remedy}", NOTE)
     if path.is_dir() and not only_mine(path):
-        return Row(
-            "cache",
-            f"{text}, other users may write there, so the C++ kernels are kept elsewhere: {remedy}",
-            NOTE,
-        )
+        text += ", other users may write there, so the C++ kernels are kept elsewhere"
+        return Row("cache", f"{text}: {remedy}", NOTE)
     return Row("cache", text)
 
 

@@ -56,12 +56,12 @@ SETS = {
         None,
         None,
         None,
-        # what is None the images say, once they are there
+        # what is empty the images say, once they are there
         PAPER
         | {
-            "model": None,
-            "image_size": None,
-            "augment": None,
+            "model": "",
+            "image_size": 0,
+            "augment": "",
             "epochs": 20,
             "min_epochs": 1,
             "steps": (200,),
@@ -75,12 +75,10 @@ SMALL, USUAL = 64, 224
 STEP = 32
 # Published bounds (data set, optimizer, model, lr, momentum) -> (C^2, K^2), from critical batch
 # sizes at eps 0.5; they say nothing of another data set, network, learning rate or momentum.
-PUBLISHED = {
-    ("cifar100", "sgd", "resnet18", 0.1, 0.0): (1280.0, None),  # arXiv 2402.02325 and its reviews
-    ("cifar100", "shb", "resnet18", 0.1, 0.9): (
-        25.318,
-        1.77**2,
-    ),  # the same; its code (main.py at 1f49b05) has all digits
+PUBLISHED: dict[tuple[str, str, str, float, float], tuple[float, float | None]] = {
+    # arXiv 2402.02325 and its reviews; its code (main.py at 1f49b05) has all digits
+    ("cifar100", "sgd", "resnet18", 0.1, 0.0): (1280.0, None),
+    ("cifar100", "shb", "resnet18", 0.1, 0.9): (25.318, 1.77**2),
     ("cifar100", "nshb", "resnet18", 0.1, 0.9): (128.0, 4.5**2),
     ("cifar100", "sgd", "wrn-28-10", 0.1, 0.0): (10.0, None),
     ("cifar100", "shb", "wrn-28-10", 0.1, 0.9): (0.79, 1.66**2),  # the code

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastsmooth.messages import show
 from fastsmooth.names import about_flag, about_value, hint
@@ -36,7 +36,9 @@ def real(
     *,
     open_low: bool = False,
     open_high: bool = False,
-):
+) -> Callable[[str], float]:
+    """A parser of finite numbers from `low` to `high`, without the ends that are open."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -65,7 +67,9 @@ def real(
     return parse
 
 
-def whole(low: int, high: int = 2**63 - 1):
+def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """A parser of whole numbers from `low` to `high`."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -84,8 +88,8 @@ def whole(low: int, high: int = 2**63 - 1):
 def duration(text: str) -> float:
     """Seconds from "90", "45s", "30m" or "1.5h"."""
     # with an exponent: config.json may hold 1e-05
-    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh]?)", text)
-    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    time = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh]?)", text)
+    seconds = float(time[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[time[2]] if time else 0.0
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 90, 45s, 30m or 1.5h")
     return seconds
@@ -163,8 +167,8 @@ class Page(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=min(30, width // 3), width=width)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        whole = {"break_long_words": False, "break_on_hyphens": False}
-        return textwrap.wrap(" ".join(text.split()), width, **whole)
+        words = " ".join(text.split())
+        return textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in self._split_lines(text, width - len(indent)))
@@ -176,17 +180,19 @@ class Parser(argparse.ArgumentParser):
     several = ""  # what to say of several values where a flag takes one
 
     def __init__(self, **options: Any):
-        super().__init__(**({"allow_abbrev": False, "formatter_class": Page} | options))
+        super().__init__(allow_abbrev=False, formatter_class=Page, **options)
 
-    def parse_args(self, args: list[str], namespace: Any = None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # the words are always given: sys.argv is read once
+        self, args: list[str], namespace: Any = None
+    ) -> argparse.Namespace:
         for word in args:
             # argparse would give the flag an empty list
             if re.fullmatch(r"(--[^=]+=|-[^-]=?)--", word):
                 self.error(f"{word}: -- is no value")
-        found, rest = self.parse_known_args(args, namespace)
+        values, rest = self.parse_known_args(args, namespace)
         if rest:
             self.error(self.about(rest[0], args))
-        return found
+        return values
 
     def about(self, word: str, args: list[str]) -> str:
         """What to say about a word that belongs to no flag."""
@@ -207,12 +213,13 @@ class Parser(argparse.ArgumentParser):
 
     def flag_before(self, word: str, args: list[str]) -> argparse.Action | None:
         """The flag after whose values the word stands; None where no flag is before it."""
-        action, room = None, 0.0
+        action, room = None, 0.0  # how many more values it takes
+        takes: dict[Any, float] = {None: 1, 0: 0}
         for arg in args:
             name, equals, _ = arg.partition("=")
             if name in self._option_string_actions:
                 action = self._option_string_actions[name]
-                room = 0 if equals else {None: 1, 0: 0}.get(action.nargs, math.inf)
+                room = 0 if equals else takes.get(action.nargs, math.inf)
             elif room:
                 room -= 1
             elif arg == word:
@@ -229,7 +236,7 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         show(*self.format_help().splitlines())
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message)
         message = re.sub(
             r"^the following arguments are required: (.*)",

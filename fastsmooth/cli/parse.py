@@ -50,11 +50,8 @@ def parser() -> Parser:
             if meta["many"]:
                 kind |= {"nargs": "+"}
         shown = meta["help"]
-        if (
-            not isinstance(f.default, bool | tuple)
-            and f.default is not None
-            and f.default != "auto"
-        ):
+        named = isinstance(f.default, str | float | int) and not isinstance(f.default, bool)
+        if named and f.default != "auto":
             shown += f" ({f.default})"
         if meta["choices"] and meta["metavar"]:  # too many to stand in braces
             shown += ": " + " ".join(meta["choices"])
@@ -149,9 +146,8 @@ def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
     absent: list[str] = []
     for key, value in table.items():
         name = "--" + key.replace("_", "-")
-        if not re.fullmatch(
-            r"[\w-]+", key, re.ASCII
-        ):  # argparse would split "lr=1", and take "" for the end of all flags
+        # argparse would split "lr=1", and take "" for the end of all flags
+        if not re.fullmatch(r"[\w-]+", key, re.ASCII):
             raise ConfigError(f"{source}: {key[:100]!r} is no flag: --help lists them")
         if isinstance(value, dict):
             raise ConfigError(
@@ -193,14 +189,14 @@ def saved_config(given: dict[str, Any], source: str) -> Config:
         raise ConfigError(
             f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}"
         )
-    found = from_table(parser(), given, source)
-    stranger = next((name for name in found if name not in FIELDS), None)
+    values = from_table(parser(), given, source)
+    stranger = next((name for name in values if name not in FIELDS), None)
     if stranger:
         raise ConfigError(
             f"{source} is damaged, so the run cannot be identified: {stranger} is no setting of a "
             "run"
         )
-    return Config(**found)
+    return Config(**values)
 
 
 def at_home(c: Config, folder: Path) -> Config:
@@ -238,9 +234,8 @@ def resumed(given: dict[str, Any]) -> Config:
         raise ConfigError("--resume needs --out DIR: the run folder to go on with")
     saved = read_saved(Path(given["out"]))
     if given.get("method") == "sampling":
-        given = {key: value for key, value in given.items() if key != "method"} | {
-            "mode": "sampling"
-        }
+        given = {key: value for key, value in given.items() if key != "method"}
+        given["mode"] = "sampling"
     # what auto chose may give way to what is asked for
     free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
     for name, value in given.items():

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fastsmooth.messages import Harmless, on_terminal, printable, say
 from fastsmooth.terminal import Fields, columns
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 ANNOUNCE_AFTER = 3.0  # seconds of training before its cost is projected
 LINE_EVERY = 30.0  # seconds between lines within an epoch, where there is no bar
@@ -46,7 +49,7 @@ class Progress:
         self.total, self.begun_at = total, done
         self.started = self.last_line = time.monotonic()
         self.announced = False
-        self.bar = self.task = None
+        self.bar: Bar | None = None
         self.quiet, self.delta_unit = quiet, delta_unit
         self.at_work = Fields(("speed", "batch", "lr", "loss", "left"))
         self.finished = Fields(
@@ -57,7 +60,7 @@ class Progress:
 
     def _open_bar(self, done: int) -> None:
         try:
-            from rich import progress as rich
+            from rich import progress as rich  # an extra, for terminals alone
             from rich.console import Console
             from rich.table import Column
         except ImportError:
@@ -72,11 +75,11 @@ class Progress:
         # them
         self.bar = rich.Progress(
             *shown,
-            console=Console(file=Harmless()),
+            console=Console(file=cast(TextIO, Harmless())),  # it has what rich uses
             transient=True,
             redirect_stderr=on_terminal(sys.stderr),
         )
-        self.task = self.bar.add_task("starting", total=self.total, completed=done)
+        self.bar.add_task("starting", total=self.total, completed=done)
         self.bar.start()
 
     def restart_clock(self, done: int) -> None:
@@ -98,21 +101,21 @@ class Progress:
         if now - self.last_line <= (LINE_EVERY if self.bar is None else BAR_EVERY):
             return
         self.last_line = now
+        share = f"{samples / self.epoch_samples - epoch:.0%} of the epoch"
         fields = {
             "epoch": f"epoch {epoch + 1}/{self.epochs}",
             "lr": f"lr {point.lr:.4g}",
             "batch": f"batch {point.batch_size}",
             "loss": f"loss {loss:.3f}" if loss is not None else "",
-            "share": f"{samples / self.epoch_samples - epoch:.0%} of the epoch"
-            if self.bar is None
-            else "",
+            "share": share if self.bar is None else "",
             "speed": f"{rate:,.0f} images/s" if rate > 0 else "",
             "left": self._left(samples, rate),
         }
         room = columns(sys.stdout)
         if self.bar is not None:
             line = self.at_work.line(fields, room and room - BAR[0] - PERCENT - 2)
-            self.bar.update(self.task, completed=samples, description=printable(line))
+            (task,) = self.bar.task_ids
+            self.bar.update(task, completed=samples, description=printable(line))
         else:
             self.say(self.at_work.line(fields, room))
 
@@ -120,14 +123,13 @@ class Progress:
         """The finished epoch's row as a line."""
         now = time.monotonic()
         self.last_line = now
+        delta = row["delta"]
         fields = {
             "epoch": f"epoch {row['epoch'] + 1:>{len(str(self.epochs))}}/{self.epochs}",
             "lr": f"lr {row['lr']:.4g}",
             "batch": f"batch {row['batch_size']}",
             "momentum": f"momentum {row['momentum']:.4g}" if row["momentum"] else "",
-            "delta": f"delta {row['delta']:.4g}{self.delta_unit}"
-            if row["delta"] is not None
-            else "",
+            "delta": f"delta {delta:.4g}{self.delta_unit}" if delta is not None else "",
             "c2": f"c2_sampled {row['c2_sampled']:.4g}" if row["c2_sampled"] is not None else "",
             "train loss": f"train loss {row['train_loss']:.4f}",
             "test loss": f"test loss {row['test_loss']:.4f}",
@@ -141,11 +143,8 @@ class Progress:
         return (samples - self.begun_at) / max(now - self.started, 1e-9)
 
     def _left(self, samples: int, rate: float) -> str:
-        return (
-            f"{span((self.total - samples) / rate)} left"
-            if rate > 0 and samples < self.total
-            else ""
-        )
+        going = rate > 0 and samples < self.total
+        return f"{span((self.total - samples) / rate)} left" if going else ""
 
     def say(self, line: str) -> None:
         if not self.quiet:

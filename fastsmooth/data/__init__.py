@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from fastsmooth.data import augment
-from fastsmooth.data.chunks import ChunkedLoader, Loader
+from fastsmooth.data.chunks import ChunkedLoader, Engine, Loader
 from fastsmooth.data.engines import dali
 from fastsmooth.data.engines.dali import DaliEngine, Decoder
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.engines.threads import ThreadsEngine
 from fastsmooth.data.engines.torchloader import TorchEngine
-from fastsmooth.data.images import DataError, ImageSet, Split, decode_all
-from fastsmooth.data.index import THREADS, in_threads, load_formats, read_index
+from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.index import NO_FILES, THREADS, Index, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
 from fastsmooth.data.sets import READERS
 from fastsmooth.data.source import BadImages, Source
@@ -51,14 +51,13 @@ class Data:
 
 
 def open_data(
-    config,
+    config: DataConfig,
     device: torch.device,
     say: Callable[[str], None] = note,
     sharing: int = 1,
     images: ImageSet | None = None,
 ) -> Data:
-    """The data set of `config` (a resolved fastsmooth.cli.config.Config) behind its loader. Raises
-    DataError.
+    """The data set of `config`, a run's resolved Config, behind its loader. Raises DataError.
 
     `say` gets a line where reading takes long, what may not be meant as it is (a class that is
     never tested), and one for each image that cannot be read but may be black. `sharing`: processes
@@ -75,36 +74,29 @@ def open_data(
     threads = max(processors() // sharing, 1) if config.workers is None else config.workers
     if name != "torch":  # where 0 processes are this one
         threads = max(threads, 1)
-    loaders, chunk = [], 0
-    for split in (images.train, images.test):
+    kind, size, seed = config.augment, config.image_size, config.seed
+    chunk = 0
+
+    def loader_of(split: Split) -> Loader:
+        nonlocal chunk
         if name == "resident":
-            kept = decode(split, config, bad)
-            loader = ResidentLoader(
-                kept, config.augment, config.seed, images.mean, images.std, device
-            )
-        else:
-            source = Source(
-                split, indexed(split, bad, say), config.augment, config.image_size, config.seed, bad
-            )
-            chunk = config.chunk or chunk_size(split, device)
-            engine = make_engine(name, source, chunk, threads, device, config)
-            loader = ChunkedLoader(
-                engine, split.labels, config.image_size, chunk, images.mean, images.std, device
-            )
-        loaders.append(loader)
+            pixels = decode(split, config, bad)
+            return ResidentLoader(pixels, kind, seed, images.mean, images.std, device)
+        source = Source(split, indexed(split, bad, say), kind, size, seed, bad)
+        chunk = config.chunk or chunk_size(split, device)
+        engine = make_engine(name, source, chunk, threads, device, config)
+        return ChunkedLoader(engine, split.labels, size, chunk, images.mean, images.std, device)
+
+    train, test = loader_of(images.train), loader_of(images.test)
     choice = f"loader {name}: {why}"
     if name != "resident":
-        choice += (
-            f", {threads} {'process' if name == 'torch' else 'thread'}{'s' * (threads != 1)}, "
-            f"chunks of {chunk}"
-        )
-    return Data(
-        *loaders, len(images.classes), config.image_size, images.fingerprint(), name, choice, bad
-    )
+        workers = "process" if name == "torch" else "thread"
+        choice += f", {threads} {workers}{'s' * (threads != 1)}, chunks of {chunk}"
+    return Data(train, test, len(images.classes), size, images.fingerprint(), name, choice, bad)
 
 
-def read_set(config) -> ImageSet:
-    """The data set of `config` (a resolved fastsmooth.cli.config.Config). Raises DataError."""
+def read_set(config: DataConfig) -> ImageSet:
+    """The data set of `config`, a run's resolved Config. Raises DataError."""
     try:
         return READERS[config.dataset](config)
     except OSError as error:
@@ -120,16 +112,17 @@ def usual_side(images: ImageSet) -> int:
     of them. Raises DataError."""
     paths = images.train.paths[:: max(1, len(images.train) // SAMPLE)]
     load_formats()
-    found = [
-        header for _, part in in_threads(header_of, paths, "", None, THREADS, 1) for header in part
-    ]
-    sides = sorted(min(width, height) for width, height, _, wrong in found if not wrong)
+    parts = in_threads(header_of, paths, "", None, THREADS, 1)
+    headers = [header for _, part in parts for header in part]
+    sides = sorted(min(width, height) for width, height, _, wrong in headers if not wrong)
     if not sides:
-        raise DataError(found[0][-1])
+        raise DataError(headers[0][-1])
     return sides[len(sides) // 2]
 
 
-def choose(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[str, str]:
+def choose(
+    config: DataConfig, images: ImageSet, device: torch.device, sharing: int
+) -> tuple[str, str]:
     """The loader's name, and why it was picked."""
     if config.loader != "auto":
         return config.loader, "as before" if config.resume else "as asked"
@@ -138,27 +131,26 @@ def choose(config, images: ImageSet, device: torch.device, sharing: int) -> tupl
         return "resident", why
     if images.train.pixels is None and dali.available():
         return "dali", f"{why}, and DALI is installed"
-    return (
-        "threads",
-        f"{why}; pip install 'fastsmooth[dali]' decodes faster"
-        if images.train.pixels is None
-        else why,
-    )
+    if images.train.pixels is None:
+        why += "; pip install 'fastsmooth[dali]' decodes faster"
+    return "threads", why
 
 
-def fits(config, images: ImageSet, device: torch.device, sharing: int) -> tuple[bool, str]:
+def fits(
+    config: DataConfig, images: ImageSet, device: torch.device, sharing: int
+) -> tuple[bool, str]:
     """Whether the images can be resident, and why."""
     if config.augment == "resized-crop-flip":
         return False, "random resized crops need the whole images"
     needed = 3 * config.image_size**2 * (len(images.train) + len(images.test))
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
-    return (
-        needed <= MEMORY_SHARE * free,
-        f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free",
-    )
+    why = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
+    return needed <= MEMORY_SHARE * free, why
 
 
-def make_engine(name: str, source: Source, chunk: int, threads: int, device: torch.device, config):
+def make_engine(
+    name: str, source: Source, chunk: int, threads: int, device: torch.device, config: DataConfig
+) -> Engine:
     pinned = device.type == "cuda"
     if name == "torch":
         return TorchEngine(source, threads, pinned)
@@ -173,19 +165,18 @@ def make_engine(name: str, source: Source, chunk: int, threads: int, device: tor
 
 
 def chunk_size(split: Split, device: torch.device) -> int:
-    of_files = split.pixels is None
-    return (
-        CHUNK_OF_FILES.get(device.type, 64) if of_files else CHUNK_OF_PIXELS.get(device.type, 512)
-    )
+    """Samples that are decoded together."""
+    if split.pixels is None:
+        return CHUNK_OF_FILES.get(device.type, 64)
+    return CHUNK_OF_PIXELS.get(device.type, 512)
 
 
-def indexed(split: Split, bad: BadImages, say: Callable[[str], None]):
+def indexed(split: Split, bad: BadImages, say: Callable[[str], None]) -> Index:
     """The index of a split of files; its bad headers are reported now."""
     if split.pixels is not None:
-        return None
-    index = read_index(
-        split.paths, os.path.commonpath([os.path.dirname(path) for path in split.paths]), say
-    )
+        return NO_FILES
+    root = os.path.commonpath([os.path.dirname(path) for path in split.paths])
+    index = read_index(split.paths, root, say)
     for count, (i, reason) in enumerate(index.bad.items()):
         more = len(index.bad) - 1 - count
         if bad.policy == "raise" and more:
@@ -194,12 +185,11 @@ def indexed(split: Split, bad: BadImages, say: Callable[[str], None]):
     return index
 
 
-def decode(split: Split, config, bad: BadImages) -> Split:
+def decode(split: Split, config: DataConfig, bad: BadImages) -> Split:
+    """The split as pixels of the view that is tested."""
+    kind, size = config.augment, config.image_size
     return decode_all(
-        split,
-        config.image_size,
-        lambda image: augment.evaluation_view(image, config.augment, config.image_size),
-        bad.report,
+        split, size, lambda image: augment.evaluation_view(image, kind, size), bad.report
     )
 
 

@@ -23,8 +23,8 @@ ATTEMPTS = 10  # of RandomResizedCrop before it falls back to a central crop
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 ONE = 1 << 16  # in 16.16 fixed point
 
-
-View = tuple[list[int], list[int], list[int]]  # of one image: its rows of box, scaled and corner
+# of one image: its rows of box, scaled and corner
+View = tuple[list[int], list[int], list[int]]
 
 
 class Views(NamedTuple):
@@ -53,9 +53,8 @@ def draw(kind: str, size: int, seed: int, epoch: int, index: Tensor) -> Tensor:
     words = philox(seed, epoch, index, AUGMENT)
     if kind == "resized-crop-flip":
         streams = CROP_ATTEMPT + torch.arange(ATTEMPTS, device=index.device)[:, None]
-        uniforms = (
-            philox(seed, epoch, index, streams).transpose(0, 1).flatten(0, 1).double() / 2**32
-        )
+        drawn = philox(seed, epoch, index, streams)  # [4, ATTEMPTS, n]
+        uniforms = drawn.transpose(0, 1).flatten(0, 1).double() / 2**32
         return torch.cat([(words[2] >> 31).double()[None], uniforms]).T
     spread = 2 * padding(size) + 1
     top, left = (words[0] * spread) >> 32, (words[1] * spread) >> 32
@@ -94,16 +93,12 @@ def views(kind: str, size: int, drawn: Tensor | None, width: Tensor, height: Ten
         return Views(crop_boxes(width, height, drawn[:, 1:]), torch.full_like(corner, size), corner)
     short = torch.full_like(width, short_side(kind, size))
     wide = width >= height
-    scaled = [  # as torchvision's Resize: the long side is rounded down
-        torch.where(wide, short, (short * height).double().div(width).floor().long()),
-        torch.where(wide, (short * width).double().div(height).floor().long(), short),
-    ]
-    scaled = torch.stack(scaled, dim=1)
-    return Views(
-        torch.stack([zero, zero, height, width], dim=1),
-        scaled,
-        ((scaled - size) / 2).round().long(),
-    )
+    # as torchvision's Resize: the long side is rounded down
+    tall_to = torch.where(wide, short, (short * height).double().div(width).floor().long())
+    wide_to = torch.where(wide, (short * width).double().div(height).floor().long(), short)
+    scaled = torch.stack([tall_to, wide_to], dim=1)
+    box = torch.stack([zero, zero, height, width], dim=1)
+    return Views(box, scaled, ((scaled - size) / 2).round().long())
 
 
 def short_side(kind: str, size: int) -> int:

@@ -11,9 +11,10 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ from fastsmooth.kernels.augment import augment
 class Segment(NamedTuple):
     """Samples in order, from place `start` on."""
 
-    index: Tensor  # int64 [n]
+    # int64 [n]
+    index: Tensor  # type: ignore[assignment]  # tuple.index gives way: nobody looks values up
     epoch: int | None  # whose random numbers augment them; None: as they are tested
     start: int = 0
 
@@ -33,7 +35,8 @@ class Job(NamedTuple):
     places always."""
 
     segment: int
-    index: Tensor
+    # int64 [m]
+    index: Tensor  # type: ignore[assignment]  # as in Segment
     epoch: int | None
     skip: int
 
@@ -48,19 +51,38 @@ class Chunk(NamedTuple):
     release: Callable[[], None] = lambda: None  # gives the memory back, once it is read
 
 
+Chunks = Generator[Chunk, None, None]  # close() ends what makes them
+
+
 class Engine(Protocol):
     """Makes chunks, in the order of the jobs, several at a time."""
 
     ahead: bool  # whether it works in a thread of ours, or has processes of its own
 
-    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]: ...
+    def chunks(self, jobs: Iterator[Job]) -> Chunks: ...
 
 
-def normalisation(mean, std, device: torch.device) -> Tensor:
+class Reader(Protocol):
+    """The samples of some segments, in order."""
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """(x, y) of the next `count` samples of the present segment: float32 [count, 3, size, size]
+        normalised, int64 [count]. Raises DataError with the file's name where one cannot be
+        read."""
+        ...
+
+    def advance(self) -> None:
+        """Go on to the next segment."""
+
+    def close(self) -> None:
+        """Stop what works ahead."""
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
     """float32 [3, 256]: what ToTensor and Normalize make of a channel's value, by their own
-    operations in their order."""
-    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
-    return torch.arange(256, dtype=torch.float32).div(255).sub(mean).div(std).to(device)
+    operations in their order. `mean` and `std` of values from 0 to 1, one a channel."""
+    center, scale = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
+    return torch.arange(256, dtype=torch.float32).div(255).sub(center).div(scale).to(device)
 
 
 class Loader:
@@ -71,9 +93,8 @@ class Loader:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def reader(self, segments: Iterable[Segment]):
-        """take(count) gives (x, y) of the next samples of the present segment; advance() goes to
-        the next; close() ends."""
+    def reader(self, segments: Iterable[Segment]) -> Reader:
+        """What gives the samples of the segments."""
         raise NotImplementedError
 
     def batches(
@@ -100,7 +121,14 @@ class ChunkedLoader(Loader):
     """Batches on `device` from the chunks of an engine."""
 
     def __init__(
-        self, engine: Engine, labels, size: int, chunk: int, mean, std, device: torch.device
+        self,
+        engine: Engine,
+        labels: np.ndarray,
+        size: int,
+        chunk: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
     ):
         self.engine, self.size, self.chunk, self.device = engine, size, chunk, device
         self.labels = torch.from_numpy(labels).to(device)
@@ -116,12 +144,14 @@ class ChunkReader:
     def __init__(self, loader: ChunkedLoader, segments: Iterable[Segment]):
         self.loader = loader
         chunks = loader.engine.chunks(jobs(segments, loader.chunk))
-        self._chunks = Ahead(chunks) if loader.engine.ahead else chunks
-        self._chunk, self._at, self._segment = None, 0, 0
+        self._chunks: Ahead | Chunks = Ahead(chunks) if loader.engine.ahead else chunks
+        self._chunk: Chunk | None = None
+        self._at = self._segment = 0
         # on a GPU: read by work that may be still to come
         self._used: deque[tuple[torch.cuda.Event, Chunk]] = deque()
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """As Reader.take: float32 [count, 3, size, size] in channels-last memory, int64 [count]."""
         loader = self.loader
         x = torch.empty(count, loader.size, loader.size, 3, device=loader.device)
         y = torch.empty(count, dtype=torch.int64, device=loader.device)
@@ -130,10 +160,13 @@ class ChunkReader:
             chunk = self._present()
             part = slice(self._at, min(len(chunk.pixels), self._at + count - done))
             to = slice(done, done + part.stop - part.start)
-            pixels, index, moves = (
-                t if t is None else t[part].to(loader.device, non_blocking=True)
-                for t in (chunk.pixels, chunk.job.index, chunk.moves)
+            pixels, index = (
+                t[part].to(loader.device, non_blocking=True)
+                for t in (chunk.pixels, chunk.job.index)
             )
+            moves = chunk.moves
+            if moves is not None:
+                moves = moves[part].to(loader.device, non_blocking=True)
             augment(pixels, None, moves, loader.table, x[to])
             torch.index_select(loader.labels, 0, index, out=y[to])
             self._at, done = part.stop, to.stop
@@ -186,38 +219,39 @@ def jobs(segments: Iterable[Segment], size: int) -> Iterator[Job]:
 
 
 class Ahead:
-    """An iterator whose items are made in a thread, two ahead. What the thread raises is raised by
-    next()."""
+    """Chunks that are made in a thread, two ahead. What the thread raises is raised by next()."""
 
-    def __init__(self, items: Iterator):
-        self._items, self._ready = items, queue.Queue(maxsize=2)
+    def __init__(self, chunks: Chunks):
+        self._chunks = chunks
+        # each a chunk, or what ended them
+        self._ready: queue.Queue[Chunk | BaseException] = queue.Queue(maxsize=2)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="fastsmooth data", daemon=True)
         self._thread.start()
 
-    def __next__(self):
-        done, item = self._ready.get()
-        if done:
-            self._ready.put((done, item))  # for whoever asks again
+    def __next__(self) -> Chunk:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._ready.put(item)  # for whoever asks again
             raise item
         return item
 
     def close(self) -> None:
-        """Stop the thread and wait for it; items that nobody took are dropped."""
+        """Stop the thread and wait for it; chunks that nobody took are dropped."""
         self._stop.set()
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
 
     def _work(self) -> None:
+        end: BaseException = StopIteration()
         try:
-            for item in self._items:
-                self._ready.put((False, item))
+            for chunk in self._chunks:
+                self._ready.put(chunk)
                 if self._stop.is_set():
                     break
-            end = StopIteration()
         except BaseException as error:  # handed on, whatever it is
             end = error
-        self._items.close()
+        self._chunks.close()
         if not self._stop.is_set():
-            self._ready.put((True, end))
+            self._ready.put(end)

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torchvision import datasets
@@ -146,7 +147,7 @@ class Unpickler(pickle.Unpickler):
         ("_codecs", "encode"),
     )
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         # NumPy 2 moved the module; the files name the old one

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +19,39 @@ from fastsmooth.runfolder.files import size_of
 
 # times its width: what a height may be, since a row of pixels grows thick when it is resized
 LONGEST = 4000
+
+
+class DataConfig(Protocol):
+    """What is read of a run's resolved Config to find and serve its images."""
+
+    # fmt: off
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def data_dir(self) -> str: ...
+    @property
+    def image_size(self) -> int: ...  # pixels a side
+    @property
+    def augment(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def on_bad_image(self) -> str: ...
+    @property
+    def loader(self) -> str: ...
+    @property
+    def workers(self) -> int | None: ...
+    @property
+    def chunk(self) -> int | None: ...
+    @property
+    def hw_decoder_load(self) -> float: ...
+    @property
+    def decoder_device_memory(self) -> int: ...  # MB
+    @property
+    def decoder_host_memory(self) -> int: ...  # MB
+    @property
+    def resume(self) -> bool: ...
+    # fmt: on
 
 
 class DataError(ValueError):
@@ -31,11 +66,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images with labels: either pixels, uint8 [n, size, size, 3], or paths of image files."""
+    """Images with labels: either pixels or the paths of image files."""
 
     labels: np.ndarray  # int64 [n]
-    pixels: np.ndarray | None = None
-    paths: tuple[str, ...] | None = None
+    pixels: np.ndarray | None = None  # uint8 [n, size, size, 3]
+    paths: tuple[str, ...] = ()  # n where there are no pixels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,14 +94,11 @@ class ImageSet:
         for split in (self.train, self.test):
             digest.update(split.labels.tobytes())
             if split.pixels is not None:
-                digest.update(np.ascontiguousarray(split.pixels))
+                digest.update(np.ascontiguousarray(split.pixels).data)
             else:
                 root = os.path.commonpath(split.paths)
-                digest.update(
-                    "\0".join(os.path.relpath(p, root) for p in split.paths).encode(
-                        "utf-8", "surrogateescape"
-                    )
-                )
+                names = "\0".join(os.path.relpath(path, root) for path in split.paths)
+                digest.update(names.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
@@ -87,13 +119,18 @@ def open_image(path: str) -> Image.Image:
         raise DataError(f"{path}: {reason}: remove or replace it", reason) from None
 
 
+def most_pixels() -> float:
+    """Of an image: PIL's own limit, above which it warns of a bomb; None means none to it."""
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else Image.MAX_IMAGE_PIXELS
+
+
 def opened(path: str) -> Image.Image:
     """The image with its header read. Raises whatever open_image has words for."""
     size_of(path)
     file = Image.open(path)
     with contextlib.ExitStack() as wrong:
         wrong.callback(file.close)
-        if file.width * file.height > Image.MAX_IMAGE_PIXELS:
+        if file.width * file.height > most_pixels():
             raise Image.DecompressionBombError
         if max(file.size) > LONGEST * min(file.size):
             raise ValueError(

@@ -22,28 +22,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from fastsmooth.data.images import DataError, open_image, opened
+from fastsmooth.data.images import DataError, most_pixels, open_image, opened
 from fastsmooth.runfolder.files import cache_folder, only_mine, read_file, replace
 
 VERSION = 2  # of the cache: another one whenever its fields change, or the meaning of plain
 # plain is a byte, since a bool that another program stored as 2 is not safe to compute with
-RECORD = np.dtype(
-    [
-        ("size", "<i8"),
-        ("mtime", "<i8"),
-        ("ctime", "<i8"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("plain", "u1"),
-    ]
-)
+TYPES = {"size": "<i8", "mtime": "<i8", "ctime": "<i8", "width": "<i4", "height": "<i4"}
+RECORD = np.dtype([*TYPES.items(), ("plain", "u1")])
 STAT = ["size", "mtime", "ctime"]  # what must stay
 THREADS = 16  # they wait for the disk more than for a core, so the number of cores does not matter
 CHUNK = 256  # files that a thread takes at a time
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,10 @@ class Index:
             raise DataError(f"{path}: {reason}: put the old image back, or start a new run", reason)
 
 
+NONE = np.zeros(0, np.int32)
+NO_FILES = Index(NONE, NONE, NONE.astype(np.int64), NONE.astype(bool), {})  # of a split of pixels
+
+
 def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | None = None) -> Index:
     """The index of all image files below `root`, as sets.images_of lists them: what is not in
     `paths` leaves the cache.
@@ -91,15 +89,15 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
     before = np.append(kept, np.zeros(1, RECORD))[positions(names, kept_names)]
     pixels = before["width"].astype(np.int64) * before["height"]
     known = (before[STAT] == table[STAT]) & (table["size"] > 0)
-    known &= (before["width"] > 0) & (before["height"] > 0) & (pixels <= Image.MAX_IMAGE_PIXELS)
+    known &= (before["width"] > 0) & (before["height"] > 0) & (pixels <= most_pixels())
     table[known] = before[known]
 
-    unknown, bad = np.flatnonzero(~known), {}
+    unknown = np.flatnonzero(~known)
+    bad: dict[int, str] = {}
     if len(unknown):
         load_formats()
-    for part, headers in in_threads(
-        header, [paths[i] for i in unknown.tolist()], "reading image headers", say, THREADS, CHUNK
-    ):
+    unread = [paths[i] for i in unknown.tolist()]
+    for part, headers in in_threads(header, unread, "reading image headers", say, THREADS, CHUNK):
         rows = unknown[part]
         table["width"][rows], table["height"][rows], table["plain"][rows], wrong = zip(
             *headers, strict=True
@@ -107,9 +105,8 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
         bad.update((i, line) for i, line in zip(rows.tolist(), wrong, strict=True) if line)
     if names != kept_names or not np.array_equal(table, kept):
         save(root, names, table)
-    return Index(
-        *(table[field].copy() for field in ("width", "height", "size")), table["plain"] != 0, bad
-    )
+    width, height, size = (table[field].copy() for field in ("width", "height", "size"))
+    return Index(width, height, size, table["plain"] != 0, bad)
 
 
 def load_formats() -> None:
@@ -119,8 +116,13 @@ def load_formats() -> None:
 
 
 def in_threads(
-    work: Callable, paths: Sequence[str], what: str, say, threads: int, chunk: int
-) -> Iterator[tuple[slice, list]]:
+    work: Callable[[str], T],
+    paths: Sequence[str],
+    what: str,
+    say: Callable[[str], None] | None,
+    threads: int,
+    chunk: int,
+) -> Iterator[tuple[slice, list[T]]]:
     """Slices of `paths`, in order, each with what `work` says of its paths."""
     due = time.monotonic() + 2
     starts = range(0, len(paths), chunk)
@@ -142,10 +144,8 @@ def stat(path: str) -> tuple[int, int, int]:
         result = os.stat(path)
     except OSError:
         return 0, 0, 0
-    # a time in the far future would not fit
-    return result.st_size, *(
-        time & (2**63 - 1) for time in (result.st_mtime_ns, result.st_ctime_ns)
-    )
+    most = 2**63 - 1  # a time in the far future would not fit
+    return result.st_size, result.st_mtime_ns & most, result.st_ctime_ns & most
 
 
 def header(path: str) -> tuple[int, int, bool, str]:
@@ -164,7 +164,8 @@ def header(path: str) -> tuple[int, int, bool, str]:
 def is_plain(image: Image.Image) -> bool:
     if image.format == "PNG" and "transparency" not in image.info:
         # the tile speaks of the file: RGB;16B or L;4 is RGB or L once it is decoded
-        return image.mode in ("RGB", "L") and all(tile.args == image.mode for tile in image.tile)
+        tiles = getattr(image, "tile", ())  # ImageFile's, of an image that is not loaded yet
+        return image.mode in ("RGB", "L") and all(tile.args == image.mode for tile in tiles)
     return image.format == "JPEG" and image.mode in ("RGB", "L", "CMYK")
 
 
@@ -184,10 +185,8 @@ def positions(names: bytes, kept_names: bytes) -> np.ndarray:
 
 def cache_file(root: str) -> Path:
     """Raises RuntimeError where there is no home directory."""
-    return (
-        cache_folder()
-        / f"index-{hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]}.npz"
-    )
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
+    return cache_folder() / f"index-{digest[:16]}.npz"
 
 
 def load(root: str) -> tuple[bytes, np.ndarray]:

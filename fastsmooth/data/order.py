@@ -31,8 +31,9 @@ def philox(seed: int, epoch: int, index: Tensor, stream: int | Tensor = ORDER) -
 
 
 def philox_rounds(counter: list[Tensor | int], key: list[int]) -> Tensor:
-    """Philox4x32-10 on int64 tensors; the product of two words may wrap, its upper half is masked
-    back."""
+    """Philox4x32-10: int64 [4, ...] in [0, 2^32) of four counter words, int64 tensors that
+    broadcast to [...], and two key words. The product of two words may wrap, its upper half is
+    masked back."""
     shape = torch.broadcast_shapes(*(c.shape for c in counter if isinstance(c, Tensor)))
     like = next(c for c in counter if isinstance(c, Tensor))
     a, b, c, d = (x if isinstance(x, Tensor) else like.new_full(shape, x) for x in counter)
@@ -51,12 +52,13 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
 
 
 def sorted_by(words: Tensor) -> Tensor:
-    """The indices that sort 62-bit keys made of the first two words."""
+    """int64 [n]: the indices that sort 62-bit keys made of the first two of `words`, int64 [>= 2,
+    n]."""
     return torch.argsort((words[0] << 30) ^ words[1], stable=True)
 
 
 def in_order(n: int, batch_size: int, device: str = "cpu") -> Iterator[Tensor]:
-    """All samples once, by index."""
+    """All n samples once, by index: int64 [batch_size], the last one shorter."""
     for at in range(0, n, batch_size):
         yield torch.arange(at, min(at + batch_size, n), device=device)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastsmooth.data.images import DataError, ImageSet, Split
+from fastsmooth.data import cifar
+from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 SUFFIXES = ", ".join(sorted(EXTENSIONS))
@@ -26,7 +27,7 @@ OF_SYSTEMS = {
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def digits(config) -> ImageSet:
+def digits(config: DataConfig) -> ImageSet:
     """1,797 handwritten digits of 8x8 pixels (UCI); the test split is every fifth image, from the
     first on."""
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
@@ -34,36 +35,31 @@ def digits(config) -> ImageSet:
     pixels = np.round(images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=-1)
     held_out = np.arange(len(labels)) % 5 == 0
     train, test = (Split(labels[part], pixels[part]) for part in (~held_out, held_out))
-    mean, std = train.pixels.mean() / 255, train.pixels.std() / 255
+    mean, std = pixels[~held_out].mean() / 255, pixels[~held_out].std() / 255
     return ImageSet(train, test, tuple("0123456789"), (mean,) * 3, (std,) * 3)
 
 
-def cifar10(config) -> ImageSet:
-    from fastsmooth.data.cifar import read
-
-    return ImageSet(
-        *read("cifar10", Path(config.data_dir)), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    )
+def cifar10(config: DataConfig) -> ImageSet:
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    return ImageSet(*cifar.read("cifar10", Path(config.data_dir)), mean, std)
 
 
-def cifar100(config) -> ImageSet:
-    from fastsmooth.data.cifar import read
-
+def cifar100(config: DataConfig) -> ImageSet:
     mean = (0.5070751592371323, 0.48654887331495095, 0.4409178433670343)
     std = (0.2673342858792401, 0.2564384629170883, 0.27615047132568404)
-    return ImageSet(*read("cifar100", Path(config.data_dir)), mean, std)
+    return ImageSet(*cifar.read("cifar100", Path(config.data_dir)), mean, std)
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def imagenet(config) -> ImageSet:
+def imagenet(config: DataConfig) -> ImageSet:
     """ImageNet in the ImageFolder layout: train/ and val/, one folder a class named by its WordNet
     id."""
     return folder(config, tests=("val",))
 
 
-def folder(config, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
+def folder(config: DataConfig, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
     """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test beside it, normalised with ImageNet's
     constants."""
     root = Path(config.data_dir)
@@ -72,14 +68,14 @@ def folder(config, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
             f"--data-dir {root}: no such directory: it must hold train/ and "
             f"{' or '.join(t + '/' for t in tests)}"
         )
-    found = [root / name for name in tests if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not found:
+    beside = [root / name for name in tests if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not beside:
         missing = "train/" if not (root / "train").is_dir() else " or ".join(t + "/" for t in tests)
         raise DataError(
             f"--data-dir {root} has no {missing}: --dataset {config.dataset} wants "
             "train/CLASS/IMAGE and the same beside it"
         )
-    train, test = root / "train", found[0]
+    train, test = root / "train", beside[0]
     classes = tuple(sorted(entry.name for entry in listed(train) if entry.is_dir()))
     if len(classes) < 2:
         raise DataError(
@@ -108,11 +104,10 @@ def folder(config, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
                 "it there"
             )
     untested = [name for name in classes if not tested[name]]
-    remarks = (
-        [f"{test} has no images of class {untested[0]!r}{more(untested)}: they are never tested"]
-        if untested
-        else []
-    )
+    remarks = []
+    if untested:
+        named = f"{untested[0]!r}{more(untested)}"
+        remarks.append(f"{test} has no images of class {named}: they are never tested")
     for part in (train, test):
         if loose := sum(is_image(entry) for entry in listed(part)):
             remarks.append(f"{part}: images that lie in no class folder are left out: {loose:,}")
@@ -129,12 +124,12 @@ def split_of(by_class: dict[str, list[str]]) -> Split:
 def images_of(part: Path, name: str) -> list[str]:
     """The image files below PART/NAME in order, those in linked folders too. Raises DataError for a
     link that never ends."""
-    found: list[str] = []
-    waiting = (
-        [(str(part / name), (identity(part.parent), identity(part)))]
-        if (part / name).is_dir()
-        else []
-    )
+    if not (part / name).is_dir():
+        return []
+    images: list[str] = []
+    # folders to look into, each with those that it is in
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]]
+    waiting = [(str(part / name), (identity(part.parent), identity(part)))]
     while waiting:
         folder, around = waiting.pop()
         if (own := identity(folder)) in around:
@@ -145,35 +140,31 @@ def images_of(part: Path, name: str) -> list[str]:
             if is_folder(entry):
                 waiting.append((entry.path, (*around, own)))
             elif is_image(entry):
-                found.append(entry.path)
-    return sorted(found)
+                images.append(entry.path)
+    return sorted(images)
 
 
 def identity(folder: Path | str) -> tuple[int, int]:
     """What a folder is, by whatever path one comes to it."""
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
-def listed(folder: Path | str) -> list[os.DirEntry]:
+def listed(folder: Path | str) -> list[os.DirEntry[str]]:
     """What is in a folder, but for what is hidden or belongs to a system and not to the data
     set."""
     with os.scandir(folder) as entries:
-        return [
-            entry
-            for entry in entries
-            if entry.name[0] != "." and entry.name.lower() not in OF_SYSTEMS
-        ]
+        return [e for e in entries if e.name[0] != "." and e.name.lower() not in OF_SYSTEMS]
 
 
-def is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether it is one, or a link to one."""
     with contextlib.suppress(OSError):  # a link to itself is none
         return entry.is_dir()
     return False
 
 
-def is_image(entry: os.DirEntry) -> bool:
+def is_image(entry: os.DirEntry[str]) -> bool:
     """Whether a file's name is an image's."""
     return os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not is_folder(entry)
 

@@ -41,13 +41,15 @@ class Source:
     numbers of `seed`."""
 
     split: Split
-    index: Index | None  # of a split of files
+    index: Index  # of a split of files; NO_FILES of one of pixels
     kind: str
     size: int
     seed: int
     bad: BadImages
 
     def drawn(self, job: Job) -> Tensor | None:
+        """augment.draw's rows for the m samples of the job: float64 [m, 4], of resized-crop-flip
+        [m, 1 + 4 ATTEMPTS]. None where nothing is drawn."""
         if job.epoch is None or self.kind == "none":
             return None
         return augment.draw(self.kind, self.size, self.seed, job.epoch, job.index)
@@ -57,6 +59,8 @@ class Source:
         return None if drawn is None else augment.moves(self.kind, self.size, drawn)
 
     def views(self, job: Job, drawn: Tensor | None) -> Views:
+        """What is wanted of each file of the job: box [m, 4], scaled and corner [m, 2], int64 on
+        the CPU, in pixels. `drawn` is what the method of that name gave."""
         at = job.index.numpy()
         # an image that cannot be read has no size, and gets some view that nobody looks at
         width, height = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsmooth.data.chunks import Loader, Segment
+from fastsmooth.data.chunks import Loader, Reader, Segment
 from fastsmooth.data.images import DataError
 from fastsmooth.data.order import permutation, reordered
 
@@ -40,7 +40,7 @@ class Stream:
         self.batch_size = 0
         self.size = 0  # of the batch given last, all ranks together
         self.order: Callable[[int], Tensor] = lambda epoch: permutation(seed, epoch, len(loader))
-        self._reader = None
+        self._reader: Reader | None = None
 
     def rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, y) of every batch from the cursor to the end of the epoch, the last one partial

@@ -113,7 +113,7 @@ class NoiseStatistics:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state_dict` was asked, of as many coordinates."""
-        self.groups = list(map(Sample, state["counts"], state["moments"]))
+        self.groups = list(map(CoordinateStats, state["counts"], state["moments"]))
         self.estimates = list(state["estimates"])
 
     def summary(self) -> dict[str, Any]:

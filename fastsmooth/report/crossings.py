@@ -41,8 +41,8 @@ def constants(analysis: Analysis, known: list[Variance]) -> list[Constant]:
     fitting = [v for v in known if v.value > 0 and same_training(v.config, analysis.group)]
     given = sorted({v.value for v in fitting if v.source == GIVEN})
     measured = [v.value for v in fitting if v.source == SAMPLED]
-    found = [Constant(value, GIVEN, "square") for value in given]
-    return found + ([Constant(mean(measured), SAMPLED, "open-square")] if measured else [])
+    squares = [Constant(value, GIVEN, "square") for value in given]
+    return squares + ([Constant(mean(measured), SAMPLED, "open-square")] if measured else [])
 
 
 MEASURING = {
@@ -57,16 +57,16 @@ def same_training(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one.get(name) == other.get(name) for name in names)
 
 
-def variances(found: list[Group]) -> list[Variance]:
+def variances(grouped: list[Group]) -> list[Variance]:
     """What the configurations give as C^2 and what was sampled in their runs."""
     given = [
         Variance(g.config, value, GIVEN)
-        for g in found
+        for g in grouped
         if g.mode == "critical" and (value := real(g.config.get("c2"))) is not None
     ]
     sampled = [
         Variance(g.config, value, SAMPLED)
-        for g in found
+        for g in grouped
         for run in g.done
         for point in noise.points(run)
         if (value := real(point.get("c2_sampled"))) is not None
@@ -74,7 +74,9 @@ def variances(found: list[Group]) -> list[Variance]:
     return given + sampled
 
 
-def critical(analyses: list[Analysis], known, number: int, title: str) -> list[Figure]:
+def critical(
+    analyses: list[Analysis], known: list[Variance], number: int, title: str
+) -> list[Figure]:
     """Steps and gradient evaluations against the batch size, for every threshold of one group."""
     sizes = sorted({float(b.batch_size) for a in analyses for b in a.batches})
     colors = ordered_colors(len(analyses)) if len(analyses) > 1 else ["c0"]
@@ -83,24 +85,15 @@ def critical(analyses: list[Analysis], known, number: int, title: str) -> list[F
     steps = [steps_curve(a, color) for a, color in zip(analyses, colors, strict=True)]
     evaluations = [sfo_curve(a, color, known) for a, color in zip(analyses, colors, strict=True)]
     figures = []
-    for name, y, curves in (
+    for kind, y, of_each in (
         ("steps", "Updates T(b) until ε", steps),
         ("sfo", "Gradient evaluations N(b) = b T(b)", evaluations),
     ):
-        curves = tuple(c for several in curves for c in several if c.marks or c.line)
+        curves = tuple(c for several in of_each for c in several if c.marks or c.line)
         if curves:
-            panel = Panel(y, curves, True, 250)
-            full = f"{y} against the batch size{where}"
-            figures.append(
-                Figure(
-                    f"critical-{number}-{name}",
-                    full,
-                    "Batch size b",
-                    (panel,),
-                    x_log=True,
-                    x_ticks=ticks,
-                )
-            )
+            name, full = f"critical-{number}-{kind}", f"{y} against the batch size{where}"
+            panels = (Panel(y, curves, True, 250),)
+            figures.append(Figure(name, full, "Batch size b", panels, x_log=True, x_ticks=ticks))
     return figures
 
 
@@ -113,7 +106,7 @@ def steps_curve(a: Analysis, color: str) -> list[Curve]:
     """The mean over seeds; rings for single seeds of the others, those that are censored among
     them."""
     full = reached(a)
-    line = tuple((float(b.batch_size), b.mean_steps) for b in full)
+    line = tuple((float(b.batch_size), mean(b.reached)) for b in full)
     bars = tuple(
         (float(b.batch_size), float(min(b.reached)), float(max(b.reached))) for b in full if b.n > 1
     )
@@ -143,24 +136,19 @@ def bounds(a: Analysis, height: Callable[[int, int], float]) -> list[Mark]:
     ]
 
 
-def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
+def sfo_curve(a: Analysis, color: str, known: list[Variance]) -> list[Curve]:
     """N(b) with b* in a circle, the floor of the minimum as a wide line, and squares where the
     theory puts b*."""
     full = reached(a)
-    line = tuple((float(b.batch_size), b.sfo_mean) for b in full)
+    sfo = a.sfo  # which all that are complete have
+    line = tuple((float(b.batch_size), sfo[b.batch_size]) for b in full)
     bars = tuple(
-        (
-            float(b.batch_size),
-            b.batch_size * float(min(b.reached)),
-            b.batch_size * float(max(b.reached)),
-        )
+        (float(size), size * float(min(b.reached)), size * float(max(b.reached)))
         for b in full
+        for size in (b.batch_size,)
         if b.n > 1
     )
-    marks = [
-        Mark(*point, "dot", f"b {point[0]:g}: {point[1]:,.6g} gradient evaluations")
-        for point in line
-    ]
+    marks = [Mark(b, n, "dot", f"b {b:g}: {n:,.6g} gradient evaluations") for b, n in line]
     best = [p for p in line if p[0] == a.best]
     marks += [Mark(*p, "circle", f"b* = {a.best}") for p in best]
     marks += [m for c in constants(a, known) if (m := theory_mark(a, c, line))]
@@ -173,44 +161,34 @@ def sfo_curve(a: Analysis, color: str, known) -> list[Curve]:
     return curves
 
 
-def theory_mark(a: Analysis, c: Constant, line: tuple) -> Mark | None:
+def theory_mark(a: Analysis, c: Constant, line: tuple[tuple[float, float], ...]) -> Mark | None:
     """On the curve at kappa lr C^2 / eps^2; None where that lies outside the batches that were
     tried."""
     b = a.batch_of(c.value)
     for (x, y), (x2, y2) in pairwise(line):
         if x <= b <= x2:
             share = math.log(b / x) / math.log(x2 / x)
-            return Mark(
-                b,
-                y * (y2 / y) ** share,
-                c.shape,
-                f"κ lr C² / ε² = {b:.4g}, {c.source} {c.value:.4g}",
-            )
+            tip = f"κ lr C² / ε² = {b:.4g}, {c.source} {c.value:.4g}"
+            return Mark(b, y * (y2 / y) ** share, c.shape, tip)
     return None
 
 
-def critical_words(a: Analysis, known) -> str:
+def critical_words(a: Analysis, known: list[Variance]) -> str:
     """What the figure cannot say: how flat the minimum is, and where the theory's batch size
     lies."""
-    if a.best is None:
+    if a.best is None or a.bracket is None:
         return f"ε {exact(a.eps)}: not reached by every seed at any batch size{censored_words(a)}."
     low, high = a.bracket
     flat = f"from {low:,} to {high:,}" if low < high else f"at {low:,} alone"
     text = f"ε {exact(a.eps)}: b* = {a.best:,}; N is within {FLAT:.0%} of its smallest {flat}"
-    text += (
-        ", and the floor ends where the batches that were tried end, so b* may lie outside"
-        if a.at_edge
-        else ""
-    )
+    if a.at_edge:
+        text += ", and the floor ends where the batches that were tried end, so b* may lie outside"
     text += censored_words(a)
     for c in constants(a, known):
         b, tried = a.batch_of(c.value), [float(b.batch_size) for b in reached(a)]
         text += f"; theory's κ lr C² / ε² = {b:,.4g} from {c.source}, {c.value:.4g}"
-        text += (
-            ""
-            if min(tried) <= b <= max(tried)
-            else ", outside the batches that were tried (no square)"
-        )
+        if not min(tried) <= b <= max(tried):
+            text += ", outside the batches that were tried (no square)"
     return text + "."
 
 

@@ -49,34 +49,35 @@ class Facet:
 # Which configurations share a plot
 
 
-def arrange(found: list[Group]) -> list[Facet]:
+def arrange(grouped: list[Group]) -> list[Facet]:
     """Few configurations share one plot; many are parted by all settings but one, or the best stand
     before the others."""
-    if len(found) <= FEW:
-        named = len(found) > 1
+    if len(grouped) <= FEW:
+        named = len(grouped) > 1
         lines = tuple(
-            Line(g, unordered_color(i), g.name if named else "", g.key) for i, g in enumerate(found)
+            Line(g, unordered_color(i), g.name if named else "", g.key)
+            for i, g in enumerate(grouped)
         )
-        return [Facet("", lines)] if found else []
-    fields = groups.differing([g.config for g in found])
-    scales = [f for f in fields if all(real(g.config.get(f)) is not None for g in found)]
-    for scale in sorted(scales, key=lambda f: -len({g.config[f] for g in found})):
-        facets = parted(found, scale, [f for f in fields if f != scale])
+        return [Facet("", lines)] if grouped else []
+    fields = groups.differing([g.config for g in grouped])
+    scales = [f for f in fields if all(real(g.config.get(f)) is not None for g in grouped)]
+    for scale in sorted(scales, key=lambda f: -len({g.config[f] for g in grouped})):
+        facets = parted(grouped, scale, [f for f in fields if f != scale])
         if facets:
             return facets
-    best = set(map(id, sorted(found, key=accuracy_of, reverse=True)[:FEW]))
-    chosen = [g for g in found if id(g) in best]
+    best = set(map(id, sorted(grouped, key=accuracy_of, reverse=True)[:FEW]))
+    chosen = [g for g in grouped if id(g) in best]
     lines = tuple(Line(g, unordered_color(i), g.name, g.key) for i, g in enumerate(chosen))
-    others = [g for g in found if id(g) not in best]
+    others = [g for g in grouped if id(g) not in best]
     return [Facet("", lines, tuple(others[:BACKGROUND]), len(others[BACKGROUND:]))]
 
 
-def parted(found: list[Group], scale: str, rest: list[str]) -> list[Facet] | None:
+def parted(grouped: list[Group], scale: str, rest: list[str]) -> list[Facet] | None:
     """A plot for each combination of `rest`, in which colours follow the values of `scale`; None
     where that is no help."""
-    values = sorted({g.config[scale] for g in found})
+    values = sorted({g.config[scale] for g in grouped})
     parts: dict[str, list[Group]] = {}
-    for g in found:
+    for g in grouped:
         parts.setdefault(repr([g.config.get(f) for f in rest]), []).append(g)
     if (
         not 2 < len(values) <= MANY
@@ -100,8 +101,8 @@ def parted(found: list[Group], scale: str, rest: list[str]) -> list[Facet] | Non
 
 
 def accuracy_of(g: Group) -> float:
-    found = g.sample(groups.final_accuracy)
-    return found.mean if found else -1.0
+    sample = g.sample(groups.final_accuracy)
+    return sample.mean if sample else -1.0
 
 
 # Training: against epochs and against updates
@@ -114,11 +115,12 @@ def training(facet: Facet, index: int) -> list[Figure]:
     where = f" ({facet.title})" if facet.title else ""
     figures = []
     for unit in ("epochs", "updates"):
-        panels = [
-            means("Test accuracy, %", facet, by_epoch(unit, "test_acc", 100), height=215),
-            means("Training loss", facet, by_epoch(unit, "train_loss"), height=165, log=True),
-        ]
-        panels = [p for p in panels if p]
+        accuracy, loss = by_epoch(unit, "test_acc", 100), by_epoch(unit, "train_loss")
+        both = (
+            means("Test accuracy, %", facet, accuracy, height=215),
+            means("Training loss", facet, loss, height=165, log=True),
+        )
+        panels = [panel for panel in both if panel]
         if panels:
             log = unit == "updates" and far_apart(panels)
             panels += strips(facet, unit)
@@ -142,13 +144,13 @@ def by_epoch(unit: str, name: str, factor: float = 1) -> Course:
     """A number of the epoch rows, at the number of epochs or of updates that were done by then."""
 
     def course(run: SavedRun) -> dict[int, tuple[float, float]]:
-        found = {}
+        points = {}
         for row in groups.epochs(run):
             x = row["epoch"] + 1 if unit == "epochs" else real(row.get("step"))
             y = real(row.get(name))
             if x is not None and y is not None:
-                found[int(row["epoch"])] = (float(x), y * factor)
-        return found
+                points[int(row["epoch"])] = (float(x), y * factor)
+        return points
 
     return course
 
@@ -161,16 +163,15 @@ def means(
     curves = [Curve("faint", mean_of(g.done, course), width=0.9) for g in facet.others]
     for line in facet.lines:
         curves += broken_off(line, course)
-        curves.append(
-            mean_line(line, together(line.group.done, course), band=len(facet.lines) <= FEW)
-        )
-    curves = tuple(c for c in curves if c.line)
-    floor = (
-        None
-        if log or not curves
-        else legible_floor(tuple(c for c in curves if c.color != "faint") or curves)
-    )
-    return Panel(title, curves, log, height, floor=floor) if curves else None
+        at = together(line.group.done, course)
+        curves.append(mean_line(line, at, band=len(facet.lines) <= FEW))
+    shown = tuple(c for c in curves if c.line)
+    if not shown:
+        return None
+    floor = None
+    if not log:
+        floor = legible_floor(tuple(c for c in shown if c.color != "faint") or shown)
+    return Panel(title, shown, log, height, floor=floor)
 
 
 def together(runs: Iterable[SavedRun], course: Course) -> list[tuple[float, Sample]]:
@@ -198,9 +199,8 @@ def mean_line(line: Line, at: list[tuple[float, Sample]], *, band: bool) -> Curv
 def broken_off(line: Line, course: Course) -> list[Curve]:
     """Runs that are not done, dashed, with a mark where each ends; the longest bears the name where
     no run is done."""
-    runs = sorted(
-        (run for run in line.group.runs if run.state != "done"), key=lambda run: -len(course(run))
-    )
+    runs = [run for run in line.group.runs if run.state != "done"]
+    runs.sort(key=lambda run: -len(course(run)))
     curves = []
     for run in runs:
         points = tuple(course(run).values())
@@ -233,18 +233,16 @@ def strips(facet: Facet, unit: str) -> list[Panel]:
         "momentum": "Momentum β",
         "delta": delta_title(facet),
     }
-    found = []
+    count = len(facet.lines)
+    panels = []
     for name, title in titles.items():
-        curves = [
-            schedule_line(line, unit, name, i, len(facet.lines))
-            for i, line in enumerate(facet.lines)
-        ]
-        curves = tuple(c for c in curves if c.line)
+        every = [schedule_line(line, unit, name, i, count) for i, line in enumerate(facet.lines)]
+        curves = tuple(c for c in every if c.line)
         values = [y for c in curves for _, y in c.line]
         if values and any(values):
             log = min(values) > 0 and max(values) / min(values) > 3
-            found.append(Panel(title, curves, log, height=40, strip=True))
-    return found
+            panels.append(Panel(title, curves, log, height=40, strip=True))
+    return panels
 
 
 def schedule_line(line: Line, unit: str, name: str, place: int, count: int) -> Curve:
@@ -261,13 +259,9 @@ def schedule_line(line: Line, unit: str, name: str, place: int, count: int) -> C
 
 def delta_title(facet: Facet) -> str:
     units = {line.group.unit() for line in facet.lines}
-    return DELTA + (
-        " (in units of √C²)"
-        if units == {"C"}
-        else " (of some in units of √C²)"
-        if "C" in units
-        else ""
-    )
+    if "C" not in units:
+        return DELTA
+    return f"{DELTA} ({'of some ' if len(units) > 1 else ''}in units of √C²)"
 
 
 # The noise while training
@@ -282,9 +276,8 @@ def online(facet: Facet, index: int) -> list[Figure]:
     panels = tuple(p for p in measured if p)
     where = f" ({facet.title})" if facet.title else ""
     title = f"Gradient variance and degree of smoothing while training{where}"
-    return (
-        [Figure(f"online-{index}", title, "Updates", panels, heading=facet.title)] if panels else []
-    )
+    figure = Figure(f"online-{index}", title, "Updates", panels, heading=facet.title)
+    return [figure] if panels else []
 
 
 def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel | None:
@@ -294,9 +287,8 @@ def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel 
         return None
     if name != "c2_sampled":
         expected = [expected_line(line, course) for line in facet.lines if len(facet.lines) <= FEW]
-        panel = Panel(
-            title, (*(c for c in expected if len(c.line) > 1), *panel.curves), True, height
-        )
+        curves = (*(c for c in expected if len(c.line) > 1), *panel.curves)
+        panel = Panel(title, curves, True, height)
     return panel
 
 
@@ -304,10 +296,9 @@ def by_measurement(name: str) -> Course:
     """A number of the rows of --track-noise, at their updates."""
 
     def course(run: SavedRun) -> dict[float, tuple[float, float]]:
-        rows = [
-            row for row in run.of_kind("measure") if real(row.get("delta_measured")) is not None
-        ]
-        at = [(real(row.get("step")), real(row.get(name))) for row in rows]
+        rows = run.of_kind("measure")
+        known = [row for row in rows if real(row.get("delta_measured")) is not None]
+        at = [(real(row.get("step")), real(row.get(name))) for row in known]
         return {x: (x, y) for x, y in at if x is not None and y is not None}
 
     return course
@@ -335,9 +326,5 @@ def estimators(facets: Iterable[Facet]) -> list[str]:
         for row in run.of_kind("measure")
         if real(row.get("delta_measured")) is not None
     )
-    return sorted(
-        {
-            f"{groups.shown(row.get('estimator'))}, BatchNorm {groups.shown(row.get('bn'))}"
-            for row in rows
-        }
-    )
+    pairs = {(groups.shown(row.get("estimator")), groups.shown(row.get("bn"))) for row in rows}
+    return sorted(f"{estimator}, BatchNorm {bn}" for estimator, bn in pairs)

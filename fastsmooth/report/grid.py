@@ -3,8 +3,9 @@ accuracy, sharpness."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from fastsmooth.figures.chart import Curve, Figure, Mark, Panel, ordered_colors, unordered_color
 from fastsmooth.report import groups
@@ -12,6 +13,7 @@ from fastsmooth.report.curves import FEW, MANY
 from fastsmooth.report.groups import Group, Sample, real
 from fastsmooth.runfolder.read import SavedRun
 
+Point = tuple[Group, Sample, Sample]  # a configuration with its x and y
 WAYS = 4  # of measuring sharpness that are shown
 
 
@@ -37,11 +39,11 @@ def delta(unit: str) -> Quantity:
     return Quantity("delta", title, lambda run: groups.first(run, "delta"), log=True)
 
 
-def smoothing(found: list[Group]) -> list[Figure]:
+def smoothing(grouped: list[Group]) -> list[Figure]:
     """Accuracy against delta, and both against the batch size, for each unit of delta."""
     figures = []
-    for i, unit in enumerate(sorted({g.unit() for g in found}), 1):
-        some = [g for g in found if g.unit() == unit]
+    for i, unit in enumerate(sorted({g.unit() for g in grouped}), 1):
+        some = [g for g in grouped if g.unit() == unit]
         d = delta(unit)
         pairs = ((d, ACCURACY), (BATCH, ACCURACY), (BATCH, d))
         figures += [
@@ -50,20 +52,18 @@ def smoothing(found: list[Group]) -> list[Figure]:
     return figures
 
 
-def sharpness(found: list[Group]) -> list[Figure]:
+def sharpness(grouped: list[Group]) -> list[Figure]:
     """Sharpness against delta and the batch size, and accuracy against it, for each way in which it
     was measured."""
     figures = []
-    ways = sorted({way for g in found for run in g.runs for way in sharpness_of(run)}, key=repr)
+    ways = sorted({way for g in grouped for run in g.runs for way in sharpness_of(run)}, key=repr)
     for i, way in enumerate(ways[:WAYS], 1):
         algorithm, adaptive, rho, split = way
-        title = (
-            f"Sharpness, ρ {rho:g} ({'adaptive ' if adaptive else ''}{groups.shown(algorithm)}, "
-            f"{groups.shown(split)} images)"
-        )
-        s = Quantity("sharpness", title, lambda run, way=way: sharpness_of(run).get(way), log=True)
-        for unit in sorted({g.unit() for g in found}):
-            some = [g for g in found if g.unit() == unit]
+        how = f"{'adaptive ' if adaptive else ''}{groups.shown(algorithm)}"
+        title = f"Sharpness, ρ {rho:g} ({how}, {groups.shown(split)} images)"
+        s = Quantity("sharpness", title, partial(sharpness_in, way), log=True)
+        for unit in sorted({g.unit() for g in grouped}):
+            some = [g for g in grouped if g.unit() == unit]
             pairs = ((delta(unit), s), (BATCH, s), (s, ACCURACY))
             name = f"sharpness-{i}{'-c' if unit else ''}"
             figures += [
@@ -72,39 +72,37 @@ def sharpness(found: list[Group]) -> list[Figure]:
     return figures
 
 
-def sharpness_of(run: SavedRun) -> dict[tuple, float]:
-    """(algorithm, adaptive, rho, split) -> value, of the latest update at which it was measured."""
+Way = tuple[str, bool, float, str]  # algorithm, adaptive, rho, split
+
+
+def sharpness_in(way: Way, run: SavedRun) -> float | None:
+    return sharpness_of(run).get(way)
+
+
+def sharpness_of(run: SavedRun) -> dict[Way, float]:
+    """The value for each way of measuring, of the latest update at which it was measured."""
     results = run.sharpness.get("results")
-    found: dict[tuple, tuple[float, float]] = {}
+    latest: dict[Way, tuple[float, float]] = {}  # the update and the value
     for entry in results if isinstance(results, list) else ():
         if not isinstance(entry, dict):
             continue
-        value, rho, step = (
-            real(entry.get("value")),
-            real(entry.get("rho")),
-            real(entry.get("step")) or 0.0,
-        )
-        way = (
-            str(entry.get("algorithm")),
-            entry.get("adaptive") is True,
-            rho,
-            str(entry.get("split")),
-        )
-        if value is not None and rho is not None and step >= found.get(way, (0.0, 0.0))[0]:
-            found[way] = (step, value)
-    return {way: value for way, (_, value) in found.items()}
+        value, rho = real(entry.get("value")), real(entry.get("rho"))
+        if value is None or rho is None:
+            continue
+        step, adaptive = real(entry.get("step")) or 0.0, entry.get("adaptive") is True
+        way = (str(entry.get("algorithm")), adaptive, rho, str(entry.get("split")))
+        if step >= latest.get(way, (0.0, 0.0))[0]:
+            latest[way] = (step, value)
+    return {way: value for way, (_, value) in latest.items()}
 
 
-def against(found: list[Group], x: Quantity, y: Quantity, name: str) -> Figure | None:
+def against(grouped: list[Group], x: Quantity, y: Quantity, name: str) -> Figure | None:
     """A point for each configuration; those that differ in the batch size alone are joined. None
     without two different x."""
-    families: dict[str, list[tuple[Group, Sample, Sample]]] = {}
-    fields = [
-        f
-        for f in groups.differing([g.config for g in found])
-        if f not in ("batch_size", "c2", "k2")
-    ]
-    for g in found:
+    families: dict[str, list[Point]] = {}
+    differing = groups.differing([g.config for g in grouped])
+    fields = [f for f in differing if f not in ("batch_size", "c2", "k2")]
+    for g in grouped:
         at, values = g.sample(x.of), g.sample(y.of)
         if at and values and (not x.log or at.low > 0):
             families.setdefault(repr([g.config.get(f) for f in fields]), []).append((g, at, values))
@@ -122,13 +120,12 @@ def against(found: list[Group], x: Quantity, y: Quantity, name: str) -> Figure |
 
 
 def family_curve(
-    family: list, fields: list[str], index: int, count: int, x: Quantity, y: Quantity
+    family: list[Point], fields: list[str], index: int, count: int, x: Quantity, y: Quantity
 ) -> Curve:
     family = sorted(family, key=lambda point: point[1].mean)
     points = [(at.mean * x.factor, values, g) for g, at, values in family]
-    line = (
-        tuple((at, values.mean * y.factor) for at, values, _ in points) if len(points) > 1 else ()
-    )
+    joined = points if len(points) > 1 else []
+    line = tuple((at, values.mean * y.factor) for at, values, _ in joined)
     bars = tuple((at, v.low * y.factor, v.high * y.factor) for at, v, _ in points if v.n > 1)
     marks = tuple(
         Mark(at, v.mean * y.factor, "dot", f"{g.name}: {v.mean * y.factor:.4g} ({v.n} runs)")
@@ -137,15 +134,8 @@ def family_curve(
     name = groups.spoken(family[0][0].config, [f for f in fields if f in groups.SPOKEN] or fields)
     label = name if 1 < count <= MANY else ""
     color = unordered_color(index) if count <= FEW else ordered_colors(count)[index]
-    return Curve(
-        color,
-        line,
-        bars=bars,
-        marks=marks,
-        label=label,
-        key=keys([g.key for g, _, _ in family]),
-        width=1.3,
-    )
+    key = keys([g.key for g, _, _ in family])
+    return Curve(color, line, bars=bars, marks=marks, label=label, key=key, width=1.3)
 
 
 def keys(of: list[str]) -> str:
@@ -154,7 +144,7 @@ def keys(of: list[str]) -> str:
     return " ".join(of) if len(of) < 3 else f"{of[0]}…{of[-1]}"
 
 
-def legend(figures: list[Figure]) -> tuple[tuple[str, str, str], ...]:
+def legend(figures: Iterable[Figure]) -> tuple[tuple[str, str, str], ...]:
     """Colour, keys and name of every series."""
     every = [c for f in figures for p in f.panels for c in p.curves if c.label]
     return tuple(dict.fromkeys((c.color, c.key, c.label) for c in every))

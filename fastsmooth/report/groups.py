@@ -7,7 +7,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,15 +22,8 @@ from fastsmooth.sweep.critical import NO_RESULT
 
 # What may differ between runs of one configuration: the seed, and what changes where or how fast a
 # run goes, not where to.
-REPETITION = {
-    "seed",
-    "compile",
-    "deterministic",
-    "hw_decoder_load",
-    "decoder_device_memory",
-    "decoder_host_memory",
-}
-REPETITION |= NO_RESULT - {"epochs", "decay_epoch", "budget"}
+REPETITION = {"seed", "compile", "deterministic", "hw_decoder_load", "decoder_device_memory"}
+REPETITION |= {"decoder_host_memory"} | NO_RESULT - {"epochs", "decay_epoch", "budget"}
 
 # In names: these whenever they differ, others only where these leave two configurations with one
 # name.
@@ -54,7 +47,7 @@ def real(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One number of every run of a configuration that has it."""
+    """One number of every run of a configuration that has it, of at least one."""
 
     values: tuple[float, ...]
 
@@ -98,7 +91,7 @@ class Group:
     def done(self) -> list[SavedRun]:
         return [run for run in self.runs if run.state == "done"]
 
-    def sample(self, number_of) -> Sample | None:
+    def sample(self, number_of: Callable[[SavedRun], float | None]) -> Sample | None:
         """What the finished runs say; None where none does."""
         values = tuple(v for v in map(number_of, self.done) if v is not None)
         return Sample(values) if values else None
@@ -129,22 +122,18 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 def group(runs: Iterable[SavedRun]) -> list[Group]:
     """The configurations, by mode and in the order of their settings, with keys, and with names
     that tell those of a mode apart."""
-    found: dict[str, list[SavedRun]] = {}
+    alike: dict[str, list[SavedRun]] = {}
     for run in runs:
-        found.setdefault(json.dumps(identity(run.config), sort_keys=True), []).append(run)
-    members = [
-        tuple(sorted(some, key=lambda run: (order(run.config.get("seed")), str(run.path))))
-        for some in found.values()
-    ]
+        alike.setdefault(json.dumps(identity(run.config), sort_keys=True), []).append(run)
+
+    def by_seed(run: SavedRun) -> tuple[Any, ...]:
+        return order(run.config.get("seed")), str(run.path)
+
+    members = [tuple(sorted(some, key=by_seed)) for some in alike.values()]
     configs = [identity(some[0].config) for some in members]
-    fields = differing(configs)
-    pairs = zip(configs, members, strict=True)
-    ranked = [
-        Group(*pair)
-        for pair in sorted(
-            pairs, key=lambda pair: [order(pair[0].get(f)) for f in ("mode", *fields)]
-        )
-    ]
+    fields = ("mode", *differing(configs))
+    ranked = [Group(*pair) for pair in zip(configs, members, strict=True)]
+    ranked.sort(key=lambda g: [order(g.config.get(f)) for f in fields])
     names: dict[int, str] = {}
     for some in by_mode(ranked).values():
         same = [g.config for g in some]
@@ -152,10 +141,10 @@ def group(runs: Iterable[SavedRun]) -> list[Group]:
     return [replace(g, name=names[id(g)], key=letters(i)) for i, g in enumerate(ranked)]
 
 
-def by_mode(found: Iterable[Group]) -> dict[str, list[Group]]:
+def by_mode(grouped: Iterable[Group]) -> dict[str, list[Group]]:
     """The configurations of each mode."""
     parts: dict[str, list[Group]] = {}
-    for g in found:
+    for g in grouped:
         parts.setdefault(g.mode, []).append(g)
     return parts
 
@@ -164,12 +153,12 @@ def differing(configs: list[dict[str, Any]]) -> list[str]:
     """The settings that are not the same in all, those first that names speak of."""
     every = {name for config in configs for name in config}
     rank = {name: i for i, name in enumerate(SPOKEN)}
-    found = [
-        name
-        for name in every
-        if len({json.dumps(config.get(name), sort_keys=True) for config in configs}) > 1
-    ]
-    return sorted(found, key=lambda name: (rank.get(name, len(rank)), name))
+
+    def values(name: str) -> set[str]:
+        return {json.dumps(config.get(name), sort_keys=True) for config in configs}
+
+    several = [name for name in every if len(values(name)) > 1]
+    return sorted(several, key=lambda name: (rank.get(name, len(rank)), name))
 
 
 def shared(configs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,10 +168,10 @@ def shared(configs: list[dict[str, Any]]) -> dict[str, Any]:
     return first | {name: value for name, value in configs[0].items() if name not in other}
 
 
-def told(name: str, value: Any, found: Iterable[Group]) -> bool:
+def told(name: str, value: Any, grouped: Iterable[Group]) -> bool:
     """Whether a setting that all have is worth telling: names speak of it, and in one of them at
     least it does something."""
-    return name in SPOKEN and value is not None and any(has_effect(name, g.config) for g in found)
+    return name in SPOKEN and value is not None and any(has_effect(name, g.config) for g in grouped)
 
 
 def has_effect(name: str, config: dict[str, Any]) -> bool:
@@ -199,9 +188,8 @@ def names_of(configs: list[dict[str, Any]], fields: list[str]) -> list[str]:
     used = list(fields)
     for name in reversed(fields):
         fewer = [f for f in used if f != name]
-        if name not in SPOKEN and len({spoken(config, fewer) for config in configs}) == len(
-            configs
-        ):
+        distinct = {spoken(config, fewer) for config in configs}
+        if name not in SPOKEN and len(distinct) == len(configs):
             used = fewer
     return [spoken(config, used) for config in configs]
 
@@ -228,13 +216,9 @@ def shown(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list):
         value = " ".join(map(shown, value[:LONGEST]))
-    text = clean(
-        value
-        if isinstance(value, str)
-        else json.dumps(value)
-        if not isinstance(value, int)
-        else whole(value)
-    )
+    if isinstance(value, int):
+        value = whole(value)
+    text = clean(value if isinstance(value, str) else json.dumps(value))
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
@@ -253,7 +237,7 @@ def clean(text: str) -> str:
     )
 
 
-def order(value: Any) -> tuple:
+def order(value: Any) -> tuple[Any, ...]:
     """A key that sorts numbers by size, methods and optimizers as they are listed, and text with
     its numbers by size."""
     number = real(value)
@@ -278,12 +262,12 @@ def letters(index: int) -> str:
 def epochs(run: SavedRun) -> list[dict[str, Any]]:
     """Its epoch rows, one an epoch, in order: of an epoch that was done twice the last. Asked for
     with every number."""
-    found: dict[int, dict[str, Any]] = {}
+    rows: dict[int, dict[str, Any]] = {}
     for row in run.of_kind("epoch"):
         at = real(row.get("epoch"))
         if at is not None and at >= 0 and at == int(at):
-            found[int(at)] = row
-    return [found[at] for at in sorted(found)]
+            rows[int(at)] = row
+    return [rows[at] for at in sorted(rows)]
 
 
 def last(run: SavedRun, name: str) -> float | None:
@@ -299,21 +283,21 @@ def first(run: SavedRun, name: str) -> float | None:
 
 def final_accuracy(run: SavedRun) -> float | None:
     """Of the test set, a share. summary.json has the last word; where it is silent, the rows."""
-    found = real(run.summary.get("final_test_acc"))
-    return last(run, "test_acc") if found is None else found
+    accuracy = real(run.summary.get("final_test_acc"))
+    return last(run, "test_acc") if accuracy is None else accuracy
 
 
 def best_accuracy(run: SavedRun) -> float | None:
-    found = real(run.summary.get("best_test_acc"))
+    accuracy = real(run.summary.get("best_test_acc"))
     values = [v for row in epochs(run) if (v := real(row.get("test_acc"))) is not None]
-    return max(values, default=None) if found is None else found
+    return max(values, default=None) if accuracy is None else accuracy
 
 
 def reached(run: SavedRun, name: str) -> float | None:
     """updates or samples of the whole run."""
-    found = real(run.summary.get(name))
-    if found is not None:
-        return found
+    total = real(run.summary.get(name))
+    if total is not None:
+        return total
     counts = [real(row.get("step" if name == "updates" else name)) for row in run.rows]
     return max((v for v in counts if v is not None), default=None)
 
@@ -321,8 +305,7 @@ def reached(run: SavedRun, name: str) -> float | None:
 def seconds(run: SavedRun) -> float | None:
     """Of training and testing, over all epochs and the processes that did them; else of the last
     process."""
-    spent = [
-        real(row.get(name)) for row in epochs(run) for name in ("train_seconds", "eval_seconds")
-    ]
+    parts = ("train_seconds", "eval_seconds")
+    spent = [real(row.get(part)) for row in epochs(run) for part in parts]
     known = [v for v in spent if v is not None]
     return math.fsum(known) if known else real(run.summary.get("seconds"))

@@ -3,7 +3,7 @@ script and loads nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -45,20 +45,22 @@ def drawn(figure: Figure, narrow: bool = False) -> Drawing:
 
 def sections(runs: list[SavedRun]) -> list[Section]:
     """What there is to show, in the order of the page."""
-    found = groups.group(runs)
-    trained = [g for g in found if g.mode == "normal"] or [g for g in found if g.mode == "critical"]
+    grouped = groups.group(runs)
+    trained = [g for g in grouped if g.mode == "normal"] or [
+        g for g in grouped if g.mode == "critical"
+    ]
     facets = curves.arrange(trained)
     parts = [
         training(facets),
-        results(found, facets),
-        smoothing([g for g in found if g.mode == "normal"]),
-        sharpness([g for g in found if g.mode == "normal"]),
-        critical(runs, found),
-        noise_section([g for g in found if g.mode == "sampling"]),
+        results(grouped, facets),
+        smoothing([g for g in grouped if g.mode == "normal"]),
+        sharpness([g for g in grouped if g.mode == "normal"]),
+        critical(runs, grouped),
+        noise_section([g for g in grouped if g.mode == "sampling"]),
         online(
-            [g for g in found if any(curves.by_measurement("c2_sampled")(run) for run in g.runs)]
+            [g for g in grouped if any(curves.by_measurement("c2_sampled")(run) for run in g.runs)]
         ),
-        every_run(found),
+        every_run(grouped),
     ]
     return [part for part in parts if part]
 
@@ -105,20 +107,20 @@ def color_rank(entry: tuple[str, str, str]) -> int:
     return list(COLORS).index(entry[0])
 
 
-def results(found: list[Group], facets: list[Facet]) -> Section:
+def results(grouped: list[Group], facets: list[Facet]) -> Section:
     words = (
         "Mean ± standard deviation (n − 1) over the seeds of the runs that are done; accuracies "
         "are of the test set. The bold "
         "letters stand for the configurations in the figures."
     )
-    if any(g.unit() for g in found):
+    if any(g.unit() for g in grouped):
         words += " δ is in units of √C² where no gradient variance C² was given."
     colors = {line.group.key: line.color for facet in facets for line in facet.lines}
-    return Section("results", "Results", words, table=results_tables(found, colors))
+    return Section("results", "Results", words, table=results_tables(grouped, colors))
 
 
-def smoothing(found: list[Group]) -> Section | None:
-    figures = tuple(grid.smoothing(found))
+def smoothing(grouped: list[Group]) -> Section | None:
+    figures = tuple(grid.smoothing(grouped))
     words = (
         "One point a configuration: the mean over seeds, bars from the lowest to the highest; "
         "configurations that differ in "
@@ -130,8 +132,8 @@ def smoothing(found: list[Group]) -> Section | None:
     return Section("smoothing", "Smoothing and accuracy", words, grid.legend(figures), figures)
 
 
-def sharpness(found: list[Group]) -> Section | None:
-    figures = tuple(grid.sharpness(found))
+def sharpness(grouped: list[Group]) -> Section | None:
+    figures = tuple(grid.sharpness(grouped))
     words = (
         "Points, bars and joins as above. Sharpness is of the weights at the end, as "
         "fastsmooth.sharpness measured it."
@@ -141,13 +143,13 @@ def sharpness(found: list[Group]) -> Section | None:
     )
 
 
-def critical(runs: list[SavedRun], found: list[Group]) -> Section | None:
+def critical(runs: list[SavedRun], grouped: list[Group]) -> Section | None:
     by_group: dict[str, list[Analysis]] = {}
     for analysis in analyse(runs):
         by_group.setdefault(repr(sorted(analysis.group.items())), []).append(analysis)
     if not by_group:
         return None
-    known = crossings.variances(found)
+    known = crossings.variances(grouped)
     parts = list(by_group.values())
     fields = groups.differing([part[0].group for part in parts])
     titles = [groups.spoken(part[0].group, fields) for part in parts]
@@ -171,9 +173,9 @@ def critical(runs: list[SavedRun], found: list[Group]) -> Section | None:
     )
 
 
-def noise_section(found: list[Group]) -> Section | None:
-    figures = noise.against_batch(found)
-    facets = curves.arrange(noise.with_statistics(found))
+def noise_section(grouped: list[Group]) -> Section | None:
+    figures = noise.against_batch(grouped)
+    facets = curves.arrange(noise.with_statistics(grouped))
     for i, facet in enumerate(facets, 1):
         figures += noise.distribution(facet, i)
     if not figures:
@@ -192,12 +194,12 @@ def noise_section(found: list[Group]) -> Section | None:
         legend(facets),
         tuple(figures),
         (),
-        noise_table(found),
+        noise_table(grouped),
     )
 
 
-def online(found: list[Group]) -> Section | None:
-    facets = curves.arrange(found)
+def online(grouped: list[Group]) -> Section | None:
+    facets = curves.arrange(grouped)
     figures = tuple(f for i, facet in enumerate(facets, 1) for f in curves.online(facet, i))
     if not figures:
         return None
@@ -210,8 +212,8 @@ def online(found: list[Group]) -> Section | None:
     return Section("online", "Noise while training", words, legend(facets), figures)
 
 
-def every_run(found: list[Group]) -> Section:
-    rows = [(run, g) for g in found for run in g.runs]
+def every_run(grouped: list[Group]) -> Section:
+    rows = [(run, g) for g in grouped for run in g.runs]
     return Section(
         "runs",
         "Runs",
@@ -255,35 +257,31 @@ def plus_minus(sample: Sample | None, digits: str, factor: float = 1) -> str:
     return f"{sample.mean * factor:{digits}}{spread}"
 
 
-def results_tables(found: list[Group], colors: dict[str, str]) -> str:
+def results_tables(grouped: list[Group], colors: dict[str, str]) -> str:
     """A table for each mode, and what its configurations have in common beyond what all runs
     have."""
-    parts = groups.by_mode(found)
+    parts = groups.by_mode(grouped)
     if len(parts) == 1:
-        return results_table(found, colors)
-    everywhere = groups.shared([g.config for g in found])
+        return results_table(grouped, colors)
+    everywhere = groups.shared([g.config for g in grouped])
     blocks = []
     for mode, some in parts.items():
-        same = groups.shared([g.config for g in some]).items()
+        common = groups.shared([g.config for g in some]).items()
         same = [
             groups.setting(n, v)
-            for n, v in same
+            for n, v in common
             if n not in everywhere and n != "mode" and groups.told(n, v, some)
         ]
-        said = (
-            f'<p class="settings">All: {text(", ".join(same))}.</p>'
-            if same and len(some) > 1
-            else ""
-        )
-        blocks.append(
-            f"<h3>--mode {text(groups.shown(mode))}</h3>{said}{results_table(some, colors)}"
-        )
+        said = f'<p class="settings">All: {text(", ".join(same))}.</p>' if same else ""
+        said *= len(some) > 1
+        heading = f"<h3>--mode {text(groups.shown(mode))}</h3>"
+        blocks.append(f"{heading}{said}{results_table(some, colors)}")
     return "".join(blocks)
 
 
-def results_table(found: list[Group], colors: dict[str, str]) -> str:
-    mixed = not all(g.unit() for g in found)
-    columns = {
+def results_table(grouped: list[Group], colors: dict[str, str]) -> str:
+    mixed = not all(g.unit() for g in grouped)
+    columns: dict[str, Callable[[Group], str]] = {
         "n": lambda g: str(len(g.done)),
         "final accuracy, %": lambda g: plus_minus(g.sample(groups.final_accuracy), ".2f", 100),
         "best accuracy, %": lambda g: plus_minus(g.sample(groups.best_accuracy), ".2f", 100),
@@ -301,11 +299,11 @@ def results_table(found: list[Group], colors: dict[str, str]) -> str:
             f"{count} {text(groups.shown(state))}" for state, count in g.unfinished().items()
         ),
     }
-    cells = {name: [of(g) for g in found] for name, of in columns.items()}
+    cells = {name: [of(g) for g in grouped] for name, of in columns.items()}
     kept = {name: values for name, values in cells.items() if any(values)}
     rows = (
         [series(colors.get(g.key), g.key, g.name), *(kept[name][i] for name in kept)]
-        for i, g in enumerate(found)
+        for i, g in enumerate(grouped)
     )
     return table(["configuration", *kept], rows)
 
@@ -336,36 +334,27 @@ def delta_cell(g: Group, mixed: bool) -> str:
 def whole_cell(sample: Sample | None) -> str:
     if sample is None:
         return ""
-    return f"{sample.mean:,.0f}" + (
-        f'<span class="sd"> ± {sample.sd:,.0f}</span>' if sample.sd else ""
-    )
+    spread = f'<span class="sd"> ± {sample.sd:,.0f}</span>' if sample.sd else ""
+    return f"{sample.mean:,.0f}{spread}"
 
 
-def critical_table(parts: list[list[Analysis]], titles: list[str], known) -> str:
-    heads = [
-        "runs, ε",
-        "b*",
-        "floor",
-        "n",
-        "c2_critical",
-        "at the floor's ends",
-        "c2_sampled",
-        "k2 (max ‖g‖²)",
-    ]
+def critical_table(
+    parts: list[list[Analysis]], titles: list[str], known: list[crossings.Variance]
+) -> str:
+    heads = ["runs, ε", "b*", "floor", "n", "c2_critical", "at the floor's ends", "c2_sampled"]
+    heads.append("k2 (max ‖g‖²)")
     rows = []
     for part, title in zip(parts, titles, strict=True):
         for a in part:
-            measured = [
-                c.value for c in crossings.constants(a, known) if c.source == crossings.SAMPLED
-            ]
+            variances = crossings.constants(a, known)
+            measured = [c.value for c in variances if c.source == crossings.SAMPLED]
             n = sorted({len(b.steps) for b in a.batches})
+            edge = " (at the edge)" if a.at_edge else ""
             rows.append(
                 [
                     text(f"{title}, ε {exact(a.eps)}".lstrip(", ")),
                     "" if a.best is None else f"{a.best:,}",
-                    "{:,} to {:,}{}".format(*a.bracket, " (at the edge)" if a.at_edge else "")
-                    if a.bracket
-                    else "",
+                    "{:,} to {:,}".format(*a.bracket) + edge if a.bracket else "",
                     " to ".join(str(v) for v in dict.fromkeys((n[0], n[-1]))) if n else "",
                     "" if a.c2_critical is None else f"{a.c2_critical:.4g}",
                     "{:.4g} to {:.4g}".format(*a.c2_range) if a.c2_range else "",
@@ -376,21 +365,18 @@ def critical_table(parts: list[list[Analysis]], titles: list[str], known) -> str
     return table(heads, rows)
 
 
-def noise_table(found: list[Group]) -> str:
-    rows = [(g, noise.summary(g)) for g in found if g.done and noise.points(g.done[0])]
+def noise_table(grouped: list[Group]) -> str:
+    rows = [(g, noise.summary(g)) for g in grouped if g.done and noise.points(g.done[0])]
     if not rows:
         return ""
     heads = ["configuration, first seed", *(name for name, _ in rows[0][1])]
-    return table(
-        heads,
-        (
-            [series(None, g.key, g.name), *(estimate(pair) for _, pair in cells)]
-            for g, cells in rows
-        ),
+    lines = (
+        [series(None, g.key, g.name), *(estimate(pair) for _, pair in cells)] for g, cells in rows
     )
+    return table(heads, lines)
 
 
-def estimate(pair: tuple[float, float | None] | None) -> str:
+def estimate(pair: noise.Estimate | None) -> str:
     if pair is None:
         return ""
     value, error = pair
@@ -432,22 +418,22 @@ def short_paths(paths: list[Path]) -> list[str]:
 
 def remarks(run: SavedRun) -> list[str]:
     """What of a run's folder cannot be taken as it is."""
-    found = []
+    notes = []
     reason = run.status.get("reason")
     if run.state != "done" and isinstance(reason, str) and reason.strip():
-        found.append(groups.clean(reason)[:200])
+        notes.append(groups.clean(reason)[:200])
     if run.torn:
-        found.append(f"{count(run.torn, 'torn line')} of metrics.jsonl left out")
+        notes.append(f"{count(run.torn, 'torn line')} of metrics.jsonl left out")
     if run.not_finite:
-        found.append(f"{count(run.not_finite, 'row')} with NaN or infinity, which are left out")
-    return found + [f"{name} cannot be read" for name in run.damaged]
+        notes.append(f"{count(run.not_finite, 'row')} with NaN or infinity, which are left out")
+    return notes + [f"{name} cannot be read" for name in run.damaged]
 
 
 # The page
 
 
 def html(runs: list[SavedRun], parts: list[Section]) -> str:
-    found = groups.group(runs)
+    grouped = groups.group(runs)
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     main = "\n".join(map(section, parts))
     contents = "".join(f'<a href="#{part.name}">{text(part.title)}</a>' for part in parts)
@@ -458,7 +444,7 @@ def html(runs: list[SavedRun], parts: list[Section]) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta name="color-scheme" content="light dark"/>
-<title>{text(title(found))}</title>
+<title>{text(title(grouped))}</title>
 <style>
 {variables()}{style}{svg.dark_rules()}
 </style>
@@ -466,10 +452,10 @@ def html(runs: list[SavedRun], parts: list[Section]) -> str:
 <body>
 <header>
 <p class="from">fastsmooth report</p>
-<h1>{text(title(found))}</h1>
-{facts(runs, found)}
-{settings(found)}
-{warnings(runs, found)}
+<h1>{text(title(grouped))}</h1>
+{facts(runs, grouped)}
+{settings(grouped)}
+{warnings(runs, grouped)}
 <nav>{contents}</nav>
 </header>
 <main>
@@ -522,10 +508,10 @@ def figure(f: Figure) -> str:
     return f"<figure><figcaption>{text(f.title)}</figcaption>{''.join(both)}</figure>\n"
 
 
-def title(found: list[Group]) -> str:
+def title(grouped: list[Group]) -> str:
     """What was trained on what."""
     both = [
-        sorted({groups.shown(g.config.get(name)) for g in found}) for name in ("model", "dataset")
+        sorted({groups.shown(g.config.get(name)) for g in grouped}) for name in ("model", "dataset")
     ]
     names = [
         ", ".join(values) if len(values) < 4 else f"{len(values)} {kind}"
@@ -534,24 +520,22 @@ def title(found: list[Group]) -> str:
     return " on ".join(names)
 
 
-def facts(runs: list[SavedRun], found: list[Group]) -> str:
+def facts(runs: list[SavedRun], grouped: list[Group]) -> str:
     done = sum(run.state == "done" for run in runs)
     entries = [
         ("runs", f"{len(runs)}", "all done" if done == len(runs) else f"{done} done"),
-        ("configurations", f"{len(found)}", ""),
+        ("configurations", f"{len(grouped)}", ""),
     ]
-    trained = [g for g in found if g.mode == "normal" and g.sample(groups.final_accuracy)]
+    trained = [
+        (sample, g)
+        for g in grouped
+        if g.mode == "normal" and (sample := g.sample(groups.final_accuracy))
+    ]
     if trained:
-        best = max(trained, key=curves.accuracy_of)
-        sample = best.sample(groups.final_accuracy)
+        sample, best = max(trained, key=lambda pair: pair[0].mean)
         spread = f" ± {100 * sample.sd:.2f}" if sample.sd is not None else ""
-        entries.append(
-            (
-                "highest final test accuracy",
-                f"{100 * sample.mean:.2f}{spread} %",
-                f"{best.name}, n = {sample.n}",
-            )
-        )
+        highest = f"{100 * sample.mean:.2f}{spread} %"
+        entries.append(("highest final test accuracy", highest, f"{best.name}, n = {sample.n}"))
     samples = [v for run in runs if (v := groups.reached(run, "samples")) is not None]
     entries.append(("gradient evaluations", f"{sum(samples):,.0f}", "of all runs"))
     cells = "".join(
@@ -561,22 +545,20 @@ def facts(runs: list[SavedRun], found: list[Group]) -> str:
     return f'<dl class="facts">{cells}</dl>'
 
 
-def settings(found: list[Group]) -> str:
+def settings(grouped: list[Group]) -> str:
     """What all runs have in common, of what names speak of."""
-    same = groups.shared([g.config for g in found])
+    same = groups.shared([g.config for g in grouped])
     words = [
         groups.setting(name, value)
         for name, value in same.items()
-        if groups.told(name, value, found)
+        if groups.told(name, value, grouped)
     ]
-    return (
-        f'<p class="settings">All runs: {text(", ".join(words))}.</p>'
-        if words and len(found) > 1
-        else ""
-    )
+    if not words or len(grouped) < 2:
+        return ""
+    return f'<p class="settings">All runs: {text(", ".join(words))}.</p>'
 
 
-def warnings(runs: list[SavedRun], found: list[Group]) -> str:
+def warnings(runs: list[SavedRun], grouped: list[Group]) -> str:
     """What a reader has to know of the runs before the figures."""
     notes = []
     states: dict[str, int] = {}
@@ -584,29 +566,18 @@ def warnings(runs: list[SavedRun], found: list[Group]) -> str:
         if run.state != "done":
             states[groups.shown(run.state)] = states.get(groups.shown(run.state), 0) + 1
     if states:
-        notes.append(
-            ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-            + ": not in any mean."
-        )
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        notes.append(f"{counts}: not in any mean.")
     torn, bad = sum(run.torn for run in runs), sum(run.not_finite for run in runs)
     damaged = sum(len(run.damaged) for run in runs)
     if torn or bad or damaged:
         notes.append(
             f"Left out: {count(torn, 'torn line')}, the NaN or infinite values of "
-            f"{count(bad, 'row')}, "
-            f"{count(damaged, 'file')} that cannot be read (see Runs)."
+            f"{count(bad, 'row')}, {count(damaged, 'file')} that cannot be read (see Runs)."
         )
-    twice = [
-        g
-        for g in found
-        if len({groups.shown(run.config.get("seed")) for run in g.done}) < len(g.done)
-    ]
+    seeds = [{groups.shown(run.config.get("seed")) for run in g.done} for g in grouped]
+    twice = [g.name for g, some in zip(grouped, seeds, strict=True) if len(some) < len(g.done)]
     if twice:
-        notes.append(
-            f"Several runs of one seed in {', '.join(g.name for g in twice[:3])}: n counts runs."
-        )
-    return (
-        f'<ul class="warnings">{"".join(f"<li>{text(note)}</li>" for note in notes)}</ul>'
-        if notes
-        else ""
-    )
+        notes.append(f"Several runs of one seed in {', '.join(twice[:3])}: n counts runs.")
+    items = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return f'<ul class="warnings">{items}</ul>' if notes else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 SMALLEST, LARGEST = 1e-100, 1e100  # numbers whose squares and quotients are numbers
@@ -19,11 +20,12 @@ def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def mean(values: list[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+def mean(values: Sequence[float]) -> float:
+    """Of at least one."""
+    return math.fsum(values) / len(values)
 
 
-def deviation(values: list[float]) -> float | None:
+def deviation(values: Sequence[float]) -> float | None:
     """The standard deviation with n - 1; None for fewer than two."""
     if len(values) < 2:
         return None

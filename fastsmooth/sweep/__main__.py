@@ -49,9 +49,8 @@ def sweep(argv: list[str]) -> int:
     out = Path(own["out"])
     if "run" in own:
         return do_run(out, own["run"])
-    runs = (
-        grid_runs(asked, own, out) if asked or own.keys() & {"grid", "seeds"} else read_sweep(out)
-    )
+    described = asked or own.keys() & {"grid", "seeds"}
+    runs = grid_runs(asked, own, out) if described else read_sweep(out)
     if own.get("plan"):
         print_plan(runs)
         return DONE
@@ -92,12 +91,11 @@ def do_all(out: Path, runs: list[Planned], own: dict[str, Any], stop: Stop) -> i
         )
         return stop.code
     summarise(out, runs)
-    found = [
-        read_run(out / run.name) for run, state in zip(runs, states, strict=True) if state == "done"
-    ]
+    pairs = zip(runs, states, strict=True)
+    done = [read_run(out / run.name) for run, state in pairs if state == "done"]
     failed = name_failed(out, runs, states)
-    if any(run.critical for run in found):
-        failed |= sample_at_best(out, found, own, stop)
+    if any(run.critical for run in done):
+        failed |= sample_at_best(out, done, own, stop)
     if stop.received:
         say(
             f"stopped by {stop.received}: all runs done but those that sample; the same command "

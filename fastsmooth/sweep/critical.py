@@ -11,7 +11,6 @@ with a measured C^2.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,18 +59,14 @@ class BatchResult:
     @property
     def reached(self) -> list[int]:
         """T(b) of the seeds that crossed eps after counting had begun."""
-        return [
-            t
-            for t, early in zip(self.steps, self.censored, strict=True)
-            if t is not None and not early
-        ]
+        pairs = zip(self.steps, self.censored, strict=True)
+        return [t for t, early in pairs if t is not None and not early]
 
     @property
     def bounds(self) -> list[int]:
         """The first updates that count, of the censored seeds."""
-        return [
-            t for t, early in zip(self.steps, self.censored, strict=True) if t is not None and early
-        ]
+        pairs = zip(self.steps, self.censored, strict=True)
+        return [t for t, early in pairs if t is not None and early]
 
     @property
     def n(self) -> int:
@@ -84,12 +79,12 @@ class BatchResult:
     @property
     def complete(self) -> bool:
         """Whether every seed has a T(b), without which a mean would be of the seeds that are fast
-        or slow."""
+        or slow; a batch size has at least one seed."""
         return self.n == len(self.steps)
 
     @property
     def mean_steps(self) -> float | None:
-        return mean(self.reached)
+        return mean(self.reached) if self.reached else None
 
     @property
     def sd_steps(self) -> float | None:
@@ -118,10 +113,16 @@ class Analysis:
     k2_mean_square: float | None  # the mean over runs of the mean squared gradient norm
 
     @property
+    def sfo(self) -> dict[int, float]:
+        """The mean N(b) of the batch sizes that have one, by batch size."""
+        means = {b.batch_size: b.sfo_mean for b in self.batches}
+        return {size: value for size, value in means.items() if value is not None}
+
+    @property
     def best(self) -> int | None:
         """b*: the batch size with the smallest mean N."""
-        reached = [b for b in self.batches if b.sfo_mean is not None]
-        return min(reached, key=lambda b: b.sfo_mean).batch_size if reached else None
+        sfo = self.sfo
+        return min(sfo, key=lambda size: sfo[size], default=None)
 
     @property
     def bracket(self) -> tuple[int, int] | None:
@@ -130,26 +131,25 @@ class Analysis:
         if self.best is None:
             return None
         sizes = [b.batch_size for b in self.batches]
-        at = low = high = sizes.index(self.best)
-        while low > 0 and self._flat(low - 1):
+        low = high = sizes.index(self.best)
+        while low > 0 and self._flat(sizes[low - 1]):
             low -= 1
-        while high + 1 < len(sizes) and self._flat(high + 1):
+        while high + 1 < len(sizes) and self._flat(sizes[high + 1]):
             high += 1
-        return (sizes[low], sizes[high]) if low <= at <= high else None
+        return sizes[low], sizes[high]
 
-    def _flat(self, at: int) -> bool:
-        smallest = min(b.sfo_mean for b in self.batches if b.sfo_mean is not None)
-        found = self.batches[at].sfo_mean
-        return found is not None and found <= (1 + FLAT) * smallest
+    def _flat(self, batch_size: int) -> bool:
+        sfo = self.sfo
+        return batch_size in sfo and sfo[batch_size] <= (1 + FLAT) * min(sfo.values())
 
     @property
     def at_edge(self) -> bool:
         """Whether the floor ends where the batches that were tried, or that reached eps, end: b*
         may lie outside."""
-        reached = [b.batch_size for b in self.batches if b.sfo_mean is not None]
-        return self.bracket is not None and (
-            self.bracket[0] == reached[0] or self.bracket[1] == reached[-1]
-        )
+        if self.bracket is None:
+            return False
+        low, high = self.bracket
+        return low == min(self.sfo) or high == max(self.sfo)
 
     @property
     def censored(self) -> list[int]:
@@ -164,7 +164,10 @@ class Analysis:
     @property
     def c2_range(self) -> tuple[float, float] | None:
         """c2_critical at the two ends of the floor."""
-        return None if self.bracket is None else tuple(self.grad_variance(b) for b in self.bracket)
+        if self.bracket is None:
+            return None
+        low, high = self.bracket
+        return self.grad_variance(low), self.grad_variance(high)
 
     def grad_variance(self, batch_size: float) -> float:
         """C^2 = b* eps^2 / (kappa lr)."""
@@ -176,30 +179,30 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         rows = [
-            {"batch_size": b.batch_size, "steps": list(b.steps), "samples": list(b.samples)}
-            | {
+            {
+                "batch_size": b.batch_size,
+                "steps": list(b.steps),
+                "samples": list(b.samples),
                 "mean_steps": b.mean_steps,
                 "sd_steps": b.sd_steps,
                 "sfo_mean": b.sfo_mean,
                 "sfo_sd": b.sfo_sd,
+                "n": b.n,
+                "not_reached": b.not_reached,
+                "censored": len(b.bounds),
             }
-            | {"n": b.n, "not_reached": b.not_reached, "censored": len(b.bounds)}
             for b in self.batches
         ]
-        found = {
+        return {
             "group": self.group,
             "eps": self.eps,
             "kappa": self.kappa,
             "batches": rows,
             "best": self.best,
-        }
-        found |= {
             "bracket": self.bracket,
             "flat_within": FLAT,
             "at_edge": self.at_edge,
             "censored": self.censored,
-        }
-        return found | {
             "c2_critical": self.c2_critical,
             "c2_range": self.c2_range,
             "k2": self.k2,
@@ -214,11 +217,11 @@ def analyse(runs: Iterable[SavedRun]) -> list[Analysis]:
     for run in runs:
         if sound(run):
             groups.setdefault(repr(sorted(settings(run.config).items())), []).append(run)
-    found = []
+    analyses = []
     for members in groups.values():
         thresholds = sorted({float(name) for run in members for name in run.critical["crossings"]})
-        found += [analyse_group(members, eps) for eps in thresholds]
-    return found
+        analyses += [analyse_group(members, eps) for eps in thresholds]
+    return analyses
 
 
 def analyse_group(runs: list[SavedRun], eps: float) -> Analysis:
@@ -230,28 +233,24 @@ def analyse_group(runs: list[SavedRun], eps: float) -> Analysis:
     results = tuple(
         BatchResult(
             size,
-            *(tuple(c[key] if c else None for c in crossings) for key in ("step", "samples")),
+            tuple(c["step"] if c else None for c in crossings),
+            tuple(c["samples"] if c else None for c in crossings),
             tuple(bool(c and c.get("censored")) for c in crossings),
         )
         for size, crossings in sorted(batches.items())
     )
     config = runs[0].config
     smoothing = Smoothing(config["optimizer"], nu=config.get("nu", 1.0))
-    largest = [
-        run.critical["grad_norm_max"] for run in runs if number(run.critical.get("grad_norm_max"))
-    ]
-    squares = [
-        run.critical["grad_norm_rms"] ** 2
-        for run in runs
-        if number(run.critical.get("grad_norm_rms"))
-    ]
+    said = [run.critical for run in runs]
+    largest = [c["grad_norm_max"] for c in said if number(c.get("grad_norm_max"))]
+    squares = [c["grad_norm_rms"] ** 2 for c in said if number(c.get("grad_norm_rms"))]
     return Analysis(
         settings(config),
         eps,
         results,
         smoothing.critical_factor(runs[0].critical["momentum"]),
         max(largest) ** 2 if largest else None,
-        mean(squares),
+        mean(squares) if squares else None,
     )
 
 
@@ -291,17 +290,17 @@ def crossing(value: Any) -> bool:
     )
 
 
-def sample_at_best(out: Path, found: list[SavedRun], own: dict[str, Any], stop: Stop) -> bool:
+def sample_at_best(out: Path, done: list[SavedRun], own: dict[str, Any], stop: Stop) -> bool:
     """critical.json: b*, C^2 and K^2 of every curve, with C^2 sampled at b* where the smallest eps
     was reached.
 
     Whether any of the runs that sample failed.
     """
     failed = False
-    curves = analyse(found)
+    curves = analyse(done)
     folder = out / "sampled"
     folder.mkdir(exist_ok=True)
-    sampled = sampling_runs(curves, found)
+    sampled = sampling_runs(curves, done)
     planned = apart([run for _, run in sampled], folder)  # curves may share a run
     names = {id(curve): run.name for (curve, _), run in zip(sampled, planned, strict=True)}
     runs = list({run.name: run for run in planned}.values())
@@ -329,18 +328,18 @@ def sampled_point(run: SavedRun) -> dict[str, Any]:
     noise.json does not say it."""
     try:
         point = run.noise["points"][-1]
-        found = {"c2_sampled": point["c2_sampled"], "c2_sampled_se": point["c2_sampled_se"]}
-        found |= {"sampled_step": point["step"], "sampled_batch_size": point["batch_size"]}
+        entries = {"c2_sampled": point["c2_sampled"], "c2_sampled_se": point["c2_sampled_se"]}
+        entries |= {"sampled_step": point["step"], "sampled_batch_size": point["batch_size"]}
     except (KeyError, IndexError, TypeError):
-        found = {"c2_sampled": None}
-    if all(number(value) for value in found.values()):
-        return found
+        entries = {"c2_sampled": None}
+    if all(number(value) for value in entries.values()):
+        return entries
     file = run.path / "noise.json"
     warn(f"{file} is damaged: remove its folder, and the noise is sampled again")
     return {}
 
 
-def sampling_runs(curves: list[Analysis], found: list[SavedRun]) -> list[tuple[Analysis, Planned]]:
+def sampling_runs(curves: list[Analysis], done: list[SavedRun]) -> list[tuple[Analysis, Planned]]:
     """For every curve the run that samples the noise at b*, where its first seed crossed the
     smallest eps that has a b*."""
     runs = []
@@ -352,10 +351,10 @@ def sampling_runs(curves: list[Analysis], found: list[SavedRun]) -> list[tuple[A
         aim = lowest.get(repr(curve.group))
         if aim is None:
             continue
-        of_group = [r for r in found if sound(r) and settings(r.config) == aim.group]
+        of_group = [r for r in done if sound(r) and settings(r.config) == aim.group]
         of_batch = [r for r in of_group if r.critical["batch_size"] == aim.best]
         run = min(of_batch, key=lambda r: r.critical["seed"])
-        step = next(b.steps[0] for b in aim.batches if b.batch_size == aim.best)
+        step = next(b.reached[0] for b in aim.batches if b.batch_size == aim.best)
         runs.append((curve, sampling_run(run, step)))
     return runs
 
@@ -363,55 +362,35 @@ def sampling_runs(curves: list[Analysis], found: list[SavedRun]) -> list[tuple[A
 def sampling_run(run: SavedRun, step: int) -> Planned:
     """The run again, up to the point from which update `step` was made, where the noise is
     sampled."""
-    left_out = {
-        "mode",
-        "eps",
-        "criterion",
-        "min_epochs",
-        "full_grad_every",
-        "budget",
-        "out",
-        "resume",
-        "max_time",
-    }
-    left_out |= {"track_noise", "estimator"}
+    left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget"}
+    left_out |= {"out", "resume", "max_time", "track_noise", "estimator"}
     saved = parsing.read_saved(run.path)
     if saved.bn != "eval" or saved.momentum:  # a direction has no other mode than training then
         left_out.add("bn")
-    given = {
-        f.name: getattr(saved, f.name) for f in dataclasses.fields(saved) if f.name not in left_out
-    }
-    given = {
-        name: value for name, value in given.items() if value is not None and value is not False
-    }
+    values = {name: value for name, value in vars(saved).items() if name not in left_out}
+    given = {name: v for name, v in values.items() if v is not None and v is not False}
     given |= {"mode": "sampling", "steps": (step - 1,)}
     return Planned(run.path.name, tuple(words(configs.without_idle(given))), {})
 
 
 def print_curve(curve: Analysis, entry: dict[str, Any]) -> None:
     about = f"{curve.group['optimizer']}, lr {curve.group['lr']:g}, eps {exact(curve.eps)}"
-    without = (
-        "; left out, since censored at the first update that counts: b "
-        f"{', '.join(map(str, curve.censored))}"
-    )
-    without *= bool(curve.censored)
-    if curve.best is None:
+    without = edge = ""
+    if curve.censored:
+        sizes = ", ".join(map(str, curve.censored))
+        without = f"; left out, since censored at the first update that counts: b {sizes}"
+    if curve.bracket is None or curve.c2_range is None:  # no b*, nor anything of it
         say(f"{about}: no batch size reached it with every seed{without}")
         return
-    low, high = curve.bracket
-    edge = (
-        "; the floor reaches the edge of what was tried, so b* may lie outside"
-        if curve.at_edge
-        else ""
-    )
-    sampled = entry["c2_sampled"]
-    say(
+    if curve.at_edge:
+        edge = "; the floor reaches the edge of what was tried, so b* may lie outside"
+    (low, high), (least, most) = curve.bracket, curve.c2_range
+    line = (
         f"{about}: b* {curve.best} (N within {FLAT:.0%} from {low} to {high}{edge}{without}), "
-        f"c2_critical {curve.c2_critical:.4g} ({curve.c2_range[0]:.4g} to {curve.c2_range[1]:.4g})"
-        + (f", k2 {curve.k2:.4g}" if curve.k2 is not None else "")
-        + (
-            f", c2_sampled {sampled:.4g} +- {entry['c2_sampled_se']:.2g}"
-            if sampled is not None
-            else ""
-        )
+        f"c2_critical {curve.c2_critical:.4g} ({least:.4g} to {most:.4g})"
     )
+    if curve.k2 is not None:
+        line += f", k2 {curve.k2:.4g}"
+    if entry["c2_sampled"] is not None:
+        line += f", c2_sampled {entry['c2_sampled']:.4g} +- {entry['c2_sampled_se']:.2g}"
+    say(line)

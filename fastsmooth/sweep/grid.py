@@ -127,10 +127,12 @@ def expanded(words: Iterable[str]) -> list[str]:
 
 
 def values_of(word: str) -> list[str]:
-    found = re.fullmatch(r"(?:(--?[\w-]+)=)?([\d.e-]+?)\.\.([\d.e-]+)([x+])([\d.e-]+)", word[:200])
-    if not found or len(word) > 200:  # of which the expression would try every beginning
+    written = r"(?:(--?[\w-]+)=)?([\d.e-]+?)\.\.([\d.e-]+)([x+])([\d.e-]+)"
+    # of a longer word the expression would try every beginning
+    range_ = re.fullmatch(written, word) if len(word) <= 200 else None
+    if range_ is None:
         return [word]
-    name, *numbers = found.groups()
+    name, *numbers = range_.groups()
     try:
         first, last, by = float(numbers[0]), float(numbers[1]), float(numbers[3])
     except ValueError:
@@ -155,7 +157,7 @@ def grid_runs(given: dict[str, Any], own: dict[str, Any], out: Path) -> list[Pla
     """The runs in `out` that flags and --grid describe. Raises ConfigError for a combination that
     cannot be run."""
     shared, tables = read_grid(own["grid"]) if "grid" in own else ({}, [{}])
-    found: dict[str, tuple[dict[str, Any], configs.Config]] = {}
+    distinct: dict[str, dict[str, Any]] = {}  # what is given, by what it comes to
     asked: set[str] = set()
     for table in tables:
         axes = shared | table | given
@@ -170,14 +172,14 @@ def grid_runs(given: dict[str, Any], own: dict[str, Any], out: Path) -> list[Pla
             raise ConfigError(f"the grid has over {MOST_RUNS:,} runs: give fewer values")
         for one in combinations(axes):
             kept = configs.without_idle(one)
-            c = configs.resolve(kept)
-            found.setdefault(json.dumps(c.to_json(), sort_keys=True), (kept, c))
-    kept = [one for one, _ in found.values()]
-    for name in sorted(asked - {name for one in kept for name in one} - {"method"}):
+            comes_to = configs.resolve(kept).to_json()
+            distinct.setdefault(json.dumps(comes_to, sort_keys=True), kept)
+    runs = list(distinct.values())
+    for name in sorted(asked - {name for one in runs for name in one} - {"method"}):
         raise ConfigError(
-            f"{flag(name)} has no effect in any of the {len(kept)} runs: leave it out"
+            f"{flag(name)} has no effect in any of the {len(runs)} runs: leave it out"
         )
-    return named(kept, out)
+    return named(runs, out)
 
 
 def listed(axes: dict[str, Any], name: str) -> list[Any]:
@@ -189,13 +191,11 @@ def listed(axes: dict[str, Any], name: str) -> list[Any]:
 def combinations(axes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every choice of one value an axis, in the order of train's flags, the seed changing
     fastest."""
-    names = [name for name in FIELDS if name in axes and name != "seed"] + ["seed"] * (
-        "seed" in axes
-    )
+    names = [name for name in FIELDS if name in axes and name != "seed"]
+    names += ["seed"] if "seed" in axes else []
     for values in itertools.product(*(listed(axes, name) for name in names)):
-        yield {
-            n: tuple(v) if isinstance(v, list) else v for n, v in zip(names, values, strict=True)
-        }
+        pairs = zip(names, values, strict=True)
+        yield {name: tuple(v) if isinstance(v, list) else v for name, v in pairs}
 
 
 def named(given: list[dict[str, Any]], out: Path) -> list[Planned]:
@@ -204,15 +204,9 @@ def named(given: list[dict[str, Any]], out: Path) -> list[Planned]:
     wanted = []
     for one in given:
         differs = {name: one[name] for name in names if name in one}
-        parts = [
-            f"{flag(name).strip('-')}={configs.shown(value)}" for name, value in differs.items()
-        ]
-        name = (
-            re.sub(r"[^\w.=+-]", "-", "_".join(parts))
-            .encode()[:LONGEST_NAME]
-            .decode(errors="ignore")
-            or "run"
-        )
+        parts = [f"{flag(k).strip('-')}={configs.shown(v)}" for k, v in differs.items()]
+        plain = re.sub(r"[^\w.=+-]", "-", "_".join(parts)).encode()[:LONGEST_NAME]
+        name = plain.decode(errors="ignore") or "run"
         wanted.append(Planned(name, tuple(words(one)), differs))
     return apart(wanted, out)
 
@@ -225,16 +219,13 @@ def apart(wanted: list[Planned], out: Path) -> list[Planned]:
     told apart too.
     """
     # that of Path raises what a name that is too long meets
-    had = (
-        {run.flags: run.name for run in read_sweep(out)}
-        if os.path.exists(out / "sweep.json")
-        else {}
-    )
+    before = read_sweep(out) if os.path.exists(out / "sweep.json") else []
+    had = {run.flags: run.name for run in before}
     with refusing(out):
-        taken = {
-            same(name) for name in (*had.values(), *(os.listdir(out) if os.path.isdir(out) else ()))
-        }
-    found, tried = [], collections.Counter()
+        there = os.listdir(out) if os.path.isdir(out) else []
+    taken = {same(name) for name in (*had.values(), *there)}
+    runs = []
+    tried: collections.Counter[str] = collections.Counter()
     for run in wanted:
         if run.flags not in had:
             name = run.name
@@ -243,8 +234,8 @@ def apart(wanted: list[Planned], out: Path) -> list[Planned]:
                 name = f"{run.name}_{tried[run.name] + 1}"
             taken.add(same(name))
             had[run.flags] = name
-        found.append(dataclasses.replace(run, name=had[run.flags]))
-    return found
+        runs.append(dataclasses.replace(run, name=had[run.flags]))
+    return runs
 
 
 def same(name: str) -> str:
@@ -284,8 +275,8 @@ def grid_table(table: dict[str, Any], source: str) -> dict[str, Any]:
         }
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    found = parsing.from_table(parser(), table | long, source)
-    stranger = next((name for name in found if name not in FIELDS or name == "out"), None)
+    values = parsing.from_table(parser(), table | long, source)
+    stranger = next((name for name in values if name not in FIELDS or name == "out"), None)
     if stranger:
         raise ConfigError(f"{source}: {stranger} belongs on the command line")
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}

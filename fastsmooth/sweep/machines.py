@@ -73,7 +73,7 @@ def end_with_parent() -> None:
 class Stop:
     """Notes the first signal that asks to stop, while it is entered."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: str | None = None
 
     @property
@@ -102,23 +102,15 @@ def on_this_machine(
     waiting = [number for number, run in enumerate(runs) if unfinished(out, run)]
     table = Table(out, runs, len(runs) - len(waiting))
     # the place of each job: a run's number and its process
-    active: dict[int, tuple[int, subprocess.Popen]] = {}
+    active: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
     (out / "logs").mkdir(exist_ok=True)
     try:
         while (waiting and not stop.received) or active:
             for place in range(jobs):
                 if waiting and not stop.received and place not in active:
                     number = waiting.pop(0)
-                    active[place] = (
-                        number,
-                        start(
-                            out,
-                            runs[number],
-                            number,
-                            jobs,
-                            gpus[place % len(gpus)] if gpus else None,
-                        ),
-                    )
+                    gpu = gpus[place % len(gpus)] if gpus else None
+                    active[place] = number, start(out, runs[number], number, jobs, gpu)
             for place, (number, process) in list(active.items()):
                 if stop.received:
                     process.terminate()
@@ -134,7 +126,9 @@ def on_this_machine(
             process.terminate()
 
 
-def start(out: Path, run: Planned, number: int, jobs: int, gpu: str | None) -> subprocess.Popen:
+def start(
+    out: Path, run: Planned, number: int, jobs: int, gpu: str | None
+) -> subprocess.Popen[bytes]:
     env = os.environ | {PARENT: str(os.getpid())}
     env.setdefault("OMP_NUM_THREADS", str(max(1, processors() // jobs)))
     if gpu is not None:
@@ -174,23 +168,29 @@ def on_ray(
 ) -> None:
     """The same on a Ray cluster, whose machines must all see the folder."""
     try:
-        import ray
+        import ray  # an extra
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'fastsmooth[ray]'") from None
     waiting = [number for number, run in enumerate(runs) if unfinished(out, run)]
     (out / "logs").mkdir(exist_ok=True)
-    ray.init(
-        None if own["ray"] == "local" else own["ray"], log_to_driver=False, logging_level="ERROR"
-    )
+    address = None if own["ray"] == "local" else own["ray"]
+    ray.init(address, log_to_driver=False, logging_level="ERROR")
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
 
     # a worker that is lost is a run that goes on elsewhere
     @ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)
     def do(command: list[str], log: str, where: str) -> int:
         with open(log, "ab") as file:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            env = os.environ | {PARENT: str(os.getpid())}
-            return subprocess.run(command, cwd=where, env=env, check=False, **streams).returncode
+            done = subprocess.run(
+                command,
+                cwd=where,
+                env=os.environ | {PARENT: str(os.getpid())},
+                check=False,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
+            return done.returncode
 
     table = Table(out.absolute(), runs, len(runs) - len(waiting))
     try:
@@ -218,44 +218,27 @@ def write_slurm(script: Path, out: Path, count: int, own: dict[str, Any]) -> int
     """A job array that does the runs; a run that Slurm preempts or that meets its time limit saves,
     and is queued again."""
     limit = f"%{own['jobs']}" if "jobs" in own else ""
-    options = [
-        "--job-name=fastsmooth",
-        f"--array=0-{count - 1}{limit}",
-        "--requeue",
-        "--open-mode=append",
-    ]
-    options += [
-        "--signal=USR1@120",
-        f"--output={out.absolute()}/logs/slurm-%a.log",
-        *own.get("sbatch", []),
-    ]
-    bad = next(
-        (
-            option
-            for option in options
-            if not option.startswith("-") or option.splitlines() != [option]
-        ),
-        None,
-    )
-    if bad is not None:
-        raise ConfigError(f"--sbatch {bad!r} is not an option: write --sbatch=--time=4:00:00")
+    options = ["--job-name=fastsmooth", f"--array=0-{count - 1}{limit}", "--requeue"]
+    options += ["--open-mode=append", "--signal=USR1@120"]
+    options += [f"--output={out.absolute()}/logs/slurm-%a.log", *own.get("sbatch", [])]
+    for option in options:
+        if not option.startswith("-") or option.splitlines() != [option]:
+            raise ConfigError(
+                f"--sbatch {option!r} is not an option: write --sbatch=--time=4:00:00"
+            )
     (out / "logs").mkdir(exist_ok=True)
     command = [sys.executable, "-m", "fastsmooth.sweep", "--out", str(out.absolute()), "--run"]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in options),
         f"cd {shlex.quote(os.getcwd())} || exit 74",
-    ]
-    lines += [
         "# srun gets the signal 120 s before the time limit; the run saves and exits 75",
         "code=0",
-    ]
-    lines += [f'srun {shlex.join(command)} "$SLURM_ARRAY_TASK_ID" || code=$?']
-    lines += [
+        f'srun {shlex.join(command)} "$SLURM_ARRAY_TASK_ID" || code=$?',
         f'if [ "$code" -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
         'exit "$code"',
     ]
     replace(script, ("\n".join(lines) + "\n").encode())
     say(f"{script}: {count} runs; start them with: sbatch {shlex.quote(str(script))}")
-    say(f"when they are done: {shlex.join([*command[:-1]])}")
+    say(f"when they are done: {shlex.join(command[:-1])}")
     return DONE

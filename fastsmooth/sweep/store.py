@@ -48,19 +48,14 @@ def read_sweep(out: Path) -> list[Planned]:
 def planned(name: Any, flags: Any, differs: Any) -> Planned:
     """A run as sweep.json has it. Raises ValueError for what no sweep has written: the name becomes
     a folder that may be removed."""
-    if (
-        not isinstance(name, str)
-        or not re.fullmatch(r"[\w.=+-]{1,150}", name)
-        or name in (".", "..")
-    ):
+    named = isinstance(name, str) and re.fullmatch(r"[\w.=+-]{1,150}", name)
+    if not named or name in (".", ".."):
         raise ValueError(f"{name!r} is not the name of a run")
-    if not isinstance(flags, list) or not all(
-        isinstance(word, str) and "\0" not in word for word in flags
-    ):
+    listed = flags if isinstance(flags, list) else [None]
+    if not all(isinstance(word, str) and "\0" not in word for word in listed):
         raise ValueError(f"the flags of {name} are not words")
-    "".join(
-        (*flags, json.dumps(differs, ensure_ascii=False))
-    ).encode()  # or it raises, as a command line and print would
+    # or it raises, as a command line and print would
+    "".join((*flags, json.dumps(differs, ensure_ascii=False))).encode()
     if not isinstance(differs, dict) or not differs.keys() <= FIELDS.keys():
         raise ValueError(f"{name} differs from the others in what is no flag")
     return Planned(name, tuple(flags), differs)
@@ -118,7 +113,7 @@ class Results:
         folder = self.out / run.name
         state = read_status(folder).get("state", without)
         summary = read_object(folder / "summary.json") if state == "done" else None
-        found = run.to_json() | {"state": state, "summary": summary or {}}
+        entry = run.to_json() | {"state": state, "summary": summary or {}}
         if state in FINAL:
-            self.ended[run.name] = found
-        return found
+            self.ended[run.name] = entry
+        return entry

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fastsmooth.cli import config as configs
 from fastsmooth.cli.config import flag
@@ -18,6 +18,9 @@ from fastsmooth.runfolder.numbers import mean, number
 from fastsmooth.runfolder.read import read_run, read_status
 from fastsmooth.sweep.store import NO_START, Planned
 
+if TYPE_CHECKING:
+    from rich.live import Live
+
 
 class Table:
     """The state of the runs while they go: a table that is redrawn on a terminal, else a line for
@@ -25,20 +28,20 @@ class Table:
 
     def __init__(self, out: Path, runs: list[Planned], done: int):
         self.out, self.runs, self.done = out, runs, done
-        self.live = None
+        self.live: Live | None = None
         self.drawn = 0.0
         if done:
             say(f"{done} of {len(runs)} runs are finished already")
         if on_terminal(sys.stdout):
             try:
-                from rich.console import Console
+                from rich.console import Console  # an extra, for terminals alone
                 from rich.live import Live
             except ImportError:
                 return
             # lines on stderr go above the table where both are on the terminal, else where the user
             # sent them
             self.live = Live(
-                console=Console(file=Harmless()),
+                console=Console(file=cast(TextIO, Harmless())),  # it has what rich uses
                 transient=True,
                 auto_refresh=False,
                 redirect_stderr=on_terminal(sys.stderr),
@@ -52,7 +55,7 @@ class Table:
     def show(self, active: list[Planned]) -> None:
         if self.live is None or time.monotonic() - self.drawn < 1.0:
             return
-        from rich.table import Table as Grid
+        from rich.table import Table as Grid  # as the Live above
         from rich.text import Text
 
         self.drawn = time.monotonic()
@@ -104,9 +107,8 @@ def name_failed(out: Path, runs: list[Planned], states: list[str]) -> bool:
     """Say which runs are not done, and why; whether there are any."""
     failed = [(run, state) for run, state in zip(runs, states, strict=True) if state != "done"]
     for run, state in failed:
-        reason = read_status(out / run.name).get("reason") or last_line(
-            out / "logs" / f"{run.name}.log"
-        )
+        log = out / "logs" / f"{run.name}.log"
+        reason = read_status(out / run.name).get("reason") or last_line(log)
         note(f"{state}: {run.name}: {reason}")
     return bool(failed)
 
@@ -129,19 +131,13 @@ def summarise(out: Path, runs: list[Planned]) -> None:
     for run in runs:
         if read_status(out / run.name).get("state") != "done":
             continue
-        found = read_run(out / run.name).summary.get("final_test_acc")
-        name = "_".join(
-            f"{flag(k).strip('-')}={configs.shown(v)}"
-            for k, v in run.differs.items()
-            if k != "seed"
-        )
-        if number(found):
-            groups.setdefault(name or "all", []).append(found)
+        accuracy = read_run(out / run.name).summary.get("final_test_acc")
+        differs = {k: v for k, v in run.differs.items() if k != "seed"}
+        name = "_".join(f"{flag(k).strip('-')}={configs.shown(v)}" for k, v in differs.items())
+        if accuracy is not None and number(accuracy):
+            groups.setdefault(name or "all", []).append(accuracy)
     width = max(map(len, groups), default=0)
     for name, values in groups.items():
         deviation = deviation_of(values)
-        say(
-            f"{name:<{width}}  test acc {mean(values):.2%}"
-            + (f" +- {deviation:.2%}" if deviation is not None else "")
-            + f"  n {len(values)}"
-        )
+        spread = "" if deviation is None else f" +- {deviation:.2%}"
+        say(f"{name:<{width}}  test acc {mean(values):.2%}{spread}  n {len(values)}")

@@ -66,7 +66,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         # before their first use, which would warn in other words
         kernels = choose_kernels(c, device, torch)
         read, decided = data.read_set(c), ""
-        if c.image_size is None:
+        if not c.image_size:
             side = data.usual_side(read)
             c, asked = configs.fitted(c, side), c
             decided = choice(c, asked, side)
@@ -335,9 +335,7 @@ def default_out(c: Config) -> Path:
 
 def choice(c: Config, asked: Config, side: int) -> str:
     """What the images decided, and how to decide otherwise."""
-    made = [("--image-size", c.image_size)] + (
-        [("--model", c.model)] if asked.model is None else []
-    )
+    made = [("--image-size", c.image_size)] + ([("--model", c.model)] if not asked.model else [])
     what, flags = (" and ".join(str(pair[k]) for pair in made) for k in (1, 0))
     return (
         f"{what}: chosen for images whose shorter side has {side} pixels (the median); change "

@@ -230,7 +230,7 @@ def print_plan(c: Config, as_json: bool) -> None:
         show(table.row(cells, columns(sys.stdout)))
     for line in [*units(c), *notes(c, schedule), cost(plan) if plan else cost_of_a_folder(c)]:
         show(line)
-    if c.image_size is None:
+    if not c.image_size:
         show(
             "the images, which --plan does not open, decide what --image-size and --model are "
             "where they are not given"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -50,9 +52,11 @@ class Step:
         # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere
         # already
         self._params = [p for p in model.parameters() if p.requires_grad]
-        self._norms = [m for m in norms if m.running_mean is not None]
-        own = [m for m in self._norms if not isinstance(m, SyncBatchNorm)]
-        self._statistics = [b for m in own for b in (m.running_mean, m.running_var)]
+        kept = [m for m in norms if m.running_mean is not None]
+        own = [m for m in kept if not isinstance(m, SyncBatchNorm)]
+        names = ("running_mean", "running_var")
+        self._statistics = [m.get_buffer(name) for m in own for name in names]
+        self._counts = [m.get_buffer("num_batches_tracked") for m in kept]
         self.compiled_graphs = 0
         self._bucket: Bucket | None = None
         self._forward = self._plain_forward
@@ -70,24 +74,23 @@ class Step:
         """
         size = size or len(y)
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum = correct_sum = None
+        sums: tuple[Tensor, Tensor] | None = None
         for part in self.parts(x, y):
             loss, correct = self._mean_loss(*part, self.autocast)
             # before the backward pass, in which SyncBatchNorm mixes the processes
             if len(part[1]) < size:
                 loss = loss * (len(part[1]) / size)
             loss.backward()
-            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
-            correct_sum = correct if correct_sum is None else correct_sum + correct
-        if self.ranks.world > 1:
-            if loss_sum is None:  # an empty share
-                loss_sum = correct_sum = torch.zeros((), device=self.device)
-            loss_sum, correct_sum = self._add_up(len(y) / size, loss_sum, correct_sum, size)
-        return loss_sum, correct_sum
+            loss = loss.detach()
+            sums = (loss, correct) if sums is None else (sums[0] + loss, sums[1] + correct)
+        if sums is None:  # an empty share
+            zero = torch.zeros((), device=self.device)
+            sums = zero, zero
+        return self._add_up(len(y) / size, *sums, size) if self.ranks.world > 1 else sums
 
     def parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What goes through the model together; an empty share does so only where the other
-        processes wait for it."""
+        """What goes through the model together, of x [b, 3, H, W] and y [b]; an empty share does so
+        only where the other processes wait for it."""
         if self.micro_batch and len(y) > self.micro_batch:
             return zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True)
         return iter([(x, y)] if len(y) or self.joined else [])
@@ -112,18 +115,20 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         """Gradients, running statistics, loss and hits over all processes in one exchange."""
         if self._bucket is None:
-            self._bucket = Bucket(self._params + self._statistics, extra=2)
+            self._bucket = Bucket([*self._params, *self._statistics], extra=2)
+        grads = []
         for p in self._params:
             if p.grad is None:  # an empty share
                 p.grad = torch.zeros_like(p)
+            grads.append(p.grad)
         if self._statistics:
             torch._foreach_mul_(self._statistics, share)
         self._bucket.extra.copy_(torch.stack([loss, correct.to(loss.dtype)]))
-        self._bucket.sum_([p.grad for p in self._params] + self._statistics)
+        self._bucket.sum_(grads + self._statistics)
         # some share was empty, and BatchNorm not have counted the batch there
         if size < self.ranks.world:
-            for module in self._norms:
-                self.ranks.largest_(module.num_batches_tracked)
+            for count in self._counts:
+                self.ranks.largest_(count)
         loss, correct = self._bucket.extra.clone()
         return loss, correct.round().to(torch.int64)
 
@@ -132,13 +137,16 @@ class Step:
 
     def grad_norm(self) -> Tensor:
         """The L2 norm of the gradient that the last update applied, over all parameters, 0-d
-        float64 on the device."""
-        return self.optimizer.sq_norms[0].sqrt()
+        float64 on the device. Raises RuntimeError before the first."""
+        squares = self.optimizer.sq_norms
+        if squares is None:
+            raise RuntimeError("no update was made yet")
+        return squares[0].sqrt()
 
     @torch.no_grad()
-    def evaluate(self, batches) -> tuple[float, float]:
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """(mean loss, accuracy) over all samples of `batches` in evaluation mode, each weighted the
-        same.
+        same; a batch is x [b, 3, H, W] and y [b].
 
         With several processes, each gives its own batches, and the means are over those of all.
         """
@@ -152,24 +160,21 @@ class Step:
             correct_sum += correct
             count += len(y)
         self.model.train()
-        sums = torch.stack(
-            [loss_sum, correct_sum.to(loss_sum.dtype), torch.full_like(loss_sum, count)]
-        )
+        samples = torch.full_like(loss_sum, count)
+        sums = torch.stack([loss_sum, correct_sum.to(loss_sum.dtype), samples])
         self.ranks.sum_([sums])
-        loss, correct, count = sums.tolist()
-        return loss / count, correct / count
+        all_loss, all_correct, all_samples = sums.tolist()
+        return all_loss / all_samples, all_correct / all_samples
 
     def _plain_forward(self, x: Tensor, y: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
-        with (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if autocast
-            else contextlib.nullcontext()
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
             logits = self.model(x)
         logits = logits.float()
         return F.cross_entropy(logits, y), (logits.argmax(dim=1) == y).sum()
 
-    def _forward_for(self, x: Tensor, y: Tensor) -> Callable:
+    def _forward_for(
+        self, x: Tensor, y: Tensor
+    ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
         """The compiled forward pass; a batch of one runs eagerly, since compilers treat size one as
         a constant."""
         if not self.compile or len(y) == 1:
@@ -178,7 +183,8 @@ class Step:
         torch._dynamo.mark_dynamic(y, 0)
         return self._forward
 
-    def _counting_backend(self, graph, inputs):
+    def _counting_backend(self, graph: Any, inputs: list[Any]) -> Any:
+        # it takes long, and a run that compiles nothing needs none of it
         from torch._inductor.compile_fx import compile_fx
 
         compiled = compile_fx(graph, inputs)
@@ -193,9 +199,7 @@ def never_guard_on_sizes() -> None:
     On the CPU, Inductor picks a summation by the size it first sees, and PyTorch's NNPACK asks for
     a batch of 16.
     """
-    from torch.fx.experimental import _config
-
-    _config.backed_size_oblivious = True
+    fx.backed_size_oblivious = True
     torch.backends.nnpack.set_flags(False)
 
 

@@ -3,6 +3,8 @@ alone."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ class SyncBatchNorm(_BatchNorm):
     """x [B, C, ...] normalised with the mean and variance of all processes' samples; B may differ,
     and be 0, among them.
 
+    Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 1, with the mini-batch of all processes.
+
     Every process must call it equally often. In evaluation mode it is BatchNorm, and nothing is
     sent.
     """
@@ -26,6 +30,8 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected an input [B, C, ...], not {list(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
+        """x [B, C, ...] in its own dtype. Raises ValueError for an input of one dimension, and
+        RankLost."""
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             rest = (self.weight, self.bias, False, 0.0, self.eps)
@@ -37,11 +43,14 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        self.num_batches_tracked += 1
-        momentum = 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        """Move the running statistics; there are some where track_running_stats is set."""
+        names = ("num_batches_tracked", "running_mean", "running_var")
+        batches, kept_mean, kept_var = map(self.get_buffer, names)
+        batches += 1
+        momentum = 1.0 / batches.item() if self.momentum is None else self.momentum
         unbiased = variance * count / (count - 1).clamp(min=1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        kept_mean.lerp_(mean.to(kept_mean.dtype), momentum)
+        kept_var.lerp_(unbiased.to(kept_var.dtype), momentum)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -49,11 +58,10 @@ def convert(model: nn.Module) -> nn.Module:
     buffers."""
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm):
-            rest = {"affine": child.affine, "track_running_stats": child.track_running_stats}
-            new = SyncBatchNorm(child.num_features, child.eps, child.momentum, **rest)
-            like = next(
-                (t for t in (*child.parameters(), *child.buffers()) if t.is_floating_point()), None
-            )
+            about = (child.num_features, child.eps, child.momentum, child.affine)
+            new = SyncBatchNorm(*about, child.track_running_stats)
+            tensors = (*child.parameters(), *child.buffers())
+            like = next((t for t in tensors if t.is_floating_point()), None)
             if like is not None:  # its device and dtype
                 new.to(like)
             new.load_state_dict(child.state_dict())
@@ -64,24 +72,27 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 @torch.compiler.disable
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-    """(y, mean [C], biased variance [C], samples times places), the last three wide and of all
-    processes."""
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [B, C, ...] in the dtype of x, mean [C], biased variance [C], samples times places 0-d),
+    the last three wide and of all processes; weight and bias are [C]."""
     return _Normalise.apply(x, weight, bias, eps)
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = wide_dtype(x.device)
         over = [d for d in range(x.dim()) if d != 1]
         ctx.over, ctx.shape = over, [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1]
         # two sums of differences: from E x^2 - (E x)^2 a float32 variance would lose its digits
         # (wide may be float32)
-        sums = torch.cat(
-            [x.sum(over, dtype=wide), torch.tensor([count], dtype=wide, device=x.device)]
-        )
+        places = torch.tensor([count], dtype=wide, device=x.device)
+        sums = torch.cat([x.sum(over, dtype=wide), places])
         summed(sums)
         total, mean = sums[-1], sums[:-1] / sums[-1]
         variance = summed((x - mean.view(ctx.shape)).square().sum(over, dtype=wide)) / total
@@ -94,7 +105,7 @@ class _Normalise(torch.autograd.Function):
         return y, mean, variance, total
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, total = ctx.saved_tensors
         wide = wide_dtype(x.device)
         normal = (x - mean.view(ctx.shape)) * rstd.view(ctx.shape)
@@ -103,15 +114,15 @@ class _Normalise(torch.autograd.Function):
         db, dw = sums.to(dy.dtype).clone()
         means = (summed(sums) / total).to(dy.dtype)
         scale = rstd if weight is None else rstd * weight
-        dx = (dy - means[0].view(ctx.shape) - normal * means[1].view(ctx.shape)) * scale.view(
-            ctx.shape
-        )
+        mean_dy, mean_both = means[0].view(ctx.shape), means[1].view(ctx.shape)
+        dx = (dy - mean_dy - normal * mean_both) * scale.view(ctx.shape)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         return dx if need_x else None, dw if need_weight else None, db if need_bias else None, None
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Added up over the processes, in place."""
+    """The tensor, [...] of any shape and dtype, added up over the processes, in place. Raises
+    RankLost."""
     if dist.is_initialized():
         with talking():
             dist.all_reduce(tensor)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsmooth.data.augment import View, padding
-from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.chunks import Chunk, Chunks, Job
 from fastsmooth.data.encoded import plain_size
 from fastsmooth.data.images import DataError
 from fastsmooth.data.source import Source
@@ -47,11 +48,8 @@ def require() -> None:
         raise DataError(
             "--loader dali needs NVIDIA DALI, which runs on Linux alone: use --loader threads"
         )
-    package = (
-        "nvidia-dali-cuda120"
-        if (torch.version.cuda or "13").startswith("12")
-        else "nvidia-dali-cuda130"
-    )
+    cuda = "120" if (torch.version.cuda or "13").startswith("12") else "130"
+    package = f"nvidia-dali-cuda{cuda}"
     raise DataError(
         f"--loader dali needs NVIDIA DALI: pip install {package}, or use --loader threads"
     )
@@ -88,24 +86,17 @@ class DaliEngine:
         self, source: Source, chunk: int, threads: int, device: torch.device, decoder: Decoder
     ):
         require()
-        self.source, self.chunk, self.threads, self.device, self.decoder = (
-            source,
-            chunk,
-            threads,
-            device,
-            decoder,
-        )
+        self.source, self.chunk, self.threads = source, chunk, threads
+        self.device, self.decoder = device, decoder
         self.gpu = device.type == "cuda"
-        self.files = source.split.pixels is None
-        self.pixels = (
-            None
-            if self.files
-            else torch.from_numpy(source.split.pixels).to(device if self.gpu else "cpu")
-        )
+        pixels = source.split.pixels
+        self.pixels: Tensor | None = None  # uint8 [n, size, size, 3]; None: files
+        if pixels is not None:
+            self.pixels = torch.from_numpy(pixels).to(device if self.gpu else "cpu")
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fastsmooth read")
         self.idle: list[Any] = []  # pipelines
 
-    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+    def chunks(self, jobs: Iterator[Job]) -> Chunks:
         pipe = self.idle.pop() if self.idle else self._pipeline(self.chunk)
         waiting: deque[Prepared] = deque()
         try:
@@ -128,7 +119,7 @@ class DaliEngine:
                         result(pipe)
                     self.idle.append(pipe)
 
-    def _schedule(self, pipe, prepared: Prepared):
+    def _schedule(self, pipe: Any, prepared: Prepared) -> Any:
         """The pipeline, or None where it has failed."""
         try:
             if pipe is not None:
@@ -137,7 +128,7 @@ class DaliEngine:
         except RuntimeError:
             return None
 
-    def _collect(self, pipe, waiting: deque[Prepared]):
+    def _collect(self, pipe: Any, waiting: deque[Prepared]) -> tuple[Any, Chunk]:
         """The pipeline, and the chunk that has waited longest. A chunk that DALI fails on is made
         sample by sample."""
         prepared = waiting.popleft()
@@ -146,7 +137,7 @@ class DaliEngine:
                 raise RuntimeError("it failed before")
             pixels = result(pipe)
         except RuntimeError as error:
-            if not self.files:
+            if self.pixels is not None:
                 raise DataError(f"DALI: {reason(error)}: use --loader resident") from None
             pixels = self._one_by_one(prepared)
             pipe = self._pipeline(self.chunk)  # one that has failed is of no use
@@ -169,24 +160,25 @@ class DaliEngine:
                         f"DALI: {reason(error)}: lower --chunk, or use --loader threads"
                     ) from None
                 pipe = None
-                pixels.append(
-                    torch.zeros(1, self.source.size, self.source.size, 3, dtype=torch.uint8)
-                )
+                size = self.source.size
+                pixels.append(torch.zeros(1, size, size, 3, dtype=torch.uint8))
                 prepared.given[k] = self.source.by_pil(i, prepared.views[k])
         return torch.cat([p.to(self.device if self.gpu else "cpu") for p in pixels])
 
     # What is fed
 
     def _prepare(self, job: Job) -> Prepared:
-        return self._prepare_files(job) if self.files else self._prepare_pixels(job)
+        if self.pixels is None:
+            return self._prepare_files(job)
+        return self._prepare_pixels(job, self.pixels)
 
     def _prepare_files(self, job: Job) -> Prepared:
         source = self.source
         drawn = source.drawn(job)
-        found = source.views(job, drawn)
-        prepared = Prepared(job, {}, source.moves(drawn), views=found.each())
+        views = source.views(job, drawn)
+        prepared = Prepared(job, {}, source.moves(drawn), views=views.each())
         encoded = list(self.pool.map(self._read, job.index.tolist(), prepared.views))
-        box, scaled, corner = (v.numpy().astype(np.int32) for v in found)
+        box, scaled, corner = (v.numpy().astype(np.int32) for v in views)
         for k, read in enumerate(encoded):
             if read.ndim > 1:  # pixels
                 prepared.given[k], encoded[k] = read, STAND_IN
@@ -207,47 +199,44 @@ class DaliEngine:
             return pixels
         with contextlib.suppress(OSError):
             encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
-            if plain_size(encoded.data) == (
-                self.source.index.width[i],
-                self.source.index.height[i],
-            ):
+            index = self.source.index
+            if plain_size(encoded.data) == (index.width[i], index.height[i]):
                 return encoded
         return self.source.by_pil(i, view)  # or finds the words
 
-    def _prepare_pixels(self, job: Job) -> Prepared:
+    def _prepare_pixels(self, job: Job, pixels: Tensor) -> Prepared:
         source, m = self.source, len(job.index)
         drawn = source.drawn(job)
-        images = self.pixels.index_select(0, job.index.to(self.pixels.device))
-        if not self.gpu:
-            images = images.numpy()  # of a tensor DALI would ask PyTorch for its CUDA stream
-        if drawn is None:
-            start, flip, angle = np.zeros((m, 2)), np.zeros(m), np.zeros(m)
-        else:
-            start, flip, angle = (
-                drawn[:, :2].numpy() - padding(source.size),
-                drawn[:, 2].numpy(),
-                drawn[:, 3].numpy(),
-            )
-        feeds = {"images": images, "start": start.astype(np.int32), "flip": flip.astype(np.int32)}
-        return Prepared(job, feeds | {"angle": angle.astype(np.float32)})
+        images = pixels.index_select(0, job.index.to(pixels.device))
+        start, flip, angle = np.zeros((m, 2)), np.zeros(m), np.zeros(m)
+        if drawn is not None:
+            start = drawn[:, :2].numpy() - padding(source.size)
+            flip, angle = drawn[:, 2].numpy(), drawn[:, 3].numpy()
+        feeds = {
+            # on the CPU no tensor: DALI would ask PyTorch for its CUDA stream
+            "images": images if self.gpu else images.numpy(),
+            "start": start.astype(np.int32),
+            "flip": flip.astype(np.int32),
+            "angle": angle.astype(np.float32),
+        }
+        return Prepared(job, feeds)
 
     # The pipelines
 
-    def _pipeline(self, most: int):
+    def _pipeline(self, most: int) -> Any:
         """A pipeline for chunks of up to `most` samples."""
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali import Pipeline, fn, types  # an extra
 
         device_id = (self.device.index or 0) if self.gpu else None
         # one in the queue: run() puts AT_ONCE in DALI's hands itself
         pipe = Pipeline(most, self.threads, device_id, prefetch_queue_depth=1)
+        graph = self._files_graph if self.pixels is None else self._pixels_graph
         with pipe:
-            pipe.set_outputs(
-                self._files_graph(fn, types) if self.files else self._pixels_graph(fn, types)
-            )
+            pipe.set_outputs(graph(fn, types))
         pipe.build()
         return pipe
 
-    def _files_graph(self, fn, types):
+    def _files_graph(self, fn: ModuleType, types: ModuleType) -> Any:
         size = self.source.size
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         start, shape, corner = (
@@ -275,7 +264,7 @@ class DaliEngine:
         images = fn.resize(images, size=scaled, interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.slice(images, start=corner, shape=[size, size], axes=(0, 1))
 
-    def _pixels_graph(self, fn, types):
+    def _pixels_graph(self, fn: ModuleType, types: ModuleType) -> Any:
         size, device = self.source.size, "gpu" if self.gpu else "cpu"
         images = fn.external_source(
             name="images", device=device, dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True
@@ -301,14 +290,14 @@ def stand_in() -> np.ndarray:
 STAND_IN = stand_in()
 
 
-def run(pipe, feeds: dict[str, Any]) -> None:
+def run(pipe: Any, feeds: dict[str, Any]) -> None:
     """Put a chunk into the pipeline's hands."""
     for name, value in feeds.items():
         pipe.feed_input(name, value)
     pipe.schedule_run()
 
 
-def result(pipe) -> Tensor:
+def result(pipe: Any) -> Tensor:
     """uint8 [m, size, size, 3], of the chunk that was put in first; the memory is DALI's, and its
     own."""
     (images,) = pipe.outputs()

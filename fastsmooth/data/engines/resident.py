@@ -3,7 +3,7 @@ normalisation included."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,17 @@ DRAWN_AT_ONCE = 8192
 class ResidentLoader(Loader):
     """Serves batches of any size from the pixels of a split; `kind` is the augmentation."""
 
-    def __init__(self, split: Split, kind: str, seed: int, mean, std, device: torch.device):
+    def __init__(
+        self,
+        split: Split,
+        kind: str,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+    ):
+        if split.pixels is None:
+            raise ValueError("a split of files has no pixels: decode it first")
         self.stored = torch.from_numpy(split.pixels).to(device)  # [n, size, size, 3]
         self.labels = torch.from_numpy(split.labels).to(device)
         self.table = normalisation(mean, std, device)
@@ -36,13 +46,10 @@ class ResidentLoader(Loader):
             return None
         if self._drawn is None or self._drawn[0] != epoch:
             parts = torch.arange(len(self), device=self.device).split(DRAWN_AT_ONCE)
-            drawn = [
-                augment.moves(
-                    self.kind, self.size, augment.draw(self.kind, self.size, self.seed, epoch, part)
-                )
-                for part in parts
-            ]
-            self._drawn = epoch, torch.cat(drawn)
+            kind, size = self.kind, self.size
+            drawn = (augment.draw(kind, size, self.seed, epoch, part) for part in parts)
+            moves = [augment.moves(kind, size, params) for params in drawn]
+            self._drawn = epoch, torch.cat(moves)
         return self._drawn[1]
 
 
@@ -54,6 +61,7 @@ class ResidentReader:
         self._index: Tensor | None = None
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """As Reader.take: float32 [count, 3, size, size] in channels-last memory, int64 [count]."""
         if self._index is None:
             index, self._epoch, self._at = next(self._segments)
             self._index = index.to(self.loader.device).contiguous()  # a rank's share has gaps

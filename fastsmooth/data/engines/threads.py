@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_image
 
 from fastsmooth.data.augment import View
-from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.chunks import Chunk, Chunks, Job
 from fastsmooth.data.encoded import JPEG
 from fastsmooth.data.source import Source
 
@@ -30,8 +30,8 @@ class ThreadsEngine:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fastsmooth decode")
         self.free: deque[torch.Tensor] = deque()
 
-    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
-        started: deque[tuple[Chunk, list[Future]]] = deque()
+    def chunks(self, jobs: Iterator[Job]) -> Chunks:
+        started: deque[tuple[Chunk, list[Future[None]]]] = deque()
         try:
             for job in jobs:
                 started.append(self._start(job))
@@ -44,13 +44,12 @@ class ThreadsEngine:
                 for future in futures:
                     future.cancel()
 
-    def _start(self, job: Job) -> tuple[Chunk, list[Future]]:
+    def _start(self, job: Job) -> tuple[Chunk, list[Future[None]]]:
         source = self.source
         drawn = source.drawn(job)
         if source.split.pixels is not None:
-            return Chunk(
-                job, torch.from_numpy(source.split.pixels[job.index.numpy()]), source.moves(drawn)
-            ), []
+            kept = torch.from_numpy(source.split.pixels[job.index.numpy()])
+            return Chunk(job, kept, source.moves(drawn)), []
         buffer = self._buffer(len(job.index))
         views = source.views(job, drawn).each()
         pixels = buffer[: len(job.index)]
@@ -60,7 +59,7 @@ class ThreadsEngine:
         ]
         return Chunk(job, pixels, source.moves(drawn), lambda: self.free.append(buffer)), futures
 
-    def _finish(self, chunk: Chunk, futures: list[Future]) -> Chunk:
+    def _finish(self, chunk: Chunk, futures: list[Future[None]]) -> Chunk:
         for future in futures:
             future.result()
         return chunk
@@ -96,9 +95,6 @@ class ThreadsEngine:
         if tuple(image.shape[1:]) != (self.source.index.height[i], self.source.index.width[i]):
             return None
         image = image[None, :, top : top + height, left : left + width]
-        image = (
-            F.interpolate(image, scaled, mode="bilinear", antialias=True)[0]
-            .numpy()
-            .transpose(1, 2, 0)
-        )
-        return image[down : down + self.source.size, right : right + self.source.size]
+        image = F.interpolate(image, scaled, mode="bilinear", antialias=True)[0]
+        pixels = image.numpy().transpose(1, 2, 0)
+        return pixels[down : down + self.source.size, right : right + self.source.size]

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastsmooth.data import augment
-from fastsmooth.data.chunks import Chunk, Job
+from fastsmooth.data.chunks import Chunk, Chunks, Job
 from fastsmooth.data.images import DataError, open_image
 from fastsmooth.data.source import Source
 from fastsmooth.messages import one_line
 
-# sample, the box of its view, the numbers that `draw` gave
+# sample, the box of its view (empty where it is no file), the numbers that `draw` gave
 Item = tuple[int, list[int], list[float] | None]
+# what a worker makes of a chunk: uint8 [m, size, size, 3], and why some are black, by their place;
+# no pixels where they cannot be handed over
+Made = tuple[Tensor | None, dict[int, str]]
 LIMIT = 300.0  # seconds that a chunk is waited for: many times what one takes on a slow disk
 LATE = "no chunk within"
 NO_ROOM = (
@@ -50,12 +53,8 @@ class Images(Dataset):
     """
 
     def __init__(self, source: Source):
-        self.split, self.index, self.kind, self.size = (
-            source.split,
-            source.index,
-            source.kind,
-            source.size,
-        )
+        self.split, self.index = source.split, source.index
+        self.kind, self.size = source.kind, source.size
 
     def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
         index, box, drawn = item
@@ -66,9 +65,9 @@ class Images(Dataset):
         if drawn is not None and self.kind == "resized-crop-flip":
             return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size)), None
         image = augment.evaluation_view(image, self.kind, self.size)
-        return np.asarray(
-            image if drawn is None else augment.crop_flip_rotate(image, drawn, self.size)
-        ), None
+        if drawn is not None:
+            image = augment.crop_flip_rotate(image, drawn, self.size)
+        return np.asarray(image), None
 
     def open(self, index: int) -> Image.Image:
         if self.split.pixels is not None:
@@ -78,9 +77,8 @@ class Images(Dataset):
         return image
 
 
-def collate(images: list[tuple[np.ndarray, str | None]]) -> tuple[Tensor | None, dict[int, str]]:
-    """uint8 [m, size, size, 3], and why some are black, by their place; no pixels where they cannot
-    be handed over."""
+def collate(images: list[tuple[np.ndarray, str | None]]) -> Made:
+    """The chunk of m images, uint8 [size, size, 3] each, in memory that the main process shares."""
     arrays, reasons = zip(*images, strict=True)
     pixels = torch.from_numpy(np.stack(arrays))
     if get_worker_info() is not None:
@@ -107,12 +105,8 @@ def lost(reason: str) -> ChildProcessError:
         process.join(1)  # its files are closed a moment before it is gone
     code = next((process.exitcode for process in dead if process.exitcode), None)
     if code is not None:  # that was first, whatever came of it
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
-        reason = f"one of them {how}"
+        killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else ""
+        reason = f"one of them {killed or f'ended with exit code {code}'}"
     for process in PROCESSES:
         process.kill()
     PROCESSES.clear()
@@ -140,7 +134,7 @@ class Watch:
             yield
         finally:
             after = signal.getsignal(signal.SIGCHLD)
-            if after is not before and before is not None:
+            if callable(after) and after is not before and before is not None:
                 self.died = after
                 signal.signal(signal.SIGCHLD, before)
 
@@ -149,7 +143,9 @@ class Watch:
         if threading.current_thread() is not threading.main_thread():  # which alone has handlers
             yield
             return
-        handlers = {signal.SIGALRM: late} | ({signal.SIGCHLD: self.died} if self.died else {})
+        handlers: dict[int, Callable[[int, Any], None]] = {signal.SIGALRM: late}
+        if self.died:
+            handlers[signal.SIGCHLD] = self.died
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             signal.setitimer(signal.ITIMER_REAL, LIMIT)
@@ -185,10 +181,10 @@ class Items:
     """What the DataLoader takes its lists of items from; exchanged before each pass."""
 
     def __init__(self) -> None:
-        self.source: Iterable[list[Item]] = ()
+        self.source: Generator[list[Item], None, None] | None = None
 
     def __iter__(self) -> Iterator[list[Item]]:
-        return iter(self.source)
+        return self.source or iter(())
 
 
 class TorchEngine:
@@ -199,18 +195,19 @@ class TorchEngine:
     def __init__(self, source: Source, workers: int, pinned: bool):
         self.source, self.workers, self.pinned = source, workers, pinned
         self.images = Images(source)
-        self._items, self._loader, self._busy = Items(), None, False
+        self._items, self._busy = Items(), False
+        self._loader: DataLoader[Any] | None = None
 
-    def chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+    def chunks(self, jobs: Iterator[Job]) -> Chunks:
         items, loader, kept = self._claim()
         waiting: list[Job] = []  # what the DataLoader has drawn ahead
 
-        def drawn() -> Iterator[list[Item]]:
+        def drawn() -> Generator[list[Item], None, None]:
             for job in jobs:
                 waiting.append(job)
                 yield self.items(job)
 
-        items.source = drawn()
+        items.source = source = drawn()
         try:
             batches = self._started(loader)
             while (made := self._next(batches)) is not None:
@@ -222,20 +219,18 @@ class TorchEngine:
         finally:
             # suspended, it and the kept DataLoader hold each other, which stalls the garbage
             # collector
-            items.source.close()
+            source.close()
             self._busy = self._busy and not kept
 
     def items(self, job: Job) -> list[Item]:
         drawn = self.source.drawn(job)
         numbers = [None] * len(job.index) if drawn is None else drawn.tolist()
-        boxes = (
-            self.source.views(job, drawn).box.tolist()
-            if self.source.index
-            else [None] * len(job.index)
-        )
+        boxes: list[list[int]] = [[]] * len(job.index)
+        if self.source.split.pixels is None:
+            boxes = self.source.views(job, drawn).box.tolist()
         return list(zip(job.index.tolist(), boxes, numbers, strict=True))
 
-    def _started(self, loader: DataLoader) -> Iterator:
+    def _started(self, loader: DataLoader[Any]) -> Iterator[Made]:
         """A pass over the DataLoader. Raises ChildProcessError where its processes cannot be
         started or do not answer."""
         with without_remarks(), WATCH.started():
@@ -248,21 +243,22 @@ class TorchEngine:
                 reason = words(error)
         raise lost(reason)
 
-    def _next(self, batches: Iterator) -> tuple[Tensor, dict[int, str]] | None:
+    def _next(self, batches: Iterator[Made]) -> tuple[Tensor, dict[int, str]] | None:
         """What the DataLoader gives next; None at its end. Raises ChildProcessError where a process
         is lost or silent."""
         try:
             with WATCH.waiting():
-                pixels, reasons = next(batches, (None, None))
+                made = next(batches, None)
         except (RuntimeError, OSError) as error:
-            pixels, reasons = None, {0: words(error)}
-        if reasons is None:
+            made = None, {0: words(error)}
+        if made is None:
             return None
+        pixels, reasons = made
         if pixels is None:
             raise lost(reasons[0])
         return pixels, reasons
 
-    def _claim(self) -> tuple[Items, DataLoader, bool]:
+    def _claim(self) -> tuple[Items, DataLoader[Any], bool]:
         """The kept DataLoader, or one of its own for a pass inside another pass."""
         if self._busy:
             items = Items()
@@ -272,7 +268,7 @@ class TorchEngine:
         self._busy = True
         return self._items, self._loader, True
 
-    def _make(self, items: Items) -> DataLoader:
+    def _make(self, items: Items) -> DataLoader[Any]:
         return DataLoader(
             self.images,
             batch_sampler=items,
