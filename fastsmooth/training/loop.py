@@ -163,7 +163,7 @@ class Run:
         """
         while self.epoch < self.schedule.epochs and not self.enough:
             point = self.schedule(self.epoch)
-            self.step.optimizer.set_point(point.lr, point.momentum)
+            self.step.optimizer.set_point(point)
             self.stream.batch_size = point.batch_size
             with self.clock.measure("train"):
                 for x, y in () if self.spent() else self.stream.rest_of_epoch():
@@ -416,7 +416,7 @@ class Run:
                     self.update, len(self.data.train), self.config.drop_last
                 )
                 point = self.schedule(self.epoch)
-                self.step.optimizer.set_point(point.lr, point.momentum)
+                self.step.optimizer.set_point(point)
                 yield
         finally:
             stream.close()
@@ -427,7 +427,7 @@ class Run:
         done = 0
         while done < updates:
             point = self.schedule(stream.epoch)
-            self.step.optimizer.set_point(point.lr, point.momentum)
+            self.step.optimizer.set_point(point)
             stream.batch_size = point.batch_size
             for x, y in stream.rest_of_epoch():
                 self.heed()
