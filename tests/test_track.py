@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from fastsmooth import models
 from fastsmooth.cli.config import resolve
 from fastsmooth.data import open_data
-from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator
+from fastsmooth.noise.online import NoiseTracker, choose_estimator
 from fastsmooth.noise.persample import NotCovered
+from fastsmooth.optim import NoisySGD
 from fastsmooth.runfolder.write import TIMES, read_rows
-from fastsmooth.schedule import Point, Smoothing
+from fastsmooth.schedule import Point
 from fastsmooth.train import main
 
 CPU = torch.device("cpu")
@@ -151,10 +152,10 @@ def test_measured_when_due(tmp_path):
     ] == [0, 10]
 
 
-def tracker(optimizer: str, **constants) -> NoiseTracker:
+def tracker(form: str) -> NoiseTracker:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    smoothing = Smoothing(optimizer, **constants)
-    return NoiseTracker(model, Every(1), "per-sample", "", "train", smoothing, n=1000)
+    optimizer = NoisySGD(model.parameters(), form, 0.1, 0.9)
+    return NoiseTracker(model, optimizer, samples=1000, every=1, estimator="per-sample")
 
 
 def test_maximum_mean_square_and_delta_run_over_the_measurements():
@@ -225,15 +226,15 @@ def test_going_on_measures_what_an_uninterrupted_run_measures(tmp_path):
 
 
 def test_per_sample_only_where_it_has_a_clear_meaning():
-    x = torch.randn(2, 3, 8, 8)
+    x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
     plain, grouped = models.build("resnet8", 10), models.build("resnet8", 10, "group")
-    assert choose_estimator(plain, x, "auto", "eval") == ("per-sample", "")
-    assert choose_estimator(grouped, x, "auto", "train") == ("per-sample", "")
-    assert choose_estimator(plain, x, "auto", "train")[0] == "micro-batch"
+    assert choose_estimator(plain, x, y, "auto", "eval") == ("per-sample", "")
+    assert choose_estimator(grouped, x, y, "auto", "train") == ("per-sample", "")
+    assert choose_estimator(plain, x, y, "auto", "train")[0] == "micro-batch"
     with pytest.raises(NotCovered, match="BatchNorm with batch statistics"):
-        choose_estimator(plain, x, "per-sample", "train")
+        choose_estimator(plain, x, y, "per-sample", "train")
     scaled = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.PReLU())
-    estimator, why = choose_estimator(scaled, x, "auto", "train")
+    estimator, why = choose_estimator(scaled, x, y, "auto", "train")
     assert estimator == "micro-batch" and "2.weight" in why
     with pytest.raises(NotCovered, match=r"2\.weight"):
-        choose_estimator(scaled, x, "per-sample", "train")
+        choose_estimator(scaled, x, y, "per-sample", "train")

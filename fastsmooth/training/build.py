@@ -89,9 +89,12 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
         alone = try_model(c, model, images, torch)
         if not alone:
             check_lone_samples(c, schedule, n, ranks.world)
-        noise = noise_tracker(c, model, images, schedule, ranks, torch) if c.track_noise else None
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
+        optimizer = NoisySGD(
+            model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
+        )
+        noise = noise_tracker(c, model, optimizer, images, ranks, torch) if c.track_noise else None
     # SyncBatchNorm's exchange would cut the graph at every layer
     compiled = c.compile == "on" or (
         c.compile == "auto" and device.type == "cuda" and not c.sync_bn
@@ -104,7 +107,6 @@ def prepare(c: Config, device, ranks, refusals: tuple[type[Exception], ...], tor
     }
     chosen |= {"estimator": noise.estimator} if noise else {}
     check_alike(images, model, chosen, ranks)
-    optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
     with ranks.together(refusals, ConfigError):
@@ -358,29 +360,34 @@ def in_training_mode(c: Config, schedule: Schedule, n: int) -> Iterator[tuple[st
             done["samples"] += count * samples
 
 
-def noise_tracker(c: Config, model, images, schedule: Schedule, ranks, torch):
+def noise_tracker(c: Config, model, optimizer, images, ranks, torch):
     """What --track-noise asks for; a model or a batch that it cannot measure is refused before the
     run folder is made."""
-    from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator, smallest_batch
+    from fastsmooth.noise.online import NoiseTracker
     from fastsmooth.noise.persample import NotCovered
 
-    x, _ = next(iter(images.test.batches([torch.arange(2)])))
+    tracker = NoiseTracker(
+        model,
+        optimizer,
+        samples=len(images.train),
+        every=c.track_noise,
+        estimator=c.estimator,
+        bn=c.bn,
+        version=c.bound_version,
+        ranks=ranks,
+    )
     try:
-        estimator, why = choose_estimator(model, x, c.estimator, c.bn)
+        tracker.settle(*next(iter(images.test.batches([torch.arange(2)]))))
     except NotCovered as error:
         raise ConfigError(
             f"--track-noise: {error}; --estimator micro-batch measures any model"
         ) from None
-    smallest = smallest_batch(estimator) * ranks.world
-    if c.batch_size < smallest:
+    if c.batch_size < tracker.smallest_batch:
         raise ConfigError(
-            f"--track-noise with the {estimator} estimator needs batches of {smallest} or more, "
-            f"not --batchsize {c.batch_size}"
+            f"--track-noise with the {tracker.estimator} estimator needs batches of "
+            f"{tracker.smallest_batch} or more, not --batchsize {c.batch_size}"
         )
-    every = Every.parse(c.track_noise)
-    return NoiseTracker(
-        model, every, estimator, why, c.bn, schedule.smoothing, len(images.train), ranks
-    )
+    return tracker
 
 
 def noise_cost(live) -> str:

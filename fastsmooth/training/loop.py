@@ -499,8 +499,13 @@ class Run:
                 ]
             batches = self.data.train.batches([piece for piece, _ in chunks], self.measured_epoch())
             try:
-                loss, sizes = self.step.measured_loss, [size for _, size in chunks]
-                total = gradients.full_gradient(self.model, self.heeding(batches), n, loss, sizes)
+                total = gradients.full_gradient(
+                    self.model,
+                    self.heeding(batches),
+                    n=n,
+                    sizes=[size for _, size in chunks],
+                    objective=self.step.measured_loss,
+                )
                 break
             except torch.OutOfMemoryError:
                 if self.config.bn == "train" or self.eval_chunk == 1:
