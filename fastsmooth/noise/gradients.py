@@ -133,7 +133,7 @@ def full_gradient(
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm over all coordinates of a list of tensors, 0-d."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def direction_noise(
     for draw in range(draws):
         with at(draw) as full:
             grads = gradient(draw)
-            omega = torch._foreach_sub(optimizer.directions(grads), full)
+            omega = list(torch._foreach_sub(optimizer.directions(grads), full))
             norms.append(
                 torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)])
             )

@@ -13,7 +13,7 @@ a thousandth of the mean would come out of float32 without a correct digit.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -405,7 +405,8 @@ def affine_shares(
         found.append(g.sum(0).to(mean.dtype) if needed else None)
         if needed:
             total += shares(g, ctx.noise, ctx.wide)
-    return *found, total
+    weight, bias = found
+    return weight, bias, total
 
 
 class Affine(torch.autograd.Function):
@@ -504,7 +505,7 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return Affine.apply(normal, weight, bias, mode.probe, mode.noise)
 
 
-LAYERS = {
+LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.conv2d: conv2d,
     F.linear: linear,
     F.batch_norm: batch_norm,

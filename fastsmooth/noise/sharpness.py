@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.names import about_value
 from fastsmooth.noise.estimators import Estimate
 from fastsmooth.noise.gradients import undisturbed
 
@@ -147,6 +148,11 @@ class Setting:
     random_start: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            meant = about_value("--algorithm", str(self.algorithm), ALGORITHMS)
+            raise ValueError(f"algorithm {self.algorithm!r}: {meant}")
+
 
 # Each gives the values [k, 2] of one batch at k perturbations, whose mean counts, from those at
 # none.
@@ -247,6 +253,41 @@ class Sharpness:
     per_batch: list[float]
 
 
+def loss_sharpness(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    rhos: Iterable[float],
+    *,
+    algorithm: str = "m_apgd_linf",
+    adaptive: bool = True,
+    normalize_logits: bool = False,
+    n_iters: int = 20,
+    restarts: int = 1,
+    step_size_mult: float = 1.0,
+    random_start: bool = False,
+    seed: int = 0,
+) -> list[Sharpness]:
+    """How much the mean cross-entropy of a batch rises when the weights move by rho, on average
+    over perturbations or at worst, one Sharpness a rho (arXiv 2302.07011).
+
+    Args:
+        model: it is measured in eval mode, and left as it was.
+        batches: (x [m, ...], y int64 [m]), each measured by itself.
+        rhos: how far the weights move, in units of |w| where `adaptive`, else of a weight.
+        algorithm: avg_l2, avg_linf (on average), m_apgd_l2 or m_apgd_linf (at worst, by APGD).
+        normalize_logits: first bring each row of logits to mean 0 and length 1.
+        n_iters: draws of an average, iterations of APGD; restarts, step_size_mult and random_start
+            are APGD's.
+        seed: of the perturbations.
+
+    The rise is in nats. Raises ValueError for an algorithm that there is not.
+    """
+    setting = Setting(
+        algorithm, adaptive, normalize_logits, n_iters, restarts, step_size_mult, random_start, seed
+    )
+    return sharpness(model, batches, setting, rhos)
+
+
 def sharpness(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -260,7 +301,8 @@ def sharpness(
     Parameters, buffers, gradients, modes and random state are bit for bit what they were.
     """
     search, shape = ALGORITHMS[setting.algorithm]
-    rhos, regions, found, clean = list(rhos), [], [], []
+    rhos, found, clean = list(rhos), [], []
+    regions: list[Region] = []
     with undisturbed(model, "eval"):
         for x, y in batches:
             f = Landscape(model, x, y, setting.normalize_logits)
