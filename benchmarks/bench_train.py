@@ -49,9 +49,9 @@ from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.machine import environment
 from fastsmooth.runfolder.tracker import Tracker
 from fastsmooth.runfolder.write import RunFolder
-from fastsmooth.schedule import Point, Schedule, Smoothing
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.loop import Run
+from fastsmooth.training.plan import make_schedule
 from fastsmooth.training.step import Step, keep_freed_memory
 
 CLASSES, SIZE, LR = 100, 32, 0.1
@@ -215,12 +215,7 @@ class Ours:
         stand_in = ImageSet(split, test, classes, CIFAR100_MEAN, CIFAR100_STD)
         with patch.dict(data.READERS, cifar100=lambda config: stand_in):
             images = data.open_data(c, device)
-        schedule = Schedule(
-            c.method,
-            c.epochs,
-            Point(c.lr, c.batch_size, c.momentum),
-            Smoothing(c.optimizer, c.c2 or 1.0),
-        )
+        schedule = make_schedule(c, None)
         torch.manual_seed(c.seed)
         model = models.build(c.model, images.classes, c.norm).to(
             device, memory_format=torch.channels_last

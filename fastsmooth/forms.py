@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastsmooth.names import hint
+from fastsmooth.names import about_value
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Form:
 def form_named(name: str) -> Form:
     """Raises ValueError, with what may have been meant, for a name that is no row."""
     if name not in FORMS:
-        raise ValueError(f"form {name!r}: {hint(name, FORMS) or 'choose from ' + ', '.join(FORMS)}")
+        raise ValueError(f"form {name!r}: {about_value('--optimizer', str(name), FORMS)}")
     return FORMS[name]
 
 

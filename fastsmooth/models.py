@@ -8,12 +8,13 @@ Parameter counts of the papers' networks with 100 classes: ResNet-18 11,220,132;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsmooth.names import hint
+from fastsmooth.names import about_value, hint
 
 
 class ModelError(ValueError):
@@ -68,14 +69,18 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
+Block = type[BasicBlock] | type[Bottleneck]
+
+
 class CifarResNet(nn.Module):
     """ResNet for small images: 3x3 stem, no max-pooling, one stage a width, every stage after the
     first at stride 2."""
 
-    def __init__(self, block: type, depths: list[int], widths: list[int], classes: int):
+    def __init__(self, block: Block, depths: list[int], widths: list[int], classes: int):
         super().__init__()
         self.stem, self.norm = conv(3, widths[0], 3), nn.BatchNorm2d(widths[0])
-        stages, inputs = [], widths[0]
+        stages: list[nn.Module] = []
+        inputs = widths[0]
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             blocks = []
             for i in range(depth):
@@ -198,11 +203,11 @@ def small_resnet(depth: int, classes: int) -> nn.Module:
     return CifarResNet(BasicBlock, [(depth - 2) // 6] * 3, [16, 32, 64], classes)
 
 
-def wide_resnet(block: type, depths: list[int], classes: int) -> nn.Module:
+def wide_resnet(block: Block, depths: list[int], classes: int) -> nn.Module:
     return CifarResNet(block, depths, [64, 128, 256, 512], classes)
 
 
-BUILDERS = {
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": partial(small_resnet, 8),
     "resnet20": partial(small_resnet, 20),
     "resnet18": partial(wide_resnet, BasicBlock, [2, 2, 2, 2]),
@@ -213,13 +218,20 @@ BUILDERS = {
 }
 
 
-def build(name: str, classes: int, norm: str = "batch") -> nn.Module:
-    """The network `name` with `classes` outputs, randomly initialised, taking [B, 3, H, W].
+NORMS = ("batch", "group")
 
-    `name` is a key of BUILDERS, "torchvision/NAME" or "timm/NAME". With norm="group" every
-    BatchNorm2d becomes a GroupNorm. Raises ModelError where the name is unknown, timm is missing or
-    nothing was left to replace.
+
+def build(name: str, classes: int, norm: str = "batch") -> nn.Module:
+    """The network `name`, randomly initialised: float32 images [B, 3, H, W] in, logits [B, classes]
+    out.
+
+    `name` is a key of BUILDERS (resnet8, resnet20, resnet18, resnet34, resnet50, wrn-28-10 or
+    mobilenetv2), "torchvision/NAME" or "timm/NAME". norm is batch, or group, with which every
+    BatchNorm2d becomes a GroupNorm. Raises ModelError, a ValueError, where the name is unknown,
+    with what may have been meant, timm is missing, norm is neither, or nothing was left to replace.
     """
+    if norm not in NORMS:
+        raise ModelError(f"--norm {norm}: {about_value('--norm', str(norm), NORMS)}")
     if name in BUILDERS:
         model = BUILDERS[name](classes=classes)
     elif name.startswith("torchvision/"):
@@ -282,8 +294,9 @@ def own_size(name: str, model: nn.Module) -> int | None:
         return (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
     if not name.startswith("torchvision/"):
         return None
-    if hasattr(model, "image_size"):  # its published weights may be for a larger one
-        return model.image_size
+    size = getattr(model, "image_size", None)  # its published weights may be for a larger one
+    if size is not None:
+        return size
     from torchvision import models
 
     return models.get_model_weights(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastsmooth.forms import Form, form_named
 from fastsmooth.kernels import backend
 from fastsmooth.kernels.update import Rule, direction_ref, update
+from fastsmooth.schedule import Point
 
 HYPERPARAMETERS = ("lr", "momentum", "nu", "weight_decay")
 
@@ -36,27 +38,36 @@ class NoisySGD(torch.optim.Optimizer):
     """The four forms as one torch optimizer. lr and momentum change in place and leave the buffers
     alone.
 
-    Args: params, form (a row of fastsmooth.forms), lr, momentum (beta), nu (where the form uses
-    it), weight_decay. The state of a parameter is its "momentum_buffer", as in torch.optim.SGD; sgd
-    has none. Raises ValueError for a form that is no row and for values out of range.
+    Args: params, tensors or groups of them as for torch.optim.SGD; form, a row of fastsmooth.forms
+    (sgd, shb, nshb or qhm: shb has the bits of torch.optim.SGD with momentum); lr >= 0; momentum,
+    beta in [0, 1); nu in [0, 1], which qhm alone uses; weight_decay >= 0. The state of a parameter
+    is its "momentum_buffer", as in torch.optim.SGD; sgd has none.
 
     After a step `sq_norms` is [||g||^2, ||m_t||^2] over all parameters, float64 on their device, g
     without weight decay.
+
+    Raises ValueError for a form that is no row, with what may have been meant; for values out of
+    range; and for a momentum with sgd, which would not use it.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         form: str,
         lr: float,
         momentum: float = 0.0,
-        nu: float = 1.0,
+        nu: float = 0.5,
         weight_decay: float = 0.0,
     ):
         self.form = form_named(form)
         if not (lr >= 0 and 0 <= momentum < 1 and 0 <= nu <= 1 and weight_decay >= 0):
             raise ValueError(
                 f"out of range: lr {lr}, momentum {momentum}, nu {nu}, weight_decay {weight_decay}"
+            )
+        if momentum and not self.form.has_buffer:
+            raise ValueError(
+                f"form {form} has no momentum: leave momentum {momentum} out, or take shb, which "
+                "is PyTorch's SGD with momentum"
             )
         defaults = {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay}
         if not self.form.has_buffer or self.form.coefficients(momentum, nu) == (1.0, 0.0, 1.0):
@@ -66,10 +77,10 @@ class NoisySGD(torch.optim.Optimizer):
         self.sq_norms: Tensor | None = None
         self._scalars: dict[int, tuple[list[float], list[Tensor]]] = {}
 
-    def set_point(self, lr: float, momentum: float) -> None:
-        """Change the hyperparameters of every group in place."""
+    def set_point(self, point: Point) -> None:
+        """Give every group the lr and the momentum of a Point, in place."""
         for group in self.param_groups:
-            group["lr"], group["momentum"] = lr, momentum
+            group["lr"], group["momentum"] = point.lr, point.momentum
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -92,7 +103,7 @@ class NoisySGD(torch.optim.Optimizer):
                     self.state[p][name].copy_(t)
             self.sq_norms = sq_norms
 
-    def _gather(self, group: dict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _gather(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(params, gradients, buffers) of a group, the missing buffers made as zeros."""
         params = [p for p in group["params"] if p.grad is not None]
         if not self.form.has_buffer:
@@ -103,7 +114,7 @@ class NoisySGD(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
         return params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
 
-    def _coefficients(self, group: dict) -> list[float]:
+    def _coefficients(self, group: dict[str, Any]) -> list[float]:
         return coefficients(self.form, *(group[name] for name in HYPERPARAMETERS))
 
     def _rule(self, number: int, device: torch.device) -> Rule:
@@ -118,8 +129,16 @@ class NoisySGD(torch.optim.Optimizer):
             self._scalars[number] = values, tensors
         return Rule(*tensors)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all parameters that have a .grad; what the closure returns, if one is given
+        to compute it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

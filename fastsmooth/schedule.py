@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from fastsmooth.forms import FORMS, Bound, Form, form_named
+from fastsmooth.names import about_value
 
 INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and hybrid
 HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same factor of delta
@@ -28,8 +29,8 @@ BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 51
 
 @dataclass(frozen=True)
 class Point:
-    """What the optimizer and the loader use during one epoch. `momentum` is beta, 0 for plain
-    SGD."""
+    """What the optimizer and the loader use during one epoch: the learning rate, how many samples a
+    batch has, and the momentum beta, which is 0 for plain SGD."""
 
     lr: float
     batch_size: int
@@ -48,20 +49,29 @@ def memory(momentum: float) -> int:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The noise model behind delta: the optimizer's form, a version of its bound, and the constants
-    C^2 and K^2.
+    """The noise model behind delta = lr psi, with psi^2 the bound on E||m_t - grad f(x_t)||^2.
 
-    Raises ValueError for a form or a version that is no row of fastsmooth.forms.
+    Args: optimizer, a form (sgd, shb, nshb or qhm: fastsmooth.forms); c2 and k2, the papers'
+    constants C^2 >= 0 (a bound on E||g_i - grad f||^2 of one sample i) and K^2 >= 0 (on ||g||^2 of
+    a mini-batch), both in units of a squared gradient norm; nu, where the form has it; version, of
+    the bound where a form has several (nshb: v3, the latest, or v1).
+
+    Sources: arXiv 2311.08745 for sgd, arXiv 2402.02325 for shb and nshb; qhm is an interpolation of
+    ours. Raises ValueError for a form or a version that is no row of fastsmooth.forms, with what
+    may have been meant, and for constants out of range.
     """
 
     optimizer: str
-    grad_variance: float = 1.0
-    grad_norm_bound_sq: float = 1.0
-    nu: float = 1.0
-    version: str | None = None  # of the bound, where a form has several; None: the latest
+    c2: float = 1.0
+    k2: float = 1.0
+    nu: float = 0.5
+    version: str | None = None
 
     def __post_init__(self) -> None:
         form_named(self.optimizer).bound(self.version)
+        for name, ok in (("c2", self.c2 >= 0), ("k2", self.k2 >= 0), ("nu", 0 <= self.weight <= 1)):
+            if not ok:
+                raise ValueError(f"{name} {getattr(self, name)} is out of range")
 
     @property
     def form(self) -> Form:
@@ -77,15 +87,13 @@ class Smoothing:
         return self.nu if self.form.uses_nu else 1.0
 
     def degree(self, lr: float, batch_size: float, momentum: float) -> float:
-        """delta, the degree of smoothing: lr times the bound on E||search direction - full
-        gradient||."""
+        """delta, the degree of smoothing at this lr, batch size and beta: lr times psi, the bound
+        on the distance of the search direction from the full gradient, in units of a parameter."""
         return lr * math.sqrt(self.noise(batch_size, momentum))
 
     def noise(self, batch_size: float, beta: float) -> float:
         """The bound psi^2 on E||m_t - grad f(x_t)||^2."""
-        return self.bound.noise(
-            self.grad_variance / batch_size, self.grad_norm_bound_sq, beta, self.weight
-        )
+        return self.bound.noise(self.c2 / batch_size, self.k2, beta, self.weight)
 
     def critical_factor(self, beta: float) -> float:
         """kappa in C^2 = b* eps^2 / (kappa lr), the estimate from the critical batch size b*."""
@@ -120,25 +128,109 @@ class Smoothing:
     def momentum_near(self, psi: float, batch_size: float) -> float:
         """The beta at which the noise is psi^2, but for rounding; nan where the numbers are too
         large to tell."""
-        variance = self.grad_variance / batch_size
+        variance = self.c2 / batch_size
         if not 0 < psi * psi - variance < math.inf:
             return math.nan
-        return self.bound.momentum(psi * psi, variance, self.grad_norm_bound_sq, self.weight)
+        return self.bound.momentum(psi * psi, variance, self.k2, self.weight)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Schedule:
-    """A method with its numbers. Call it with an epoch for the Point in force during that epoch."""
+    """A method with its numbers. Call it with an epoch, counted from 0, for the Point in force
+    during that epoch.
+
+    Args:
+        method: a row of METHODS: constant, lr, batch, hybrid, poly, cosine, exp, beta, lr-beta,
+            beta-batch or lr-batch.
+        epochs, lr, batch_size, momentum: how long, and what the first epoch has.
+        optimizer, nu, c2, k2, version: of the noise model behind delta (Smoothing). A method that
+            solves for lr or momentum is solved by it; for the others it is what delta() uses.
+        images: in the training set; no batch is larger. None: no end of them.
+        decay_epoch: epochs between the steps of lr, batch and hybrid; None: a fifth of `epochs`.
+        power: the exponent of poly and of the methods that are solved.
+        gamma: the factor an epoch of exp.
+        shifted: the indices of the published code, to compare with its curves.
+
+    Methods and formulas: arXiv 2311.08745 (lr, batch, hybrid, poly, cosine, exp) and arXiv
+    2402.02325 (what is solved). Raises ValueError for a method or an optimizer that is no row, with
+    what may have been meant; for a number out of range; and for a momentum that the optimizer has
+    no use for, or that a method which lowers it has not got.
+    """
 
     method: str
     epochs: int
     start: Point
     smoothing: Smoothing
-    decay_epoch: int = 40
-    power: float = 0.9
-    gamma: float = 0.9
-    largest_batch: int | None = None  # images in the training set: no batch can hold more
-    shifted: bool = False  # the published code's indices, to compare with its curves
+    images: int | None
+    decay_epoch: int
+    power: float
+    gamma: float
+    shifted: bool
+
+    def __init__(
+        self,
+        method: str,
+        *,
+        epochs: int,
+        lr: float,
+        batch_size: int,
+        optimizer: str = "sgd",
+        momentum: float = 0.0,
+        nu: float = 0.5,
+        c2: float = 1.0,
+        k2: float = 1.0,
+        version: str | None = None,
+        images: int | None = None,
+        decay_epoch: int | None = None,
+        power: float = 0.9,
+        gamma: float = 0.9,
+        shifted: bool = False,
+    ):
+        if decay_epoch is None:
+            decay_epoch = max(1, epochs // 5)
+        vars(self).update(  # which a frozen class lets pass
+            method=method,
+            epochs=epochs,
+            start=Point(lr, batch_size, momentum),
+            smoothing=Smoothing(optimizer, c2, k2, nu, version),
+            images=images,
+            decay_epoch=decay_epoch,
+            power=power,
+            gamma=gamma,
+            shifted=shifted,
+        )
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError for what no schedule can be made of."""
+        if self.method not in METHODS:
+            meant = about_value("--method", str(self.method), METHODS)
+            raise ValueError(f"method {self.method!r}: {meant}")
+        lr, batch_size, momentum = self.start.lr, self.start.batch_size, self.start.momentum
+        numbers = {
+            "epochs": (self.epochs, self.epochs >= 1, "1 or more"),
+            "lr": (lr, 0 < lr < math.inf, "above 0"),
+            "batch_size": (batch_size, batch_size >= 1, "1 or more"),
+            "momentum": (momentum, 0 <= momentum < 1, "from 0 to below 1"),
+            "images": (self.images, self.images is None or self.images >= 1, "1 or more"),
+            "decay_epoch": (self.decay_epoch, self.decay_epoch >= 1, "1 or more"),
+            "power": (self.power, 0 < self.power < math.inf, "above 0"),
+            "gamma": (self.gamma, 0 < self.gamma <= 1, "above 0, at most 1"),
+        }
+        for name, (value, fits, range_) in numbers.items():
+            if not fits:
+                raise ValueError(f"{name} {value} is out of range: it is {range_}")
+        form = self.smoothing.form
+        if momentum and not form.has_buffer:
+            raise ValueError(
+                f"optimizer {form.name} has no momentum: leave momentum {momentum} out, or take "
+                "shb, which is PyTorch's SGD with momentum"
+            )
+        if METHODS[self.method].solves == "momentum" and not momentum:
+            raise ValueError(
+                f"method {self.method} lowers the momentum: give an optimizer that has one "
+                "(shb, nshb or qhm) and a momentum above 0"
+            )
 
     def __call__(self, epoch: int) -> Point:
         method, batch = METHODS[self.method], self.batch_solved_for(epoch)
@@ -152,7 +244,7 @@ class Schedule:
     def batch_size(self, epoch: int) -> int:
         """What the loader serves; it never falls from one epoch to the next."""
         batch = int(METHODS[self.method].batch(self, epoch))
-        return batch if self.largest_batch is None else min(batch, self.largest_batch)
+        return batch if self.images is None else min(batch, self.images)
 
     def batch_solved_for(self, epoch: int) -> float:
         """The batch of which lr or momentum are solved: the one that is served; the published code
@@ -160,6 +252,7 @@ class Schedule:
         return METHODS[self.method].batch(self, epoch) if self.shifted else self.batch_size(epoch)
 
     def delta(self, point: Point) -> float:
+        """The degree of smoothing at a Point (Smoothing.degree)."""
         return self.smoothing.degree(point.lr, point.batch_size, point.momentum)
 
     def target(self, epoch: int) -> float:

@@ -135,3 +135,16 @@ def test_all_agree_within_their_errors_on_one_network():
         assert estimate.error < 0.8 * estimate.value, name
         for other in found.values():
             assert abs(estimate.value - other.value) < 3 * math.hypot(estimate.error, other.error)
+
+
+def test_per_sample_takes_a_vector_or_one_a_process():
+    torch.manual_seed(0)
+    noise = torch.rand(9, dtype=torch.float64)
+    found = per_sample(noise)
+    assert found == per_sample([noise]) == per_sample([noise.tolist()])
+    assert found.value == pytest.approx(noise.sum().item() / 8, rel=1e-14)
+    two = per_sample([noise[:4], noise[4:].tolist()], 100)
+    assert two.value == pytest.approx(noise.sum().item() / 7 * 99 / 100, rel=1e-14)
+    for wrong, n in ((noise[:1], None), ([noise, noise[:1]], None), ([], None), (noise, 8)):
+        with pytest.raises(ValueError):
+            per_sample(wrong, n)

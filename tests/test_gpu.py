@@ -125,7 +125,7 @@ def test_estimators_agree_with_a_cpu():
         mean = estimators.weighted_mean(grads, sizes)
         found.append(
             (
-                estimators.per_sample([noise.to(device).tolist()], 90),
+                estimators.per_sample(noise.to(device), 90),
                 estimators.micro_batch(grads, mean, sizes, 90),
             )
         )
@@ -163,7 +163,7 @@ def test_the_full_gradient_is_that_of_a_cpu(bn, norm):
 
     def full(model, x, y):
         with gradients.undisturbed(model, bn):
-            return gradients.full_gradient(model, zip(x.split(25), y.split(25), strict=True), 60)
+            return gradients.full_gradient(model, zip(x.split(25), y.split(25), strict=True))
 
     exact = full(model, x, y)
     for g, e in zip(full(*on_the_gpu(model, x, y)), exact, strict=True):
@@ -344,10 +344,10 @@ def test_chunks_are_halved_until_they_fit(tmp_path, monkeypatch):
     whole = points_of(run(tmp_path / "whole", *SAMPLING, "--steps", "0", "1"))
     gradient, limit = gradients.batch_gradient, 100
 
-    def small(model, x, y, loss=None):
+    def small(model, x, y, *rest):
         if len(y) > limit:
             raise torch.OutOfMemoryError
-        return gradient(model, x, y, loss)
+        return gradient(model, x, y, *rest)
 
     monkeypatch.setattr(gradients, "batch_gradient", small)
     halved = points_of(run(tmp_path / "halved", *SAMPLING, "--steps", "0", "1"))

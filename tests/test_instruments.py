@@ -76,7 +76,7 @@ def with_cosine(monkeypatch):
     made: list[Cosine] = []
 
     def make(last: int = 10**9):
-        def of(plan, model, data, ranks):
+        def of(parts):
             made.append(Cosine(last))
             return made[-1]
 

@@ -84,7 +84,7 @@ def test_a_measurement_leaves_no_trace(bn):
     buffers = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
     with gradients.undisturbed(model, bn):
         assert model.training == model[1].training == (bn == "train")
-        full = gradients.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])], 20)
+        full = gradients.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])])
         gradient = drawn(model, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]))
         gradients.direction_noise(optimizer, gradient, 4, there(full), 3, 20)
     after = (*model.parameters(), *model.buffers(), torch.get_rng_state())
@@ -102,7 +102,7 @@ def test_the_full_gradient_weights_every_chunk_by_its_true_size(chunk):
     model = noisy_model().double().eval()
     x, y = torch.randn(20, 3, 8, 8, dtype=torch.float64), torch.randint(0, 10, (20,))
     F.cross_entropy(model(x), y).backward()
-    full = gradients.full_gradient(model, zip(x.split(chunk), y.split(chunk), strict=True), 20)
+    full = gradients.full_gradient(model, zip(x.split(chunk), y.split(chunk), strict=True))
     for p, g in zip(model.parameters(), full, strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-10, atol=1e-14)
 
@@ -115,7 +115,7 @@ def test_the_full_gradient_is_summed_in_float64():
     for part in chunks:
         for e, g in zip(expected, gradients.batch_gradient(model, *part), strict=True):
             e += g.double() * (len(part[1]) / 300)
-    for g, e in zip(gradients.full_gradient(model, chunks, 300), expected, strict=True):
+    for g, e in zip(gradients.full_gradient(model, chunks), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-15)
 
 
@@ -133,7 +133,7 @@ def test_the_chunks_of_a_float32_network_do_not_show_in_eval_mode(chunk):
     model.eval()
 
     def error(size):
-        full = gradients.full_gradient(model, zip(x.split(size), y.split(size), strict=True), 250)
+        full = gradients.full_gradient(model, zip(x.split(size), y.split(size), strict=True))
         return (torch.cat([g.flatten() for g in full]) - expected).norm() / expected.norm()
 
     assert error(chunk) <= 2 * error(250) < 1e-5
@@ -149,7 +149,7 @@ def test_batchnorm_in_train_mode_uses_the_chunks_own_statistics():
         F.cross_entropy(model(x[part]), y[part]).backward()
         expected = [e + p.grad / 2 for e, p in zip(expected, model.parameters(), strict=True)]
     with gradients.undisturbed(model, "train"):
-        full = gradients.full_gradient(model, [(x[:10], y[:10]), (x[10:], y[10:])], 20)
+        full = gradients.full_gradient(model, [(x[:10], y[:10]), (x[10:], y[10:])])
     for g, e in zip(full, expected, strict=True):
         torch.testing.assert_close(g.float(), e, rtol=1e-4, atol=1e-6)
 
@@ -175,7 +175,7 @@ def test_c2_sampled_is_unbiased_for_batches_without_replacement(batch):
     x, y = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
     subsets = [list(s) for s in itertools.combinations(range(n), batch)]
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
-    full = gradients.full_gradient(model, [(x, y)], n)
+    full = gradients.full_gradient(model, [(x, y)])
     gradient = drawn(model, lambda i: (x[subsets[i]], y[subsets[i]]))
     noise = gradients.direction_noise(optimizer, gradient, batch, there(full), len(subsets), n)
     assert noise.grad_variance().value == pytest.approx(per_sample_variance(model, x, y), rel=1e-10)
@@ -188,7 +188,7 @@ def test_c2_sampled_agrees_with_the_per_sample_variance_within_its_error():
     model = models.build("resnet8", 10, "group").double()
     x, y = next(data.train.batches([torch.arange(300)]))
     x = x.double()
-    full = gradients.full_gradient(model, [(x, y)], 300)
+    full = gradients.full_gradient(model, [(x, y)])
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
 
     def batch(i):
@@ -213,7 +213,7 @@ def test_the_direction_noise_compares_the_next_direction_with_the_full_gradient_
         model.zero_grad()
         F.cross_entropy(model(x[:7]), y[:7]).backward()
         optimizer.step()
-    full = gradients.full_gradient(model, [(x, y)], n)
+    full = gradients.full_gradient(model, [(x, y)])
     kept = []
     gradient = drawn(model, lambda i: (x[7:15], y[7:15]))
     noise = gradients.direction_noise(
@@ -274,7 +274,7 @@ def test_no_draw_waits_for_the_device(monkeypatch):
     model, n = linear_model(), 30
     x, y = torch.randn(n, 5, dtype=torch.float64), torch.randint(0, 3, (n,))
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
-    full = gradients.full_gradient(model, [(x, y)], n)
+    full = gradients.full_gradient(model, [(x, y)])
     reads, counts = [], []
     item, tolist = torch.Tensor.item, torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "item", lambda t: reads.append(1) or item(t))

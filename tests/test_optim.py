@@ -3,12 +3,14 @@
 import copy
 import io
 import math
+import re
 
 import pytest
 import torch
 
 from fastsmooth.forms import FORMS
 from fastsmooth.optim import NoisySGD
+from fastsmooth.schedule import Point
 
 SHAPES = [(3, 5, 7), (1,), (), (129,), (0, 4), (33, 17)]  # odd sizes, size one, no axis, nothing
 CHANGING = [(0.1 / (1 + t), 0.9 - 0.02 * t) for t in range(30)]  # lr and momentum of every step
@@ -24,6 +26,11 @@ def gradients(step, dtype=torch.float32):
     """The same numbers for every optimizer that is at this step."""
     generator = torch.Generator().manual_seed(1000 + step)
     return [torch.randn(s, generator=generator, dtype=dtype) for s in SHAPES]
+
+
+def momentum_of(form, beta=0.9):
+    """sgd takes none."""
+    return beta if FORMS[form].has_buffer else 0.0
 
 
 def set_grads(params, step, dtype=torch.float32):
@@ -51,7 +58,7 @@ def buffers(optimizer, params):
 @pytest.mark.parametrize("form", ["sgd", "shb"])
 def test_sgd_and_shb_have_the_bits_of_torch(form, weight_decay, foreach):
     mine, theirs = parameters(), parameters()
-    ours = NoisySGD(mine, form, 0.1, 0.9, weight_decay=weight_decay)
+    ours = NoisySGD(mine, form, 0.1, momentum_of(form), weight_decay=weight_decay)
     reference = torch.optim.SGD(
         theirs,
         lr=0.1,
@@ -60,7 +67,7 @@ def test_sgd_and_shb_have_the_bits_of_torch(form, weight_decay, foreach):
         foreach=foreach,
     )
     for step, (lr, beta) in enumerate(CHANGING):
-        ours.set_point(lr, beta)
+        ours.set_point(Point(lr, 1, beta))
         for group in reference.param_groups:
             group["lr"] = lr
             group["momentum"] = beta if form == "shb" else 0.0
@@ -126,9 +133,9 @@ def plain_run(form, steps, lr, beta, nu, weight_decay, dtype=torch.float64):
 @pytest.mark.parametrize("form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.7)])
 def test_every_form_follows_its_definition(form, nu, weight_decay):
     params = parameters(torch.float64)
-    optimizer = NoisySGD(params, form, 0.1, 0.9, nu, weight_decay)
+    optimizer = NoisySGD(params, form, 0.1, momentum_of(form), nu, weight_decay)
     for step, (lr, beta) in enumerate(CHANGING[:12]):
-        optimizer.set_point(lr, beta)
+        optimizer.set_point(Point(lr, 1, beta))
         set_grads(params, step, torch.float64)
         optimizer.step()
     expected = plain_run(
@@ -147,7 +154,7 @@ def test_every_form_follows_its_definition(form, nu, weight_decay):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_first_direction_comes_from_a_zero_buffer(form):
     params, nu, beta = parameters(torch.float64), 0.7, 0.9
-    optimizer = NoisySGD(params, form, 0.1, beta, nu)
+    optimizer = NoisySGD(params, form, 0.1, momentum_of(form, beta), nu)
     share = {"sgd": 1.0, "shb": 1.0, "nshb": 1 - beta, "qhm": 1 - nu * beta}[form]
     given = gradients(0, torch.float64)
     for direction, g in zip(optimizer.directions(given), given, strict=True):
@@ -156,7 +163,7 @@ def test_the_first_direction_comes_from_a_zero_buffer(form):
 
 def finish(form, lr, beta, nu=1.0, steps=40):
     params = parameters(torch.float64)
-    optimizer = NoisySGD(params, form, lr, beta, nu)
+    optimizer = NoisySGD(params, form, lr, momentum_of(form, beta), nu)
     for step in range(steps):
         set_grads(params, step, torch.float64)
         optimizer.step()
@@ -190,13 +197,14 @@ def test_without_momentum_every_form_is_sgd(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_set_point_keeps_the_buffers(form):
     params = parameters()
-    optimizer = NoisySGD([{"params": params[:2]}, {"params": params[2:]}], form, 0.1, 0.9)
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = NoisySGD(groups, form, 0.1, momentum_of(form))
     set_grads(params, 0)
     optimizer.step()
     held = buffers(optimizer, params)
     before = copies(held)
     assert len(held) == (0 if form == "sgd" else len(params))
-    optimizer.set_point(0.01, 0.5)
+    optimizer.set_point(Point(0.01, 32, 0.5))
     assert [(g["lr"], g["momentum"]) for g in optimizer.param_groups] == [(0.01, 0.5)] * 2
     assert equal(buffers(optimizer, params), before)
     assert all(now is then for now, then in zip(buffers(optimizer, params), held, strict=True))
@@ -206,9 +214,9 @@ def test_set_point_keeps_the_buffers(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_directions_are_what_step_applies_and_change_nothing(form, weight_decay):
     params = parameters()
-    optimizer = NoisySGD(params, form, 0.1, 0.9, 0.7, weight_decay)
+    optimizer = NoisySGD(params, form, 0.1, momentum_of(form), 0.7, weight_decay)
     for step, (lr, beta) in enumerate(CHANGING[:5]):
-        optimizer.set_point(lr, beta)
+        optimizer.set_point(Point(lr, 1, beta))
         set_grads(params, step)
         points, grads = copies(params), copies(p.grad for p in params)
         held = copies(buffers(optimizer, params))
@@ -260,7 +268,8 @@ def test_directions_keep_the_order_of_all_groups():
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_without_a_gradient_stay_as_they_are(form):
     params = parameters()
-    optimizer = NoisySGD([{"params": params[:2]}, {"params": params[2:]}], form, 0.1, 0.9)
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = NoisySGD(groups, form, 0.1, momentum_of(form))
     optimizer.step()
     assert optimizer.directions() == [] and equal(params, parameters()) and not optimizer.state
     params[3].grad = gradients(0)[3]
@@ -292,9 +301,8 @@ def test_step_returns_the_loss_of_its_closure():
 @pytest.mark.parametrize("form", FORMS)
 def test_sq_norms_are_those_of_the_gradient_and_the_direction_over_all_groups(form):
     params = parameters()
-    optimizer = NoisySGD(
-        [{"params": params[:2]}, {"params": params[2:]}], form, 0.1, 0.9, 0.7, 0.05
-    )
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = NoisySGD(groups, form, 0.1, momentum_of(form), 0.7, 0.05)
     for step in range(3):
         set_grads(params, step)
         directions = optimizer.directions()
@@ -335,18 +343,18 @@ def test_bfloat16_parameters_have_float32_momentum_that_small_gradients_move():
 @pytest.mark.parametrize("form", FORMS)
 def test_a_saved_state_goes_on_with_the_same_bits(form):
     mine = parameters()
-    first = NoisySGD(mine, form, 0.1, 0.9, 0.7, 0.01)
+    first = NoisySGD(mine, form, 0.1, momentum_of(form), 0.7, 0.01)
     for step in range(5):
         set_grads(mine, step)
         first.step()
-    first.set_point(0.05, 0.8)
+    first.set_point(Point(0.05, 32, 0.8))
     file = io.BytesIO()
     torch.save({"optimizer": first.state_dict(), "params": copies(mine)}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
 
     theirs = [p.requires_grad_() for p in saved["params"]]
-    second = NoisySGD(theirs, form, 0.9, 0.1, 0.2, 0.0)
+    second = NoisySGD(theirs, form, 0.9, momentum_of(form, 0.1), 0.2, 0.0)
     second.load_state_dict(saved["optimizer"])
     assert second.param_groups[0]["lr"] == 0.05 and second.param_groups[0]["nu"] == 0.7
     assert len(buffers(second, theirs)) == (0 if form == "sgd" else len(theirs))
@@ -361,12 +369,19 @@ def test_a_saved_state_goes_on_with_the_same_bits(form):
 @pytest.mark.parametrize(
     "wrong",
     [{"form": "adam"}, {"lr": -0.1}, {"lr": math.nan}, {"momentum": 1.0}, {"momentum": -0.1},
-    {"nu": 1.1},
-     {"nu": -0.1}, {"weight_decay": -1.0}],
+    {"nu": 1.1}, {"form": "sgd", "momentum": 0.9}, {"nu": -0.1}, {"weight_decay": -1.0}],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError):
         NoisySGD(parameters(), **({"form": "qhm", "lr": 0.1} | wrong))
+
+
+@pytest.mark.parametrize(
+    "form, meant", [("sgdm", "calls it shb"), ("nsbh", "did you mean nshb?"), ("x", "choose from")]
+)
+def test_an_unknown_form_is_refused_with_what_may_have_been_meant(form, meant):
+    with pytest.raises(ValueError, match=re.escape(f"form '{form}'") + ".*" + re.escape(meant)):
+        NoisySGD(parameters(), form, 0.1)
 
 
 # --- noise at a frozen iterate
@@ -387,7 +402,7 @@ def test_search_direction_noise_at_a_frozen_iterate_has_its_closed_form(form, nu
     }[form]
     generator = torch.Generator().manual_seed(3)
     x = torch.zeros(coordinates, dtype=torch.float64, requires_grad=True)
-    optimizer = NoisySGD([x], form, 0.0, beta, nu)  # lr 0 freezes the iterate
+    optimizer = NoisySGD([x], form, 0.0, momentum_of(form, beta), nu)  # lr 0 freezes the iterate
 
     def noisy():
         return full + s * torch.randn(coordinates, generator=generator, dtype=torch.float64)

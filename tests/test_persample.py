@@ -104,8 +104,8 @@ def test_norms_alone_are_the_same(monkeypatch):
 def test_the_noise_is_that_of_the_fused_kernel_over_materialised_rows():
     model, x, y = model_and_batch("resnet8", torch.float64)
     G = rows_of(model, x, y)
-    zero = torch.zeros((), dtype=torch.float64)
-    kernel = persample_noise_ref(G, torch.zeros_like(G[0]), None, Rule(*[zero] * 6), mixed=False)
+    still = Rule(*torch.zeros(6, dtype=torch.float64))
+    kernel = persample_noise_ref(G, torch.zeros_like(G[0]), None, still, mixed=False)
     found = sample_norms(model, x, y)
     assert torch.allclose(found.noise, kernel.noise, rtol=1e-10)
     assert torch.allclose(found.squares, kernel.squares, rtol=1e-10)

@@ -3,13 +3,16 @@
 import itertools
 import math
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from fastsmooth import schedule
+from fastsmooth.cli.config import resolve
 from fastsmooth.schedule import METHODS, Point, Schedule, Smoothing, balance
+from fastsmooth.training.plan import make_schedule
 
 EPOCHS = 200
 CIFAR = 50_000  # training images
@@ -28,15 +31,15 @@ SOLVED = ("beta", "lr-beta", "beta-batch", "lr-batch")
 
 def plain(method, batch=32, epochs=EPOCHS, **options):
     """A schedule of plain SGD with unit C."""
-    return Schedule(method, epochs, Point(0.1, batch, 0.0), Smoothing("sgd"), **options)
+    return Schedule(method, epochs=epochs, lr=0.1, batch_size=batch, **options)
 
 
 def momentum(method, optimizer="shb", form="v1", nu=1.0, batch=128, epochs=EPOCHS, **options):
     """A schedule of a momentum optimizer with the published constants."""
-    smoothing = Smoothing(
-        optimizer, *CONSTANTS[optimizer], nu=nu, version=form if optimizer == "nshb" else None
-    )
-    return Schedule(method, epochs, Point(0.1, batch, 0.9), smoothing, **options)
+    c2, k2 = CONSTANTS[optimizer]
+    noise = {"c2": c2, "k2": k2, "nu": nu, "version": form if optimizer == "nshb" else None}
+    start = {"lr": 0.1, "batch_size": batch, "momentum": 0.9}
+    return Schedule(method, epochs=epochs, optimizer=optimizer, **start, **noise, **options)
 
 
 def agrees(value, printed):
@@ -293,10 +296,10 @@ def test_delta_is_that_of_the_published_constants(batch):
     "beta, printed", [(0.0, "0"), (0.5, "1.5"), (0.9, "81.9"), (0.99, "9801.99")]
 )
 def test_growth_of_shb_is_beta_over_one_minus_beta_squared_plus_beta(beta, printed):
-    growth = Smoothing("shb", grad_variance=0.0, grad_norm_bound_sq=1.0).noise(1, beta)
+    growth = Smoothing("shb", c2=0.0, k2=1.0).noise(1, beta)
     assert growth == pytest.approx(float(printed), rel=1e-12)
     assert growth == pytest.approx(beta * (beta**2 - beta + 1) / (1 - beta) ** 2, rel=1e-12)
-    only_variance = Smoothing("shb", grad_variance=3.0, grad_norm_bound_sq=0.0).noise(7, beta)
+    only_variance = Smoothing("shb", c2=3.0, k2=0.0).noise(7, beta)
     assert only_variance == pytest.approx((1 + growth) * 3 / 7, rel=1e-12)
 
 
@@ -575,6 +578,49 @@ def test_shifted_batch_ends_near_8192_from_any_start():
     assert momentum("lr-batch", batch=10_000)(199).batch_size == 10_000
 
 
+# --- how it is made
+
+
+def test_a_schedule_has_the_defaults_of_the_command_line():
+    c = resolve({})
+    mine = Schedule(c.method, epochs=c.epochs, lr=c.lr, batch_size=c.batch_size)
+    theirs = make_schedule(c, None)
+    for name in ("decay_epoch", "power", "gamma", "shifted", "start", "smoothing"):
+        assert getattr(mine, name) == getattr(theirs, name), name
+    assert mine == theirs
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"method": "hybird"}, "method 'hybird': did you mean hybrid?"),
+        ({"method": "exponential"}, "method 'exponential': fastsmooth calls it exp"),
+        ({"method": 3}, "method 3: choose from constant, "),
+        ({"optimizer": "sgdm"}, "form 'sgdm': fastsmooth calls it shb"),
+        ({"optimizer": "adam"}, "form 'adam': fastsmooth has no adaptive optimizer: choose from"),
+        ({"optimizer": "nshb", "version": "v2"}, "nshb has no bound of version 'v2'"),
+        ({"momentum": 0.9}, "optimizer sgd has no momentum"),
+        ({"optimizer": "shb", "momentum": 1.0}, "momentum 1.0 is out of range"),
+        ({"method": "beta"}, "method beta lowers the momentum"),
+        ({"epochs": 0}, "epochs 0 is out of range"),
+        ({"lr": math.nan}, "lr nan is out of range"),
+        ({"batch_size": 0}, "batch_size 0 is out of range"),
+        ({"decay_epoch": 0}, "decay_epoch 0 is out of range"),
+        ({"power": 0.0}, "power 0.0 is out of range"),
+        ({"gamma": 1.1}, "gamma 1.1 is out of range"),
+        ({"images": 0}, "images 0 is out of range"),
+        ({"c2": -1.0}, "c2 -1.0 is out of range"),
+        ({"k2": math.nan}, "k2 nan is out of range"),
+        ({"optimizer": "qhm", "nu": 2.0}, "nu 2.0 is out of range"),
+    ],
+    ids=str,
+)
+def test_what_no_schedule_can_be_made_of_is_refused_in_words(wrong, words):
+    right = {"method": "constant", "epochs": 3, "lr": 0.1, "batch_size": 8}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Schedule(**(right | wrong))
+
+
 # --- what a schedule costs
 
 
@@ -619,7 +665,7 @@ def test_stages_are_the_batches_of_all_epochs_without_solving_any(method, shifte
         (1024, 50_000, 997),
     ):
         s = momentum(
-            method, batch=batch, epochs=epochs, decay_epoch=7, largest_batch=images, shifted=shifted
+            method, batch=batch, epochs=epochs, decay_epoch=7, images=images, shifted=shifted
         )
         expected = [
             (len(list(alike)), size)
@@ -666,14 +712,14 @@ def test_largest_miss_reports_the_late_batches_of_the_published_code():
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_never_exceeds_the_data_set(method):
     images = 1437
-    s = momentum(method, largest_batch=images)
+    s = momentum(method, images=images)
     # 648 = 128 * 1.5^4
     grows_to = {"batch": images, "beta-batch": images, "lr-batch": images, "hybrid": 648}
     assert max(p.batch_size for p in s.points()) == grows_to.get(method, 128)
 
 
 def test_a_batch_capped_by_the_data_set_is_reported_as_a_miss():
-    s = plain("batch", 128, largest_batch=1437)
+    s = plain("batch", 128, images=1437)
     assert [s(e).batch_size for e in (119, 120, 159, 160, 199)] == [512, 1024, 1024, 1437, 1437]
     epoch, target, reached = s.largest_miss()
     assert epoch == 160
@@ -681,7 +727,7 @@ def test_a_batch_capped_by_the_data_set_is_reported_as_a_miss():
 
 
 def test_momentum_takes_up_what_a_capped_batch_leaves():
-    s = momentum("beta-batch", largest_batch=1437)
+    s = momentum("beta-batch", images=1437)
     free = momentum("beta-batch")
     capped = [e for e in range(EPOCHS) if free(e).batch_size > 1437]
     assert len(capped) > 5

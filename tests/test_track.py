@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from fastsmooth import models
 from fastsmooth.cli.config import resolve
 from fastsmooth.data import open_data
-from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator
+from fastsmooth.noise.online import NoiseTracker, choose_estimator
 from fastsmooth.noise.persample import NotCovered
+from fastsmooth.optim import NoisySGD
 from fastsmooth.runfolder.write import TIMES
 from fastsmooth.schedule import Point, Smoothing
 from fastsmooth.train import main
@@ -152,10 +154,10 @@ def test_measured_when_due(tmp_path):
     ] == [0, 10]
 
 
-def tracker(optimizer: str, **constants) -> NoiseTracker:
+def tracker(form: str) -> NoiseTracker:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    smoothing = Smoothing(optimizer, **constants)
-    return NoiseTracker(model, Every(1), "per-sample", "", "train", smoothing, n=1000)
+    optimizer = NoisySGD(model.parameters(), form, 0.1, 0.9)
+    return NoiseTracker(model, optimizer, samples=1000, every=1, estimator="per-sample")
 
 
 def test_maximum_mean_square_and_delta_run_over_the_measurements():
@@ -226,15 +228,147 @@ def test_going_on_measures_what_an_uninterrupted_run_measures(tmp_path):
 
 
 def test_per_sample_only_where_it_has_a_clear_meaning():
-    x = torch.randn(2, 3, 8, 8)
+    x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
     plain, grouped = models.build("resnet8", 10), models.build("resnet8", 10, "group")
-    assert choose_estimator(plain, x, "auto", "eval") == ("per-sample", "")
-    assert choose_estimator(grouped, x, "auto", "train") == ("per-sample", "")
-    assert choose_estimator(plain, x, "auto", "train")[0] == "micro-batch"
+    assert choose_estimator(plain, x, y, "auto", "eval") == ("per-sample", "")
+    assert choose_estimator(grouped, x, y, "auto", "train") == ("per-sample", "")
+    assert choose_estimator(plain, x, y, "auto", "train")[0] == "micro-batch"
     with pytest.raises(NotCovered, match="BatchNorm with batch statistics"):
-        choose_estimator(plain, x, "per-sample", "train")
+        choose_estimator(plain, x, y, "per-sample", "train")
     scaled = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.PReLU())
-    estimator, why = choose_estimator(scaled, x, "auto", "train")
+    estimator, why = choose_estimator(scaled, x, y, "auto", "train")
     assert estimator == "micro-batch" and "2.weight" in why
     with pytest.raises(NotCovered, match=r"2\.weight"):
-        choose_estimator(scaled, x, "per-sample", "train")
+        choose_estimator(scaled, x, y, "per-sample", "train")
+
+
+# The tracker by itself
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+
+def images(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(size, 3, 2, 2), torch.arange(size) % 3
+
+
+def called(noise: NoiseTracker, epochs: int, sizes: list[int]) -> list[tuple[int, int]]:
+    """(epoch, update of the epoch) of every row."""
+    rows = []
+    for epoch in range(epochs):
+        for update, size in enumerate(sizes):
+            if noise(*images(size), Point(0.1, max(sizes), 0.0)) is not None:
+                rows.append((epoch, update))
+        noise.end_epoch()
+    return rows
+
+
+@pytest.mark.parametrize(
+    "every, due",
+    [
+        (4, [(0, 0), (1, 1), (2, 2)]),
+        ("every=4", [(0, 0), (1, 1), (2, 2)]),
+        ("2ep", [(0, 0), (2, 0)]),
+        # the last batch of an epoch has one sample, and leaves it to the next
+        (2, [(0, 0), (1, 0), (1, 1), (2, 0)]),
+    ],
+)
+def test_a_call_an_update_measures_when_due(every, due):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    noise = NoiseTracker(model, optimizer, samples=100, every=every)
+    assert called(noise, 3, [8, 8, 1] if every == 2 else [8, 8, 8]) == due
+    assert noise.count == len(due)
+
+
+def test_a_saved_tracker_goes_on_as_it_would():
+    model = small()
+    optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
+    first = NoiseTracker(model, optimizer, samples=100, every=3)
+    second = NoiseTracker(model, optimizer, samples=100, every=3)
+    called(first, 1, [8, 8])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(4):
+        x, y = images(8)
+        assert first(x, y, Point(0.1, 8, 0.0)) == second(x, y, Point(0.1, 8, 0.0))
+    assert first.count == 2
+
+
+@pytest.mark.parametrize(
+    "of, form, nu",
+    [
+        (lambda p: NoisySGD(p, "qhm", 0.1, 0.9, nu=0.3), "qhm", 0.3),
+        (lambda p: NoisySGD(p, "sgd", 0.1), "sgd", 1.0),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1), "shb", 1.0),
+    ],
+)
+def test_the_noise_model_is_that_of_the_optimizer(of, form, nu):
+    model = small()
+    noise = NoiseTracker(model, of(model.parameters()), samples=100, every=1)
+    beta = 0.0 if form == "sgd" else 0.9
+    row = noise(*images(8), Point(0.1, 8, beta))
+    smoothing = Smoothing(form, row["c2_sampled"], row["k2"], nu)
+    assert row["delta_measured"] == pytest.approx(smoothing.degree(0.1, 8, beta), rel=1e-12)
+
+
+def test_the_version_of_the_bound_is_a_choice():
+    model = small()
+    optimizer = NoisySGD(model.parameters(), "nshb", 0.1, 0.9)
+    x, y = images(8)
+    for version in ("v1", "v3"):
+        row = NoiseTracker(model, optimizer, samples=100, every=1, version=version)(
+            x, y, Point(0.1, 8, 0.9)
+        )
+        smoothing = Smoothing("nshb", row["c2_sampled"], row["k2"], version=version)
+        assert row["delta_measured"] == pytest.approx(smoothing.degree(0.1, 8, 0.9), rel=1e-12)
+
+
+def groups_of_two_nu(params) -> NoisySGD:
+    first, second = params
+    return NoisySGD([{"params": [first], "nu": 0.1}, {"params": [second]}], "qhm", 0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    "of, words",
+    [
+        (lambda p: torch.optim.Adam(p), "Adam: no delta is known"),
+        (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), "with nesterov=True"),
+        (lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.9), "with dampening=0.9.*nshb"),
+        (groups_of_two_nu, r"several nu \(\[0.1, 0.5\]\)"),
+    ],
+)
+def test_an_optimizer_without_a_noise_model_is_refused(of, words):
+    model = small()
+    with pytest.raises(ValueError, match=words):
+        NoiseTracker(model, of(model.parameters()), samples=100, every=1)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"estimator": "persample"}, "estimator 'persample': did you mean per-sample?"),
+        ({"bn": "evaluation"}, "bn 'evaluation': "),
+        ({"every": 0}, "every 0: give a number of updates"),
+        ({"every": "2 epochs"}, "every '2 epochs': give"),
+        ({"samples": 0}, "samples 0 is out of range"),
+    ],
+    ids=str,
+)
+def test_arguments_that_there_are_not_are_refused(wrong, words):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        NoiseTracker(model, optimizer, **({"samples": 100, "every": 1} | wrong))
+
+
+def test_batches_that_can_never_be_measured_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    noise = NoiseTracker(model, optimizer, samples=100, every=1)
+    with pytest.raises(ValueError, match="micro-batch estimator needs batches of 8 or more, not 4"):
+        noise(*images(4), Point(0.1, 4, 0.0))
+    noise = NoiseTracker(model, optimizer, samples=10, every=1)
+    with pytest.raises(ValueError, match="a batch of 12 samples, where the training set has 10"):
+        noise(*images(12), Point(0.1, 12, 0.0))

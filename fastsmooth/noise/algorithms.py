@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastsmooth.names import about_value
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -38,3 +40,8 @@ class Setting:
     step_size_mult: float = 1.0
     random_start: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            meant = about_value("--algorithm", str(self.algorithm), ALGORITHMS)
+            raise ValueError(f"algorithm {self.algorithm!r}: {meant}")

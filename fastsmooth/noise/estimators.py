@@ -16,7 +16,7 @@ training: for that there are replayed histories (modes.sampling) and seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,18 +77,29 @@ def jackknife_error(without: list[float]) -> float:
     return math.sqrt((k - 1) / k * math.fsum((w - center) ** 2 for w in without))
 
 
-def per_sample(noise: list[list[float]], n: int | None = None) -> Estimate:
-    """From ||g_i - h||^2 of the samples of a batch (persample.sample_norms), in one list or in one
-    a process.
+def per_sample(
+    noise: Tensor | Sequence[Tensor] | Sequence[Sequence[float]], n: int | None = None
+) -> Estimate:
+    """C2 from ||g_i - h||^2 of the samples of a batch, as persample.sample_norms gives them.
 
-    Each list is about the mean gradient h of its own samples: C2 = sum_i ||g_i - h||^2 / (B - k)
-    over all B samples in k lists. Of n samples drawn from without replacement, sqrt(1 - B / n) of
-    the jackknife's error is left (Cochran 1977, 2.9).
+    Args: noise, [B], or one such vector a process, each about the mean gradient h of its own
+    samples: C2 = sum_i ||g_i - h||^2 / (B - k) over all B samples in k vectors. n: of how many the
+    samples were drawn without replacement (the training set's size); None for no end of them. Of
+    the jackknife's error sqrt(1 - B / n) is left then (Cochran 1977, 2.9).
+
+    In the unit of a squared gradient norm. Raises ValueError for vectors of fewer than two samples
+    and for more samples than n.
     """
-    degrees = sum(len(part) - 1 for part in noise)
-    if min(map(len, noise)) < 2:
+    if isinstance(noise, Tensor):
+        noise = [noise]
+    parts = [part.tolist() if isinstance(part, Tensor) else list(part) for part in noise]
+    if min(map(len, parts), default=0) < 2:
         raise ValueError("the variance within parts needs two or more samples of each")
-    total, count = math.fsum(d for part in noise for d in part), sum(map(len, noise))
+    count = sum(map(len, parts))
+    if n is not None and count > n:
+        raise ValueError(f"{count} samples cannot have been drawn from n = {n}")
+    degrees = count - len(parts)
+    total = math.fsum(d for part in parts for d in part)
     finite = 1.0 if n is None else (n - 1) / n
     left = 1.0 if n is None else math.sqrt(max(1 - count / n, 0.0))
     error = None
@@ -96,7 +107,7 @@ def per_sample(noise: list[list[float]], n: int | None = None) -> Estimate:
         # without a sample its part's mean moves too
         without = [
             (total - d * len(part) / (len(part) - 1)) / (degrees - 1)
-            for part in noise
+            for part in parts
             for d in part
         ]
         error = finite * left * jackknife_error(without)
@@ -124,7 +135,7 @@ def micro_batch(
 
 def weighted_mean(grads: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
     """The mean gradient over all samples from those over parts of `sizes` samples."""
-    mean = torch._foreach_mul(grads[0], sizes[0] / sum(sizes))
+    mean = list(torch._foreach_mul(grads[0], sizes[0] / sum(sizes)))
     for h, m in zip(grads[1:], sizes[1:], strict=True):
         torch._foreach_add_(mean, h, alpha=m / sum(sizes))
     return mean

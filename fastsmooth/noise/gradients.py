@@ -8,7 +8,7 @@ state are bit for bit afterwards what they were before.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise.estimators import Estimate, sampled
+from fastsmooth.noise.losses import Loss, mean_loss
+from fastsmooth.noise.persample import unchanged
 from fastsmooth.optim import NoisySGD
 
 # The draw whose order cuts the data into chunks; no direction has so high a number.
@@ -66,50 +68,72 @@ def trainable(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-# loss(x, y): the mean loss of the batch x [B, 3, H, W], y [B], 0-d, with its graph.
-Loss = Callable[[Tensor, Tensor], Tensor]
+# objective(x, y): the mean loss of a model over the batch x [B, ...], y [B, ...], 0-d, with its
+# graph.
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+def objective_of(model: nn.Module, loss: Loss) -> Objective:
+    return lambda x, y: mean_loss(loss, model(x), y)
 
 
 def batch_gradient(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss | None = None, share: float = 1.0
+    model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None = None, share: float = 1.0
 ) -> list[Tensor]:
     """`share` times grad f_S at the model's parameters for the batch S = (x, y), one tensor a
-    parameter.
-
-    `loss` is a compiled way to the model's mean cross-entropy, say; without it the model is called
-    as it is.
-    """
-    value = F.cross_entropy(model(x), y) if loss is None else loss(x, y)
+    trainable parameter; without an objective of the mean cross-entropy."""
+    value = (objective or objective_of(model, F.cross_entropy))(x, y)
     return list(torch.autograd.grad(value * share, trainable(model)))
 
 
 def full_gradient(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    n: int,
-    loss: Loss | None = None,
+    *,
+    loss: Loss = F.cross_entropy,
+    n: int | None = None,
     sizes: Iterable[int] | None = None,
+    objective: Objective | None = None,
 ) -> list[Tensor]:
-    """The mean over chunks of their gradients, each weighted by its true share of the n samples, in
-    float64.
+    """The gradient of the mean loss over all samples of `batches`, each batch weighted by its true
+    share of them.
 
-    `sizes`: of the chunks, where `batches` are parts of them.
+    Args:
+        model: in the mode in which it is to be measured. With BatchNorm in eval mode the result is
+            the gradient of a fixed finite sum, whatever the batches; in train mode it is the
+            expectation of the mini-batch gradient at the batches' size.
+        batches: (x [B, ...], y [B, ...]) of any sizes.
+        loss: loss(output, target), a mean over samples (losses.mean_loss).
+        n: how many samples all have together, where some of the batches are elsewhere.
+        sizes: of the batches that `batches` are parts of, one for each.
+        objective: a way of its own to the mean loss of a batch, in the place of `loss`.
 
-    With BatchNorm in eval mode this is the gradient of a fixed finite sum, whatever the chunks; in
-    train mode it is the expectation of the mini-batch gradient at the chunks' size.
+    Returns a tensor a trainable parameter, in the order of model.parameters(), summed in float64
+    (float32 on MPS). Raises NotCovered, a ValueError, for a loss that is no mean over samples, and
+    ValueError where there are no batches. Leaves .grad and the buffers alone.
     """
     wide = wide_dtype(next(model.parameters()).device)
+    objective = objective or objective_of(model, loss)
     total = [torch.zeros_like(p, dtype=wide) for p in trainable(model)]
-    for (x, y), size in zip(batches, sizes or itertools.repeat(None), strict=False):
-        size = size or len(y)
-        # into float64 in place, so that only rounding within a chunk is that of float32
-        torch._foreach_add_(total, batch_gradient(model, x, y, loss, len(y) / size), alpha=size / n)
+    known = itertools.repeat(None) if sizes is None else iter(sizes)
+    seen = 0
+    with unchanged(list(model.buffers())):
+        for (x, y), size in zip(batches, known, strict=False):
+            size = size or len(y)
+            seen += size
+            # into float64 in place, so that only rounding within a batch is that of float32
+            grads = batch_gradient(model, x, y, objective, len(y) / size)
+            torch._foreach_add_(total, grads, alpha=size / n if n else size)
+    if n is None:
+        if not seen:
+            raise ValueError("a full gradient needs one batch or more")
+        torch._foreach_div_(total, seen)
     return total
 
 
-def norm(tensors: list[Tensor]) -> Tensor:
+def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm over all coordinates of a list of tensors, 0-d."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
 @dataclass(frozen=True)
@@ -158,9 +182,10 @@ def direction_noise(
     for draw in range(len(norms), draws):
         with at(draw) as full:
             grads = gradient(draw)
-            omega = torch._foreach_sub(optimizer.directions(grads), full)
+            omega = list(torch._foreach_sub(optimizer.directions(grads), full))
             norms.append(
                 torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)])
             )
             keep(draw, omega)
-    return DirectionNoise(*torch.stack(norms, dim=1).tolist(), batch_size, n, over)
+    noise, grad_noise, full_norms = torch.stack(norms, dim=1).tolist()
+    return DirectionNoise(noise, grad_noise, full_norms, batch_size, n, over)

@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fastsmooth.names import about_value
 from fastsmooth.noise import estimators, gradients
 from fastsmooth.noise.estimators import Estimate
+from fastsmooth.noise.losses import Loss
 from fastsmooth.noise.persample import BN, NotCovered, SampleNorms, sample_norms
+from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point, Smoothing
 
+ESTIMATORS = ("auto", "per-sample", "micro-batch")
+MODES = ("train", "eval", *BN)
 GROUPS = 4  # parts of a batch for the micro-batch estimator
 DECAY = 0.9  # a measurement: of the averages behind the noise scale
 
@@ -30,10 +36,14 @@ class Every:
     epochs: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Every:
-        """Of "every=50" or "every=2ep", as the configuration has it."""
-        number = text.removeprefix("every=")
-        return cls(int(number.removesuffix("ep")), number.endswith("ep"))
+    def parse(cls, when: int | str) -> Every:
+        """Of 50 or "every=50" (updates), "2ep" or "every=2ep" (epochs). Raises ValueError for
+        anything else."""
+        number = str(when).removeprefix("every=")
+        count = number.removesuffix("ep")
+        if not (count.isdecimal() and int(count)):
+            raise ValueError(f"every {when!r}: give a number of updates, or of epochs as in '2ep'")
+        return cls(int(count), number != count)
 
     def period(self, update: int, epoch: int) -> int:
         """Grows by one whenever a measurement falls due."""
@@ -41,33 +51,103 @@ class Every:
 
 
 class NoiseTracker:
-    """Measures batches of training at the present parameters, and keeps what runs over the
-    measurements.
+    """The gradient variance and what follows from it, of batches of training at the present
+    parameters. Training does not notice: model, .grad, optimizer and random numbers are left as
+    they were.
 
-    `estimator` is per-sample (of the batch as one, BatchNorm as `bn` says: batch, frozen or eval)
-    or micro-batch (GROUPS parts, each a forward pass of its own, BatchNorm in train or eval mode).
-    n is the number of training images.
+        noise = NoiseTracker(model, optimizer, samples=len(train), every=50)
+        row = noise(x, y, point)  # once before each update; None where none is due
+
+    Args:
+        model: the network; x [B, ...] goes in, a tensor [B, ...] comes out.
+        optimizer: NoisySGD, or torch.optim.SGD, whose momentum is the form shb. Its form and nu are
+            those of the delta that is measured.
+        samples: in the training set, of which batches are drawn without replacement.
+        every: so many updates, or epochs as in "2ep"; then end_epoch() is called after each.
+        loss: as sample_norms takes it.
+        estimator: per-sample, of the batch as one; micro-batch, of GROUPS parts of it, each a
+            forward pass of its own; auto: per-sample wherever that has a clear meaning.
+        bn: BatchNorm while measuring: train or eval, the mode of the model; or batch or frozen,
+            which per-sample gradients in training mode know (sample_norms).
+        version: of the bound behind delta, where the form has several (Smoothing).
+        ranks: the processes that share every batch, where there are several.
+
+    A row has, of the batch of B samples with mean gradient g, squared gradient norms as unit:
+    c2_sampled, an unbiased estimate of C2 = E||g_i - grad f||^2; c2_sampled_se, its standard error,
+    and se_over, what varies in it; grad_norm, ||g||; grad_norm_max and grad_norm_rms, over the
+    measurements so far; k2, the papers' K^2: the square of the largest; full_grad_square, the mean
+    estimate of ||grad f||^2; noise_scale, C2 / ||grad f||^2 of decaying averages in samples (the
+    simple noise scale of McCandlish et al. 2018, arXiv 1812.06162), None while the estimate below
+    is not positive; delta_measured, the papers' delta (arXiv 2311.08745, 2402.02325) with this
+    batch's C2 and this K^2 at the point's lr, batch size and momentum; estimator and bn.
+
+    Raises ValueError for an estimator, bn or `every` that there is not, and for an optimizer of
+    which no noise model is known; NotCovered, a ValueError, at the first batch for a model or loss
+    that cannot be measured so.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        every: Every,
-        estimator: str,
-        why: str,
-        bn: str,
-        smoothing: Smoothing,
-        n: int,
+        optimizer: torch.optim.Optimizer,
+        *,
+        samples: int,
+        every: int | str,
+        loss: Loss = F.cross_entropy,
+        estimator: str = "auto",
+        bn: str = "train",
+        version: str | None = None,
         ranks: Ranks | None = None,
     ):
-        self.model, self.every, self.estimator, self.why, self.bn = model, every, estimator, why, bn
-        self.smoothing, self.n, self.ranks = smoothing, n, ranks or Ranks()
+        for name, value, known in (("estimator", estimator, ESTIMATORS), ("bn", bn, MODES)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}: {about_value(f'--{name}', str(value), known)}")
+        if samples < 1:
+            raise ValueError(f"samples {samples} is out of range: it is 1 or more")
+        self.model, self.loss, self.bn = model, loss, bn
+        self.every, self.estimator, self.why = Every.parse(every), estimator, ""
+        self.smoothing, self.n = smoothing_of(optimizer, version), samples
+        self.ranks = ranks or Ranks()
+        self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
         self.last_period = -1
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
         # sums over measurements of ||g||^2 and of estimates of ||grad f||^2
         self.norm_squares = self.full_squares = 0.0
         self.recent_c2 = self.recent_full = 0.0  # decaying averages
         self.epoch_c2: list[float] = []
+
+    def __call__(self, x: Tensor, y: Tensor, point: Point) -> dict[str, Any] | None:
+        """Call it once before each update, with its batch x [B, ...], y [B, ...]: the row of a
+        measurement, None where none is due.
+
+        A batch too small to measure (the last of an epoch) leaves it to the next. Raises ValueError
+        where all batches of the point's size are too small, NotCovered and FloatingPointError.
+        """
+        update, self.update = self.update, self.update + 1
+        if self.estimator == "auto" and len(y) > 1:
+            self.settle(x, y)
+        if point.batch_size < self.smallest_batch:
+            raise ValueError(
+                f"the {self.estimator} estimator needs batches of {self.smallest_batch} or more, "
+                f"not {point.batch_size}"
+            )
+        if not self.due(update, self.epoch, len(y)):
+            return None
+        return self.measure(x, y, point, update, self.epoch)
+
+    def settle(self, x: Tensor, y: Tensor) -> None:
+        """Choose what estimator "auto" is, by two or more samples of the kind that will come.
+
+        Raises NotCovered where an estimator that was asked for cannot be had.
+        """
+        batch = x[:2], y[:2]
+        chosen = choose_estimator(self.model, *batch, self.estimator, self.bn, self.loss)
+        self.estimator, self.why = chosen
+
+    @property
+    def smallest_batch(self) -> int:
+        """The samples of a batch, over all processes, that a measurement takes at least."""
+        return (2 * GROUPS if self.estimator == "micro-batch" else 2) * self.ranks.world
 
     def described(self) -> str:
         """How, in words."""
@@ -78,20 +158,26 @@ class NoiseTracker:
         return f"{when}: {how}, --bn {self.bn}" + (f" ({self.why})" if self.why else "")
 
     def due(self, update: int, epoch: int, batch_size: int) -> bool:
-        """A batch too small to measure (the last of an epoch) leaves it to the next."""
-        smallest = smallest_batch(self.estimator) * self.ranks.world
-        return self.every.period(update, epoch) > self.last_period and batch_size >= smallest
+        """Whether to measure before this update of this epoch, both counted from 0.
+
+        A batch too small to measure (the last of an epoch) leaves it to the next.
+        """
+        fits = batch_size >= self.smallest_batch
+        return self.every.period(update, epoch) > self.last_period and fits
 
     def measure(
         self, x: Tensor, y: Tensor, point: Point, update: int, epoch: int, size: int | None = None
     ) -> dict[str, Any]:
-        """The values of a row for metrics.jsonl from the batch x [B, 3, H, W], y [B], before update
-        number `update`.
+        """The row of a measurement from the batch x [B, ...], y [B, ...], before update number
+        `update`.
 
         With several processes x and y are this one's share of a batch of `size` samples. Leaves no
-        trace in the model. Raises FloatingPointError for a gradient that is not finite.
+        trace in the model. Raises FloatingPointError for a gradient that is not finite, and
+        ValueError for a batch of more samples than there are.
         """
         size = size or len(y)
+        if size > self.n:
+            raise ValueError(f"a batch of {size} samples, where the training set has {self.n}")
         with gradients.undisturbed(self.model, self.bn):
             c2, grad_square = self.estimate(x, y, size)
         if not (math.isfinite(c2.value) and math.isfinite(grad_square)):
@@ -100,16 +186,18 @@ class NoiseTracker:
         return self.take_in(c2, grad_square, size, point)
 
     def estimate(self, x: Tensor, y: Tensor, size: int) -> tuple[Estimate, float]:
-        """(C2, ||g||^2) of a batch; call it inside measure.undisturbed."""
+        """(C2, ||g||^2) of a batch; call it inside gradients.undisturbed."""
         if self.estimator == "per-sample":
-            found = norms(self.model, x, y, self.bn)
+            found = norms(self.model, x, y, self.bn, self.loss)
+            assert found.noise is not None  # it was asked for
             c2 = estimators.per_sample(self.ranks.gather(found.noise.tolist()), self.n)
             if self.ranks.world == 1:
                 return c2, found.grad_square.item()
             return c2, gradients.norm(self.over_all(found.grads, len(y) / size)).item() ** 2
         sizes = [len(part) for part in y.tensor_split(GROUPS)]
         parts = zip(x.split(sizes), y.split(sizes), strict=True)
-        grads = [gradients.batch_gradient(self.model, *part) for part in parts]
+        objective = gradients.objective_of(self.model, self.loss)
+        grads = [gradients.batch_gradient(self.model, *part, objective) for part in parts]
         mean = self.over_all(estimators.weighted_mean(grads, sizes), len(y) / size)
         c2 = estimators.micro_batch(grads, mean, sizes, self.n, self.ranks.gather)
         return c2, gradients.norm(mean).item() ** 2
@@ -117,7 +205,7 @@ class NoiseTracker:
     def over_all(self, grads: list[Tensor], share: float) -> list[Tensor]:
         """The mean gradient of the whole batch from that of this process's share of it."""
         if self.ranks.world > 1:
-            grads = torch._foreach_mul(grads, share)
+            grads = list(torch._foreach_mul(grads, share))
             self.ranks.sum_(grads)
         return grads
 
@@ -142,9 +230,7 @@ class NoiseTracker:
         self.recent_c2 = DECAY * self.recent_c2 + (1 - DECAY) * c2.value
         self.recent_full = DECAY * self.recent_full + (1 - DECAY) * full_square
         k2 = self.largest**2
-        smoothing = dataclasses.replace(
-            self.smoothing, grad_variance=max(c2.value, 0.0), grad_norm_bound_sq=k2
-        )
+        smoothing = dataclasses.replace(self.smoothing, c2=max(c2.value, 0.0), k2=k2)
         return {
             "c2_sampled": c2.value,
             "c2_sampled_se": c2.error,
@@ -163,11 +249,13 @@ class NoiseTracker:
     def end_epoch(self) -> float | None:
         """The mean C2 of the epoch's measurements, None where there were none; the next epoch
         begins."""
+        self.epoch += 1
         mean = math.fsum(self.epoch_c2) / len(self.epoch_c2) if self.epoch_c2 else None
         self.epoch_c2 = []
         return mean
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, with which another tracker goes on as this one would."""
         return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,6 +264,8 @@ class NoiseTracker:
 
 
 STATE = (
+    "update",
+    "epoch",
     "last_period",
     "count",
     "largest",
@@ -187,28 +277,48 @@ STATE = (
 )
 
 
-def norms(model: nn.Module, x: Tensor, y: Tensor, bn: str) -> SampleNorms:
+def smoothing_of(optimizer: torch.optim.Optimizer, version: str | None) -> Smoothing:
+    """The noise model of an optimizer's directions. Raises ValueError where none is known."""
+    if isinstance(optimizer, NoisySGD):
+        nus = {group["nu"] for group in optimizer.param_groups}
+        if len(nus) > 1:
+            raise ValueError(f"the groups of parameters have several nu ({sorted(nus)}): give one")
+        return Smoothing(optimizer.form.name, nu=nus.pop(), version=version)
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(
+            f"{type(optimizer).__name__}: no delta is known of its directions: use NoisySGD, or "
+            "torch.optim.SGD"
+        )
+    for group in optimizer.param_groups:
+        if group["nesterov"] or group["dampening"]:
+            name = "nesterov" if group["nesterov"] else "dampening"
+            raise ValueError(
+                f"torch.optim.SGD with {name}={group[name]}: no delta is known of its directions: "
+                "leave it out, or use NoisySGD, whose form nshb has momentum with dampening"
+            )
+    return Smoothing("shb", version=version)  # which without momentum is sgd
+
+
+def norms(model: nn.Module, x: Tensor, y: Tensor, bn: str, loss: Loss) -> SampleNorms:
     """sample_norms for a value of --bn, whose train and eval say nothing about per-sample
     gradients."""
-    return sample_norms(model, x, y, bn=bn if bn in BN else None)
+    return sample_norms(model, x, y, loss=loss, bn=bn if bn in BN else None)
 
 
-def smallest_batch(estimator: str) -> int:
-    return 2 if estimator == "per-sample" else 2 * GROUPS
-
-
-def choose_estimator(model: nn.Module, x: Tensor, wanted: str, bn: str) -> tuple[str, str]:
+def choose_estimator(
+    model: nn.Module, x: Tensor, y: Tensor, wanted: str, bn: str, loss: Loss = F.cross_entropy
+) -> tuple[str, str]:
     """(per-sample or micro-batch, why) for `wanted`, which may be "auto": per-sample wherever it
     has a clear meaning.
 
-    x [B, ...] are a few images of the kind that will come. Raises NotCovered where per-sample is
-    wanted and cannot be.
+    x [B, ...] and y [B, ...] are a few samples of the kind that will come. Raises NotCovered where
+    per-sample is wanted and cannot be.
     """
     if wanted == "micro-batch":
         return wanted, ""
     try:
         with gradients.undisturbed(model, bn):
-            norms(model, x, torch.zeros(len(x), dtype=torch.int64, device=x.device), bn)
+            norms(model, x, y, bn, loss)
     except NotCovered as error:
         if wanted == "per-sample" or bn in BN:
             raise

@@ -13,7 +13,7 @@ a thousandth of the mean would come out of float32 without a correct digit.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from fastsmooth.kernels.affine_grads import affine_grads
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.conv_noise import conv_noise
+from fastsmooth.names import about_value
+from fastsmooth.noise.losses import Loss, NotCovered, is_cross_entropy, mean_loss, other_size
 
 BN = ("batch", "frozen")
 # Models that were seen to keep the samples in the first dimension, with the input shapes and the
@@ -33,14 +35,9 @@ BN = ("batch", "frozen")
 SEEN: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
 
 
-class NotCovered(ValueError):
-    """The gradient norms of samples cannot be had from this model; the message names the parameter
-    and why."""
-
-
 @dataclass(frozen=True)
 class SampleNorms:
-    """Of a batch of B samples and its mean loss."""
+    """Of a batch of B samples and its mean loss; wide is float64, or float32 on MPS."""
 
     loss: Tensor  # 0-d
     grads: list[Tensor]  # g, one tensor a trainable parameter
@@ -50,55 +47,70 @@ class SampleNorms:
 
     @property
     def inner(self) -> Tensor:
-        """[B], wide: <g_i, g>."""
+        """[B], wide: <g_i, g>. Raises ValueError where the noise was not asked for."""
+        if self.noise is None:
+            raise ValueError("<g_i, g> needs the noise: call sample_norms with noise=True")
         return (self.squares + self.grad_square - self.noise) / 2
 
 
 def sample_norms(
-    model: nn.Module, x: Tensor, y: Tensor, noise: bool = True, bn: str | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Loss = F.cross_entropy,
+    noise: bool = True,
+    bn: str | None = None,
 ) -> SampleNorms:
-    """Per-sample gradient norms of the mean cross-entropy at the model's parameters, for x [B, ...]
-    and y [B].
+    """The squared gradient norm of every sample's loss at the model's parameters, and its squared
+    distance from the mean gradient, out of one backward pass over the batch.
 
-    BatchNorm in training mode mixes the samples, so that no gradient belongs to one of them; `bn`
-    says what to take:
+    Args:
+        model: in the mode in which it is to be measured; its output is a tensor [B, ...].
+        x: [B, ...], y: [B, ...]: a batch of two or more.
+        loss: loss(output, target) as training calls it: F.cross_entropy (also with label_smoothing
+            or class probabilities), F.mse_loss, a module like nn.CrossEntropyLoss(), or any that
+            is the mean over the samples of a value each, or gives these values (losses.mean_loss).
+        noise: whether the distances are wanted too.
+        bn: BatchNorm in training mode mixes the samples, so that no gradient belongs to one of
+            them; this says what to take:
+            batch    the share of the batch's gradient that flows through sample i, times B: the
+                     mean is that gradient
+            frozen   the gradient of sample i with the batch's mean and variance as constants, and
+                     the mean of those
 
-        batch    the share of the batch's gradient that flows through sample i, times B: the mean is
-                 that gradient
-        frozen   the gradient of sample i with the batch's mean and variance as constants, and the
-                 mean of those
-
-    Raises NotCovered for a batch of one, BatchNorm in training mode without `bn`, parameters
-    outside of Conv2d, Linear, BatchNorm, GroupNorm and LayerNorm or used twice, a layer in which
-    the samples are not the first dimension, and a model of one output, whose cross-entropy is 0.
-    Leaves .grad and the buffers alone.
+    Raises NotCovered, a ValueError, for a batch of one, BatchNorm in training mode without `bn`,
+    parameters outside of Conv2d, Linear, BatchNorm, GroupNorm and LayerNorm or used twice, a layer
+    in which the samples are not the first dimension, a loss that is no mean over samples, and
+    cross-entropy of one class, which is 0. Leaves .grad and the buffers alone.
     """
     if len(y) < 2:
         raise NotCovered("a batch of one sample has no noise: use two or more")
     if bn not in (None, *BN):
-        raise ValueError(f"bn {bn!r} is not one of {', '.join(BN)}")
+        raise ValueError(f"bn {bn!r}: {about_value('--bn', str(bn), BN)}")
     if len(x) != len(y):
         raise NotCovered(
             f"the input {list(x.shape)} does not begin with the {len(y)} samples of the batch"
         )
-    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters() if p.requires_grad}
     with unchanged(list(model.buffers())):
         check_layout(model, names, x, bn)
         with torch.enable_grad(), PerSample(names, len(y), x.device, noise, bn) as layers:
-            logits = model(x)
-            loss = F.cross_entropy(logits, y)
-        if logits.shape[1] < 2:
+            output = model(x)
+            mean = mean_loss(loss, output, y)
+        if is_cross_entropy(loss) and output.ndim > 1 and output.shape[1] < 2:
             raise NotCovered(
-                f"the model's output {list(logits.shape)} is of one class, whose cross-entropy is "
+                f"the model's output {list(output.shape)} is of one class, whose cross-entropy is "
                 "always 0"
             )
         missed = [p for p in names if p not in layers.used]
         if missed:
-            raise NotCovered(why_missed(names[missed[0]], missed[0], loss))
-        *grads, total = torch.autograd.grad(loss, [*names, layers.probe])
+            raise NotCovered(why_missed(names[missed[0]], missed[0], mean))
+        *grads, total = torch.autograd.grad(mean, [*names, layers.probe])
     wide = wide_dtype(x.device)
-    square = sum(g.to(wide).square().sum() for g in grads)
-    return SampleNorms(loss.detach(), grads, total[0], total[1] if noise else None, square)
+    zero = torch.zeros((), dtype=wide, device=x.device)
+    square = sum((g.to(wide).square().sum() for g in grads), zero)
+    return SampleNorms(mean.detach(), grads, total[0], total[1] if noise else None, square)
 
 
 @contextmanager
@@ -122,7 +134,7 @@ def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str 
     is as small everywhere.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: the shapes are the same
-    few = 2 if len(x) > 2 else 3
+    few = other_size(len(x))
     kind = (x.shape[1:], few, bn, model.training)
     if kind in SEEN.setdefault(model, set()):
         return
@@ -132,11 +144,9 @@ def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str 
         torch.enable_grad(),
         PerSample(names, few, x.device, False, bn),
     ):
-        logits = model(x[torch.arange(few, device=x.device) % len(x)])
-    if logits.ndim < 2 or len(logits) != few:
-        raise NotCovered(
-            f"the output for {few} samples is {list(logits.shape)}, not [{few}, classes]"
-        )
+        output = model(x[torch.arange(few, device=x.device) % len(x)])
+    if isinstance(output, Tensor) and (output.ndim == 0 or len(output) != few):
+        raise NotCovered(f"the output for {few} samples is {list(output.shape)}, not [{few}, ...]")
     SEEN[model].add(kind)
 
 
@@ -395,7 +405,8 @@ def affine_shares(
         found.append(g.sum(0).to(mean.dtype) if needed else None)
         if needed:
             total += shares(g, ctx.noise, ctx.wide)
-    return *found, total
+    weight, bias = found
+    return weight, bias, total
 
 
 class Affine(torch.autograd.Function):
@@ -494,7 +505,7 @@ def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return Affine.apply(normal, weight, bias, mode.probe, mode.noise)
 
 
-LAYERS = {
+LAYERS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.conv2d: conv2d,
     F.linear: linear,
     F.batch_norm: batch_norm,

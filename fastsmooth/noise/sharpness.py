@@ -227,6 +227,41 @@ class Sharpness:
     per_batch: list[float]
 
 
+def loss_sharpness(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    rhos: Iterable[float],
+    *,
+    algorithm: str = "m_apgd_linf",
+    adaptive: bool = True,
+    normalize_logits: bool = False,
+    n_iters: int = 20,
+    restarts: int = 1,
+    step_size_mult: float = 1.0,
+    random_start: bool = False,
+    seed: int = 0,
+) -> list[Sharpness]:
+    """How much the mean cross-entropy of a batch rises when the weights move by rho, on average
+    over perturbations or at worst, one Sharpness a rho (arXiv 2302.07011).
+
+    Args:
+        model: it is measured in eval mode, and left as it was.
+        batches: (x [m, ...], y int64 [m]), each measured by itself.
+        rhos: how far the weights move, in units of |w| where `adaptive`, else of a weight.
+        algorithm: avg_l2, avg_linf (on average), m_apgd_l2 or m_apgd_linf (at worst, by APGD).
+        normalize_logits: first bring each row of logits to mean 0 and length 1.
+        n_iters: draws of an average, iterations of APGD; restarts, step_size_mult and random_start
+            are APGD's.
+        seed: of the perturbations.
+
+    The rise is in nats. Raises ValueError for an algorithm that there is not.
+    """
+    setting = Setting(
+        algorithm, adaptive, normalize_logits, n_iters, restarts, step_size_mult, random_start, seed
+    )
+    return sharpness(model, batches, setting, rhos)
+
+
 def sharpness(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],

@@ -366,9 +366,8 @@ def merged(moments: Tensor) -> Tensor:
 
 def joined(samples: list[CoordinateStats]) -> CoordinateStats:
     """The sample of all their coordinates."""
-    return CoordinateStats(
-        sum(s.counts for s in samples), merged(torch.stack([s.moments for s in samples]))
-    )
+    counts = torch.stack([s.counts for s in samples]).sum(dim=0)
+    return CoordinateStats(counts, merged(torch.stack([s.moments for s in samples])))
 
 
 def leave_one_out(
@@ -386,7 +385,8 @@ def leave_one_out(
 def pooled_error(values: list[float | None]) -> float | None:
     """The standard error of an estimate from its values with one group of draws left out at a
     time."""
-    return None if len(values) < 2 or None in values else jackknife_error(values)
+    known = [v for v in values if v is not None]
+    return None if len(values) < 2 or len(known) < len(values) else jackknife_error(known)
 
 
 def over_draws(values: list[float | None]) -> dict[str, float | int | None]:

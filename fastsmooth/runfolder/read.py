@@ -53,9 +53,10 @@ class SavedRun:
         return [row for row in self.rows if row.get("kind") == kind]
 
 
-def read_run(path: Path) -> SavedRun:
+def read_run(path: Path | str) -> SavedRun:
     """The run in `path`. Raises RunError where no config.json can be read: without it a run cannot
     be told from others."""
+    path = Path(path)
     config = read_object(path / "config.json")
     if config is None:
         why = (

@@ -34,7 +34,7 @@ from fastsmooth.training import syncnorm
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.device import choose_kernels, device_name, set_numerics
 from fastsmooth.training.loop import FORMAT, Run
-from fastsmooth.training.modes import INSTRUMENTS
+from fastsmooth.training.modes import INSTRUMENTS, Parts
 from fastsmooth.training.plan import Plan, make_plan, notes
 from fastsmooth.training.step import Step, keep_freed_memory
 
@@ -86,10 +86,13 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
         if not try_model(c, model, images):
             check_lone_samples(plan, ranks.world)
-        made = [make(plan, model, images, ranks) for make in INSTRUMENTS]
-        instruments = [instrument for instrument in made if instrument is not None]
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
+        optimizer = NoisySGD(
+            model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
+        )
+        made = [make(Parts(plan, model, optimizer, images, ranks)) for make in INSTRUMENTS]
+        instruments = [instrument for instrument in made if instrument is not None]
     # SyncBatchNorm's exchange would cut the graph at every layer
     compiled = c.compile == "on" or (
         c.compile == "auto" and device.type == "cuda" and not c.sync_bn
@@ -103,7 +106,6 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     for instrument in instruments:
         chosen |= instrument.chosen()
     check_alike(images, model, chosen, ranks)
-    optimizer = NoisySGD(model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay)
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
     with ranks.together(REFUSALS, ConfigError):

@@ -185,7 +185,7 @@ class Run:
         images and the log go by it."""
         while self.epoch < self.plan.config.epochs and not self.enough():
             point = self.plan.schedule(self.epoch)
-            self.step.optimizer.set_point(point.lr, point.momentum)
+            self.step.optimizer.set_point(point)
             self.stream.batch_size = point.batch_size
             yield point
 

@@ -47,7 +47,7 @@ def ahead(run: Run, updates: int, history: int) -> Iterator[None]:
             run.update += updates
             run.epoch = run.plan.epoch_of(run.update)
             point = run.plan.schedule(run.epoch)
-            run.step.optimizer.set_point(point.lr, point.momentum)
+            run.step.optimizer.set_point(point)
             yield
     finally:
         stream.close()
@@ -59,7 +59,7 @@ def follow(run: Run, stream: Stream, updates: int) -> None:
     done = 0
     while done < updates:
         point = run.plan.schedule(stream.epoch)
-        run.step.optimizer.set_point(point.lr, point.momentum)
+        run.step.optimizer.set_point(point)
         stream.batch_size = point.batch_size
         for x, y in stream.rest_of_epoch():
             heed(run)
@@ -129,8 +129,13 @@ def full_gradient(run: Run, point: Point) -> list[Tensor]:
             ]
         batches = run.data.train.batches([piece for piece, _ in chunks], measured_epoch(run))
         try:
-            loss, sizes = run.step.measured_loss, [size for _, size in chunks]
-            total = gradients.full_gradient(run.model, heeding(run, batches), n, loss, sizes)
+            total = gradients.full_gradient(
+                run.model,
+                heeding(run, batches),
+                n=n,
+                sizes=[size for _, size in chunks],
+                objective=run.step.measured_loss,
+            )
             break
         except torch.OutOfMemoryError:
             if run.config.bn == "train" or run.eval_chunk == 1:

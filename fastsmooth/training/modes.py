@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
 from fastsmooth.noise import gradients
 from fastsmooth.noise.instrument import Idle, Instrument, Values
-from fastsmooth.noise.online import Every, NoiseTracker, choose_estimator, smallest_batch
+from fastsmooth.noise.online import NoiseTracker
 from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.tails import NoiseStatistics
 from fastsmooth.noise.threshold import NormRecord
+from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
@@ -33,6 +34,16 @@ from fastsmooth.schedule import Point, memory
 from fastsmooth.training import measuring
 from fastsmooth.training.loop import Asked, Diverged, Run
 from fastsmooth.training.plan import Plan
+
+
+class Parts(NamedTuple):
+    """What an instrument is made of."""
+
+    plan: Plan
+    model: torch.nn.Module  # the one that will be trained
+    optimizer: NoisySGD
+    data: Data
+    ranks: Ranks
 
 
 class TrackNoise(Idle):
@@ -44,26 +55,33 @@ class TrackNoise(Idle):
         self.tracker = tracker
 
     @classmethod
-    def of(cls, plan: Plan, model: torch.nn.Module, data: Data, ranks: Ranks) -> TrackNoise | None:
+    def of(cls, parts: Parts) -> TrackNoise | None:
         """Raises ConfigError for a model or a batch that it cannot measure."""
-        c = plan.config
+        c = parts.plan.config
         if not c.track_noise:
             return None
-        x, _ = next(iter(data.test.batches([torch.arange(2)])))
+        tracker = NoiseTracker(
+            parts.model,
+            parts.optimizer,
+            samples=parts.plan.images,
+            every=c.track_noise,
+            estimator=c.estimator,
+            bn=c.bn,
+            version=c.bound_version,
+            ranks=parts.ranks,
+        )
         try:
-            estimator, why = choose_estimator(model, x, c.estimator, c.bn)
+            tracker.settle(*next(iter(parts.data.test.batches([torch.arange(2)]))))
         except NotCovered as error:
             raise ConfigError(
                 f"--track-noise: {error}; --estimator micro-batch measures any model"
             ) from None
-        smallest = smallest_batch(estimator) * ranks.world
-        if c.batch_size < smallest:
+        if c.batch_size < tracker.smallest_batch:
             raise ConfigError(
-                f"--track-noise with the {estimator} estimator needs batches of {smallest} or "
-                f"more, not --batchsize {c.batch_size}"
+                f"--track-noise with the {tracker.estimator} estimator needs batches of "
+                f"{tracker.smallest_batch} or more, not --batchsize {c.batch_size}"
             )
-        every, smoothing = Every.parse(c.track_noise), plan.schedule.smoothing
-        return cls(NoiseTracker(model, every, estimator, why, c.bn, smoothing, plan.images, ranks))
+        return cls(tracker)
 
     def introduction(self) -> list[str]:
         return [f"noise measured {self.tracker.described()}"]
@@ -114,10 +132,10 @@ class Crossings(Idle):
         self.all_crossed = False
 
     @classmethod
-    def of(cls, plan: Plan, model: torch.nn.Module, data: Data, ranks: Ranks) -> Crossings | None:
-        if plan.config.mode != "critical":
+    def of(cls, parts: Parts) -> Crossings | None:
+        if parts.plan.config.mode != "critical":
             return None
-        return cls(plan, next(model.parameters()).device, ranks)
+        return cls(parts.plan, next(parts.model.parameters()).device, parts.ranks)
 
     def due(self, run: Run) -> bool:
         return self.full and (run.update + 1) % self.every == 0
@@ -215,8 +233,8 @@ class Sampling(Idle):
         self.begun: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, plan: Plan, model: torch.nn.Module, data: Data, ranks: Ranks) -> Sampling | None:
-        return cls(plan) if plan.config.mode == "sampling" else None
+    def of(cls, parts: Parts) -> Sampling | None:
+        return cls(parts.plan) if parts.plan.config.mode == "sampling" else None
 
     def introduction(self) -> list[str]:
         if not self.reach:
@@ -436,7 +454,9 @@ class OmegaFile:
             self.aside.unlink(missing_ok=True)
 
 
-Made = Callable[[Plan, torch.nn.Module, Data, Ranks], Instrument | None]
-# In the order in which they are asked. Each is made of a run's plan, model, images and processes,
-# or None where the flags do not ask for it; the model is the one that will be trained.
-INSTRUMENTS: tuple[Made, ...] = (TrackNoise.of, Crossings.of, Sampling.of)
+# In the order in which they are asked; each is None where the flags do not ask for it.
+INSTRUMENTS: tuple[Callable[[Parts], Instrument | None], ...] = (
+    TrackNoise.of,
+    Crossings.of,
+    Sampling.of,
+)

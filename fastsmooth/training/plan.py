@@ -13,19 +13,28 @@ from fastsmooth.cli import config as configs
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import show
-from fastsmooth.schedule import SOLVED, Point, Schedule, Smoothing, memory, updates_of
+from fastsmooth.schedule import SOLVED, Schedule, memory, updates_of
 from fastsmooth.terminal import Table, columns
 
 
 def make_schedule(c: Config, images: int | None) -> Schedule:
     """The schedule that `c` describes over `images` training images."""
-    smoothing = Smoothing(
-        c.optimizer, c.c2 or 1.0, 1.0 if c.k2 is None else c.k2, c.nu, c.bound_version
-    )
-    start = Point(c.lr, c.batch_size, c.momentum)
-    shifted = c.compat == "original"
     return Schedule(
-        c.method, c.epochs, start, smoothing, c.decay_epoch, c.power, c.gamma, images, shifted
+        c.method,
+        epochs=c.epochs,
+        lr=c.lr,
+        batch_size=c.batch_size,
+        optimizer=c.optimizer,
+        momentum=c.momentum,
+        nu=c.nu,
+        c2=c.c2 or 1.0,
+        k2=1.0 if c.k2 is None else c.k2,
+        version=c.bound_version,
+        images=images,
+        decay_epoch=c.decay_epoch,
+        power=c.power,
+        gamma=c.gamma,
+        shifted=c.compat == "original",
     )
 
 
@@ -294,7 +303,7 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
 def why_missed(c: Config, schedule: Schedule, epoch: int) -> str:
     if c.method in SOLVED:
         return "the momentum cannot fall below 0"
-    if schedule.batch_size(epoch) == schedule.largest_batch:
+    if schedule.batch_size(epoch) == schedule.images:
         return "no batch exceeds the data set"
     if configs.uses_k2(c):
         return "a part of the optimizer's bound does not fall with the batch"
