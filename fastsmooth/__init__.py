@@ -126,7 +126,7 @@ def open_data(
 
     from fastsmooth import data
     from fastsmooth.cli import config, parse
-    from fastsmooth.training.device import pick_device
+    from fastsmooth.cli.device import pick_device
 
     named: dict[str, _Any] = {"dataset": dataset, "image-size": image_size, "augment": augment}
     named |= {"loader": loader, "device": str(device), "seed": seed, **flags}
@@ -134,6 +134,6 @@ def open_data(
     given = {name: value for name, value in named.items() if value is not None}
     c = config.resolve(parse.from_table(parse.parser(), given, "open_data"))
     images = data.read_set(c)
-    if c.image_size is None:
+    if not c.image_size:
         c = config.fitted(c, data.usual_side(images))
-    return data.open_data(c, pick_device(c, torch), images=images)
+    return data.open_data(c, pick_device(c.device, torch), images=images)

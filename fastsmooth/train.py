@@ -74,7 +74,7 @@ def refuse(error: Exception) -> int:
 
 def carry_through(c: Config) -> int:
     """Do the run that `c` describes; the exit code."""
-    if c.resume and finished(Path(c.out)):
+    if c.resume and c.out and finished(Path(c.out)):
         if os.environ.get("RANK", "0") == "0":
             say(f"{c.out} is a finished run: nothing to do")
         return DONE
@@ -108,6 +108,7 @@ def carry_through(c: Config) -> int:
     except REFUSALS as error:
         ended = Ending(BAD_INPUT, "failed", str(error), "error", one_line(error))
     except Preempted as stop:
+        assert run is not None  # only its updates raise it
         ended = Ending(PREEMPTED, "preempted", str(stop))
         run.progress.say(
             f"stopped by {stop} at update {run.update:,}, saved: go on with --resume --out "

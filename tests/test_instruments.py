@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from exact import EXACT
+from rows import read_rows
 
 from fastsmooth.noise.instrument import Idle
 from fastsmooth.runfolder.checkpoint import Checkpoints
-from fastsmooth.runfolder.write import read_rows
 from fastsmooth.train import main
 from fastsmooth.training import modes
 

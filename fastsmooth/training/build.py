@@ -49,14 +49,16 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
     keep_freed_memory()
-    folder = checkpoints = state = None
+    wanted = Path(c.out) if c.out else None
+    held: RunFolder | None = None  # the folder of a run that goes on
+    checkpoints = state = None
     with ranks.together(REFUSALS, ConfigError):
-        if c.resume and ranks.leader:
-            folder = RunFolder(Path(c.out))  # locked before its checkpoints are read
-            checkpoints = Checkpoints(Path(c.out) / "checkpoints", warn)
+        if wanted and c.resume and ranks.leader:
+            held = RunFolder(wanted)  # locked before its checkpoints are read
+            checkpoints = Checkpoints(wanted / "checkpoints", warn)
             state = saved_state(checkpoints)
-        elif c.out and ranks.leader:
-            check_unused(Path(c.out))
+        elif wanted and ranks.leader:
+            check_unused(wanted)
     before = ranks.from_leader(made_with(state))
     with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
         if before:
@@ -64,7 +66,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
         # before their first use, which would warn in other words
-        kernels = choose_kernels(c, device, torch)
+        kernels = choose_kernels(c, device)
         read, decided = data.read_set(c), ""
         if not c.image_size:
             side = data.usual_side(read)
@@ -77,11 +79,10 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         check_batch(c, len(images.train), ranks.world)
         plan = make_plan(c, len(images.train))
         c = plan.config
-        set_numerics(c, plan.schedule, torch)
+        set_numerics(c, plan.schedule)
         torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm).to(
-            device, memory_format=torch.channels_last
-        )
+        model = models.build(c.model, images.classes, c.norm).to(device)
+        model = model.to(memory_format=torch.channels_last)
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
         if not try_model(c, model, images):
@@ -109,12 +110,11 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
 
     with ranks.together(REFUSALS, ConfigError):
-        out = c.out or (default_out(c) if ranks.leader else None)
-    out = Path(ranks.from_leader(out))
+        named = wanted or (default_out(c) if ranks.leader else None)
+    out = Path(ranks.from_leader(named))
     with ranks.together(REFUSALS, ConfigError):
-        if not ranks.leader:
-            folder = Unwritten(out)
-        elif not c.resume:
+        folder: RunFolder | Unwritten = held or Unwritten(out)
+        if ranks.leader and not held:
             about = environment() | {"kernels": kernels, "processes": ranks.world}
             about["data_dir"] = os.path.abspath(c.data_dir)
             folder = RunFolder.create(out, c.to_json(), about)
@@ -151,7 +151,7 @@ def begin(run: Run, state: State | None, decided: str) -> None:
                 "interrupted"
             )
     run.begun = True
-    name = device_name(run.device, torch) if ranks.world == 1 else f"{ranks.world} processes"
+    name = device_name(run.device) if ranks.world == 1 else f"{ranks.world} processes"
     run.progress = Progress(
         c.epochs,
         plan.samples_at_first,

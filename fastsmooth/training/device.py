@@ -12,20 +12,22 @@ import platform
 import warnings
 from typing import Any
 
+import torch
+import torchvision
+
 from fastsmooth import __version__
 from fastsmooth.cli.config import RESOLVED_ONCE, Config, flag
 from fastsmooth.cli.flags import ConfigError
+from fastsmooth.kernels import backend
 from fastsmooth.messages import warn
 from fastsmooth.processors import THREADS, processors
 from fastsmooth.runfolder.machine import processor
 from fastsmooth.schedule import Schedule
 
 
-def choose_kernels(c: Config, device, torch) -> str:
+def choose_kernels(c: Config, device: torch.device) -> str:
     """The implementation of the kernels here, built now if need be; a fall-back is said in one
     line."""
-    from fastsmooth.kernels import backend
-
     backend.use(c.kernels, device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -43,10 +45,12 @@ def choose_kernels(c: Config, device, torch) -> str:
     return chosen
 
 
-def set_numerics(c: Config, schedule: Schedule, torch) -> None:
+def set_numerics(c: Config, schedule: Schedule) -> None:
+    """PyTorch's settings for the precision and the repeatability that the flags ask for."""
     tf32 = c.precision == "tf32"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's types lack it
+    conv.fp32_precision = "tf32" if tf32 else "ieee"
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -55,19 +59,15 @@ def set_numerics(c: Config, schedule: Schedule, torch) -> None:
     torch.backends.cudnn.benchmark = same_batch and not c.deterministic
 
 
-def device_name(device, torch) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"this {device.type.upper()}"
-    )
+def device_name(device: torch.device) -> str:
+    """As people call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"this {device.type.upper()}"
 
 
-def facts(device, processes: int) -> dict[str, Any]:
+def facts(device: torch.device, processes: int) -> dict[str, Any]:
     """What sums are added by, and in which order. Plain values, for a checkpoint."""
-    import torch
-    import torchvision
-
     return {
         "fastsmooth": __version__,
         "torch": str(torch.__version__),  # a class of its own, which no checkpoint may hold
@@ -83,8 +83,6 @@ def facts(device, processes: int) -> dict[str, Any]:
 def take_over_threads(before: dict[str, Any]) -> None:
     """As many threads of PyTorch as before, where the user says no number and this process has
     processors for them."""
-    import torch
-
     count = before.get("threads")
     if any(os.environ.get(name) for name in THREADS):
         return

@@ -142,7 +142,7 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     clock: Clock
-    progress: Progress | None = None
+    progress: Progress = field(init=False)  # once it is known where the run goes on
     stop_asked: Callable[[], int] = lambda: 0  # a signal's number, OUT_OF_TIME, or 0
     begun: bool = False  # or it was refused, and its folder is as it was
     ranks: Ranks = field(default_factory=Ranks)
@@ -266,9 +266,8 @@ class Run:
 
     def after_update(self, point: Point) -> None:
         """Log, save when due, and stop when asked."""
-        finite = torch.isfinite(self.loss + self.step.optimizer.sq_norms.sum()) | (
-            self.bad_update > 0
-        )
+        sums = self.loss + self.step.squared_norms().sum()
+        finite = torch.isfinite(sums) | (self.bad_update > 0)
         self.bad_update = torch.where(finite, self.bad_update, self.update)
         self.bad_seen.copy_(self.bad_update, non_blocking=True)
         if self.update % self.config.log_every == 0:
@@ -291,7 +290,7 @@ class Run:
         self.window.reset()
         self.recent = loss
         seconds = self.clock.read("train") + self.clock.read("eval")
-        grad_norm, direction_norm = self.step.optimizer.sq_norms.sqrt().tolist()
+        grad_norm, direction_norm = self.step.squared_norms().sqrt().tolist()
         values = {
             "train_loss": loss,
             "train_acc": accuracy,
@@ -347,7 +346,7 @@ class Run:
         return self.data.test.batches(batches, self.epoch if augmented else None)
 
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
-        row = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
+        row: dict[str, Any] = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
         row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
         row |= {"delta": self.schedule.delta(point)} | values
         self.folder.row(kind, row)

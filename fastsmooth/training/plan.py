@@ -128,7 +128,7 @@ class Plan:
         done = {"epochs": 0, "updates": 0, "samples": 0}
         for epochs, size in self.schedule.stages():
             rest = n % size
-            batches = [("a batch", size, n // size, [])]
+            batches: list[tuple[str, int, int, list[str]]] = [("a batch", size, n // size, [])]
             if rest and not c.drop_last:
                 batches.append(("the last batch of an epoch", rest, 1, ["--drop-last"]))
             for _ in range(epochs):

@@ -135,13 +135,17 @@ class Step:
     def update(self) -> None:
         self.optimizer.step()
 
-    def grad_norm(self) -> Tensor:
-        """The L2 norm of the gradient that the last update applied, over all parameters, 0-d
-        float64 on the device. Raises RuntimeError before the first."""
+    def squared_norms(self) -> Tensor:
+        """Those of the gradient that the last update applied and of its direction, over all
+        parameters: [2] float64 on the device. Raises RuntimeError before the first."""
         squares = self.optimizer.sq_norms
         if squares is None:
             raise RuntimeError("no update was made yet")
-        return squares[0].sqrt()
+        return squares
+
+    def grad_norm(self) -> Tensor:
+        """The L2 norm of the gradient that the last update applied, 0-d float64 on the device."""
+        return self.squared_norms()[0].sqrt()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
