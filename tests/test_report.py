@@ -840,6 +840,16 @@ def test_names_without_room_are_left_out_and_none_is_written_over_another():
 # Files
 
 
+@pytest.mark.parametrize("low", [0.0, 79.4, -3e-5])
+@pytest.mark.parametrize("span", [860.0, 1.0, 2.4e-7, 31.0])
+@pytest.mark.parametrize("most", [1, 4, 8])
+def test_an_axis_has_two_numbers_at_least(low, span, most):
+    """There was one, 500, on an axis from 80 to 940."""
+    values = chart.ticks(low, low + span, False, most)
+    assert 2 <= len(values) <= max(most, 4)
+    assert all(low - 1e-9 * span <= v <= low + (1 + 1e-9) * span for v in values)
+
+
 def test_pdf_figures_are_written_and_the_same_bytes_again(tmp_path):
     pytest.importorskip("matplotlib")
     run_folder(tmp_path / "r", model="$\\frac{")

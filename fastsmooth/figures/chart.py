@@ -256,10 +256,11 @@ def ticks(low: float, high: float, log: bool, most: int) -> list[float]:
         return log_ticks(low, high, most)
     raw = (high - low) / max(most, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    steps = [power * m for m in (0.5, 1, 2, 5, 10, 20)]
-    at = next(i for i, step in enumerate(steps) if i and step >= raw * (1 - 1e-9))
-    wide, narrow = (multiples(step, low, high) for step in (steps[at], steps[at - 1]))
-    return wide if len(wide) > 1 else narrow
+    steps = [power * m for m in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20)]
+    at = next(i for i, step in enumerate(steps) if step >= raw * (1 - 1e-9))
+    while len(values := multiples(steps[at], low, high)) < 2:
+        at -= 1
+    return values
 
 
 def multiples(step: float, low: float, high: float) -> list[float]:
