@@ -67,8 +67,9 @@ def affine_grads(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Ten
 
     Args:
         x: [B, C, ...], what was normalised: float32, float64 or bfloat16.
-        dy: [B, C, ...], the gradient of the layer's output, in x's dtype.
-        mean, rstd: [1 or B, groups of equal size], by which x was normalised, in x's dtype.
+        dy: [B, C, ...], the gradient of the layer's output.
+        mean, rstd: [1 or B, groups of equal size], by which x was normalised. Of one dtype with x
+            and dy, float32 or float64, they go through C++ on a CPU.
 
     Returns:
         (dw, db): each [B, C], float64 (float32 where the device has no wider).

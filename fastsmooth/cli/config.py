@@ -162,9 +162,8 @@ class Config:
     def assumed(self) -> tuple[str, ...]:
         """The constants behind delta that are taken as 1: not given, and not published for this
         setting."""
-        return (("c2",) if self.c2 is None else ()) + (
-            ("k2",) if self.k2 is None and uses_k2(self) else ()
-        )
+        missing = {"c2": self.c2 is None, "k2": self.k2 is None and uses_k2(self)}
+        return tuple(name for name, is_missing in missing.items() if is_missing)
 
     @property
     def delta_unit(self) -> str:
@@ -172,10 +171,9 @@ class Config:
         return {(): "", ("c2",): " C"}.get(self.assumed, f" ({' = '.join([*self.assumed, '1'])})")
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            name: list(v) if isinstance(v, tuple) else v
-            for name, v in dataclasses.asdict(self).items()
-        }
+        """The fields as config.json holds them."""
+        values = dataclasses.asdict(self).items()
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -184,16 +182,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 RESOLVED_ONCE = ("device", "loader", "compile", "kernels", "estimator")
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its
 # result.
-FREE_ON_RESUME = {
-    "out",
-    "resume",
-    "max_time",
-    "wandb_mode",
-    "wandb_project",
-    "wandb_entity",
-    "data_dir",
-    "workers",
-}
+FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity"}
+FREE_ON_RESUME |= {"data_dir", "workers"}
 
 
 def flag(name: str) -> str:
@@ -245,8 +235,8 @@ def check(c: Config) -> None:
     if c.mode == "sampling" and c.bn == "eval" and c.momentum:
         raise ConfigError(
             f"--bn eval with {c.optimizer}: its direction is made of gradients in training mode, "
-            "which the gradient in "
-            "evaluation mode is not the mean of: use --bn train, or --optimizer sgd"
+            "which the gradient in evaluation mode is not the mean of: use --bn train, or "
+            "--optimizer sgd"
         )
     if c.sync_bn and c.micro_batch is not None:
         raise ConfigError(
@@ -362,15 +352,12 @@ def setting_of(c: Config) -> str:
     """The same in words, with what keeps published constants from it."""
     # of a folder's images before they are looked at
     network = f" with {c.model}" if c.model else ""
-    words = f"{c.optimizer}{network} on {c.dataset} at lr {c.lr:g}" + (
-        f", beta {c.beta:g}" if c.momentum else ""
-    )
-    others = [
-        f"{flag(name)} {getattr(c, name)}"
-        for name, value in PUBLISHED_WITH.items()
-        if getattr(c, name) != value
-    ]
-    return " ".join([words, *others]) if setting(c) in PUBLISHED else words
+    beta = f", beta {c.beta:g}" if c.momentum else ""
+    words = f"{c.optimizer}{network} on {c.dataset} at lr {c.lr:g}{beta}"
+    if setting(c) not in PUBLISHED:
+        return words
+    others = [name for name, value in PUBLISHED_WITH.items() if getattr(c, name) != value]
+    return " ".join([words, *(f"{flag(name)} {getattr(c, name)}" for name in others)])
 
 
 def uses_k2(c: Config) -> bool:
@@ -385,12 +372,9 @@ def listed(names: Iterable[str]) -> str:
 
 def idle(given: dict[str, Any], c: Config) -> list[str]:
     """The names of what was given without effect."""
-    limited = {name: FIELDS[name].metadata["only"] for name in given}
-    return [
-        name
-        for name, only in limited.items()
-        if only is not None and getattr(c, only[0]) not in only[1]
-    ]
+    limits = {name: FIELDS[name].metadata["only"] for name in given}
+    limited = [(name, *only) for name, only in limits.items() if only is not None]
+    return [name for name, other, values in limited if getattr(c, other) not in values]
 
 
 HINTS = {  # where a flag has no effect with this value of the flag that it hangs on
@@ -407,11 +391,8 @@ def refuse_idle(given: dict[str, Any], c: Config) -> None:
     --power of exp, which was its factor there.
     """
     for name in idle(given, c):
-        if (
-            c.compat == "original"
-            and name in PUBLISHED_FLAGS
-            and (name, c.method) != ("power", "exp")
-        ):
+        published = name in PUBLISHED_FLAGS and (name, c.method) != ("power", "exp")
+        if c.compat == "original" and published:
             continue
         only = FIELDS[name].metadata["only"]
         values = " or ".join(sorted(only[1], key=str))

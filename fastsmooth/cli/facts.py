@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 SMALLEST_IMAGE, LARGEST_IMAGE = 8, 1024  # pixels a side
-PAPER = {"epochs": 200, "lr": 0.1, "batch_size": 32, "min_epochs": 11, "steps": (10_000,)}
+PAPER: dict[str, Any] = {
+    "epochs": 200,
+    "lr": 0.1,
+    "batch_size": 32,
+    "min_epochs": 11,
+    "steps": (10_000,),
+}
 CIFAR = PAPER | {"model": "resnet18", "image_size": 32}
 
 
@@ -21,52 +27,19 @@ class SetFacts:
     defaults: dict[str, Any]
 
 
+DIGITS: dict[str, Any] = {"model": "resnet8", "image_size": 8, "augment": "none"}
+DIGITS |= {"epochs": 15, "lr": 0.1, "batch_size": 32, "min_epochs": 1, "steps": (200,)}
+IMAGENET = PAPER | {"model": "torchvision/resnet34", "image_size": 224}
+IMAGENET |= {"augment": "resized-crop-flip", "batch_size": 256, "steps": (1000,)}
+# what is empty the images say, once they are there
+FOLDER = PAPER | {"model": "", "image_size": 0, "augment": ""}
+FOLDER |= {"epochs": 20, "min_epochs": 1, "steps": (200,)}
 SETS = {
-    "digits": SetFacts(
-        1437,
-        360,
-        10,
-        {
-            "model": "resnet8",
-            "image_size": 8,
-            "augment": "none",
-            "epochs": 15,
-            "lr": 0.1,
-            "batch_size": 32,
-            "min_epochs": 1,
-            "steps": (200,),
-        },
-    ),
+    "digits": SetFacts(1437, 360, 10, DIGITS),
     "cifar10": SetFacts(50_000, 10_000, 10, CIFAR | {"augment": "crop-flip"}),
     "cifar100": SetFacts(50_000, 10_000, 100, CIFAR | {"augment": "crop-flip-rotate"}),
-    "imagenet": SetFacts(
-        1_281_167,
-        50_000,
-        1000,
-        PAPER
-        | {
-            "model": "torchvision/resnet34",
-            "image_size": 224,
-            "augment": "resized-crop-flip",
-            "batch_size": 256,
-            "steps": (1000,),
-        },
-    ),
-    "folder": SetFacts(
-        None,
-        None,
-        None,
-        # what is empty the images say, once they are there
-        PAPER
-        | {
-            "model": "",
-            "image_size": 0,
-            "augment": "",
-            "epochs": 20,
-            "min_epochs": 1,
-            "steps": (200,),
-        },
-    ),
+    "imagenet": SetFacts(1_281_167, 50_000, 1000, IMAGENET),
+    "folder": SetFacts(None, None, None, FOLDER),
 }
 # The networks that images call for, by the largest size each is for, in pixels a side.
 NETWORKS = {16: "resnet20", 64: "resnet18", LARGEST_IMAGE: "torchvision/resnet34"}

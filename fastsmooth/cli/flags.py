@@ -51,12 +51,8 @@ def real(
             raise argparse.ArgumentTypeError(
                 f"{text} cannot be computed with: its size must be {bound}"
             )
-        if (
-            value < low
-            or value > high
-            or (open_low and value == low)
-            or (open_high and value == high)
-        ):
+        at_open_end = (open_low and value == low) or (open_high and value == high)
+        if value < low or value > high or at_open_end:
             bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
             bounds += [f"{'below' if open_high else 'at most'} {high:g}"] if high < math.inf else []
             raise argparse.ArgumentTypeError(
@@ -238,11 +234,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+?)(?:/\S+)*: ", r"\1: ", message)
-        message = re.sub(
-            r"^the following arguments are required: (.*)",
-            r"\1 is missing: --help says how",
-            message,
-        )
+        required = r"^the following arguments are required: (.*)"
+        message = re.sub(required, r"\1 is missing: --help says how", message)
         message = re.sub(r"\S{200,}", lambda word: word[0][:100] + "…", message)
         raise ConfigError(message.replace("\n", " "))
 
@@ -284,8 +277,8 @@ def toml_table(path: str, source: str) -> dict[str, Any]:
         if any(line.count(".") > MOST_DOTS for line in content.splitlines()):
             raise RecursionError
         table = tomllib.loads(content)
-        # raises ValueError for more digits than Python writes: of a hexadecimal number it reads
-        # them
+        # raises ValueError for more digits than Python writes: of a hexadecimal number it
+        # reads them
         str(table)
         return table
     except RecursionError:

@@ -99,14 +99,13 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
     unread = [paths[i] for i in unknown.tolist()]
     for part, headers in in_threads(header, unread, "reading image headers", say, THREADS, CHUNK):
         rows = unknown[part]
-        table["width"][rows], table["height"][rows], table["plain"][rows], wrong = zip(
-            *headers, strict=True
-        )
+        width, height, plain, wrong = zip(*headers, strict=True)
+        table["width"][rows], table["height"][rows], table["plain"][rows] = width, height, plain
         bad.update((i, line) for i, line in zip(rows.tolist(), wrong, strict=True) if line)
     if names != kept_names or not np.array_equal(table, kept):
         save(root, names, table)
-    width, height, size = (table[field].copy() for field in ("width", "height", "size"))
-    return Index(width, height, size, table["plain"] != 0, bad)
+    sizes = table["width"].copy(), table["height"].copy(), table["size"].copy()
+    return Index(*sizes, table["plain"] != 0, bad)
 
 
 def load_formats() -> None:

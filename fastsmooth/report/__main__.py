@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.figures import NO_PDF, files_of, pdf
-from fastsmooth.figures.chart import Figure, draw
+from fastsmooth.figures.chart import draw
 from fastsmooth.messages import DONE, command, end_with, exit_code, note, say
 from fastsmooth.report import page
 from fastsmooth.runfolder.files import replace
@@ -49,7 +49,7 @@ def report(argv: list[str]) -> int:
     return DONE
 
 
-def write(out: Path, html: str, figures: list[Figure], runs: int) -> None:
+def write(out: Path, html: str, figures: list, runs: int) -> None:
     """report.html last: where it is, the figures are whole."""
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)

@@ -230,15 +230,12 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
     head = "".join(f'<th scope="col">{text(h)}</th>' for h in heads)
     body = ""
     for first, *cells in rows:
-        named = zip(heads[1:], cells, strict=True)
-        body += f'<tr><th scope="row">{first}</th>' + "".join(
-            f'<td data-name="{text(h)}"{"" if c else EMPTY}>{c or "&#8211;"}</td>' for h, c in named
-        )
+        body += f'<tr><th scope="row">{first}</th>'
+        for h, c in zip(heads[1:], cells, strict=True):
+            body += f'<td data-name="{text(h)}"{"" if c else EMPTY}>{c or "&#8211;"}</td>'
         body += "</tr>"
-    return (
-        "<div "
-        f'class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="table">{whole}</div>'
 
 
 def text(words: object) -> str:
