@@ -8,6 +8,9 @@ A page has fences of these kinds, and no others:
     toml     a file whose name is the comment in its first line
     bash     a script
     text     anything else
+
+What stands in the text as `python -m ...`, `make ...` or the like is a command line too, unless it
+has "..." or "<" in it.
 """
 
 import dataclasses
@@ -28,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("train", "sweep", "sharpness", "report", "smooth")
 KINDS = {"sh", "console", "python", "toml", "bash", "text"}
+PROGRAMS = ("python ", "fastsmooth ", "torchrun ", "make ", "pip ", "bash ")
 READERS = {"ls", "cat", "tail", "grep"}  # of the folder that a command before them has made
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 # Flags that the pages name of other programs.
@@ -110,6 +114,12 @@ def command_lines(block: Block) -> Iterator[CommandLine]:
             yield CommandLine(block, tuple(shlex.split(line)), printed.strip("\n"))
 
 
+def inline_lines(page: Path) -> Iterator[CommandLine]:
+    for span in re.findall(r"`([^`]+)`", prose(page)):
+        if span.startswith(PROGRAMS) and "..." not in span and "<" not in span:
+            yield CommandLine(Block(page, 0, "inline", span), tuple(shlex.split(span)), "")
+
+
 def invoked(words: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """(one of COMMANDS, its flags); "" where the command that lists them is meant, None for another
     program."""
@@ -126,6 +136,7 @@ def invoked(words: tuple[str, ...]) -> tuple[str | None, list[str]]:
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 LINES = [line for block in BLOCKS for line in command_lines(block)]
+LINES += [line for page in PAGES for line in inline_lines(page)]
 
 
 def run(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -229,11 +240,12 @@ def test_a_script_is_one(block):
 @pytest.mark.full
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_does_with_the_digits_can_be_done(page, tmp_path):
-    """Every run of the page, one after the other, in an empty folder."""
+    """Every command of the page's blocks, one after the other, in an empty folder."""
     write_files(page, tmp_path)
     for line in LINES:
         elsewhere = {"--dataset", "--slurm", "--ray"} & set(line.flags)
-        if line.block.page == page and line.command and not line.errs and not elsewhere:
+        shown = line.block.page == page and line.block.kind != "inline"
+        if shown and line.command and not line.errs and not elsewhere:
             done = run([line.command, *line.flags], tmp_path)
             stopped = "--max-time" in line.flags and "--resume" not in line.flags
             assert done.returncode in ((0, 75) if stopped else (0,)), (line, done.stderr)
