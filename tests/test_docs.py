@@ -19,6 +19,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -216,7 +217,8 @@ def test_a_line_of_another_program_is_right(line):
     if program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M)
     elif program == "pip":
-        extras = re.findall(r"^        \"(\w+)\": ", (ROOT / "setup.py").read_text(), re.M)
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = project["optional-dependencies"]
         named = re.findall(r"\[(.*)\]", " ".join(rest))
         assert all(name in extras for part in named for name in part.split(","))
     elif program == "python":
