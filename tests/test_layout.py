@@ -74,11 +74,11 @@ def test_kernels_import_nothing_of_the_package_but_kernels(path):
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_every_part_is_named_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_every_part_is_named_in_the_architecture():
+    page = (ROOT / "docs" / "architecture.md").read_text()
     for path in (*(ROOT / "fastsmooth").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
         if path.name != "__init__.py":
-            assert path.name in readme, path
+            assert path.name in page, path
 
 
 # Command lines that end before any work: each command's --help, a flag that it refuses, a plan.

@@ -261,10 +261,10 @@ def test_a_file_that_cannot_be_replaced_is_named(tmp_path, monkeypatch):
     assert caught.value.filename == str(tmp_path / "status.json") and not list(tmp_path.iterdir())
 
 
-def test_the_exit_codes_are_those_of_the_readme():
-    readme = (Path(train.__file__).parent.parent / "README.md").read_text()
+def test_the_exit_codes_are_those_of_the_documentation():
+    page = Path(train.__file__).parent.parent / "docs" / "run-folder.md"
     for code in (*range(4), 70, 74, 75, 130):
-        assert f"\n| {code} | " in readme
+        assert f"\n| {code} | " in page.read_text()
     assert {BAD_INPUT, UNEXPECTED, CANNOT_WRITE, messages.PREEMPTED} == {2, 70, 74, 75}
 
 

@@ -116,7 +116,7 @@ def test_a_run_is_refused_just_when_it_would_meet_one_sample_alone(pooled, monke
 
 
 def pieces(order: list[int], processes: int, micro_batch: int | None) -> list[int]:
-    """The sizes of what goes through the model of a batch, by the definitions in the README."""
+    """The sizes of what goes through the model of a batch, by the definitions in docs/train.md."""
     shares = [order[rank::processes] for rank in range(processes)]
     return [
         len(share[at : at + (micro_batch or 10**9)])
