@@ -8,5 +8,5 @@ __version__ = "0.1.0"
 # The kernels stand in a top-level folder of the checkout; an installed copy has them inside the
 # package already.
 _root = Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file():
+if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
