@@ -52,7 +52,7 @@ __all__ = [
 # The kernels stand in a top-level folder of the checkout; an installed copy has them inside the
 # package already.
 _root = _Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file():
+if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 # name here -> the module it is in, and its name there; without one it is the module

@@ -316,7 +316,7 @@ def update(
     Raises:
         ValueError: for tensors that do not belong together.
     """
-    kind_of(bool(buffers), mixed)
+    kind_of(len(buffers) > 0, mixed)  # bool of a list is not traced by PyTorch 2.10
     if not params or len(grads) != len(params) or len(buffers) not in (0, len(params)):
         raise ValueError(
             f"{len(params)} parameters, {len(grads)} gradients, {len(buffers)} buffers do not fit "

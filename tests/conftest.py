@@ -1,6 +1,7 @@
 """How the tests run, what they share, and their real images: archives that lie beside the checkout,
 extracted once a session."""
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,25 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def bound_by_modes() -> Iterator[None]:
+    """What a file's mode forbids is forbidden to root too, in this thread and those it starts."""
+    if os.geteuid():
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    this_thread = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
+    # effective, permitted and inheritable capabilities, twice 32 bits of each
+    sets = (ctypes.c_uint32 * 6)()
+    assert libc.capget(this_thread, sets) == 0
+    before = sets[0]
+    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(this_thread, sets) == 0
+    yield
+    sets[0] = before
+    assert libc.capset(this_thread, sets) == 0
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import os
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import setuptools
 from said import refused, said
 
 from fastsmooth import __main__ as every
@@ -99,15 +99,10 @@ def test_usage_and_messages_are_right_for_every_way_of_calling(program, monkeypa
     )
 
 
-def test_setup_makes_the_command(monkeypatch):
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", given.update)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("setup.py")
-    (line,) = given["entry_points"]["console_scripts"]
-    name, _, target = line.partition(" = ")
-    module, _, function = target.partition(":")
-    assert (name, module) == ("fastsmooth", "fastsmooth.__main__")
+def test_installing_makes_the_command(monkeypatch):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts.pop("fastsmooth").partition(":")
+    assert (module, scripts) == ("fastsmooth.__main__", {})
     with pytest.raises(SystemExit) as end:
         monkeypatch.setattr(sys, "argv", ["/usr/bin/fastsmooth", "--version"])
         with restored():

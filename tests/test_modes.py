@@ -13,6 +13,7 @@ import torch
 from exact import EXACT
 from forks import assert_same_bits
 from images import epoch_batches
+from implementations import compiles_once
 from rows import read_rows
 from torch import nn
 from torch.nn import functional as F
@@ -895,6 +896,7 @@ def test_measurements_are_in_float32_under_bf16(tmp_path):
     assert runs[0] == runs[1]
 
 
+@compiles_once
 @pytest.mark.parametrize(
     "bn, precision, graphs", [("train", "fp32", 1), ("eval", "fp32", 2), ("train", "bf16", 2)]
 )

@@ -910,7 +910,9 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 # In a browser
 
-CHROMIUM = shutil.which("chromium", path="/usr/bin")
+CHROMIUM = shutil.which("chromium", path="/usr/bin") or shutil.which(
+    "google-chrome", path="/usr/bin"
+)
 QUIET = [
     "--headless",
     "--no-sandbox",
@@ -1046,7 +1048,7 @@ class Browser:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if CHROMIUM is None:
-        pytest.skip("no /usr/bin/chromium")
+        pytest.skip("neither chromium nor google-chrome is in /usr/bin")
     found = Browser(tmp_path_factory.mktemp("profile"))
     yield found
     found.close()

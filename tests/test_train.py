@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact import EXACT
+from implementations import compiles_once
 from rows import read_rows
 from torch.nn import functional as F
 
@@ -155,6 +156,7 @@ def test_bf16_trains(tmp_path):
     )
 
 
+@compiles_once
 def test_a_growing_batch_compiles_once(tmp_path, capsys):
     """Training step and evaluation: two graphs, whatever lr and batch do; the results stay those of
     eager."""
