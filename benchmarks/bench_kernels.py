@@ -539,9 +539,8 @@ def describe(about: dict[str, Any], result: list[dict[str, Any]]) -> list[str]:
     quiet = f" (quiet windows: {about['yardstick_quiet']})" if about["yardstick_quiet"] else ""
     lines = [
         f"  bytes: {about['bytes_a_parameter']} a parameter, {about['bytes'] / 1e6:,.1f} MB a step "
-        "at least; read and "
-        f"write bandwidth of this machine: copy {about['copy_gb_s']:g} GB/s, in place "
-        f"{about['in_place_gb_s']:g} GB/s{quiet}"
+        f"at least; read and write bandwidth of this machine: copy {about['copy_gb_s']:g} GB/s, in "
+        f"place {about['in_place_gb_s']:g} GB/s{quiet}"
     ]
     for row in result:
         b, (p20, p50, p80) = (

@@ -722,9 +722,8 @@ def describe(result: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
         f"  tensors at the peak of a step, beyond weights, momentum and images: {held}",
         f"  largest relative error in float64 beside one backward pass a sample: {errors}",
         f"  floor: {least['step_flop'] / 1e9:.4g} GFLOP a step in convolutions and linear layers; "
-        "at the least "
-        f"{least['norms_percent']:.2g} % more for the norms, {least['noise_percent']:.2g} % for "
-        "those of the noise",
+        f"at the least {least['norms_percent']:.2g} % more for the norms, "
+        f"{least['noise_percent']:.2g} % for those of the noise",
     ]
 
 

@@ -166,9 +166,8 @@ def describe(about: dict[str, Any]) -> list[str]:
     return [
         f"  a step of ours is {about['speedup']:g} times as fast as the loop's",
         f"  last value of {about['last_value']['n']} short runs: ours {ours['mean']:.4g} (sd "
-        f"{ours['sd']:.3g}), "
-        f"loop {loop['mean']:.4g} (sd {loop['sd']:.3g}); difference from the same starts "
-        f"{about['difference']:.3g} +- {about['difference_error']:.2g}",
+        f"{ours['sd']:.3g}), loop {loop['mean']:.4g} (sd {loop['sd']:.3g}); difference from the "
+        f"same starts {about['difference']:.3g} +- {about['difference_error']:.2g}",
     ]
 
 

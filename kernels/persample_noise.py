@@ -302,7 +302,7 @@ def persample_noise(
     allowed = {p.dtype} if p.dtype == torch.float64 else {torch.float32, torch.bfloat16, p.dtype}
     if G.dtype not in allowed or (m is not None and m.dtype != wanted):
         raise ValueError(
-            f"G is {G.dtype}, p {p.dtype}, m {None if m is None else m.dtype}: "
-            f"G must be {' or '.join(sorted(map(str, allowed)))} and m {wanted}"
+            f"G is {G.dtype}, p {p.dtype}, m {None if m is None else m.dtype}: G must be "
+            f"{' or '.join(sorted(map(str, allowed)))} and m {wanted}"
         )
     return Noise(*_op(G, p, m, list(rule), mixed))

@@ -268,17 +268,14 @@ CLAIMS = (
         "above -0.55 and below -0.45.",
         noise_falls_as_root,
         f"{COMMON} --seeds 5 --mode sampling --steps 100 --draws 8 --augment none --lr 0.05 "
-        "--optimizer sgd shb nshb "
-        "--beta 0.9 --batchsize 8..512x4 --epochs 10",
+        "--optimizer sgd shb nshb --beta 0.9 --batchsize 8..512x4 --epochs 10",
     ),
     Claim(
         "momentum-floor",
         "(e) SHB's search-direction noise keeps a floor as b grows, SGD's and NSHB's do not.",
         "r is ||omega|| over the norm of the full gradient, both means over replayed histories "
-        "(sgd: over mini-batches at one "
-        "point). The slope of log r against log b between the two largest batches has a mean above "
-        "-0.1 for shb, and below "
-        "-0.25 for sgd and nshb.",
+        "(sgd: over mini-batches at one point). The slope of log r against log b between the two "
+        "largest batches has a mean above -0.1 for shb, and below -0.25 for sgd and nshb.",
         heavy_ball_keeps_a_floor,
         runs_of="noise-norm",
     ),
@@ -286,10 +283,9 @@ CLAIMS = (
         "delta-accuracy",
         "(b) Test accuracy against delta is unimodal over a grid of lr and batch.",
         "Runs of equal delta are pooled. The best mean accuracy lies inside the grid, the "
-        "differences to both ends are above "
-        "0, and going outwards from the best no mean rises: a rise by more than 2 SE fails, and "
-        "its upper end, 2 SE above, "
-        "must be below the smaller difference to the ends.",
+        "differences to both ends are above 0, and going outwards from the best no mean rises: a "
+        "rise by more than 2 SE fails, and its upper end, 2 SE above, must be below the smaller "
+        "difference to the ends.",
         accuracy_is_unimodal_in_delta,
         f"{COMMON} --seeds 3 --lr 0.05 0.2 0.8 --batchsize 8..512x4 --epochs 6",
     ),
@@ -297,10 +293,8 @@ CLAIMS = (
         "delta-sharpness",
         "(f) A larger delta goes with a smaller adaptive sharpness.",
         "Runs of equal delta are pooled. Spearman's rank correlation of delta and mean sharpness "
-        "(the published setting of "
-        "python -m fastsmooth.sharpness) is at most -0.8, and fails from 0 on; the difference of "
-        "the smallest delta's "
-        "sharpness to the largest delta's is above 0.",
+        "(the published setting of python -m fastsmooth.sharpness) is at most -0.8, and fails from "
+        "0 on; the difference of the smallest delta's sharpness to the largest delta's is above 0.",
         smoother_is_less_sharp,
         runs_of="delta-accuracy",
     ),
@@ -308,14 +302,12 @@ CLAIMS = (
         "critical-batch",
         "(c) N(b) = b T(b) is convex in log b, with b* falling as eps grows.",
         "On the 1,000 training images of the first 10 classes, censored batches left out. For "
-        "every eps at least four batch "
-        "sizes have an N, every second difference of the mean N over log b is above 0, and N is "
-        "larger at both ends than at "
-        "b*. b* never grows with eps, and is smaller for the largest than for the smallest.",
+        "every eps at least four batch sizes have an N, every second difference of the mean N over "
+        "log b is above 0, and N is larger at both ends than at b*. b* never grows with eps, and "
+        "is smaller for the largest than for the smallest.",
         critical_batch_exists,
         f"{COMMON.replace(' --log-every 1000000', '')} --seeds 3 --mode critical --augment none "
-        "--lr 0.1 "
-        "--batchsize 32..512x2 --eps 0.7 0.9 --min-epochs 11 --epochs 500 --log-every 10 "
+        "--lr 0.1 --batchsize 32..512x2 --eps 0.7 0.9 --min-epochs 11 --epochs 500 --log-every 10 "
         "--checkpoint-every 2000",
     ),
 )

@@ -206,8 +206,7 @@ def test_rows_count_the_images_that_were_served_and_the_cpu_of_workers():
     assert about["variants"]["resident"]["peak_mb"] == 425
     assert lines[1] == (
         "  resident: 20 times the originals' images a second (target: 20), CPU 1 s per 1,000 "
-        "images, 1/20 of theirs "
-        "(target: 1/15), peak memory +25 MB (target: under +250)"
+        "images, 1/20 of theirs (target: 1/15), peak memory +25 MB (target: under +250)"
     )
 
 

@@ -32,8 +32,7 @@ def parser() -> Parser:
         prog=command("train"),
         usage="%(prog)s [flags]",
         description="Train or measure one image classifier; without flags, a small network on the "
-        "digits that ship with it. "
-        "Defaults come with --dataset; the run prints what it uses.",
+        "digits that ship with it. Defaults come with --dataset; the run prints what it uses.",
         argument_default=argparse.SUPPRESS,
         add_help=False,
     )

@@ -227,8 +227,8 @@ class PerSample(TorchFunctionMode):
         if x.shape[0] != self.batch:
             raise NotCovered(
                 f"its input {list(x.shape)} for {self.batch} samples does not have them in its "
-                "first dimension: only layers "
-                "with the batch first (batch_first=True) give per-sample norms"
+                "first dimension: only layers with the batch first (batch_first=True) give "
+                "per-sample norms"
             )
 
 

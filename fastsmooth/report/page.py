@@ -110,8 +110,7 @@ def color_rank(entry: tuple[str, str, str]) -> int:
 def results(grouped: list[Group], facets: list[Facet]) -> Section:
     words = (
         "Mean ± standard deviation (n − 1) over the seeds of the runs that are done; accuracies "
-        "are of the test set. The bold "
-        "letters stand for the configurations in the figures."
+        "are of the test set. The bold letters stand for the configurations in the figures."
     )
     if any(g.unit() for g in grouped):
         words += " δ is in units of √C² where no gradient variance C² was given."
@@ -123,9 +122,8 @@ def smoothing(grouped: list[Group]) -> Section | None:
     figures = tuple(grid.smoothing(grouped))
     words = (
         "One point a configuration: the mean over seeds, bars from the lowest to the highest; "
-        "configurations that differ in "
-        "their batch size alone are joined. δ is that of the first epoch, by the formula of the "
-        "optimizer."
+        "configurations that differ in their batch size alone are joined. δ is that of the first "
+        "epoch, by the formula of the optimizer."
     )
     if not figures:
         return None
@@ -162,10 +160,9 @@ def critical(runs: list[SavedRun], grouped: list[Group]) -> Section | None:
         ]
     words = (
         "Updates until the running mean of the gradient norm is at most ε, and the gradient "
-        "evaluations they cost: means over "
-        "seeds, bars from the lowest to the highest. ○ around the batch size b* with the fewest "
-        "evaluations; the grey line "
-        "is the floor of the minimum; ■ □ where theory puts b*."
+        "evaluations they cost: means over seeds, bars from the lowest to the highest. ○ around "
+        "the batch size b* with the fewest evaluations; the grey line is the floor of the minimum; "
+        "■ □ where theory puts b*."
     )
     table = critical_table(parts, titles, known)
     return Section(
@@ -182,10 +179,9 @@ def noise_section(grouped: list[Group]) -> Section | None:
         return None
     words = (
         "The direction m that the optimizer takes minus the full gradient at the same point, over "
-        "several drawn mini-batches. "
-        "Bars are one standard error: over seeds; of one seed over its draws, which are "
-        "mini-batches at one point for sgd and "
-        "replayed histories with momentum. Dashed in the lower figures: a normal law."
+        "several drawn mini-batches. Bars are one standard error: over seeds; of one seed over its "
+        "draws, which are mini-batches at one point for sgd and replayed histories with momentum. "
+        "Dashed in the lower figures: a normal law."
     )
     return Section(
         "noise",
@@ -206,8 +202,8 @@ def online(grouped: list[Group]) -> Section | None:
     how = "; ".join(curves.estimators(facets))
     words = (
         f"As --track-noise measured them ({how}). Means over seeds, bands from the lowest to the "
-        "highest. Dotted: δ as the "
-        "schedule alone would have it, with constants that stay as they were first measured."
+        "highest. Dotted: δ as the schedule alone would have it, with constants that stay as they "
+        "were first measured."
     )
     return Section("online", "Noise while training", words, legend(facets), figures)
 

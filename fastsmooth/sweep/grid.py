@@ -48,9 +48,8 @@ def parser() -> flag_types.Parser:
     p.prog, p.usage, p.several = command("sweep"), "%(prog)s --out DIR [flags]", ""
     p.description = (
         "Many runs, one for each combination of the values that flags of fastsmooth.train are "
-        "given: --lr 0.01 0.1 "
-        "--batchsize 8..1024x2 (8 16 ... 1024; 0..4+1 adds). A flag without effect in a "
-        "combination is left out there."
+        "given: --lr 0.01 0.1 --batchsize 8..1024x2 (8 16 ... 1024; 0..4+1 adds). A flag without "
+        "effect in a combination is left out there."
     )
     for action in list(p._actions):
         name = action.dest

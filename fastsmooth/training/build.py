@@ -232,8 +232,7 @@ def check_batch(c: Config, n: int, processes: int) -> None:
     if c.batch_size < processes:
         raise ConfigError(
             f"--batchsize {c.batch_size} is less than one sample for each of the {processes} "
-            "processes: raise --batchsize "
-            "(it is that of all processes together)"
+            "processes: raise --batchsize (it is that of all processes together)"
         )
 
 
@@ -262,8 +261,7 @@ def check_alike(
         if other is not None:
             raise ConfigError(
                 f"process {other} has other {what} than process 0: give all machines the same data "
-                "and the same versions of "
-                "PyTorch and fastsmooth"
+                "and the same versions of PyTorch and fastsmooth"
             )
 
 
@@ -322,8 +320,8 @@ def check_lone_samples(plan: Plan, processes: int) -> None:
         remedies = [*remedies, "another --batchsize", *["--norm group"] * (c.norm == "batch")]
         raise ConfigError(
             f"{where} has {size} sample{'s' * (size > 1)}{alone}, of which {c.model} makes 1x1 "
-            "features: BatchNorm cannot "
-            f"normalise a single value: use {', '.join(remedies[:-1])} or {remedies[-1]}"
+            f"features: BatchNorm cannot normalise a single value: use {', '.join(remedies[:-1])} "
+            f"or {remedies[-1]}"
         )
 
 
@@ -357,8 +355,7 @@ def introduce(run: Run, decided: str) -> None:
     )
     say(
         f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} "
-        f"epochs from lr {c.lr:g}, "
-        f"batch {c.batch_size}"
+        f"epochs from lr {c.lr:g}, batch {c.batch_size}"
         + (f", momentum {c.momentum:g}" if c.momentum else "")
         + f", seed {c.seed}"
     )

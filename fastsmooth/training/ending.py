@@ -139,8 +139,7 @@ def out_of_memory(error: BaseException, run: Run | None, c: Config, torch: Any) 
     where = "on the GPU" if gpu else "in main memory"
     return (
         f"out of memory {where} at batch {batch}: --micro-batch N computes the same batch N "
-        "samples at a time "
-        "(try a half, then less), or lower --batchsize"
+        "samples at a time (try a half, then less), or lower --batchsize"
     )
 
 

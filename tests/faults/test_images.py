@@ -307,8 +307,7 @@ def test_an_image_that_is_replaced_by_one_of_another_size_under_a_run_is_bad(
         every_batch(train, 2, epoch=1)
     assert str(error.value) == (
         f"{path}: 30 x 40 pixels, which was 60 x 44 when the run began: put the old image back, or "
-        "start a new run; "
-        "or serve it black with --on-bad-image zeros"
+        "start a new run; or serve it black with --on-bad-image zeros"
     )
     after = every_batch(black, 2, epoch=1)
     assert (

@@ -181,8 +181,8 @@ def test_the_remedies_are_named_and_help(tmp_path, monkeypatch, cases):
     argv += ["--epochs", "1", "--device", "cpu", "--out", "run"]
     assert refused(train.main, argv) == (
         "the last batch of an epoch has 1 sample, of which torchvision/resnet18 makes 1x1 "
-        "features: BatchNorm cannot normalise "
-        "a single value: use --drop-last, another --batchsize or --norm group"
+        "features: BatchNorm cannot normalise a single value: use --drop-last, another --batchsize "
+        "or --norm group"
     )
     assert not Path("run").exists()
     micro = refused(train.main, [*argv, "--drop-last", "--micro-batch", "19"])
