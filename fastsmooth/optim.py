@@ -180,8 +180,9 @@ class NoisySGD(torch.optim.Optimizer):
                     m = m.clone()
                 elif self.form.has_buffer:
                     m = torch.zeros_like(p, dtype=wide)
+                _, beta, alpha, fresh, kept, decay = self._coefficients(group)
                 direction = direction_ref(
-                    p.to(wide), slope, m, *self._coefficients(group)[1:], self.form.mixes
+                    p.to(wide), slope, m, beta, alpha, fresh, kept, decay, self.form.mixes
                 )
                 found.append(direction.clone() if direction is slope else direction)
         return found

@@ -13,7 +13,7 @@ a thousandth of the mean would come out of float32 without a correct digit.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -189,7 +189,13 @@ class PerSample(TorchFunctionMode):
         )
         self.used: set[Tensor] = set()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         held = [p for p in parameters((*args, *kwargs.values())) if p in self.names]
         # without a gradient: compiled code, whose layers reported when it was traced; __get__ asks
@@ -242,7 +248,7 @@ def shares(g: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
 
 
 def weight_shares(
-    x: Tensor, dy: Tensor, weight: Tensor, rule: tuple, noise: bool
+    x: Tensor, dy: Tensor, weight: Tensor, rule: Rule, noise: bool
 ) -> tuple[Tensor, Tensor]:
     """(the weight's gradient, [2, B] as above) of a convolution."""
     stride, padding, dilation, groups = rule
@@ -250,17 +256,29 @@ def weight_shares(
     return found.dw.to(weight.dtype), torch.stack([found.squares, found.noise]) * len(x) ** 2
 
 
+# stride, padding, dilation and groups of a convolution
+Rule = tuple[list[int], list[int], list[int], int]
+
+
 class Convolution(torch.autograd.Function):
     """F.conv2d over x [B, C, H, W]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, noise, rule):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        rule: Rule,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.noise, ctx.rule, ctx.wide = noise, rule, probe.dtype
         return F.conv2d(x, weight, bias, *rule)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.rule
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -286,13 +304,15 @@ class Linear(torch.autograd.Function):
     tokens."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, noise):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor, noise: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.noise, ctx.wide = noise, probe.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         slopes = dy.reshape(len(x), -1, dy.shape[-1])
@@ -321,8 +341,18 @@ class GroupNorm(torch.autograd.Function):
     """F.group_norm over x [B, C, ...]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, noise, groups, eps):
-        ctx.sizes = len(x), x.shape[1], x[0].numel() // x.shape[1], groups
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        samples, channels, pixels = len(x), x.shape[1], x[0].numel() // x.shape[1]
+        ctx.sizes = samples, channels, pixels, groups
         # the native functions of PyTorch 2.11 take memory in this order, or read it as if it were
         in_order = (
             x.device.type == "cpu"
@@ -331,13 +361,15 @@ class GroupNorm(torch.autograd.Function):
         )
         ctx.order = torch.channels_last if in_order else torch.contiguous_format
         x = x.contiguous(memory_format=ctx.order)
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        y, mean, rstd = torch.native_group_norm(
+            x, weight, bias, samples, channels, pixels, groups, eps
+        )
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.noise, ctx.wide = noise, probe.dtype
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
@@ -362,19 +394,30 @@ class BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, noise, mean, variance, eps, frozen):
-        of_batch = mean is None
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float,
+        frozen: bool,
+    ) -> Tensor:
         y, center, rstd = torch.native_batch_norm(
-            x, weight, bias, mean, variance, of_batch, 0.0, eps
+            x, weight, bias, mean, variance, mean is None, 0.0, eps
         )
-        if not of_batch:
+        if mean is not None and variance is not None:
             center, rstd = mean, (variance + eps).rsqrt()
         ctx.save_for_backward(x, weight, center, rstd)
-        ctx.noise, ctx.wide, ctx.eps, ctx.through = noise, probe.dtype, eps, of_batch and not frozen
+        ctx.noise, ctx.wide, ctx.eps = noise, probe.dtype, eps
+        ctx.through = mean is None and not frozen
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, center, rstd = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
@@ -396,7 +439,7 @@ class BatchNorm(torch.autograd.Function):
 
 
 def affine_shares(
-    ctx, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor
+    ctx: Any, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The gradients of a normalisation's weight and bias and of the probe."""
     total = dy.new_zeros(2, len(x), dtype=ctx.wide)
@@ -413,18 +456,20 @@ class Affine(torch.autograd.Function):
     """x * weight + bias, both broadcast over the leading dimensions of x [B, ...]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, noise):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor, noise: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.noise, ctx.wide = noise, probe.dtype
         y = x if weight is None else x * weight
         return y if bias is None else y + bias
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         shared = list(range(1, x.ndim - (weight.ndim if weight is not None else 1)))
         total = dy.new_zeros(2, len(x), dtype=ctx.wide)
-        found = []
+        found: list[Tensor | None] = []
         for needed, product in zip(
             ctx.needs_input_grad[1:3], (lambda: dy * x, lambda: dy), strict=True
         ):
@@ -439,11 +484,20 @@ class Affine(torch.autograd.Function):
         return dx, *found, total, None
 
 
-def pair(value) -> list[int]:
+def pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def conv2d(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(
+    mode: PerSample,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
     mode.check(input)
     if isinstance(padding, str):
         sizes = [0, 0]
@@ -462,7 +516,7 @@ def conv2d(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, grou
     return Convolution.apply(input, weight, bias, mode.probe, mode.noise, rule)
 
 
-def linear(mode, input, weight, bias=None):
+def linear(mode: PerSample, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     mode.check(input)
     if input.ndim < 2:
         raise NotCovered("a linear layer needs an input [B, ..., inputs]")
@@ -470,16 +524,16 @@ def linear(mode, input, weight, bias=None):
 
 
 def batch_norm(
-    mode,
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
-):
+    mode: PerSample,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     mode.check(input)
     if training and mode.bn is None:
         raise NotCovered(
@@ -492,12 +546,26 @@ def batch_norm(
     )
 
 
-def group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5):
+def group_norm(
+    mode: PerSample,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     mode.check(input)
     return GroupNorm.apply(input, weight, bias, mode.probe, mode.noise, num_groups, eps)
 
 
-def layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm(
+    mode: PerSample,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     mode.check(input)
     if input.ndim == len(normalized_shape):
         raise NotCovered("LayerNorm over the batch dimension mixes the samples")
