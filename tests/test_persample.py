@@ -12,6 +12,9 @@ from fastsmooth.noise.persample import NotCovered, sample_norms
 
 CLASSES = 7
 
+# one of the small networks has an even kernel on purpose
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
 
 class Layers(nn.Module):
     """What the networks of the zoo lack: even kernels, "same" padding, dilation, groups, LayerNorm,
