@@ -122,6 +122,7 @@ FLAGS = [
     ("--save-omega", "--mode sampling"),
     ("--image-size 32", "has no effect"),
     ("--augment resized-crop-flip", "digits has none"),
+    ("--dataset cifar10 --augment resized-crop-flip", "cifar10 has none"),
     ("--loader resident --chunk 64", "no effect"),
     ("--model resnet9", "resnet9"),
     ("--model torchvision/nothing", "nothing"),

@@ -51,7 +51,8 @@ MODES = ("normal", "critical", "sampling")
 FILLED = dataclasses.MISSING  # no default of its own: resolve() takes it from the data set
 AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
 CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
-MEMORY_SETS = {"cifar10", "cifar100", "imagenet", "folder"}
+FILE_SETS = {"folder", "imagenet"}  # of image files; the others are arrays of pixels
+WITH_DATA_DIR = {"cifar10", "cifar100", *FILE_SETS}
 
 
 def using(name: str) -> set[str]:
@@ -70,13 +71,13 @@ class Config:
 
     # fmt: off
     dataset: str = option("digits", "data", "what to train on", choices=SETS)
-    data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", MEMORY_SETS))
-    image_size: int = option(FILLED, "data", "pixels a side (folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", {"folder", "imagenet"}))
+    data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", WITH_DATA_DIR))
+    image_size: int = option(FILLED, "data", "pixels a side (folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", FILE_SETS))
     augment: str = option(FILLED, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
     loader: str = option("auto", "data", "resident: all images on the device; dali, threads: decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
     chunk: int | None = option(None, "data", "samples decoded together (512, on CUDA 2048; files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
-    on_bad_image: str = option("raise", "data", "raise: stop; zeros: serve it black and count it", choices=("raise", "zeros"), only=("dataset", {"folder", "imagenet"}))
+    on_bad_image: str = option("raise", "data", "raise: stop; zeros: serve it black and count it", choices=("raise", "zeros"), only=("dataset", FILE_SETS))
     hw_decoder_load: float = option(0.65, "data", "dali on CUDA: share of the hardware decoder", real(0, 1), metavar="X", only=("loader", DALI))
     decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))
     decoder_host_memory: int = option(8, "data", "the same in host memory", whole(0, 65536), metavar="MB", only=("loader", DALI))
@@ -253,8 +254,8 @@ def check(c: Config) -> None:
         )
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
-    if c.dataset == "digits" and c.augment == "resized-crop-flip":
-        raise ConfigError("--augment resized-crop-flip needs image files: digits has none")
+    if c.dataset not in FILE_SETS and c.augment == "resized-crop-flip":
+        raise ConfigError(f"--augment resized-crop-flip needs image files: {c.dataset} has none")
 
 
 def resolve(given: dict[str, Any]) -> Config:

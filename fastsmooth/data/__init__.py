@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -84,7 +85,7 @@ def open_data(
             return ResidentLoader(pixels, kind, seed, images.mean, images.std, device)
         source = Source(split, indexed(split, bad, say), kind, size, seed, bad)
         chunk = config.chunk or chunk_size(split, device)
-        engine = make_engine(name, source, chunk, threads, device, config)
+        engine = ENGINES[name](Parts(source, chunk, threads, device, config))
         return ChunkedLoader(engine, split.labels, size, chunk, images.mean, images.std, device)
 
     train, test = loader_of(images.train), loader_of(images.test)
@@ -148,20 +149,36 @@ def fits(
     return needed <= MEMORY_SHARE * free, why
 
 
-def make_engine(
-    name: str, source: Source, chunk: int, threads: int, device: torch.device, config: DataConfig
-) -> Engine:
-    pinned = device.type == "cuda"
-    if name == "torch":
-        return TorchEngine(source, threads, pinned)
-    if name == "threads":
-        return ThreadsEngine(source, threads, pinned)
+class Parts(NamedTuple):
+    """What an engine is made of."""
+
+    source: Source
+    chunk: int  # samples decoded together
+    threads: int
+    device: torch.device
+    config: DataConfig
+
+    @property
+    def pinned(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def make_dali(parts: Parts) -> Engine:
+    c = parts.config
     decoder = Decoder(
-        hw_load=config.hw_decoder_load,
-        device_padding=config.decoder_device_memory << 20,
-        host_padding=config.decoder_host_memory << 20,
+        hw_load=c.hw_decoder_load,
+        device_padding=c.decoder_device_memory << 20,
+        host_padding=c.decoder_host_memory << 20,
     )
-    return DaliEngine(source, chunk, threads, device, decoder)
+    return DaliEngine(parts.source, parts.chunk, parts.threads, parts.device, decoder)
+
+
+# What makes chunks of samples out of a source, by --loader; resident needs none.
+ENGINES: dict[str, Callable[[Parts], Engine]] = {
+    "dali": make_dali,
+    "threads": lambda parts: ThreadsEngine(parts.source, parts.threads, parts.pinned),
+    "torch": lambda parts: TorchEngine(parts.source, parts.threads, parts.pinned),
+}
 
 
 def chunk_size(split: Split, device: torch.device) -> int:
