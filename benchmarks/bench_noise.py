@@ -70,6 +70,7 @@ from fastsmooth.cli import parse as parsing
 from fastsmooth.data.images import Split
 from fastsmooth.noise import gradients
 from fastsmooth.noise.persample import sample_norms
+from fastsmooth.training import measuring
 from fastsmooth.training.step import keep_freed_memory
 
 CLASSES, SIZE = 100, 32
@@ -522,7 +523,7 @@ class OursFullGradient(Ours):
 
     def __call__(self) -> None:
         with gradients.undisturbed(self.run.model, self.run.config.bn):
-            self.found = self.run.full_gradient(self.point)
+            self.found = measuring.full_gradient(self.run, self.point)
 
     def check(self) -> None:
         require_finite(self.found)

@@ -51,7 +51,7 @@ from fastsmooth.runfolder.tracker import Tracker
 from fastsmooth.runfolder.write import RunFolder
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.loop import Run
-from fastsmooth.training.plan import make_schedule
+from fastsmooth.training.plan import make_plan
 from fastsmooth.training.step import Step, keep_freed_memory
 
 CLASSES, SIZE, LR = 100, 32, 0.1
@@ -186,6 +186,18 @@ def make_originals(case: Case, images: str) -> Originals:
     )
 
 
+def updates_of(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of training.loop.train; the caller makes the update of each, and all else that
+    the loop does is done when it comes back."""
+    for point in run.epochs_left():
+        with run.clock.measure("train"):
+            for batch in run.batches_left():
+                yield batch
+                run.count(point)
+                run.after_update(point)
+        run.end_epoch(point)
+
+
 class Ours:
     """The run that fastsmooth.train prepares, stopped after every update. One call is one step;
     laps as in Originals."""
@@ -203,7 +215,7 @@ class Ours:
         self.scratch = tempfile.TemporaryDirectory()
         self.run = self._prepare(c, load_images(images))
         self.laps = {"data": 0.0, "gradient": 0.0, "update": 0.0}
-        self._updates = self.run.updates()
+        self._updates = updates_of(self.run)
 
     def _prepare(self, c: configs.Config, split: Split) -> Run:
         """As fastsmooth.train does it, but for signals and the images, which stand in for
@@ -215,11 +227,10 @@ class Ours:
         stand_in = ImageSet(split, test, classes, CIFAR100_MEAN, CIFAR100_STD)
         with patch.dict(data.READERS, cifar100=lambda config: stand_in):
             images = data.open_data(c, device)
-        schedule = make_schedule(c, None)
+        plan = make_plan(c, len(images.train))
         torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm).to(
-            device, memory_format=torch.channels_last
-        )
+        model = models.build(c.model, images.classes, c.norm).to(device)
+        model = model.to(memory_format=torch.channels_last)
         optimizer = NoisySGD(
             model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
         )
@@ -227,27 +238,16 @@ class Ours:
         out = Path(self.scratch.name) / "run"
         folder = RunFolder.create(out, c.to_json(), environment())
         tracker = Tracker(c.to_json(), out, warn)
-        progress = Progress(
+        checkpoints = Checkpoints(out / "checkpoints", warn)
+        run = Run(plan, images, model, step, device, folder, checkpoints, tracker, Clock())
+        run.progress = Progress(
             c.epochs, len(images.train), c.epochs * len(images.train), 0, "this CPU"
         )
-        checkpoints = Checkpoints(out / "checkpoints", warn)
-        return Run(
-            c,
-            schedule,
-            images,
-            model,
-            step,
-            device,
-            folder,
-            checkpoints,
-            tracker,
-            Clock(),
-            progress,
-        )
+        return run
 
     def __call__(self) -> None:
         began = time.perf_counter()
-        x, y, _ = next(self._updates)
+        x, y = next(self._updates)
         loaded = time.perf_counter()
         self.run.gradient(x, y)
         computed = time.perf_counter()
