@@ -72,8 +72,7 @@ def note_again(line: str) -> None:
 
 
 def tell(kind: str, words: object) -> None:
-    """A line on stderr: `kind` is error, warning or the like, `words` what was wrong and what to
-    do."""
+    """A line on stderr: `kind` is error, warning or the like; `words` the fault and the remedy."""
     note(f"fastsmooth: {kind}: {' '.join(str(words).split())}")
 
 
@@ -87,8 +86,7 @@ def put_line(line: str, stream: TextIO | None, indent: int = 4) -> None:
 
 
 def put(text: str, stream: TextIO | None) -> OSError | None:
-    """Write the text as it is, at once; what went wrong where it is lost, unless its reader is
-    gone.
+    """Write the text at once; the error where it is lost, unless its reader is gone.
 
     What is written to the stream after that goes nowhere.
     """

@@ -26,8 +26,10 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016); a 1x1 projection where the shape
-    changes."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016), 1x1 where the shape changes.
+
+    [B, inputs, H, W] -> [B, width, H / stride, W / stride], rounded up.
+    """
 
     expansion = 1
 
@@ -44,7 +46,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2016); the stride is on the 3x3."""
+    """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2016); the stride is on the 3x3.
+
+    [B, inputs, H, W] -> [B, 4 width, H / stride, W / stride], rounded up.
+    """
 
     expansion = 4
 
@@ -74,7 +79,10 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 class CifarResNet(nn.Module):
     """ResNet for small images: 3x3 stem, no max-pooling, one stage a width, every stage after the
-    first at stride 2."""
+    first at stride 2 (He et al. 2016).
+
+    float32 images [B, 3, S, S] -> logits [B, classes].
+    """
 
     def __init__(self, block: Block, depths: list[int], widths: list[int], classes: int):
         super().__init__()
@@ -91,13 +99,16 @@ class CifarResNet(nn.Module):
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(F.relu(self.norm(self.stem(x))))  # [B, C, H/8, W/8]
+        x = self.stages(F.relu(self.norm(self.stem(x))))  # [B, C, H', W']
         return self.head(x.mean(dim=(2, 3)))
 
 
 class PreactBlock(nn.Module):
     """norm, ReLU, conv, norm, ReLU, conv (Zagoruyko and Komodakis 2016); a projection sees the
-    activated input."""
+    activated input.
+
+    [B, inputs, H, W] -> [B, width, H / stride, W / stride], rounded up.
+    """
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -114,8 +125,11 @@ class PreactBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WideResNet-(6n+4)-k without dropout; kaiming-normal (fan out) convolutions and a zero head
-    bias."""
+    """WideResNet-(6n+4)-k without dropout (Zagoruyko and Komodakis 2016); kaiming-normal (fan out)
+    convolutions and a zero head bias.
+
+    float32 images [B, 3, S, S] -> logits [B, classes].
+    """
 
     def __init__(self, depth: int, factor: int, classes: int):
         super().__init__()
@@ -140,7 +154,10 @@ class WideResNet(nn.Module):
 
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise, 1x1 projection, ReLU6, all with bias; a shortcut where the
-    shape is kept."""
+    shape is kept (Sandler et al. 2018).
+
+    [B, inputs, H, W] -> [B, outputs, H / stride, W / stride], rounded up.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
@@ -163,8 +180,11 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """The papers' MobileNetV2 for small images: a 1x1 stem with padding 1 (32 -> 34 pixels), every
-    conv with bias."""
+    """The papers' MobileNetV2 (Sandler et al. 2018) for small images: a 1x1 stem with padding 1 (32
+    -> 34 pixels), every conv with bias.
+
+    float32 images [B, 3, S, S] -> logits [B, classes].
+    """
 
     # expansion, outputs, blocks, stride of the first block
     STAGES = (
@@ -222,8 +242,7 @@ NORMS = ("batch", "group")
 
 
 def build(name: str, classes: int, norm: str = "batch") -> nn.Module:
-    """The network `name`, randomly initialised: float32 images [B, 3, H, W] in, logits [B, classes]
-    out.
+    """The network `name`, randomly initialised: float32 [B, 3, S, S] in, logits [B, classes] out.
 
     `name` is a key of BUILDERS (resnet8, resnet20, resnet18, resnet34, resnet50, wrn-28-10 or
     mobilenetv2), "torchvision/NAME" or "timm/NAME". norm is batch, or group, with which every

@@ -1,5 +1,4 @@
-"""The forms of the update (fastsmooth.forms) as one torch optimizer; kernels/update.py computes
-them.
+"""The forms of the update (fastsmooth.forms) as one torch optimizer, over kernels/update.py.
 
     sgd    m = g                                       (momentum is not used)
     shb    m = beta m + g                              torch.optim.SGD(momentum=beta)
@@ -35,8 +34,7 @@ def coefficients(
 
 
 class NoisySGD(torch.optim.Optimizer):
-    """The four forms as one torch optimizer. lr and momentum change in place and leave the buffers
-    alone.
+    """The four forms as one torch optimizer. lr and momentum change in place; the buffers stay.
 
     Args: params, tensors or groups of them as for torch.optim.SGD; form, a row of fastsmooth.forms
     (sgd, shb, nshb or qhm: shb has the bits of torch.optim.SGD with momentum); lr >= 0; momentum,
@@ -84,8 +82,7 @@ class NoisySGD(torch.optim.Optimizer):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Steps and changes of hyperparameters inside leave no trace; a buffer keeps its place in
-        memory."""
+        """Steps and changes of hyperparameters inside leave no trace; buffers keep their memory."""
         groups = [dict(group) for group in self.param_groups]
         buffers = {
             p: {name: t.clone() for name, t in state.items()} for p, state in self.state.items()
@@ -118,8 +115,7 @@ class NoisySGD(torch.optim.Optimizer):
         return coefficients(self.form, *(group[name] for name in HYPERPARAMETERS))
 
     def _rule(self, number: int, device: torch.device) -> Rule:
-        """The coefficients of a group as 0-d tensors, the same ones for as long as their values
-        stay."""
+        """A group's coefficients as 0-d tensors, the same ones as long as their values stay."""
         values = self._coefficients(self.param_groups[number])
         held, tensors = self._scalars.get(number, ([], []))
         if values != held:
@@ -161,11 +157,12 @@ class NoisySGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def directions(self, grads: list[Tensor] | None = None) -> list[Tensor]:
-        """The m_t that step() would apply for `grads` (default: the .grad of the parameters);
-        changes nothing.
+        """The m_t that step() would apply for `grads`, weight decay included; changes nothing.
 
-        The tensors are new, in the order of the parameters of all groups, in the dtype of the
-        momentum.
+        `grads` has a tensor for every parameter of the groups, [...] in its shape and of any dtype;
+        by default the .grad of those that have one. The result has new tensors in the same shapes,
+        in the order of the groups, in the dtype of the momentum: float32, or float64 for float64
+        parameters.
         """
         found: list[Tensor] = []
         given = iter(grads) if grads is not None else None

@@ -15,15 +15,16 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which a user says how man
 
 
 def processors() -> int:
-    """At least one: a quota of half a processor is one that stands still half of the time. 2.5 are
-    two."""
+    """How many processors this process may use, at least one; 2.5 count as two.
+
+    A quota of half a processor is one that stands still half of the time.
+    """
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min(mine, quota())))
 
 
 def keep_within_quota(torch: ModuleType) -> None:
-    """Have PyTorch compute in no more threads than there are processors; it does not know of
-    quotas."""
+    """Have PyTorch use no more threads than there are processors: it knows no quotas."""
     if not any(os.environ.get(name) for name in THREADS) and torch.get_num_threads() > processors():
         torch.set_num_threads(processors())
 

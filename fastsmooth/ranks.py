@@ -34,8 +34,7 @@ class RankLost(RuntimeError):
 
 
 class Ranks:
-    """This process's number among `world` processes. With one, every method is for nothing and
-    costs nothing."""
+    """This process's number among `world` processes; where it is alone, nothing is sent."""
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0, local_world: int = 1):
         self.rank, self.world, self.local, self.local_world = rank, world, local, local_world
@@ -111,8 +110,7 @@ class Ranks:
             raise raised(said[0])
 
     def vote(self, own: int) -> int:
-        """The largest `own` that any process gave one call before, the same everywhere at the same
-        call.
+        """The largest `own` that any process gave one call ago, the same everywhere at that call.
 
         One call late, so that nobody waits: the numbers travel beside the computation, and never
         through the device.

@@ -47,8 +47,7 @@ class Images:
 
 
 def ready_device(name: str) -> torch.device:
-    """The device that --device names, with this process ready to measure on it. Raises
-    ConfigError."""
+    """The device that --device names, ready to be measured on. Raises ConfigError."""
     keep_within_quota(torch)
     device = pick_device(name, torch)
     # TF32 would round the loss more coarsely than it rises
@@ -163,8 +162,7 @@ def standing(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def entry_of(result: Sharpness, setting: Setting, images: Images, update: int) -> dict[str, Any]:
-    """A result as sharpness.json has it: first what tells it from others, then the measured
-    values."""
+    """A result as sharpness.json has it: what tells it from others, then what was measured."""
     asked = dataclasses.asdict(setting) | {"rho": result.rho, "split": images.split}
     asked |= {"samples": images.samples, "batch": images.batch, "augment": images.augment}
     return asked | {"step": update} | dataclasses.asdict(result)

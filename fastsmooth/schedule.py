@@ -1,5 +1,4 @@
-"""What lr, batch size and momentum are at every epoch, and how far the resulting noise smooths the
-loss.
+"""What lr, batch size and momentum are at every epoch, and how far the noise smooths the loss.
 
 A method is a row of the table METHODS: how it changes the learning rate and the batch, and which of
 the three is solved for. Loader, optimizer and log read the same Point. Formulas: degree of
@@ -42,8 +41,7 @@ FORGOTTEN = 1e-3
 
 
 def memory(momentum: float) -> int:
-    """The updates after which a momentum buffer has forgotten all but FORGOTTEN of what was in
-    it."""
+    """The updates after which a momentum buffer holds only FORGOTTEN of what was in it."""
     return math.ceil(math.log(FORGOTTEN) / math.log(momentum)) if momentum else 0
 
 
@@ -100,8 +98,7 @@ class Smoothing:
         return self.form.kappa(beta, self.weight) if beta > 0 else 1.0
 
     def solve_momentum(self, target: float, lr: float, batch_size: float, highest: float) -> float:
-        """The beta in [0, highest] whose delta is `target`; the nearer end where no such beta
-        exists.
+        """The beta in [0, highest] whose delta is `target`; the nearer end if there is none.
 
         delta grows with beta for every form, so bisection to the last bit of a double is safe. Only
         near the root is delta computed: elsewhere two points on either side of it, where delta is
@@ -260,8 +257,7 @@ class Schedule:
         return self.delta(self.start) * self.remaining(epoch) ** self.power
 
     def remaining(self, epoch: int) -> float:
-        """(M - e) / M, which the product of the papers' decay factors comes to; 1 at the first
-        epoch."""
+        """(M - e) / M, the product of the papers' decay factors; 1 at the first epoch."""
         # factors (M - m) / (M - m + 1) from m = 0: the epoch after round m has the product up to m
         if self.shifted:
             return (self.epochs - epoch + 1) / (self.epochs + 1)
@@ -397,8 +393,7 @@ def stepped_batch(s: Schedule, epoch: int, factor: float) -> float:
 
 
 def grown_batch(s: Schedule, epoch: int) -> float:
-    """b (M / (M - e))^(power balance), as a whole number; the fraction under the published
-    indices."""
+    """b (M / (M - e))^(power balance), whole; the fraction under the published indices."""
     if s.shifted:
         return s.published_batches[epoch]
     return grown(s.start.batch_size, s.remaining(epoch), -s.power * balance(s.start.batch_size))

@@ -24,8 +24,7 @@ def columns(stream: TextIO | None) -> int | None:
 
 
 def cells(text: str) -> int:
-    """The columns that a text takes: letters of East Asia take two, an accent that stands by itself
-    none."""
+    """The columns that a text takes: letters of East Asia take two, a lone accent none."""
     return len(text) if text.isascii() else sum(map(cell, text))
 
 

@@ -38,8 +38,7 @@ from fastsmooth.training.plan import print_plan
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a
-    traceback."""
+    """Run one command line; the exit code. A failure is a line on stderr, never a traceback."""
     return exit_code(lambda: carry_out(sys.argv[1:] if argv is None else argv))
 
 

@@ -161,8 +161,7 @@ class Config:
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        """The constants behind delta that are taken as 1: not given, and not published for this
-        setting."""
+        """The constants of delta taken as 1: neither given nor published for this setting."""
         missing = {"c2": self.c2 is None, "k2": self.k2 is None and uses_k2(self)}
         return tuple(name for name, is_missing in missing.items() if is_missing)
 
@@ -272,8 +271,7 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
-    """What was given in its plainest form, and the Config of it with the defaults of the data
-    set."""
+    """What was given in its plainest form, and its Config with the data set's defaults."""
     given = dict(given)
     if given.get("method") == "sampling":
         if given.setdefault("mode", "sampling") != "sampling":
@@ -285,8 +283,8 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
     values = facts.defaults | given
     if values["image_size"]:
         values = suited(values)
-    # of sgd the directions of one point, with momentum those of histories, each with a full
-    # gradient of its own
+    # without momentum all draws share one full gradient; with it each draw is the end of a history
+    # of its own and needs one more
     momentum = values.get("beta", 0.9) if values.get("optimizer", "sgd") in WITH_BUFFER else 0.0
     values.setdefault("draws", 8 if momentum else 16)
     if follows_augmentation(values.get("mode", "normal"), momentum, values["augment"]):

@@ -42,8 +42,7 @@ LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
 
 
 def check_launch() -> None:
-    """Refuse the environment of a launcher that does not say all that several processes need to
-    meet."""
+    """Refuse a launcher's environment that lacks what several processes need to meet."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     wrong = []
@@ -176,8 +175,7 @@ def described(error: BaseException) -> str:
 
 
 def attempt(module: str) -> tuple[Any, str]:
-    """The imported module, or None and what the import raised; what it prints and warns of is not
-    shown."""
+    """The imported module, or None and the error; what it prints and warns of is not shown."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return importlib.import_module(module), ""
@@ -188,8 +186,7 @@ def attempt(module: str) -> tuple[Any, str]:
 
 
 def present(module: str) -> bool:
-    """Whether there is something to import under this name; a mere folder of that name is
-    nothing."""
+    """Whether something can be imported by this name; a mere folder of that name cannot."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of the package that it would be in
@@ -395,8 +392,7 @@ def no_gpu(torch: ModuleType, said: list[str]) -> Row:
 
 
 def kernels(device: torch.device, torch: ModuleType, asked: str) -> Row:
-    """Which implementation runs on the device, of which `asked` is asked for; for a CPU this builds
-    it."""
+    """Which kernels run on the device, where `asked` is asked for; builds them for a CPU."""
     name = f"{device.type} kernels"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -99,8 +99,7 @@ REQUESTS = {f.name for f in dataclasses.fields(Request)} - {"given"}
 
 
 def parse(argv: list[str]) -> Request:
-    """Flags (dashes and underscores alike) over the file that --config names. Raises
-    ConfigError."""
+    """Flags (dashes or underscores) over the file that --config names. Raises ConfigError."""
     p = parser()
     values = vars(p.parse_args([plain(word) for word in argv]))
     extra = {key: values.pop(key, False) for key in REQUESTS}
@@ -123,8 +122,7 @@ def parse(argv: list[str]) -> Request:
 
 
 def read_flags(p: Parser, path: str) -> dict[str, Any]:
-    """The flags in a TOML or JSON file, or those that a run was started with, out of its
-    config.json."""
+    """The flags in a TOML or JSON file; of a run's config.json those it was started with."""
     source = f"--config {path}"
     # with which no TOML begins
     if path.endswith(".json") or text_of(path, source).lstrip().startswith("{"):

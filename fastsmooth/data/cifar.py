@@ -27,8 +27,7 @@ CHUNK = 1 << 20
 
 
 def read(name: str, directory: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """(train, test, class names) of `name` below `directory`, fetching what is not there. Raises
-    DataError."""
+    """(train, test, class names) of `name` in `directory`, fetched if absent. Raises DataError."""
     official = OFFICIAL[name]
     root = provide(name, directory)
     train = [unpickle(root / file, md5) for file, md5 in official.train_list]
@@ -136,8 +135,7 @@ def file_md5(path: Path) -> str:
 
 
 class Unpickler(pickle.Unpickler):
-    """Only what CIFAR's files need: arrays of plain numbers. Anything else could run code, and is
-    refused."""
+    """Reads arrays of plain numbers, all that CIFAR has; refuses the rest: it could run code."""
 
     ALLOWED = (
         ("numpy.core.multiarray", "_reconstruct"),

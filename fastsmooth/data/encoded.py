@@ -33,8 +33,7 @@ def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 
 def size_of_jpeg(data: bytes | memoryview) -> tuple[int, int] | None:
-    """As plain_size, by a walk from segment to segment; some 1 % of the time that decoding
-    takes."""
+    """As plain_size, by a walk from segment to segment; some 1 % of the time of decoding."""
     size, frame, at = None, 0, 2
     while True:
         segment = bytes(data[at : at + 9])

@@ -189,8 +189,7 @@ def cache_file(root: str) -> Path:
 
 
 def load(root: str) -> tuple[bytes, np.ndarray]:
-    """The names and their records, RECORD [n], as saved; none where there is no cache that can be
-    used."""
+    """The names and their records, RECORD [n], as saved; none where no cache can be used."""
     with suppress(Exception):  # damage may raise anything
         path = cache_file(root)
         content = io.BytesIO(read_file(path, math.inf) if only_mine(path) else b"")

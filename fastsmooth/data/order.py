@@ -45,15 +45,13 @@ def philox_rounds(counter: list[Tensor | int], key: list[int]) -> Tensor:
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of epoch `epoch`: int64 [n], uniform over permutations up to the ties of 62-bit
-    keys."""
+    """The order of epoch `epoch`: int64 [n], uniform but for ties of its 62-bit keys."""
     words = philox(seed, epoch, torch.arange(n), ORDER)
     return sorted_by(words)
 
 
 def sorted_by(words: Tensor) -> Tensor:
-    """int64 [n]: the indices that sort 62-bit keys made of the first two of `words`, int64 [>= 2,
-    n]."""
+    """Indices, int64 [n], that sort 62-bit keys of words[0] and words[1], int64 [n] each."""
     return torch.argsort((words[0] << 30) ^ words[1], stable=True)
 
 
@@ -64,8 +62,7 @@ def in_order(n: int, batch_size: int, device: str = "cpu") -> Iterator[Tensor]:
 
 
 def subset(seed: int, step: int, draw: int, n: int, batch_size: int, device: str = "cpu") -> Tensor:
-    """A batch drawn uniformly without replacement, a function of (seed, step, draw): int64
-    [batch_size]."""
+    """A uniform draw without replacement, by (seed, step, draw) alone: int64 [batch_size]."""
     words = philox(seed, step, torch.arange(n, device=device) + (draw << 32), DRAW)
     return sorted_by(words)[:batch_size]
 

@@ -54,14 +54,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def imagenet(config: DataConfig) -> ImageSet:
-    """ImageNet in the ImageFolder layout: train/ and val/, one folder a class named by its WordNet
-    id."""
+    """ImageNet in the ImageFolder layout: train/ and val/, a folder a class, its WordNet id."""
     return folder(config, tests=("val",))
 
 
 def folder(config: DataConfig, tests: tuple[str, ...] = ("val", "test")) -> ImageSet:
-    """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test beside it, normalised with ImageNet's
-    constants."""
+    """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test, normalised as ImageNet is."""
     root = Path(config.data_dir)
     if not root.is_dir():
         raise DataError(
@@ -151,8 +149,7 @@ def identity(folder: Path | str) -> tuple[int, int]:
 
 
 def listed(folder: Path | str) -> list[os.DirEntry[str]]:
-    """What is in a folder, but for what is hidden or belongs to a system and not to the data
-    set."""
+    """What is in a folder, less hidden files and those that belong to a system."""
     with os.scandir(folder) as entries:
         return [e for e in entries if e.name[0] != "." and e.name.lower() not in OF_SYSTEMS]
 

@@ -70,8 +70,7 @@ class Source:
         return augment.views(self.kind, self.size, drawn, width, height)
 
     def given(self, i: int, view: View) -> np.ndarray | None:
-        """Pixels, uint8 [size, size, 3], of a sample that no fast decoder is to read; None for the
-        others.
+        """Pixels, uint8 [size, size, 3], of a sample no fast decoder may read; else None.
 
         Black where the header was bad, or an earlier decoding, once that is reported; PIL's where
         others would differ.

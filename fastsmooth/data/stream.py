@@ -77,8 +77,7 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises DataError where that was another data set or
-        seed."""
+        """Go on where `state` was taken. Raises DataError for another data set or seed."""
         if state["fingerprint"] != self.fingerprint:
             raise DataError("the images are not those the run was started with")
         if state["seed"] != self.seed:

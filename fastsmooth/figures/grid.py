@@ -54,8 +54,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows of panels over one x axis, or rows of maps. `shared`: the panels of a row have one y
-    axis."""
+    """Rows of panels over one x axis, or rows of maps. `shared`: one y axis for a row's panels."""
 
     name: str  # of its files
     title: str  # what it shows, in words

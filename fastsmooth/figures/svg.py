@@ -1,5 +1,4 @@
-"""Drawings as SVG: in a page, whose style sheet knows light from dark, and in files of their
-own."""
+"""Drawings as SVG: in a page, whose style sheet knows light from dark, and in their own files."""
 
 from __future__ import annotations
 
@@ -119,8 +118,7 @@ def number(value: float) -> str:
 
 
 def path_data(points: Iterable[tuple[float, float]]) -> str:
-    """Tenths of a pixel, each relative to the one before: half the bytes of absolute
-    coordinates."""
+    """Tenths of a pixel, each relative to the one before: half the bytes of absolute ones."""
     tenths = [(round(10 * x), round(10 * y)) for x, y in points]
     words = [f"M{number(tenths[0][0] / 10)} {number(tenths[0][1] / 10)}l"] if tenths else []
     for (px, py), (x, y) in pairwise(tenths):

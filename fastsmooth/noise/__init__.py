@@ -1,2 +1,1 @@
-"""What is measured of the gradient's noise, and of the loss around the weights, without a
-trainer."""
+"""What is measured of the gradient's noise and of the loss around the weights; no trainer."""

@@ -46,8 +46,10 @@ class Estimate:
 
 
 def between(deviations: list[float], sizes: list[int], n: int | None, over: str) -> Estimate:
-    """C2 from ||h_j - h||^2 of parts of `sizes` samples; n: of how many the samples were drawn,
-    None for no end of them.
+    """C2 from ||h_j - h||^2 of parts of `sizes` samples: the mean square between groups.
+
+    n: how many samples there are to draw from without replacement, None where there is no limit.
+    Raises ValueError for fewer than two parts.
 
     Unlike that of per_sample the error does not vanish where the batch is the whole population:
     which samples are in a part together is chance still.
@@ -70,8 +72,7 @@ def between(deviations: list[float], sizes: list[int], n: int | None, over: str)
 
 
 def jackknife_error(without: list[float]) -> float:
-    """The standard error of an estimate from its values with one of two or more parts left out at a
-    time."""
+    """An estimate's standard error from its values with one of two or more parts left out."""
     k = len(without)
     center = math.fsum(without) / k
     return math.sqrt((k - 1) / k * math.fsum((w - center) ** 2 for w in without))
@@ -121,11 +122,14 @@ def micro_batch(
     n: int | None = None,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> Estimate:
-    """From the mean gradients of k parts of a batch, each a list of tensors, one a parameter, and
-    their `weighted_mean`.
+    """C2 from the mean gradients of k parts of a batch, the mean square between groups.
 
-    With several processes each has parts of its own, `mean` is over all of them, and gather(value)
-    gives everybody's.
+    Args: grads, one list a part, a tensor [...] a parameter in its shape and dtype; mean, their
+    `weighted_mean`, shaped alike; sizes, the samples of each part; n, how many samples there are to
+    draw from without replacement, None where there is no limit. With several processes each has
+    parts of its own, `mean` is over all of them, and gather(value) gives everybody's value.
+
+    In the unit of a squared gradient norm. Raises ValueError for fewer than two parts in all.
     """
     deviations = torch.stack([distance(h, mean) for h in grads]).tolist()
     found = gather((deviations, sizes))
@@ -134,7 +138,11 @@ def micro_batch(
 
 
 def weighted_mean(grads: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
-    """The mean gradient over all samples from those over parts of `sizes` samples."""
+    """The mean gradient over all samples from the mean gradients of parts of `sizes` samples.
+
+    `grads` has one list a part, a tensor [...] a parameter; the result is one such list of new
+    tensors, in their shapes and dtypes. Raises ValueError unless there is a size for each part.
+    """
     mean = list(torch._foreach_mul(grads[0], sizes[0] / sum(sizes)))
     for h, m in zip(grads[1:], sizes[1:], strict=True):
         torch._foreach_add_(mean, h, alpha=m / sum(sizes))
@@ -144,11 +152,15 @@ def weighted_mean(grads: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
 def across_ranks(
     local: list[Tensor], mean: list[Tensor], samples: int, n: int | None = None
 ) -> Estimate:
-    """From each process's own gradient over its `samples` samples and the mean over all, which
-    training has anyway.
+    """C2 from each process's own gradient and the mean gradient over all processes, which training
+    has anyway.
 
-    Every process of the default group calls it and gets the same estimate; two numbers a process
-    are exchanged.
+    `local`, the mean over this process's `samples` samples, and `mean` have a tensor [...] a
+    parameter, in its shape and dtype. n: how many samples there are to draw from without
+    replacement, None where there is no limit. Every process of the default group calls it and gets
+    the same estimate; two float64 numbers a process are exchanged.
+
+    In the unit of a squared gradient norm. Raises ValueError where the process is alone.
     """
     own = torch.stack(
         [
@@ -165,8 +177,7 @@ def across_ranks(
 def sampled(
     deviations: list[float], batch_size: int, n: int, over: str = "mini-batches drawn at one point"
 ) -> Estimate:
-    """From ||g - grad f||^2 of mini-batches of `batch_size` out of n, each drawn without
-    replacement.
+    """C2 from ||g - grad f||^2 of mini-batches, each `batch_size` of n without replacement.
 
     Var(g) = C2 / b (n - b) / (n - 1), so C2 = b mean ||g - grad f||^2 (n - 1) / (n - b).
     """
@@ -175,6 +186,6 @@ def sampled(
 
 
 def distance(tensors: list[Tensor], mean: list[Tensor]) -> Tensor:
-    """The squared L2 distance of two lists of tensors, 0-d, wide."""
+    """The squared L2 distance of two lists of tensors [...] of the same shapes: 0-d, wide."""
     norms = torch._foreach_norm(torch._foreach_sub(tensors, mean), 2, wide_dtype(tensors[0].device))
     return torch.stack(norms).square().sum()

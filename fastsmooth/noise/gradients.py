@@ -22,7 +22,8 @@ from fastsmooth.noise.losses import Loss, mean_loss
 from fastsmooth.noise.persample import unchanged
 from fastsmooth.optim import NoisySGD
 
-# The draw whose order cuts the data into chunks; no direction has so high a number.
+# The number of the draw by whose order the chunks of the full gradient are cut: higher than that of
+# any direction's mini-batch.
 FULL_GRADIENT_DRAW = 2**20
 
 
@@ -65,6 +66,7 @@ def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
+    """The parameters that require a gradient, [...] each, in the order of model.parameters()."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -74,14 +76,19 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def objective_of(model: nn.Module, loss: Loss) -> Objective:
+    """The mean loss of `model` over a batch (losses.mean_loss), as an objective."""
     return lambda x, y: mean_loss(loss, model(x), y)
 
 
 def batch_gradient(
     model: nn.Module, x: Tensor, y: Tensor, objective: Objective | None = None, share: float = 1.0
 ) -> list[Tensor]:
-    """`share` times grad f_S at the model's parameters for the batch S = (x, y), one tensor a
-    trainable parameter; without an objective of the mean cross-entropy."""
+    """`share` times grad f_S at the model's parameters for the batch S = (x [B, ...], y [B, ...]).
+
+    A tensor a trainable parameter, in its shape and dtype and the order of `trainable`. Without an
+    objective f_S is the mean cross-entropy, with y int64 [B]. Raises NotCovered for a loss that is
+    no mean over samples, and RuntimeError for a trainable parameter that plays no part in the loss.
+    """
     value = (objective or objective_of(model, F.cross_entropy))(x, y)
     return list(torch.autograd.grad(value * share, trainable(model)))
 
@@ -132,7 +139,7 @@ def full_gradient(
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm over all coordinates of a list of tensors, 0-d."""
+    """The L2 norm over all coordinates of a list of tensors [...] of any shapes: 0-d."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 

@@ -1,5 +1,4 @@
-"""What measures while a run trains: the one form of --track-noise, first crossings and sampled
-noise.
+"""What measures while a run trains: one form for --track-noise, crossings and sampling.
 
 A run asks its instruments around every update, and none of them changes a bit of the training. An
 instrument is made for one run and keeps what it has seen, also over an interruption. A new one is

@@ -60,7 +60,11 @@ def mean_loss(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
 
 
 def unreduced(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
-    """The values of a loss that gives a single number, as reduction="none" has them."""
+    """The values of a loss that gives a single number, as reduction="none" has them: [B] or [B,
+    ...] for output [B, ...] and target [B, ...], in the loss's dtype.
+
+    Raises NotCovered for a loss without a reduction.
+    """
     if isinstance(loss, nn.Module) and isinstance(getattr(loss, "reduction", None), str):
         with reduction_aside(loss):
             return loss(output, target)
@@ -91,8 +95,12 @@ def takes_reduction(loss: Loss) -> bool:
 
 
 def check_values(loss: Loss, values: Tensor, output: Tensor, target: Tensor) -> None:
-    """Raises NotCovered unless there is a value a sample, or a row of them, which depends on that
-    sample alone: a few samples by themselves must have the same."""
+    """Raises NotCovered unless `values` holds one value a sample, [B], or one row a sample, [B,
+    ...], that depends on that sample alone.
+
+    output [B, ...] and target [B, ...] are what the loss was called with. A few of the samples go
+    through the loss by themselves, and must get the same values again.
+    """
     size = len(output)
     if values.ndim == 0 or len(values) != size:
         raise NotCovered(
@@ -112,6 +120,7 @@ def check_values(loss: Loss, values: Tensor, output: Tensor, target: Tensor) -> 
 
 
 def check_mean(loss: Loss, value: Tensor, values: Tensor) -> None:
+    """Raises NotCovered unless `value`, 0-d, is the mean of `values`, [B] or [B, ...]."""
     mean = values.to(wide_dtype(values.device)).mean()
     if apart(value.to(mean.dtype), mean, values):
         raise NotCovered(
@@ -123,7 +132,11 @@ def check_mean(loss: Loss, value: Tensor, values: Tensor) -> None:
 
 
 def apart(a: Tensor, b: Tensor, values: Tensor) -> bool:
-    """Whether they differ by more than rounding; what is not finite does not."""
+    """Whether a and b, of one shape, differ by more than rounding in the dtype of `values`.
+
+    The tolerance is ROUNDING units of rounding at the mean of |values|, [B] or [B, ...], plus |b|.
+    Values that are not finite do not count as apart.
+    """
     usual = values.abs().to(wide_dtype(values.device)).mean()
     tolerance = ROUNDING * torch.finfo(values.dtype).eps * (usual + b.abs())
     return bool(((a - b).abs() > tolerance).any())

@@ -1,5 +1,4 @@
-"""The gradient variance and what follows from it, measured every so often while a run trains,
-without changing it."""
+"""The gradient variance and what follows from it, measured while a run trains, unnoticed by it."""
 
 from __future__ import annotations
 
@@ -136,9 +135,10 @@ class NoiseTracker:
         return self.measure(x, y, point, update, self.epoch)
 
     def settle(self, x: Tensor, y: Tensor) -> None:
-        """Choose what estimator "auto" is, by two or more samples of the kind that will come.
+        """Decide which estimator "auto" means, by the first two samples of x [B, ...] and y [B,
+        ...], B >= 2, which are of the kind that will come.
 
-        Raises NotCovered where an estimator that was asked for cannot be had.
+        Raises NotCovered where the estimator that was asked for cannot be had.
         """
         batch = x[:2], y[:2]
         chosen = choose_estimator(self.model, *batch, self.estimator, self.bn, self.loss)
@@ -168,8 +168,7 @@ class NoiseTracker:
     def measure(
         self, x: Tensor, y: Tensor, point: Point, update: int, epoch: int, size: int | None = None
     ) -> dict[str, Any]:
-        """The row of a measurement from the batch x [B, ...], y [B, ...], before update number
-        `update`.
+        """The row of a measurement before update number `update`, from x [B, ...] and y [B, ...].
 
         With several processes x and y are this one's share of a batch of `size` samples. Leaves no
         trace in the model. Raises FloatingPointError for a gradient that is not finite, and
@@ -186,7 +185,12 @@ class NoiseTracker:
         return self.take_in(c2, grad_square, size, point)
 
     def estimate(self, x: Tensor, y: Tensor, size: int) -> tuple[Estimate, float]:
-        """(C2, ||g||^2) of a batch; call it inside gradients.undisturbed."""
+        """(C2, ||g||^2) of a batch of `size` samples, both in the unit of a squared gradient norm.
+
+        x [B, ...] and y [B, ...] are this process's share of the batch. Call it inside
+        gradients.undisturbed. Raises NotCovered for a model, loss or batch that cannot be measured
+        so, and RankLost.
+        """
         if self.estimator == "per-sample":
             found = norms(self.model, x, y, self.bn, self.loss)
             assert found.noise is not None  # it was asked for
@@ -203,7 +207,12 @@ class NoiseTracker:
         return c2, gradients.norm(mean).item() ** 2
 
     def over_all(self, grads: list[Tensor], share: float) -> list[Tensor]:
-        """The mean gradient of the whole batch from that of this process's share of it."""
+        """The mean gradient of the whole batch, the same on every process, from the mean gradient
+        of this process's share of it.
+
+        `grads` has a tensor [...] a parameter, and so has the result, in the same dtypes; `share`
+        is the fraction of the batch that this process has. Raises RankLost.
+        """
         if self.ranks.world > 1:
             grads = list(torch._foreach_mul(grads, share))
             self.ranks.sum_(grads)
@@ -247,8 +256,7 @@ class NoiseTracker:
         }
 
     def end_epoch(self) -> float | None:
-        """The mean C2 of the epoch's measurements, None where there were none; the next epoch
-        begins."""
+        """Begin the next epoch; the mean C2 of the measurements in the last one, None if none."""
         self.epoch += 1
         mean = math.fsum(self.epoch_c2) / len(self.epoch_c2) if self.epoch_c2 else None
         self.epoch_c2 = []
@@ -300,8 +308,10 @@ def smoothing_of(optimizer: torch.optim.Optimizer, version: str | None) -> Smoot
 
 
 def norms(model: nn.Module, x: Tensor, y: Tensor, bn: str, loss: Loss) -> SampleNorms:
-    """sample_norms for a value of --bn, whose train and eval say nothing about per-sample
-    gradients."""
+    """sample_norms of x [B, ...] and y [B, ...] for a value of --bn.
+
+    train and eval are modes of the model, and leave sample_norms its bn=None. Raises NotCovered.
+    """
     return sample_norms(model, x, y, loss=loss, bn=bn if bn in BN else None)
 
 

@@ -115,8 +115,11 @@ def sample_norms(
 
 @contextmanager
 def unchanged(buffers: list[Tensor]) -> Iterator[None]:
-    """BatchNorm counts its calls, and averages where no trainable weight makes it one of the layers
-    below."""
+    """Afterwards the buffers, [...] of any shapes and dtypes, hold what they held before.
+
+    In a forward pass BatchNorm counts its calls; without trainable weights, where PerSample leaves
+    it alone, it moves its running statistics too.
+    """
     before = [b.clone() for b in buffers]
     try:
         yield
@@ -126,12 +129,12 @@ def unchanged(buffers: list[Tensor]) -> Iterator[None]:
 
 
 def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str | None) -> None:
-    """Raises NotCovered where a layer, or the output, does not have the samples in its first
-    dimension.
+    """Raises NotCovered where a layer or the output lacks the samples in its first dimension.
 
-    Another dimension may be of the batch's size by chance. So a few samples, of another number, go
-    through the model once for each shape of the input: where the first dimension is the batch, it
-    is as small everywhere.
+    x [B, ...] is the batch, `names` the name of each trainable parameter. In a batch another
+    dimension may have the batch's size by chance. So a few samples, of another number, go through
+    the model once for each shape of the input: where the first dimension is the batch, it has that
+    number in every layer.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: the shapes are the same
     few = other_size(len(x))
@@ -151,7 +154,7 @@ def check_layout(model: nn.Module, names: dict[Tensor, str], x: Tensor, bn: str 
 
 
 def why_missed(name: str, p: Tensor, loss: Tensor) -> str:
-    """Why no layer has reported the share of a parameter."""
+    """Why no layer has reported the share of p [...], the parameter `name`, in `loss`, 0-d."""
     (slope,) = torch.autograd.grad(loss, p, allow_unused=True) if loss.requires_grad else (None,)
     if slope is None:
         return f"{name} takes no part in the forward pass: freeze it with requires_grad_(False)"
@@ -171,8 +174,7 @@ def parameters(values: Iterable[Any]) -> Iterator[nn.Parameter]:
 
 
 class PerSample(TorchFunctionMode):
-    """Lets each layer that holds a parameter of `names` report to `probe`; refuses what it does not
-    know."""
+    """Has each layer with a parameter of `names` report to `probe`; refuses other uses of one."""
 
     def __init__(
         self,
@@ -230,6 +232,7 @@ class PerSample(TorchFunctionMode):
             raise NotCovered(f"{self.names[held[0]]}: {error}") from None
 
     def check(self, x: Tensor) -> None:
+        """Raises NotCovered unless the input x of a layer is [B, ...], with B the batch."""
         if x.shape[0] != self.batch:
             raise NotCovered(
                 f"its input {list(x.shape)} for {self.batch} samples does not have them in its "
@@ -250,7 +253,10 @@ def shares(g: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
 def weight_shares(
     x: Tensor, dy: Tensor, weight: Tensor, rule: Rule, noise: bool
 ) -> tuple[Tensor, Tensor]:
-    """(the weight's gradient, [2, B] as above) of a convolution."""
+    """(the weight's gradient, in its shape and dtype, [2, B] as in `shares`) of a convolution.
+
+    x [B, C, H, W], dy [B, outputs, H', W'], weight [outputs, C / groups, kh, kw].
+    """
     stride, padding, dilation, groups = rule
     found = conv_noise(x, dy, list(weight.shape[2:]), stride, padding, dilation, groups, noise)
     return found.dw.to(weight.dtype), torch.stack([found.squares, found.noise]) * len(x) ** 2
@@ -300,8 +306,7 @@ class Convolution(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """F.linear over x [B, ..., inputs]: a convolution with a kernel of one place over the
-    tokens."""
+    """F.linear over x [B, ..., inputs]: a convolution over the tokens, its kernel of one place."""
 
     @staticmethod
     def forward(
@@ -353,7 +358,7 @@ class GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         samples, channels, pixels = len(x), x.shape[1], x[0].numel() // x.shape[1]
         ctx.sizes = samples, channels, pixels, groups
-        # the native functions of PyTorch 2.11 take memory in this order, or read it as if it were
+        # PyTorch 2.11's native functions misread memory that is not contiguous in this order
         in_order = (
             x.device.type == "cpu"
             and x.ndim == 4
@@ -441,7 +446,11 @@ class BatchNorm(torch.autograd.Function):
 def affine_shares(
     ctx: Any, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The gradients of a normalisation's weight and bias and of the probe."""
+    """The gradients of a normalisation's weight [C] and bias [C], None where not needed, and of the
+    probe [2, B], wide.
+
+    x and dy are [B, C, ...], mean and rstd [1, C] or [B, groups], in whose dtype the first two are.
+    """
     total = dy.new_zeros(2, len(x), dtype=ctx.wide)
     found: list[Tensor | None] = []
     for g, needed in zip(affine_grads(x, dy, mean, rstd), ctx.needs_input_grad[1:3], strict=True):
@@ -498,6 +507,7 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
+    """F.conv2d of an input [B, C, H, W]; what is not batched raises NotCovered."""
     mode.check(input)
     if isinstance(padding, str):
         sizes = [0, 0]
@@ -517,6 +527,7 @@ def conv2d(
 
 
 def linear(mode: PerSample, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of an input [B, ..., inputs]; one without the samples first raises NotCovered."""
     mode.check(input)
     if input.ndim < 2:
         raise NotCovered("a linear layer needs an input [B, ..., inputs]")
@@ -534,6 +545,10 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    """F.batch_norm of an input [B, C, ...]; the running statistics do not move.
+
+    Raises NotCovered in training mode where no bn is chosen.
+    """
     mode.check(input)
     if training and mode.bn is None:
         raise NotCovered(
@@ -554,6 +569,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    """F.group_norm of an input [B, C, ...]; one without the samples first raises NotCovered."""
     mode.check(input)
     return GroupNorm.apply(input, weight, bias, mode.probe, mode.noise, num_groups, eps)
 
@@ -566,6 +582,10 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    """F.layer_norm of an input [B, ..., *normalized_shape].
+
+    Raises NotCovered where the normalised dimensions include the batch.
+    """
     mode.check(input)
     if input.ndim == len(normalized_shape):
         raise NotCovered("LayerNorm over the batch dimension mixes the samples")

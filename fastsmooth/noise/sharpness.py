@@ -26,8 +26,7 @@ NEWTON_STEPS = 16
 
 
 class BatchLoss:
-    """Loss and error of one batch at the weights w + d. The model's own parameters are never
-    written.
+    """Loss and error of one batch at the weights w + d. The model's parameters are never written.
 
     d [P] is one vector over all trainable parameters, in their order.
     """
@@ -38,7 +37,7 @@ class BatchLoss:
         self.weights = torch.cat([p.detach().flatten() for p in self.parameters.values()])
 
     def climb(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        """values(d) and the gradient of the loss [P]."""
+        """(values(d), [2]; the gradient of the loss [P], in the dtype of d) at d [P]."""
         with torch.enable_grad():
             d = d.detach().requires_grad_()
             values = self._values(d)
@@ -47,7 +46,7 @@ class BatchLoss:
 
     @torch.no_grad()
     def values(self, d: Tensor) -> Tensor:
-        """[2]: the mean cross-entropy and the share of samples that are wrong."""
+        """[2], wide: the mean cross-entropy in nats and the share of wrong samples, at d [P]."""
         return self._values(d)
 
     def _values(self, d: Tensor) -> Tensor:
@@ -65,27 +64,31 @@ class BatchLoss:
 
 
 def normalized(logits: Tensor) -> Tensor:
-    """Each row [C] without its mean and of length 1, so that the scale of the logits does not
-    count."""
+    """Each row [C] of logits [B, C] with mean 0 and length 1: their scale does not count."""
     logits = logits - logits.mean(dim=1, keepdim=True)
     return logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-10)
 
 
 class Box:
-    """|d_i| <= rho s_i for every coordinate, with the scale s: |w| [P] if adaptive, else 1."""
+    """|d_i| <= rho s_i for every coordinate, with the scale s: |w| [P] if adaptive, else 1, 0-d.
+
+    d and gradients are [P] in the dtype of the weights; rho is in the unit of s.
+    """
 
     def __init__(self, scale: Tensor, rho: float):
         self.scale, self.rho = scale, rho
 
     def noise(self, like: Tensor, generator: Generator) -> Tensor:
-        """Uniform in the box."""
+        """Uniform in the box, [P] in the dtype of `like` [P]."""
         uniform = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
         return self.rho * (2 * uniform - 1) * self.scale
 
     def step(self, d: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
+        """d + size sign(gradient) s, [P]: steepest ascent in the box's norm; size is 0-d."""
         return d + size * gradient.sign() * self.scale
 
     def project(self, d: Tensor) -> Tensor:
+        """The point of the box nearest to d [P]: every coordinate clamped, [P]."""
         bound = self.rho * self.scale
         return d.clamp(-bound, bound)
 
@@ -101,16 +104,20 @@ class Ellipsoid:
         )  # a weight of 0 does not move, and 0 / 0 is no 0
 
     def noise(self, like: Tensor, generator: Generator) -> Tensor:
-        """Normal with standard deviation rho s in every coordinate, so of length rho sqrt(P): not
-        in the ellipsoid."""
+        """Normal with standard deviation rho s in every coordinate, [P] in the dtype of `like` [P].
+
+        ||d / s||_2 is then about rho sqrt(P): not in the ellipsoid.
+        """
         normal = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
         return self.rho * normal * self.scale
 
     def step(self, d: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
+        """d + size s gradient / ||gradient||_2, [P], of d [P] and gradient [P]; size is 0-d."""
         return d + size / (gradient.norm() + 1e-12) * gradient * self.scale
 
     def project(self, d: Tensor) -> Tensor:
-        """The nearest point: d s^2 / (s^2 + t) for the t >= 0 at which it is on the surface.
+        """The nearest point to d [P]: d s^2 / (s^2 + t) for the t >= 0 at which it is on the
+        surface. [P] in the dtype of d.
 
         1 / ||d s / (s^2 + t)|| is concave in t, so that Newton's method ends there from any t
         below. The originals bisect until the length is within 1e-5 of rho, 5 % of the published
@@ -144,7 +151,11 @@ Search = Callable[[BatchLoss, Region, Setting, Generator, Tensor], Tensor]
 def average(
     f: BatchLoss, region: Region, setting: Setting, generator: Generator, clean: Tensor
 ) -> Tensor:
-    """Random perturbations, one an iteration."""
+    """The values at random perturbations, one an iteration: [n_iters, 2], of which the mean counts.
+
+    `clean` [2], the values at no perturbation, is not used. Average-case sharpness of
+    Andriushchenko et al. 2023 (arXiv 2302.07011).
+    """
     return torch.stack(
         [f.values(region.noise(f.weights, generator)) for _ in range(setting.n_iters)]
     )
@@ -192,8 +203,8 @@ def ascend(
         )
         improved = improved + better
         if i in turns:
-            # the code's other reason, a best loss that did not change, is that of no improvement at
-            # all
+            # that code also halves where the best loss stands still, but then no step improved it,
+            # and this condition holds too
             stalled = improved < MIN_IMPROVED * (i - last)
             size = torch.where(stalled, size / 2, size)
             d, gradient = (

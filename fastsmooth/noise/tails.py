@@ -47,8 +47,7 @@ BLOCK = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 class NoiseStatistics:
-    """Statistics of `coordinates` noise coordinates over any number of draws, none of which is
-    stored.
+    """Statistics of `coordinates` noise coordinates over any number of draws, none of them stored.
 
     All moments are of float64 values about their mean; histogram, quantiles, KS distance and tail
     indices are of the values rounded to float32. A draw of 11 million coordinates takes about 80 ms
@@ -63,7 +62,7 @@ class NoiseStatistics:
         self.estimates: list[dict[str, float | None]] = []  # one a draw
 
     def observe(self, omega: list[Tensor]) -> None:
-        """Take in one draw, given as tensors of any shapes with `coordinates` elements in all.
+        """Take in one draw: floating tensors of any shapes [...], of `coordinates` elements in all.
 
         Raises ValueError for another number of elements and FloatingPointError for a value that
         float32 cannot hold (NaN, Inf, above 3.4e38), with the number of the draw, counted from 0,
@@ -88,8 +87,10 @@ class NoiseStatistics:
         self.estimates.append(sample.estimates())
 
     def blocks(self, omega: list[Tensor]) -> Iterator[Tensor]:
-        """The coordinates in blocks that are the same however they are split into tensors; a block
-        is overwritten by the next."""
+        """Wide blocks [b] of the coordinates, cut alike however they are split into tensors.
+
+        `omega` has tensors [...] of any shapes and dtypes. A block is overwritten by the next.
+        """
         filled = 0
         for w in omega:
             rest = w.flatten()
@@ -227,21 +228,21 @@ class CoordinateStats:
         return slice(int(bins[0]), int(bins[-1]) + 1)
 
     def edges(self) -> Tensor:
-        """[n + 1]"""
+        """[n + 1] float64: the magnitudes at the edges of the filled bins."""
         return EDGES[self.filled.start : self.filled.stop + 1]
 
     def cumulated(self) -> tuple[Tensor, Tensor]:
         """[2 n + 2] float64 each: the edges with both signs, ascending, and how many coordinates
         lie below each."""
         positive, negative = self.counts[:, self.filled]
-        # lie below the first edge, and between the innermost two
+        # no coordinate lies below the first edge, and none between the innermost two
         none = torch.zeros(1, dtype=torch.int64)
         ordered = torch.cat([none, negative.flip(0), none, positive])
         return torch.cat([-self.edges().flip(0), self.edges()]), ordered.cumsum(0).double()
 
     def quantiles(self, levels: Tensor) -> Tensor:
-        """Where the share of coordinates reaches each level, on a straight line through the bin in
-        which it does."""
+        """The coordinates [k] at which their share reaches each of the levels [k], float64 both, in
+        the unit of a coordinate: on a straight line through the bin in which it does."""
         edges, below = self.cumulated()
         wanted = levels * below[-1]
         right = torch.searchsorted(below, wanted)  # below[right - 1] < wanted <= below[right]
@@ -260,8 +261,7 @@ class CoordinateStats:
         }
 
     def ks_distance(self) -> tuple[float | None, float | None]:
-        """The largest |F - Phi| at the edges of bins, and how much larger it can be between
-        them."""
+        """The largest |F - Phi| at the edges of bins, and how much larger it can be inside them."""
         deviation = self.deviation()
         if deviation is None:
             return None, None
@@ -293,8 +293,10 @@ class CoordinateStats:
         return about | {"value": alpha, "error_if_independent": alpha / math.sqrt(k)}
 
     def inverse_square(self) -> float | None:
-        """1 / alpha^2 = 6 Var(log |x|) / pi^2 - 1 / 2; the width of the bins adds less than
-        1e-5."""
+        """1 / alpha^2 = 6 Var(log |x|) / pi^2 - 1 / 2 (Ma and Nikias 1995).
+
+        None where all coordinates count as zero. The width of the bins adds less than 1e-5.
+        """
         counts = self.magnitudes().double()
         if not counts.any():
             return None
@@ -321,8 +323,10 @@ class CoordinateStats:
 
 
 def codes(values: Tensor) -> Tensor:
-    """The bin of each value, int32: 0 to CODES for those with a plus sign, CODES more for those
-    with a minus."""
+    """The bin of each value: int32 [n] for floating `values` [n].
+
+    0 to CODES - 1 for values with a plus sign, CODES more for those with a minus.
+    """
     return (values.float().view(torch.int32) >> CUT) & (2 * CODES - 1)
 
 
@@ -383,8 +387,7 @@ def leave_one_out(
 
 
 def pooled_error(values: list[float | None]) -> float | None:
-    """The standard error of an estimate from its values with one group of draws left out at a
-    time."""
+    """An estimate's standard error from its values with one group of draws left out at a time."""
     known = [v for v in values if v is not None]
     return None if len(values) < 2 or len(known) < len(values) else jackknife_error(known)
 

@@ -34,8 +34,7 @@ def parser() -> flag_types.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a
-    traceback."""
+    """Run one command line; the exit code. A failure is a line on stderr, never a traceback."""
     refusals = (flag_types.ConfigError, RunError, RunFolderError)
     return exit_code(lambda: report(sys.argv[1:] if argv is None else argv), refusals)
 

@@ -103,8 +103,11 @@ def reached(a: Analysis) -> list[BatchResult]:
 
 
 def steps_curve(a: Analysis, color: str) -> list[Curve]:
-    """The mean over seeds; rings for single seeds of the others, those that are censored among
-    them."""
+    """A line through the mean T(b) of the batch sizes at which every seed has one.
+
+    At the other batch sizes there is a ring for each seed that crossed, and one at the bound of
+    each censored seed.
+    """
     full = reached(a)
     line = tuple((float(b.batch_size), mean(b.reached)) for b in full)
     bars = tuple(
@@ -162,8 +165,7 @@ def sfo_curve(a: Analysis, color: str, known: list[Variance]) -> list[Curve]:
 
 
 def theory_mark(a: Analysis, c: Constant, line: tuple[tuple[float, float], ...]) -> Mark | None:
-    """On the curve at kappa lr C^2 / eps^2; None where that lies outside the batches that were
-    tried."""
+    """On the curve at kappa lr C^2 / eps^2; None where that lies outside the batches tried."""
     b = a.batch_of(c.value)
     for (x, y), (x2, y2) in pairwise(line):
         if x <= b <= x2:
@@ -174,8 +176,7 @@ def theory_mark(a: Analysis, c: Constant, line: tuple[tuple[float, float], ...])
 
 
 def critical_words(a: Analysis, known: list[Variance]) -> str:
-    """What the figure cannot say: how flat the minimum is, and where the theory's batch size
-    lies."""
+    """What the figure cannot say: how flat the minimum is, and the theory's batch size."""
     if a.best is None or a.bracket is None:
         return f"ε {exact(a.eps)}: not reached by every seed at any batch size{censored_words(a)}."
     low, high = a.bracket

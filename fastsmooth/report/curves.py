@@ -134,8 +134,7 @@ def training(facet: Facet, index: int) -> list[Figure]:
 
 
 def far_apart(panels: list[Panel]) -> bool:
-    """Whether lines end so far from each other that the short ones would vanish on a linear
-    axis."""
+    """Whether lines end so far apart that short ones would vanish on a linear axis."""
     ends = [c.line[-1][0] for panel in panels for c in panel.curves]
     return min(ends) > 0 and max(ends) > FAR * min(ends)
 
@@ -175,8 +174,7 @@ def means(
 
 
 def together(runs: Iterable[SavedRun], course: Course) -> list[tuple[float, Sample]]:
-    """(x, the values of all runs) whenever all of them have one: where one lacks it the mean would
-    jump."""
+    """(x, the values of all runs) where all have one: the mean would jump where one lacks it."""
     courses = [course(run) for run in runs]
     every = [at for at in courses[0] if all(at in c for c in courses)] if courses else []
     return [

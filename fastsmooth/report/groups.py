@@ -206,8 +206,7 @@ def setting(name: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as text of one line without characters that a page cannot hold or that turn its
-    direction."""
+    """A value as one line of text, less what a page cannot hold or turns its direction."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -303,8 +302,7 @@ def reached(run: SavedRun, name: str) -> float | None:
 
 
 def seconds(run: SavedRun) -> float | None:
-    """Of training and testing, over all epochs and the processes that did them; else of the last
-    process."""
+    """Of training and testing, over all epochs and processes; else of the last process."""
     parts = ("train_seconds", "eval_seconds")
     spent = [real(row.get(part)) for row in epochs(run) for part in parts]
     known = [v for v in spent if v is not None]

@@ -53,8 +53,7 @@ def against_batch(grouped: list[Group]) -> list[Figure]:
 
 
 def families(grouped: list[Group], name: str) -> list[Family]:
-    """One for each combination of settings, the batch size apart, and each update at which was
-    measured."""
+    """One for each combination of settings but the batch size, and each update measured."""
     differing = groups.differing([g.config for g in grouped])
     fields = [f for f in differing if f not in ("batch_size", "c2", "k2")]
     spoken = [f for f in fields if f in groups.SPOKEN] or fields
@@ -132,8 +131,7 @@ def with_statistics(grouped: list[Group]) -> list[Group]:
 
 
 def statistics(g: Group) -> dict[str, Any]:
-    """Of the last point of the first seed that has them and a standard deviation; empty where none
-    has."""
+    """Of the last point of the first seed that has them and a deviation; else empty."""
     for run in g.done:
         for p in reversed(points(run)):
             if (number(p, "statistics", "variance", "value") or 0.0) > 0:
@@ -180,8 +178,7 @@ def distribution(facet: Facet, index: int) -> list[Figure]:
 
 
 def histogram(line: Line) -> Curve:
-    """Density over a standard deviation; the bins are as wide as a share of their distance from
-    0."""
+    """Density over a standard deviation, in bins that widen with their distance from 0."""
     of_noise = statistics(line.group)
     variance = number(of_noise, "variance", "value")
     bars = sorted(density(of_noise, math.sqrt(variance))) if variance else []

@@ -251,8 +251,7 @@ def plus_minus(sample: Sample | None, digits: str, factor: float = 1) -> str:
 
 
 def results_tables(grouped: list[Group], colors: dict[str, str]) -> str:
-    """A table for each mode, and what its configurations have in common beyond what all runs
-    have."""
+    """A table for each mode, and what its configurations share beyond what all runs do."""
     parts = groups.by_mode(grouped)
     if len(parts) == 1:
         return results_table(grouped, colors)
@@ -492,8 +491,7 @@ def section(part: Section) -> str:
 
 
 def figure(f: Figure) -> str:
-    """Laid out twice, for wide and for narrow screens: scaled down, its text would be too small to
-    read."""
+    """Laid out twice, for wide and narrow screens: scaled down, its text would be too small."""
     both = [
         svg.svg(drawn(f, narrow), f' class="{"narrow" if narrow else "wide"}"')
         for narrow in (False, True)

@@ -29,8 +29,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. `warn` takes one line about each that had to be passed
-    over."""
+    """The checkpoints of one run folder. `warn` takes one line about each that is passed over."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None]):
         self.directory, self.warn = directory, warn
@@ -38,8 +37,7 @@ class Checkpoints:
         self.saved: tuple[int, int | None] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state of update `step`. Raises OSError and leaves the earlier ones as they
-        were."""
+        """Write the state of update `step`. Raises OSError; the earlier ones stay as they were."""
         if (step, state.get("epoch")) == self.saved:
             return
         self.directory.mkdir(exist_ok=True)
@@ -54,7 +52,7 @@ class Checkpoints:
         except OSError:
             written.unlink(missing_ok=True)
             raise
-        # of the same update, before its epoch was evaluated: not the sums of what comes now
+        # the manifest of the state that this update had before its epoch was evaluated
         if sums.exists():
             sums.unlink()
         for aside, path in ((written, whole), (summed, sums)):
@@ -63,8 +61,7 @@ class Checkpoints:
         self._prune()
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state whose sum is right; None where the run had saved none. Raises
-        CheckpointError."""
+        """The newest state whose sum is right; None if none was saved. Raises CheckpointError."""
         steps = self.steps()
         for step in reversed(steps):
             try:

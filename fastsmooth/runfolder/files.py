@@ -80,8 +80,7 @@ def finite(value: Any) -> tuple[Any, bool]:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept. Raises RuntimeError where there is no home
-    directory."""
+    """Where what can be made again is kept. Raises RuntimeError without a home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsmooth"
 
 
@@ -126,8 +125,7 @@ def rename(aside: Path, path: Path) -> None:
 
 
 def write_aside(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Path:
-    """The data on the disk, in a new file beside `path` that is to be renamed; none where that
-    fails."""
+    """The data on the disk, in a new file beside `path`, to be renamed; none if that fails."""
     aside = new_aside(path)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -147,8 +145,7 @@ def new_aside(path: Path) -> Path:
 
 
 def aside_of(name: str) -> str | None:
-    """The name of the file that a file of this name was to become; None for what new_aside has not
-    named."""
+    """The file that a file of this name was to become; None if new_aside did not name it."""
     aside = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)
     return aside and aside[1]
 

@@ -50,8 +50,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that runs, with "+" where it has changes; None outside a
-    checkout."""
+    """The commit of the checkout that runs, with "+" where it has changes; None without one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -40,8 +40,7 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """One run's files. Holds a lock on the folder, so that two processes never write the same
-    run."""
+    """One run's files, under a lock: no two processes ever write the same run."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -131,8 +130,7 @@ class RunFolder:
         )
 
     def status(self, state: str, reason: str, step: int) -> None:
-        """running, done, preempted, diverged or failed; after the last four no rows are written any
-        more."""
+        """running, done, preempted, diverged or failed; no rows are written after the last four."""
         if state != "running":
             self._metrics.close()  # a run may end since it had no room for one more open file
         self.write("status.json", {"state": state, "reason": reason, "step": step, "time": now()})
@@ -216,8 +214,7 @@ def unfinished(entry: Path) -> bool:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """A folder that cannot be opened is a bad --out; a disk that is full or broken stays an
-    OSError."""
+    """A folder that cannot be opened is a bad --out; a full or broken disk stays an OSError."""
     try:
         yield
     except OSError as error:

@@ -44,8 +44,7 @@ def noises_of(r: Request, shown: list[Case]) -> list[str]:
 
 
 def lines(r: Request, name: str, title: str, shown: list[Case]) -> Grid:
-    """A row a function, a column a noise, a line a delta, the darker the smaller; f itself
-    dashed."""
+    """A row a function, a column a noise, a line a delta (smaller, darker); f itself dashed."""
     colors = dict(zip(sorted(r.delta), ordered_colors(len(r.delta)), strict=True))
     looks = {d: Curve(colors[d], label=f"δ = {d:g}", width=1.3) for d in r.delta}
 

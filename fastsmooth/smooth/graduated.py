@@ -1,5 +1,4 @@
-"""Explicit graduated optimization in many dimensions: gradient descent on f_delta while delta
-falls."""
+"""Explicit graduated optimization in many dimensions: descent on f_delta while delta falls."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def descend(
 
 
 def starts(f: Objective, dim: int, seeds: Iterable[int]) -> Tensor:
-    """[seeds, dim]; a seed's start does not depend on the other seeds."""
+    """Where the seeds start: [seeds, dim] float64; no seed's start depends on another seed."""
     unit = [
         torch.rand(dim, generator=Generator().manual_seed(s), dtype=torch.float64) for s in seeds
     ]
@@ -41,7 +40,8 @@ def starts(f: Objective, dim: int, seeds: Iterable[int]) -> Tensor:
 
 
 def normal(dim: int, draws: int, seeds: Iterable[int]) -> Perturb:
-    """Standard normal perturbations; those of a seed do not depend on the other seeds."""
+    """Standard normal perturbations, [seeds, draws, dim] float64; a seed's own do not depend on the
+    other seeds."""
     generators = [Generator().manual_seed(2**32 + s) for s in seeds]
     return lambda: torch.stack(
         [torch.randn(draws, dim, generator=g, dtype=torch.float64) for g in generators]
@@ -49,7 +49,8 @@ def normal(dim: int, draws: int, seeds: Iterable[int]) -> Perturb:
 
 
 def nothing(dim: int, draws: int, seeds: Iterable[int]) -> Perturb:
-    """No perturbation: plain gradient descent, with the learning rates of the schedule."""
+    """No perturbation, [seeds, 1, dim] of zeros: plain gradient descent, with the learning rates of
+    the schedule."""
     zeros = torch.zeros(len(list(seeds)), 1, dim, dtype=torch.float64)
     return lambda: zeros
 
@@ -71,7 +72,7 @@ class Descent:
 
     @property
     def best(self) -> Tensor:
-        """The least value at the end of a round, one a seed."""
+        """The least value of f at the end of a round, [seeds] float64."""
         return self.values.min(dim=0).values
 
     def summary(self) -> dict[str, Any]:
@@ -94,8 +95,11 @@ class Descent:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A step's tensors are so small that a second thread mostly waits, and busily: beside other
-    work 20 times as long."""
+    """Inside, PyTorch computes on one thread.
+
+    A step's tensors are so small that a second thread mostly waits for the first, and spins
+    meanwhile: beside other work a step then took 20 times as long.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# of central differences: rounding and curvature both err by some 1e-8 of Rastrigin's gradient;
-# published: 1e-8
+# The step of central differences. At this one rounding and curvature each put an error of some 1e-8
+# into Rastrigin's gradient; the published code takes steps of 1e-8.
 STEP = 1e-5
 
 
@@ -36,8 +36,7 @@ PRODUCT = Join(lambda t: t.prod(-1), lambda t: t.prod(-1, keepdim=True) / t, ope
 
 @dataclass(frozen=True)
 class Objective:
-    """f(x) = value(D, numbers joined from per-coordinate terms of x [..., D]); its least value is
-    0.
+    """f(x) = value(D, numbers joined from per-coordinate terms of x [..., D]); its minimum is 0.
 
     `lr` is l0, the learning rate at delta 1 (SPEC B.5). Starts are uniform in [-reach, reach], as
     published.
@@ -73,6 +72,10 @@ class Objective:
 
 
 def griewank_terms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x_i^2 / 4000 and cos(x_i / sqrt(i)), i from 1, [..., D] each, of x [..., D].
+
+    The terms of Griewank's function (Griewank 1981), in the dtype of x.
+    """
     roots = x.new_tensor(range(1, x.shape[-1] + 1)).sqrt()
     return x.square() / 4000, (x / roots).cos()
 

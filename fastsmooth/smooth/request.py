@@ -87,8 +87,7 @@ def flag(name: str) -> str:
 
 
 def check_unused(out: Path) -> None:
-    """Refuse a folder that has results: figures of one command beside the numbers of another would
-    mislead."""
+    """Refuse a folder that has results: its figures and numbers would be of two commands."""
     names = ["smooth.json", *(stem + kind for stem in FIGURES for kind in KINDS)]
     there = [name for name in names if (out / name).exists()]
     if there:

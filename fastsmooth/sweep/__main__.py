@@ -29,8 +29,7 @@ from fastsmooth.sweep.table import name_failed, summarise
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; the exit code. Whatever goes wrong is one line on stderr, never a
-    traceback."""
+    """Run one command line; the exit code. A failure is a line on stderr, never a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     return exit_code(lambda: sweep(argv), (ConfigError, RunFolderError, RunError))
 

@@ -92,8 +92,7 @@ class BatchResult:
 
     @property
     def sfo_mean(self) -> float | None:
-        """N(b) = b T(b), the mean over the seeds; None where one did not reach eps or is
-        censored."""
+        """N(b) = b T(b), the mean over seeds; None where one is censored or missed eps."""
         return mean([self.batch_size * t for t in self.reached]) if self.complete else None
 
     @property
@@ -153,8 +152,7 @@ class Analysis:
 
     @property
     def censored(self) -> list[int]:
-        """The batch sizes of which a seed is censored: they have no N, and b* may lie among
-        them."""
+        """The batch sizes with a censored seed: they have no N, and b* may be one of them."""
         return [b.batch_size for b in self.batches if b.bounds]
 
     @property
@@ -360,8 +358,7 @@ def sampling_runs(curves: list[Analysis], done: list[SavedRun]) -> list[tuple[An
 
 
 def sampling_run(run: SavedRun, step: int) -> Planned:
-    """The run again, up to the point from which update `step` was made, where the noise is
-    sampled."""
+    """The run again up to where update `step` was made, where the noise is sampled."""
     left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget"}
     left_out |= {"out", "resume", "max_time", "track_noise", "estimator"}
     saved = parsing.read_saved(run.path)

@@ -1,5 +1,4 @@
-"""What the runs of a sweep are: combinations of the values that flags are given, and their
-names."""
+"""What the runs of a sweep are: the combinations of the values of flags, and their names."""
 
 from __future__ import annotations
 
@@ -188,8 +187,7 @@ def listed(axes: dict[str, Any], name: str) -> list[Any]:
 
 
 def combinations(axes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every choice of one value an axis, in the order of train's flags, the seed changing
-    fastest."""
+    """Every choice of one value an axis, in the order of train's flags, the seed fastest."""
     names = [name for name in FIELDS if name in axes and name != "seed"]
     names += ["seed"] if "seed" in axes else []
     for values in itertools.product(*(listed(axes, name) for name in names)):
@@ -254,8 +252,7 @@ def words(given: dict[str, Any]) -> Iterator[str]:
 
 
 def read_grid(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what all runs share, the tables that are added up) of a TOML file, as the parser has
-    them."""
+    """(what all runs share, the tables that are added up) of a TOML file, as parsed."""
     source = f"--grid {path}"
     table = flag_types.toml_table(path, source)
     tables = table.pop("grid", [{}])

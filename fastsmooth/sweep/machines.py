@@ -46,8 +46,7 @@ def do_run(out: Path, number: int) -> int:
 
 
 def wait_for(folder: Path) -> None:
-    """Until no process of an earlier sweep writes there any more; raises RunFolderError after a
-    minute."""
+    """Wait until no earlier sweep writes there; raises RunFolderError after a minute."""
     for left in range(240, -1, -1):
         try:
             os.close(lock(folder))
@@ -59,8 +58,7 @@ def wait_for(folder: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """Have the kernel stop this process, and what it becomes, when the sweep that started it is
-    gone."""
+    """Have the kernel stop this process, and what it becomes, once its sweep is gone."""
     parent = os.environ.pop(PARENT, None)
     if parent is None or sys.platform != "linux":
         return

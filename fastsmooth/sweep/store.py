@@ -82,8 +82,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Results:
-    """results.json while the runs go: each with its state, and the summary of those that are
-    done."""
+    """results.json while the runs go: each with its state, and a summary of those that are done."""
 
     def __init__(self, out: Path, runs: list[Planned]):
         self.out, self.runs, self.due = out, runs, 0.0

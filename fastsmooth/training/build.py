@@ -1,5 +1,4 @@
-"""What a run is made of, in the order of the data's path; all that can be refused is refused
-here."""
+"""What a run is made of, in the order of the data's path; bad input is refused here."""
 
 from __future__ import annotations
 
@@ -167,8 +166,7 @@ def begin(run: Run, state: State | None, decided: str) -> None:
 
 @contextlib.contextmanager
 def as_it_began(c: Config, before: dict[str, Any]) -> Iterator[None]:
-    """What `auto` chose when the run began and cannot be had now is refused in words that say
-    so."""
+    """Inside, a refusal of what `auto` chose when the run began says that it was chosen then."""
     try:
         yield
     except (ConfigError, DataError) as error:

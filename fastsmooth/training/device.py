@@ -26,8 +26,7 @@ from fastsmooth.schedule import Schedule
 
 
 def choose_kernels(c: Config, device: torch.device) -> str:
-    """The implementation of the kernels here, built now if need be; a fall-back is said in one
-    line."""
+    """The implementation of kernels here, built now if need be; a line says if they fall back."""
     backend.use(c.kernels, device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -59,8 +59,7 @@ class Diverged(Exception):
 
 
 class Meter:
-    """Loss and accuracy over samples, summed on the device, and the first update whose loss was not
-    finite."""
+    """Loss and accuracy over samples, summed on the device."""
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros((), dtype=wide_dtype(device), device=device)
@@ -68,6 +67,8 @@ class Meter:
         self.count = 0
 
     def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
+        """Take in `count` samples: `loss`, 0-d, is their mean loss in nats, `correct`, 0-d, how
+        many are classified rightly."""
         self.loss += loss.to(self.loss.dtype) * count
         self.correct += correct
         self.count += count
@@ -190,11 +191,11 @@ class Run:
             yield point
 
     def batches_left(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) of every update of the epoch that is still to be done: to its end, or to that of
-        --budget.
+        """(x, y) of every update of the epoch that is still to be done, until --budget is used up.
 
-        With several processes x and y are this one's share of a batch of stream.size samples, and
-        may be empty.
+        x float32 [B, 3, S, S] and y int64 [B] are this process's share of a batch of stream.size
+        samples; with several processes it may be empty. Raises DataError where an image cannot be
+        read.
         """
         if self.spent():
             return
@@ -211,7 +212,12 @@ class Run:
         return any(instrument.enough() for instrument in self.instruments)
 
     def before_gradient(self, x: Tensor, y: Tensor, point: Point) -> None:
-        """Measure what falls due before the batch's gradient is taken."""
+        """Measure what falls due before the gradient of the batch is taken.
+
+        x [B, 3, S, S] and y [B] are this process's share of the batch, `point` is in force for it.
+        Raises Diverged where a gradient is not finite, and Preempted where the run is asked to
+        stop.
+        """
         self.due = [instrument for instrument in self.instruments if instrument.due(self)]
         for instrument in self.due:
             try:
@@ -227,7 +233,7 @@ class Run:
             self.measured(instrument, point, values)
 
     def before_update(self, x: Tensor, y: Tensor, point: Point) -> None:
-        """Measure what falls due with the batch's gradient at hand."""
+        """Measure what falls due with the gradient in .grad; x [B, 3, S, S] and y [B] as before."""
         for instrument in self.due:
             self.measured(instrument, point, instrument.before_update(self, x, y, point))
 
@@ -259,7 +265,10 @@ class Run:
         self.progress.restart_clock(self.samples + self.stream.size)
 
     def gradient(self, x: Tensor, y: Tensor) -> None:
-        """Forward and backward; what they say is kept on the device."""
+        """Forward and backward over this process's share of the batch, x [B, 3, S, S] and y [B].
+
+        Fills .grad; the mean loss, 0-d, and the number correct stay on the device.
+        """
         self.loss, correct = self.step.gradient(x, y, self.stream.size)
         for meter in (self.meter, self.window):
             meter.add(self.loss, correct, self.stream.size)
@@ -273,7 +282,7 @@ class Run:
         if self.update % self.config.log_every == 0:
             self.log_step(point)
         self.progress.update(self.samples, self.epoch, point, self.recent)
-        # on a GPU what is seen is some updates old, since nobody waits for it
+        # on a GPU bad_seen is a few updates late, since the copy to it is not waited for
         asked = self.ranks.vote(NOT_FINITE if int(self.bad_seen) else self.stop_asked())
         if asked:
             self.stop(asked)
@@ -338,6 +347,7 @@ class Run:
             self.write_files(instrument)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the test batches: x float32 [B, 3, S, S], y int64 [B]."""
         # the published ImageNet code tests on the training view
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
         batches = itertools.islice(
@@ -364,8 +374,11 @@ class Run:
     # Saving and going on
 
     def save(self, final: bool = False) -> None:
-        """Checkpoint the present update. A disk that is full costs a warning, at the end of a run
-        the run."""
+        """Checkpoint the present update.
+
+        Where the disk is full, the run warns and goes on without this checkpoint; the `final` one
+        raises CannotWrite.
+        """
         self.check_finite()
         state, failed = self.state(), None
         if self.ranks.leader:

@@ -78,8 +78,10 @@ def heed(run: Run) -> None:
 
 
 def heeding(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, between which a single process may be asked to stop; several may have
-    unequal numbers of them."""
+    """The batches (x [B, 3, S, S], y [B]); before each it is seen whether the run shall stop.
+
+    Raises Asked then. Several processes do not look: they may have unequal numbers of batches.
+    """
     for batch in batches:
         if run.ranks.world == 1:
             heed(run)
@@ -87,8 +89,10 @@ def heeding(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tupl
 
 
 def measured_epoch(run: Run) -> int | None:
-    """The augmentation under which is measured: none, or this epoch's own numbers, a fixed
-    function of x either way."""
+    """The epoch whose augmentation is measured; None where images are not augmented.
+
+    Either way the loss is one fixed function of the parameters.
+    """
     return run.epoch if run.config.measure_augment else None
 
 
@@ -99,7 +103,12 @@ def chunk_size(run: Run, point: Point) -> int:
 
 
 def pieces(run: Run, index: Tensor) -> list[Tensor]:
-    """This process's share of a batch or chunk, in what goes through the model together."""
+    """This process's share of a batch or chunk, `index` int64 [B], cut into the parts, int64 [b]
+    each, that go through the model together.
+
+    An empty share gives no parts; with SyncBatchNorm, which waits for every process, one empty
+    part.
+    """
     own = run.ranks.share(index)
     if len(own) == 0 and not run.step.joined:
         return []
@@ -107,11 +116,14 @@ def pieces(run: Run, index: Tensor) -> list[Tensor]:
 
 
 def full_gradient(run: Run, point: Point) -> list[Tensor]:
-    """grad f at the present parameters, the same on every process; call it inside
-    gradients.undisturbed.
+    """grad f at the present parameters, the same on every process.
 
-    In eval mode a chunk that does not fit in the GPU's memory is halved, once for the whole
-    run.
+    A tensor a trainable parameter, in its shape, float64 (float32 on MPS). Call it inside
+    gradients.undisturbed. In eval mode a chunk that does not fit in the GPU's memory is halved,
+    once for the whole run.
+
+    Raises Asked where the run is asked to stop, and torch.OutOfMemoryError for a chunk of one
+    sample, or any in train mode, that does not fit.
     """
     n = run.plan.images
     order = subset(run.config.seed, run.update, gradients.FULL_GRADIENT_DRAW, n, n, str(run.device))
@@ -146,8 +158,11 @@ def full_gradient(run: Run, point: Point) -> list[Tensor]:
 
 
 def drawn_gradient(run: Run, draw: int, point: Point) -> list[Tensor]:
-    """The gradient of a mini-batch drawn at the present parameters, the same on every
-    process."""
+    """The gradient of a mini-batch drawn at the present parameters, the same everywhere.
+
+    The draw is a function of (seed, update, draw). A tensor a trainable parameter, in its shape and
+    dtype. Call it inside gradients.undisturbed.
+    """
     size = point.batch_size
     index = subset(run.config.seed, run.update, draw, run.plan.images, size, str(run.device))
     total: list[Tensor] = []
@@ -181,5 +196,5 @@ def function_measured(run: Run, chunk: int) -> str:
 
 
 def history_seed(seed: int, update: int, history: int, ranks: Ranks) -> int:
-    """That of a history's dropout: another one for each history of each process."""
+    """The seed of the dropout in a history: another one for each history of each process."""
     return (seed + update + (history * ranks.world + ranks.rank) * 0x9E3779B97F4A7C15) % 2**63

@@ -213,12 +213,12 @@ class Crossings(Idle):
 
 
 class Sampling(Idle):
-    """--mode sampling: the search-direction noise after each of --steps updates; noise.json has the
-    points.
+    """--mode sampling: the search-direction noise after each of --steps updates, in noise.json.
 
-    A direction with momentum is the work of the updates before it. So its noise is measured over
-    histories: the run goes back, and every draw comes to its point by batches of its own. That is
-    done where the histories begin, and told where they end.
+    A direction with momentum depends on the updates before it. So its noise is measured over
+    histories: the run goes back, and every draw comes to the point along batches of its own. The
+    measurement is made at the update where the histories begin, since the run stands there, and
+    reported at the one where they end.
     """
 
     name = "sampling"
@@ -417,8 +417,7 @@ def shown(estimate: dict[str, Any], name: str) -> str:
 
 
 class OmegaFile:
-    """omega-<step>.npy, float32 [draws, parameters], written a row at a time and named when it is
-    whole.
+    """omega-<step>.npy, float32 [draws, parameters], written row by row, named once it is whole.
 
     Plain writes: a memory map of a file for which the disk has no room is SIGBUS, of which nobody
     could be told.

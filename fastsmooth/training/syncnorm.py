@@ -1,5 +1,4 @@
-"""BatchNorm over the batch of all processes, on any device: torch.nn.SyncBatchNorm runs on GPUs
-alone."""
+"""BatchNorm over the batch of all processes, on any device; PyTorch's own runs on GPUs alone."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected an input [B, C, ...], not {list(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """x [B, C, ...] in its own dtype. Raises ValueError for an input of one dimension, and
-        RankLost."""
+        """x [B, C, ...] in its own dtype. Raises RankLost, or ValueError for an input [B]."""
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             rest = (self.weight, self.bias, False, 0.0, self.eps)
@@ -54,8 +52,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """The model with a SyncBatchNorm in the place of each BatchNorm, of the same parameters and
-    buffers."""
+    """The model with a SyncBatchNorm, of the same parameters and buffers, for each BatchNorm."""
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm):
             about = (child.num_features, child.eps, child.momentum, child.affine)
@@ -121,8 +118,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The tensor, [...] of any shape and dtype, added up over the processes, in place. Raises
-    RankLost."""
+    """The tensor [...], of any dtype, added up over the processes in place. Raises RankLost."""
     if dist.is_initialized():
         with talking():
             dist.all_reduce(tensor)

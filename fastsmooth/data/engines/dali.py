@@ -192,8 +192,7 @@ class DaliEngine:
         return prepared
 
     def _read(self, i: int, view: View) -> np.ndarray:
-        """The bytes of sample i, or where DALI is not to decode them its pixels, uint8 [size, size,
-        3]."""
+        """Sample i's bytes; its pixels, uint8 [size, size, 3], if DALI is not to decode it."""
         pixels = self.source.given(i, view)
         if pixels is not None:
             return pixels
@@ -298,8 +297,7 @@ def run(pipe: Any, feeds: dict[str, Any]) -> None:
 
 
 def result(pipe: Any) -> Tensor:
-    """uint8 [m, size, size, 3], of the chunk that was put in first; the memory is DALI's, and its
-    own."""
+    """uint8 [m, size, size, 3] of the chunk put in first, in DALI memory that it alone uses."""
     (images,) = pipe.outputs()
     return torch.from_dlpack(images.as_tensor())
 

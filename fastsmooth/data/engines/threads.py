@@ -1,5 +1,4 @@
-"""JPEG files by torchvision's decoder, others by PIL, in a pool of threads: ImageNet without
-DALI."""
+"""JPEG by torchvision's decoder, the rest by PIL, in a pool of threads: ImageNet without DALI."""
 
 from __future__ import annotations
 

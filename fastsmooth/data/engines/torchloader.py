@@ -83,7 +83,8 @@ def collate(images: list[tuple[np.ndarray, str | None]]) -> Made:
     pixels = torch.from_numpy(np.stack(arrays))
     if get_worker_info() is not None:
         try:
-            # now: where the queue's thread cannot, it drops them, and they are waited for
+            # shared here and not in the queue's thread, which drops what it cannot share, so that
+            # the main process would wait for it in vain
             pixels.share_memory_()
         except (RuntimeError, OSError) as error:
             return None, {0: words(error)}
@@ -168,8 +169,10 @@ PROCESSES: weakref.WeakSet = weakref.WeakSet()  # of all DataLoaders
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
-    """What a half-made DataLoader raises when it is freed says nothing of why it could not be
-    made."""
+    """Inside, what a DataLoader raises while it is freed is not printed.
+
+    One that was only half made raises then, and that says nothing of why it could not be made.
+    """
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
