@@ -512,8 +512,8 @@ class OursFullGradient(Ours):
 
     def __init__(self, case: FullCase, compile: str):
         flags = (
-            f"--dataset cifar100 --model {case.model} --mode sampling --bn eval --loader resident "
-            "--device cpu"
+            f"--dataset cifar100 --model {case.model} --mode sampling --steps 0 --bn eval "
+            "--loader resident --device cpu"
         )
         flags += f" --compile {compile}"
         c = configs.resolve(parsing.parse(flags.split()).given)

@@ -159,7 +159,7 @@ class NoisySGD(torch.optim.Optimizer):
     def directions(self, grads: list[Tensor] | None = None) -> list[Tensor]:
         """The m_t that step() would apply for `grads`, weight decay included; changes nothing.
 
-        `grads` has a tensor for every parameter of the groups, [...] in its shape and of any dtype;
+        `grads` has one for every trainable parameter of the groups, [...] in its shape, of any dtype;
         by default the .grad of those that have one. The result has new tensors in the same shapes,
         in the order of the groups, in the dtype of the momentum: float32, or float64 for float64
         parameters.
@@ -168,7 +168,7 @@ class NoisySGD(torch.optim.Optimizer):
         given = iter(grads) if grads is not None else None
         for group in self.param_groups:
             for p in group["params"]:
-                if given is None and p.grad is None:
+                if not p.requires_grad or (given is None and p.grad is None):
                     continue
                 wide = backend.buffer_dtype(p.dtype)
                 slope = (next(given) if given is not None else p.grad).to(wide)

@@ -258,6 +258,14 @@ def test_directions_take_other_gradients_than_those_of_the_parameters():
     assert all(p.grad is None for p in params)
 
 
+def test_directions_pass_over_frozen_parameters():
+    params = parameters()
+    params[1].requires_grad_(False)
+    optimizer = NoisySGD(params, "sgd", lr=0.1)
+    given = [torch.full_like(p, i) for i, p in enumerate(params) if p.requires_grad]
+    assert equal(optimizer.directions(given), given)
+
+
 def test_directions_keep_the_order_of_all_groups():
     params = parameters()
     optimizer = NoisySGD([{"params": params[3:]}, {"params": params[:3]}], "sgd", 0.1)

@@ -201,7 +201,7 @@ def go_on(run: Run, state: State | None) -> None:
         run.folder.rewind(0)
         return
     directory = run.checkpoints.directory
-    if state.get("format") != FORMAT:
+    if "update" in state and state.get("format") != FORMAT:  # else it is of no run
         raise CheckpointError(
             f"{directory}: the checkpoint has the form of another version of fastsmooth: finish "
             "the run with the version that began it, or start a new one"
