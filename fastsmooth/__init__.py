@@ -127,7 +127,12 @@ def open_data(
     from fastsmooth import data
     from fastsmooth.cli import config, parse
     from fastsmooth.cli.device import pick_device
+    from fastsmooth.names import about_value
 
+    of_data = [name for name, f in config.FIELDS.items() if f.metadata["group"] == "data"]
+    for name in flags:
+        if name not in of_data:
+            raise config.ConfigError(f"open_data: {name}: {about_value('', name, of_data)}")
     named: dict[str, _Any] = {"dataset": dataset, "image-size": image_size, "augment": augment}
     named |= {"loader": loader, "device": str(device), "seed": seed, **flags}
     named["data-dir"] = data_dir and str(data_dir)

@@ -159,7 +159,7 @@ class NoisySGD(torch.optim.Optimizer):
     def directions(self, grads: list[Tensor] | None = None) -> list[Tensor]:
         """The m_t that step() would apply for `grads`, weight decay included; changes nothing.
 
-        `grads` has one for every trainable parameter of the groups, [...] in its shape, of any dtype;
+        `grads` has one for every trainable parameter of the groups, [...] in its shape, any dtype;
         by default the .grad of those that have one. The result has new tensors in the same shapes,
         in the order of the groups, in the dtype of the momentum: float32, or float64 for float64
         parameters.

@@ -52,7 +52,8 @@ def ready_device(name: str) -> torch.device:
     device = pick_device(name, torch)
     # TF32 would round the loss more coarsely than it rises
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's types lack it
+    conv.fp32_precision = "ieee"
     return device
 
 

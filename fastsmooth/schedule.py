@@ -230,6 +230,9 @@ class Schedule:
             )
 
     def __call__(self, epoch: int) -> Point:
+        """The Point of an epoch, counted from 0. Raises ValueError for one that there is not."""
+        if not 0 <= epoch < self.epochs:
+            raise ValueError(f"epoch {epoch} is none of 0 to {self.epochs - 1}")
         method, batch = METHODS[self.method], self.batch_solved_for(epoch)
         lr, beta = method.lr(self, epoch), self.start.momentum
         if method.solves == "lr" and epoch > 0:
@@ -268,7 +271,7 @@ class Schedule:
         %; None if never."""
         if METHODS[self.method].solves == "momentum":
             goal_of, reached_of = self.target, self.floor
-        elif self.method in STEPPED:
+        elif METHODS[self.method].uses == "decay_epoch":
             goal_of, reached_of = self.stepped_target, lambda epoch: self.delta(self(epoch))
         else:
             return None
@@ -452,4 +455,3 @@ METHODS = {
     "lr-batch": Method(batch=grown_batch, solves="lr", uses="power"),
 }
 SOLVED = {name for name, method in METHODS.items() if method.solves}
-STEPPED = {"batch", "hybrid"}  # whose batch a data set may be too small for

@@ -1,6 +1,6 @@
 """Train or measure one run: python -m fastsmooth.train [flags]
 
-The whole path from top to bottom: config, schedule, data, model, step, mode, run folder.
+The whole path from top to bottom: flags, plan, build, loop, ending.
 """
 
 from __future__ import annotations

@@ -285,7 +285,9 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names = names_of_a_page()
     for block in blocks(page):
         if block.kind == "python":
-            short = block.text.replace("epochs=200", "epochs=2").replace("range(200)", "range(2)")
+            short = block.text
+            if "range(200)" in short:  # a training of 200 epochs
+                short = short.replace("epochs=200", "epochs=2").replace("range(200)", "range(2)")
             exec(compile("\n" * block.line + short, str(page), "exec"), names)
 
 

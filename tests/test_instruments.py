@@ -132,6 +132,45 @@ def test_what_it_has_seen_goes_on_with_the_run(with_cosine, tmp_path):
     assert whole == again
 
 
+class Counting(Idle):
+    """Due always; says how often it was asked."""
+
+    name = "counting"
+
+    def __init__(self):
+        self.calls = 0
+
+    def due(self, run):
+        return True
+
+    def before_gradient(self, run, x, y, point):
+        self.calls += 1
+        return {"calls": self.calls}
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def test_a_stop_within_a_later_instrument_has_none_asked_twice(tmp_path, monkeypatch):
+    made = (lambda parts: Counting(), *modes.INSTRUMENTS)
+    monkeypatch.setattr("fastsmooth.training.build.INSTRUMENTS", made)
+    flags = [*EXACT, "--mode", "sampling", "--steps", "2", "4", "--draws", "2"]
+    flags += ["--optimizer", "shb", "--beta", "0.3", "--lr", "0.02"]
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*flags, "--max-time", "1e-9", "--out", str(tmp_path / "run")]) == 75
+    state = weights(tmp_path / "run")
+    assert state["update"] == 0 and state["asked"] == ["counting"]  # within the first history
+    assert main(["--resume", "--max-time", "1000", "--out", str(tmp_path / "run")]) == 0
+    calls, again = (
+        [row["calls"] for row in read_rows(tmp_path / name) if "calls" in row]
+        for name in ("whole", "run")
+    )
+    assert calls == again == [1, 2, 3, 4, 5]
+
+
 def test_a_run_ends_where_an_instrument_has_enough(with_cosine, tmp_path):
     with_cosine(last=12)
     assert main([*RUN, "--out", str(tmp_path / "run")]) == 0

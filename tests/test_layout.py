@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # What each part may import of the others; all may say something, by messages and terminal.
 ALLOWED = {
     # what it exports, each loaded when it is asked for
-    "__init__": {"schedule", "optim", "noise", "models", "data", "cli", "runfolder", "training"},
+    "__init__": {"schedule", "optim", "noise", "models", "data", "cli", "runfolder", "names"},
     "__main__": {"names"},
     "terminal": set(),
     "messages": set(),
@@ -33,7 +33,7 @@ ALLOWED = {
         "noise", "data", "optim", "models", "schedule", "ranks", "cli", "runfolder", "kernels",
         "processors",
     },
-    "train": {"training", "noise", "data", "models", "ranks", "cli", "runfolder", "processors"},
+    "train": {"training", "ranks", "cli", "runfolder", "processors"},
     "saved": {"noise", "data", "models", "cli", "runfolder", "processors"},
     "sharpness": {"saved", "noise", "cli", "runfolder"},
     "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},

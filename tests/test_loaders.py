@@ -18,7 +18,16 @@ from PIL import Image
 from rows import read_rows
 
 from fastsmooth.cli.config import resolve
-from fastsmooth.data import ENGINES, DataError, Parts, Stream, augment, images, open_data, sets
+from fastsmooth.data import (
+    ENGINES,
+    DataError,
+    EngineParts,
+    Stream,
+    augment,
+    images,
+    open_data,
+    sets,
+)
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Job, Segment, jobs, normalisation
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.index import NO_FILES
@@ -205,7 +214,7 @@ def test_images_in_memory_get_pils_pixels(real_pixels, kind):
             loader = ResidentLoader(split, kind, 9, zero, (1.0, 1.0, 1.0), CPU)
         else:
             source = Source(split, NO_FILES, kind, 32, 9, BadImages("raise", print))
-            engine = ENGINES[name](Parts(source, 300, 2, CPU, resolve({})))
+            engine = ENGINES[name](EngineParts(source, 300, 2, CPU, resolve({})))
             loader = ChunkedLoader(engine, split.labels, 32, 300, zero, (1.0, 1.0, 1.0), CPU)
         ((x, _),) = loader.batches([index], 4)
         others = (x != value[expected.long()]).any(1).double().mean().item()

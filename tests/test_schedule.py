@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fastsmooth import schedule
 from fastsmooth.cli.config import resolve
-from fastsmooth.schedule import METHODS, Point, Schedule, Smoothing, balance
+from fastsmooth.schedule import METHODS, Method, Point, Schedule, Smoothing, balance, stepped_batch
 from fastsmooth.training.plan import make_schedule
 
 EPOCHS = 200
@@ -737,3 +738,19 @@ def test_momentum_takes_up_what_a_capped_batch_leaves():
         if p.momentum > 0:
             assert p.momentum < free(epoch).momentum
             assert s.delta(p) == pytest.approx(s.target(epoch), rel=1e-12)
+
+
+@pytest.mark.parametrize("epoch", [-1, 3])
+def test_an_epoch_that_there_is_not_is_refused(epoch):
+    with pytest.raises(ValueError, match=f"epoch {epoch} is none of 0 to 2"):
+        Schedule("hybrid", epochs=3, lr=0.1, batch_size=8)(epoch)
+
+
+def test_every_method_of_steps_says_where_it_misses_its_target(monkeypatch):
+    triple = Method(batch=partial(stepped_batch, factor=3), uses="decay_epoch")
+    monkeypatch.setitem(METHODS, "triple", triple)
+    given = {"epochs": 3, "lr": 0.1, "batch_size": 512, "decay_epoch": 1, "images": 600}
+    assert Schedule("triple", **given).largest_miss() == pytest.approx(
+        (2, 0.00221, 0.00408), rel=0.01
+    )
+    assert Schedule("lr", **given).largest_miss() is None

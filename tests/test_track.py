@@ -283,6 +283,17 @@ def test_a_call_an_update_measures_when_due(every, due):
     assert noise.count == len(due)
 
 
+def test_a_batch_that_is_measured_by_itself_settles_the_estimator():
+    model = small()
+    optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
+    noise = NoiseTracker(model, optimizer, samples=100, every=1)
+    row = noise.measure(*images(4), Point(0.1, 4, 0.0), 0, 0)
+    assert row["estimator"] == "per-sample" and "samples of one batch" in row["se_over"]
+    parts = NoiseTracker(model, optimizer, samples=100, every=1, estimator="micro-batch")
+    with pytest.raises(ValueError, match="needs batches of 8 or more, not 3"):
+        parts.measure(*images(3), Point(0.1, 3, 0.0), 0, 0)
+
+
 def test_a_saved_tracker_goes_on_as_it_would():
     model = small()
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)

@@ -46,7 +46,6 @@ WITH_NU = {name for name, form in FORMS.items() if form.uses_nu}
 WITH_K2 = {
     name for name, form in FORMS.items() if any(bound.uses_k2 for bound in form.bounds.values())
 }
-WITH_VERSIONS = {name for name, form in FORMS.items() if len(form.bounds) > 1}
 MODES = ("normal", "critical", "sampling")
 FILLED = dataclasses.MISSING  # no default of its own: resolve() takes it from the data set
 AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
@@ -98,7 +97,7 @@ class Config:
     gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", using("gamma")))
     c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X")
     k2: float | None = option(None, "schedule", "squared gradient norm K^2 behind delta", real(0), metavar="X", only=("optimizer", WITH_K2))
-    nshb_delta: str = option("v3", "schedule", "published form of the NSHB delta", choices=sorted(FORMS["nshb"].bounds), only=("optimizer", WITH_VERSIONS))
+    nshb_delta: str = option("v3", "schedule", "published form of the NSHB delta", choices=sorted(FORMS["nshb"].bounds), only=("optimizer", {"nshb"}))
     compat: str = option("none", "schedule", "original: the published code's shifted indices", choices=("none", "original"))
 
     optimizer: str = option("sgd", "optimizer", "update rule", choices=FORMS)
@@ -145,8 +144,8 @@ class Config:
 
     @property
     def bound_version(self) -> str | None:
-        """Of the noise bound behind delta, where the optimizer has several."""
-        return self.nshb_delta if self.optimizer in WITH_VERSIONS else None
+        """Of the noise bound behind delta, where --nshb-delta names one."""
+        return self.nshb_delta if self.optimizer == "nshb" else None
 
     @property
     def images(self) -> int | None:

@@ -85,7 +85,7 @@ def open_data(
             return ResidentLoader(pixels, kind, seed, images.mean, images.std, device)
         source = Source(split, indexed(split, bad, say), kind, size, seed, bad)
         chunk = config.chunk or chunk_size(split, device)
-        engine = ENGINES[name](Parts(source, chunk, threads, device, config))
+        engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
         return ChunkedLoader(engine, split.labels, size, chunk, images.mean, images.std, device)
 
     train, test = loader_of(images.train), loader_of(images.test)
@@ -149,7 +149,7 @@ def fits(
     return needed <= MEMORY_SHARE * free, why
 
 
-class Parts(NamedTuple):
+class EngineParts(NamedTuple):
     """What an engine is made of."""
 
     source: Source
@@ -163,7 +163,7 @@ class Parts(NamedTuple):
         return self.device.type == "cuda"
 
 
-def make_dali(parts: Parts) -> Engine:
+def make_dali(parts: EngineParts) -> Engine:
     c = parts.config
     decoder = Decoder(
         hw_load=c.hw_decoder_load,
@@ -174,7 +174,7 @@ def make_dali(parts: Parts) -> Engine:
 
 
 # What makes chunks of samples out of a source, by --loader; resident needs none.
-ENGINES: dict[str, Callable[[Parts], Engine]] = {
+ENGINES: dict[str, Callable[[EngineParts], Engine]] = {
     "dali": make_dali,
     "threads": lambda parts: ThreadsEngine(parts.source, parts.threads, parts.pinned),
     "torch": lambda parts: TorchEngine(parts.source, parts.threads, parts.pinned),

@@ -10,7 +10,7 @@ is unbiased for every k >= 2 (the mean square between groups of an analysis of v
 samples that were drawn from n without replacement it is n / (n - 1) times too large, which is
 divided out. The error is the jackknife's over the parts (Efron and Stein 1981), for which three are
 needed. It covers what another batch would give at the same parameters, and never the course of
-training: for that there are replayed histories (modes.sampling) and seeds.
+training: for that there are replayed histories (training.modes.Sampling) and seeds.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def per_sample(
     """
     if isinstance(noise, Tensor):
         noise = [noise]
+    elif not all(isinstance(part, Tensor | Sequence) for part in noise):
+        raise ValueError("noise is a tensor [B], or a list of one such vector a process")
     parts = [part.tolist() if isinstance(part, Tensor) else list(part) for part in noise]
     if min(map(len, parts), default=0) < 2:
         raise ValueError("the variance within parts needs two or more samples of each")

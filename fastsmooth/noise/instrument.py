@@ -16,6 +16,14 @@ from fastsmooth.schedule import Point
 Values = dict[str, Any]  # of a row of kind measure: numbers, words and None
 
 
+class Asked(Exception):
+    """A measurement was asked to stop, by a signal's number or OUT_OF_TIME."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 class Instrument(Protocol):
     """`run` is fastsmooth.training.loop.Run; x [B, 3, H, W] and y [B] are this process's share of
     the batch to come, which holds run.stream.size samples, and `point` is in force for it."""
@@ -39,8 +47,8 @@ class Instrument(Protocol):
         """At the parameters of which the batch's gradient will be taken. What is returned becomes a
         row of metrics.jsonl.
 
-        Raises training.loop.Asked to be called again once the run goes on, and FloatingPointError
-        where the run has diverged.
+        Raises Asked, where it is asked to stop, to be called again once the run goes on; and
+        FloatingPointError where the run has diverged.
         """
 
     def before_update(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:

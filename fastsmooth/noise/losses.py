@@ -79,7 +79,7 @@ def unreduced(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
 @contextmanager
 def reduction_aside(loss: nn.Module) -> Iterator[None]:
     own = loss.reduction
-    loss.reduction = "none"  # type: ignore[assignment]
+    loss.reduction = "none"  # type: ignore[assignment]  # a module's attributes are Any
     try:
         yield
     finally:

@@ -172,9 +172,16 @@ class NoiseTracker:
 
         With several processes x and y are this one's share of a batch of `size` samples. Leaves no
         trace in the model. Raises FloatingPointError for a gradient that is not finite, and
-        ValueError for a batch of more samples than there are.
+        ValueError for a batch of too few samples, or of more than there are.
         """
         size = size or len(y)
+        if self.estimator == "auto":
+            self.settle(x, y)
+        if size < self.smallest_batch:
+            raise ValueError(
+                f"the {self.estimator} estimator needs batches of {self.smallest_batch} or more, "
+                f"not {size}"
+            )
         if size > self.n:
             raise ValueError(f"a batch of {size} samples, where the training set has {self.n}")
         with gradients.undisturbed(self.model, self.bn):

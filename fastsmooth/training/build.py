@@ -33,7 +33,7 @@ from fastsmooth.training import syncnorm
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.device import choose_kernels, device_name, set_numerics
 from fastsmooth.training.loop import FORMAT, Run
-from fastsmooth.training.modes import INSTRUMENTS, Parts
+from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
 from fastsmooth.training.plan import Plan, make_plan, notes
 from fastsmooth.training.step import Step, keep_freed_memory
 
@@ -91,7 +91,9 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         optimizer = NoisySGD(
             model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
         )
-        made = [make(Parts(plan, model, optimizer, images, ranks)) for make in INSTRUMENTS]
+        made = [
+            make(InstrumentParts(plan, model, optimizer, images, ranks)) for make in INSTRUMENTS
+        ]
         instruments = [instrument for instrument in made if instrument is not None]
     # SyncBatchNorm's exchange would cut the graph at every layer
     compiled = c.compile == "on" or (

@@ -135,7 +135,11 @@ def out_of_memory(error: BaseException, run: Run | None, c: Config, torch: Any) 
         gpu or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
     ):
         return None
-    batch = run.schedule(run.epoch).batch_size if run is not None else c.batch_size
+    batch = (
+        run.schedule.batch_size(min(run.epoch, run.config.epochs - 1))
+        if run is not None
+        else c.batch_size
+    )
     where = "on the GPU" if gpu else "in main memory"
     return (
         f"out of memory {where} at batch {batch}: --micro-batch N computes the same batch N "

@@ -22,7 +22,7 @@ from fastsmooth.data import Data, Stream
 from fastsmooth.data.order import in_order
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.messages import CannotWrite, warn
-from fastsmooth.noise.instrument import Instrument, Values
+from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.tracker import Tracker
@@ -44,14 +44,6 @@ NOT_FINITE = 255  # a reason to stop, beside OUT_OF_TIME and the numbers of sign
 
 class Preempted(Exception):
     """The run was asked to stop and has saved itself; the message is the reason."""
-
-
-class Asked(Exception):
-    """A measurement was asked to stop, by a signal's number or OUT_OF_TIME."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 class Diverged(Exception):
@@ -178,6 +170,8 @@ class Run:
         self.train_seconds = 0.0  # of this process, in epochs that are done
         self.recent: float | None = None
         self.due: list[Instrument] = []  # of the instruments, for the batch at hand
+        # those that had their turn when a later one was asked to stop, and the batch comes again
+        self.asked: list[str] = []
 
     # What the loop asks of it, in its order
 
@@ -220,6 +214,8 @@ class Run:
         """
         self.due = [instrument for instrument in self.instruments if instrument.due(self)]
         for instrument in self.due:
+            if instrument.name in self.asked:
+                continue
             try:
                 values = instrument.before_gradient(self, x, y, point)
             except Asked as stop:
@@ -231,6 +227,8 @@ class Run:
                     f"{error} at update {self.update + 1} (epoch {self.epoch}): lower --lr"
                 ) from None
             self.measured(instrument, point, values)
+            self.asked.append(instrument.name)
+        self.asked = []
 
     def before_update(self, x: Tensor, y: Tensor, point: Point) -> None:
         """Measure what falls due with the gradient in .grad; x [B, 3, S, S] and y [B] as before."""
@@ -412,6 +410,7 @@ class Run:
             "meter": self.meter.state_dict(),
             "window": self.window.state_dict(),
             "instruments": {i.name: i.state_dict() for i in self.instruments},
+            "asked": self.asked,
             "rng": self.ranks.gather(
                 (torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None)
             ),
@@ -427,7 +426,7 @@ class Run:
         self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
-        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch"):
+        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch", "asked"):
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])

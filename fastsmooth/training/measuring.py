@@ -16,9 +16,10 @@ from torch import Tensor
 from fastsmooth.data import Stream
 from fastsmooth.data.order import subset
 from fastsmooth.noise import gradients
+from fastsmooth.noise.instrument import Asked
 from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point
-from fastsmooth.training.loop import Asked, Run
+from fastsmooth.training.loop import Run
 
 
 def point_after(run: Run, updates: int) -> Point:

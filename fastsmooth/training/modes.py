@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
 from fastsmooth.noise import gradients
-from fastsmooth.noise.instrument import Idle, Instrument, Values
+from fastsmooth.noise.instrument import Asked, Idle, Instrument, Values
 from fastsmooth.noise.online import NoiseTracker
 from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.tails import NoiseStatistics
@@ -32,11 +32,11 @@ from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
 from fastsmooth.schedule import Point, memory
 from fastsmooth.training import measuring
-from fastsmooth.training.loop import Asked, Diverged, Run
+from fastsmooth.training.loop import Diverged, Run
 from fastsmooth.training.plan import Plan
 
 
-class Parts(NamedTuple):
+class InstrumentParts(NamedTuple):
     """What an instrument is made of."""
 
     plan: Plan
@@ -55,7 +55,7 @@ class TrackNoise(Idle):
         self.tracker = tracker
 
     @classmethod
-    def of(cls, parts: Parts) -> TrackNoise | None:
+    def of(cls, parts: InstrumentParts) -> TrackNoise | None:
         """Raises ConfigError for a model or a batch that it cannot measure."""
         c = parts.plan.config
         if not c.track_noise:
@@ -132,7 +132,7 @@ class Crossings(Idle):
         self.all_crossed = False
 
     @classmethod
-    def of(cls, parts: Parts) -> Crossings | None:
+    def of(cls, parts: InstrumentParts) -> Crossings | None:
         if parts.plan.config.mode != "critical":
             return None
         return cls(parts.plan, next(parts.model.parameters()).device, parts.ranks)
@@ -233,7 +233,7 @@ class Sampling(Idle):
         self.begun: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, parts: Parts) -> Sampling | None:
+    def of(cls, parts: InstrumentParts) -> Sampling | None:
         return cls(parts.plan) if parts.plan.config.mode == "sampling" else None
 
     def introduction(self) -> list[str]:
@@ -454,7 +454,7 @@ class OmegaFile:
 
 
 # In the order in which they are asked; each is None where the flags do not ask for it.
-INSTRUMENTS: tuple[Callable[[Parts], Instrument | None], ...] = (
+INSTRUMENTS: tuple[Callable[[InstrumentParts], Instrument | None], ...] = (
     TrackNoise.of,
     Crossings.of,
     Sampling.of,

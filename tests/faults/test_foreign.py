@@ -164,10 +164,12 @@ def environment(**values: str) -> Callable[[pytest.MonkeyPatch], Said]:
 
 
 def broken_package(monkeypatch) -> Said:
-    Path("ray.py").write_text(f"raise RuntimeError({NAME!r})")
+    Path("matplotlib.py").write_text(f"raise RuntimeError({NAME!r})")
     monkeypatch.syspath_prepend(".")
-    monkeypatch.setattr(doctor, "EXTRAS", [extra for extra in doctor.EXTRAS if extra.name == "ray"])
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    monkeypatch.setattr(
+        doctor, "EXTRAS", [extra for extra in doctor.EXTRAS if extra.name == "matplotlib"]
+    )
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
     return said(train.main, ["--doctor"])
 
 
