@@ -1,5 +1,6 @@
 """Sweeps: what the runs are, that all of them are done whatever happens, and what is refused."""
 
+import functools
 import json
 import os
 import shlex
@@ -357,7 +358,9 @@ def test_a_run_that_fails_is_reported_and_the_others_are_done(tmp_path):
 
 def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path):
     flags = [*EXACT, "--epochs", "60", "--lr", "0.1", "0.2", "--jobs", "2"]
-    process = call(tmp_path / "sweep", *flags, start_new_session=True)
+    # a shell's background job ignores SIGINT, and so would the sweep that it starts
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = call(tmp_path / "sweep", *flags, start_new_session=True, preexec_fn=heed)
     folders = [tmp_path / "sweep" / f"lr={lr}" for lr in ("0.1", "0.2")]
     while not all((folder / "metrics.jsonl").exists() and read_rows(folder) for folder in folders):
         assert process.poll() is None

@@ -262,14 +262,49 @@ class Sampling(Idle):
 
     def measure(self, run: Run, step: int) -> None:
         """Add the point of a step, whose histories begin here, to the points."""
-        c, replayed = run.config, step - run.update
         run.check_finite()
         parameters = sum(p.numel() for p in gradients.trainable(run.model))
+        statistics = NoiseStatistics(parameters, run.device)
+        norms: list[Tensor] = []  # of the draws that are done
+        before, started = 0.0, time.perf_counter()
+        if self.begun is not None:
+            norms = [values.to(run.device) for values in self.begun["norms"]]
+            statistics.load_state_dict(self.begun["statistics"])
+            before = self.begun["seconds"]
         omega = None
         if self.save_omega and run.ranks.leader:
-            path = run.folder.path / f"omega-{step}.npy"
-            omega = OmegaFile(path, (self.draws, parameters))
-        statistics = NoiseStatistics(parameters, run.device)
+            omega = OmegaFile(run.folder.path / f"omega-{step}.npy", (self.draws, parameters))
+        try:
+            with run.clock.measure("measure"), omega or contextlib.nullcontext():
+                noise = self.draw(run, step - run.update, statistics, omega, norms)
+        except FloatingPointError as error:
+            raise Diverged(f"{error}, measured of update {step}: lower --lr") from None
+        except Asked:
+            # draws at one point share a random state, and a file of draws is whole or absent
+            if step > run.update and not self.save_omega:
+                self.begun = {
+                    "norms": norms,
+                    "statistics": statistics.state_dict(),
+                    "seconds": before + time.perf_counter() - started,
+                }
+            raise
+        self.begun = None
+        seconds = round(before + time.perf_counter() - started, 3)
+        tails = {"statistics": statistics.summary(), "seconds": seconds}
+        self.points.append(self.values(run, step, noise) | tails)
+        run.progress.restart_clock(run.samples)  # what is told of the speed is that of training
+
+    def draw(
+        self,
+        run: Run,
+        replayed: int,
+        statistics: NoiseStatistics,
+        omega: OmegaFile | None,
+        norms: list[Tensor],
+    ) -> gradients.DirectionNoise:
+        """The noise of the directions that are not in `norms` yet, [3] each, and of those that are:
+        after so many updates replayed, or drawn here."""
+        c, point = run.config, measuring.point_after(run, replayed)
         here: list[list[Tensor]] = []  # the full gradient, where all draws are at one point
 
         def keep(draw: int, vectors: list[Tensor]) -> None:
@@ -286,81 +321,50 @@ class Sampling(Idle):
                 here[:] = here or [measuring.full_gradient(run, point)]
                 yield here[0]
 
+        over = "mini-batches drawn at one point"
+        if replayed:
+            over = f"histories, the last {replayed} updates replayed"
+        with gradients.undisturbed(run.model, c.bn):
+            return gradients.direction_noise(
+                run.step.optimizer,
+                lambda draw: measuring.drawn_gradient(run, draw, point),
+                point.batch_size,
+                at,
+                self.draws,
+                run.plan.images,
+                keep,
+                over,
+                norms,
+            )
+
+    def values(self, run: Run, step: int, noise: gradients.DirectionNoise) -> Values:
+        """What noise.json says of a step, but for the tails."""
+        c, replayed = run.config, step - run.update
         point = measuring.point_after(run, replayed)
-        over = (
-            f"histories, the last {replayed} updates replayed"
-            if replayed
-            else "mini-batches drawn at one point"
-        )
-        norms: list[Tensor] = []
-        before = 0.0
-        if self.begun is not None:
-            norms = [values.to(run.device) for values in self.begun["norms"]]
-            statistics.load_state_dict(self.begun["statistics"])
-            before = self.begun["seconds"]
-        started = time.perf_counter()
-
-        def seconds() -> float:
-            return before + time.perf_counter() - started
-
-        with (
-            run.clock.measure("measure"),
-            gradients.undisturbed(run.model, c.bn),
-            omega or contextlib.nullcontext(),
-        ):
-            try:
-                noise = gradients.direction_noise(
-                    run.step.optimizer,
-                    lambda draw: measuring.drawn_gradient(run, draw, point),
-                    point.batch_size,
-                    at,
-                    self.draws,
-                    run.plan.images,
-                    keep,
-                    over,
-                    norms,
-                )
-            except FloatingPointError as error:
-                raise Diverged(f"{error}, measured of update {step}: lower --lr") from None
-            except Asked:
-                # draws at one point share a random state, and a file of draws is whole or absent
-                if replayed and not self.save_omega:
-                    self.begun = {
-                        "norms": norms,
-                        "statistics": statistics.state_dict(),
-                        "seconds": seconds(),
-                    }
-                raise
-        self.begun = None
-        norm, full, c2 = noise.noise_norm(), noise.full_grad_norm(), noise.grad_variance()
         chunk = measuring.chunk_size(run, point)
-        self.points.append(
-            {
-                "step": step,
-                "lr": point.lr,
-                "batch_size": point.batch_size,
-                "momentum": point.momentum,
-                "noise_norm": norm.value,
-                "noise_norm_se": norm.error,
-                "full_grad_norm": full.value,
-                "full_grad_norm_se": full.error,
-                "c2_sampled": c2.value,
-                "c2_sampled_se": c2.error,
-                "draws": self.draws,
-                "se_over": f"{self.draws} {over}",
-                "replayed": replayed,
-                "bn": c.bn,
-                "augmented": c.measure_augment,
-                "chunk": chunk,
-                "function": measuring.function_measured(run, chunk),
-                "noise_norms": noise.noise_norms,
-                "grad_noise_norms": noise.grad_noise_norms,
-                "full_grad_norms": noise.full_grad_norms,
-                "statistics": statistics.summary(),
-                "seconds": round(seconds(), 3),
-            }
-        )
-        run.progress.restart_clock(run.samples)  # what is told of the speed is that of training
+        norm, full, c2 = noise.noise_norm(), noise.full_grad_norm(), noise.grad_variance()
+        return {
+            "step": step,
+            "lr": point.lr,
+            "batch_size": point.batch_size,
+            "momentum": point.momentum,
+            "noise_norm": norm.value,
+            "noise_norm_se": norm.error,
+            "full_grad_norm": full.value,
+            "full_grad_norm_se": full.error,
+            "c2_sampled": c2.value,
+            "c2_sampled_se": c2.error,
+            "draws": self.draws,
+            "se_over": f"{self.draws} {noise.over}",
+            "replayed": replayed,
+            "bn": c.bn,
+            "augmented": c.measure_augment,
+            "chunk": chunk,
+            "function": measuring.function_measured(run, chunk),
+            "noise_norms": noise.noise_norms,
+            "grad_noise_norms": noise.grad_noise_norms,
+            "full_grad_norms": noise.full_grad_norms,
+        }
 
     def tell(self, run: Run) -> Values:
         """Say what was measured of the present update; the values of its row."""
