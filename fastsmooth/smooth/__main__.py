@@ -2,12 +2,12 @@
 fastsmooth.smooth [flags]
 
 Smoothing: f_delta(x) = E_u[f(x - delta u)] of Rastrigin's function and of the drop-wave, for noise
-u with light and with heavy tails (SPEC B.9). Curves come from closed forms and from quadrature over
+u with light and with heavy tails. Curves come from closed forms and from quadrature over
 frequencies, each with its error; the published demo drew fresh noise at every x, and shifted the
-Levy distribution by mistake (SPEC C.35).
+Levy distribution by mistake.
 
 Graduated: gradient descent on f_delta while delta falls, in many dimensions, beside the same
-descent without noise (arXiv 2412.11501, SPEC A.6 and B.5). Writes figures and smooth.json.
+descent without noise (arXiv 2412.11501). Writes figures and smooth.json.
 """
 
 from __future__ import annotations

@@ -15,9 +15,8 @@ class Noise:
     """`characteristic` takes t > 0 [k]; `mean` and `variance` are None where they do not exist or
     are infinite.
 
-    The scales are those of the published demo (SPEC B.9). E||u|| exceeds 1 under several laws, so
-    that equal deltas of two laws are not equal degrees of smoothing in the papers' sense (SPEC
-    A.3).
+    The scales are those of the published demo. E||u|| exceeds 1 under several laws, so
+    that equal deltas of two laws are not equal degrees of smoothing in the papers' sense.
     """
 
     tails: str  # light or heavy

@@ -38,8 +38,8 @@ PRODUCT = Join(lambda t: t.prod(-1), lambda t: t.prod(-1, keepdim=True) / t, ope
 class Objective:
     """f(x) = value(D, numbers joined from per-coordinate terms of x [..., D]); its minimum is 0.
 
-    `lr` is l0, the learning rate at delta 1 (SPEC B.5). Starts are uniform in [-reach, reach], as
-    published.
+    `lr` is l0, the learning rate at delta 1 (arXiv 2412.11501). Starts are uniform in [-reach,
+    reach], as published.
     """
 
     lr: float
@@ -96,8 +96,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         (SUM, SUM),
     ),
-    # with 12 r and raised by 1, as is usual in many dimensions; the curves above have 12 pi x (SPEC
-    # B.9)
+    # with 12 r and raised by 1, as is usual in many dimensions; the curves above have 12 pi x
     "drop_wave": Objective(
         0.1,
         5.12,
@@ -117,8 +116,8 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def nice(first: float, last: float, rounds: int) -> list[float]:
-    """The optimal decay of power 1 (SPEC A.6), counted from round 1 and ending at `last` instead of
-    0: a straight line."""
+    """The optimal decay of power 1 (arXiv 2412.11501), counted from round 1 and ending at `last`
+    instead of 0: a straight line."""
     return [first + (last - first) * m / max(rounds - 1, 1) for m in range(rounds)]
 
 
