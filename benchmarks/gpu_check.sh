@@ -100,7 +100,8 @@ if [ -z "$python" ]; then
 fi
 
 # side by side and in several processes: most of their time goes into compiling kernels, on one core each
-pytest=("$python" -m pytest)
+# another PyTorch may warn of other things, which are no failures here
+pytest=("$python" -m pytest -W default)
 workers=$((($(nproc) + 1) / 2))
 start tests_gpu "$TESTS" "${pytest[@]}" --numprocesses "$(((workers + 1) / 2))" --durations 10 tests/test_gpu.py &
 start tests_kernels "$TESTS" "${pytest[@]}" --numprocesses "$workers" tests/test_kernels.py tests/test_kernels_augment.py &
