@@ -10,7 +10,7 @@ import torch
 from exact import EXACT
 from rows import read_rows
 
-from fastsmooth.noise.instrument import Idle
+from fastsmooth.noise.instrument import Instrument
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.train import main
 from fastsmooth.training import modes
@@ -18,7 +18,7 @@ from fastsmooth.training import modes
 RUN = [*EXACT, "--epochs", "1", "--log-every", "100", "--optimizer", "shb", "--lr", "0.02"]
 
 
-class Cosine(Idle):
+class Cosine(Instrument):
     """That of the angle between a gradient and the one before it, every tenth update."""
 
     name = "cosine"
@@ -132,7 +132,7 @@ def test_what_it_has_seen_goes_on_with_the_run(with_cosine, tmp_path):
     assert whole == again
 
 
-class Counting(Idle):
+class Counting(Instrument):
     """Due always; says how often it was asked."""
 
     name = "counting"

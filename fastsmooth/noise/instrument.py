@@ -7,7 +7,7 @@ a class of this form and a row in fastsmooth.training.modes.INSTRUMENTS.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -24,24 +24,30 @@ class Asked(Exception):
         self.number = number
 
 
-class Instrument(Protocol):
-    """`run` is fastsmooth.training.loop.Run; x [B, 3, H, W] and y [B] are this process's share of
-    the batch to come, which holds run.stream.size samples, and `point` is in force for it."""
+class Instrument:
+    """Measures nothing by itself: a kind of instrument has the methods below that it needs.
+
+    `run` is fastsmooth.training.loop.Run; x [B, 3, H, W] and y [B] are this process's share of
+    the batch to come, which holds run.stream.size samples, and `point` is in force for it.
+    """
 
     name: str  # of its state in a checkpoint
 
     def introduction(self) -> list[str]:
         """Lines for the beginning of the run."""
+        return []
 
     def chosen(self) -> dict[str, str]:
         """What it chose where a flag said auto, by the field of the configuration; a run that goes
         on has it again."""
+        return {}
 
     def due(self, run: Any) -> bool:
         """Whether `before_gradient` and `before_update` are to be called for the batch to come.
 
         One that is not due costs nothing; one that is may take as long as it needs.
         """
+        return False
 
     def before_gradient(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:
         """At the parameters of which the batch's gradient will be taken. What is returned becomes a
@@ -50,67 +56,35 @@ class Instrument(Protocol):
         Raises Asked, where it is asked to stop, to be called again once the run goes on; and
         FloatingPointError where the run has diverged.
         """
+        return None
 
     def before_update(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:
         """The same point, with the batch's gradient in .grad."""
+        return None
 
     def after_update(self, run: Any, point: Point) -> Values | None:
         """After every update, which run.update counts from 1; it must not wait for the device."""
+        return None
 
     def end_epoch(self) -> Values:
         """What it adds to the row of the epoch that has ended."""
+        return {}
 
     def enough(self) -> bool:
         """Whether the run may end."""
+        return False
 
     def files(self, run: Any) -> dict[str, Any]:
         """What it leaves in the run folder: the name and the content of each JSON file."""
+        return {}
 
     def conclusion(self, run: Any) -> list[str]:
         """Lines for the end of the run."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, words, lists and dicts; part of every checkpoint."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state_dict` was asked."""
-
-
-class Idle:
-    """An instrument that does nothing: what most leave as it is."""
-
-    def introduction(self) -> list[str]:
-        return []
-
-    def chosen(self) -> dict[str, str]:
-        return {}
-
-    def due(self, run: Any) -> bool:
-        return False
-
-    def before_gradient(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:
-        return None
-
-    def before_update(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:
-        return None
-
-    def after_update(self, run: Any, point: Point) -> Values | None:
-        return None
-
-    def end_epoch(self) -> Values:
-        return {}
-
-    def enough(self) -> bool:
-        return False
-
-    def files(self, run: Any) -> dict[str, Any]:
-        return {}
-
-    def conclusion(self, run: Any) -> list[str]:
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

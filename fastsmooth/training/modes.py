@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
 from fastsmooth.noise import gradients
-from fastsmooth.noise.instrument import Asked, Idle, Instrument, Values
+from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.noise.online import NoiseTracker
 from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.tails import NoiseStatistics
@@ -46,7 +46,7 @@ class InstrumentParts(NamedTuple):
     ranks: Ranks
 
 
-class TrackNoise(Idle):
+class TrackNoise(Instrument):
     """--track-noise: C^2, the noise scale and delta of batches of the training, every so often."""
 
     name = "track"
@@ -118,7 +118,7 @@ class TrackNoise(Idle):
         self.tracker.load_state_dict(state)
 
 
-class Crossings(Idle):
+class Crossings(Instrument):
     """--mode critical: the update from which on the running mean of the gradient norm is at most
     each eps; critical.json has them."""
 
@@ -160,7 +160,8 @@ class Crossings(Idle):
         any update before, if there is one."""
         return -(-(self.record.ignore + 1) // self.every) * self.every
 
-    def files(self, run: Run) -> dict[str, Any]:
+    def crossings(self, run: Run) -> dict[str, Any]:
+        """The first crossing of every eps, None where there was none."""
         c, plan = run.config, run.plan
         crossings: dict[str, Any] = {}
         for eps, step in zip(c.eps, self.record.crossings(), strict=True):
@@ -172,6 +173,10 @@ class Crossings(Idle):
                 "censored": step == self.earliest > 1,
             }
             crossings[exact(eps)] = entry if step else None
+        return crossings
+
+    def files(self, run: Run) -> dict[str, Any]:
+        c = run.config
         about = {
             "criterion": c.criterion,
             "optimizer": c.optimizer,
@@ -185,13 +190,13 @@ class Crossings(Idle):
             "updates": run.update,
         }
         if self.full:
-            chunk = measuring.chunk_size(run, plan.schedule.start)
+            chunk = measuring.chunk_size(run, run.plan.schedule.start)
             about |= {"function": measuring.function_measured(run, chunk)}
-        return {"critical.json": about | {"crossings": crossings} | self.record.summary()}
+        return {"critical.json": about | {"crossings": self.crossings(run)} | self.record.summary()}
 
     def conclusion(self, run: Run) -> list[str]:
         lines = []
-        for eps, entry in self.files(run)["critical.json"]["crossings"].items():
+        for eps, entry in self.crossings(run).items():
             if entry is None:
                 lines.append(f"eps {eps}: not reached in {run.update:,} updates")
                 continue
@@ -212,7 +217,7 @@ class Crossings(Idle):
         self.all_crossed = state["all_crossed"]
 
 
-class Sampling(Idle):
+class Sampling(Instrument):
     """--mode sampling: the search-direction noise after each of --steps updates, in noise.json.
 
     A direction with momentum depends on the updates before it. So its noise is measured over
