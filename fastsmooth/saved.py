@@ -19,7 +19,7 @@ from torch import nn
 from fastsmooth import data, models
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
-from fastsmooth.cli.device import pick_device
+from fastsmooth.cli.device import compute_float32, pick_device
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data.order import in_order
 from fastsmooth.messages import one_line, warn
@@ -51,9 +51,7 @@ def ready_device(name: str) -> torch.device:
     keep_within_quota(torch)
     device = pick_device(name, torch)
     # TF32 would round the loss more coarsely than it rises
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's types lack it
-    conv.fp32_precision = "ieee"
+    compute_float32(torch, "ieee")
     return device
 
 

@@ -52,7 +52,7 @@ def carry_out(argv: list[str]) -> int:
         elif request.plan:
             print_plan(configs.resolve(request.given), request.json)
         elif request.doctor:
-            doctor.examine(configs.resolve(request.given), check_launch)
+            doctor.examine(configs.resolve(request.given))
         elif request.check_data:
             check_data.check(configs.resolve(request.given))
         else:

@@ -35,7 +35,7 @@ def failing(rows, holds):
     return [f"sm_{row['arch']} {row['kernel']} {row['case']}" for row in rows if not holds(row)]
 
 
-# --- the machine code
+# The machine code
 
 
 @needs_triton
@@ -120,7 +120,7 @@ def test_the_readme_has_the_table_that_the_program_prints(rows):
         )
 
 
-# --- reading it
+# Reading it
 
 LOOP = """
         /*0000*/                   LDC.64 R2, c[0x0][0x218] ;
@@ -196,7 +196,7 @@ def test_occupancy_is_that_of_the_scarcest_resource(arch, warps, registers, shar
     assert aot.occupancy(arch, warps, registers, shared) == (share, limit)
 
 
-# --- refusals
+# Refusals
 
 
 def refused(capsys, *argv):

@@ -47,7 +47,7 @@ def opened(pictures):
         source.close()
 
 
-# --- the cases
+# The cases
 
 
 def test_the_cases_are_those_that_are_documented():
@@ -66,7 +66,7 @@ def test_the_cases_are_those_that_are_documented():
         assert [v.name for v in pickle.loads(pickle.dumps(variants))] == ["originals"]
 
 
-# --- what the variants serve
+# What the variants serve
 
 
 @pytest.mark.parametrize("name, variant", BOTH)
@@ -180,7 +180,7 @@ def test_the_originals_transform_as_the_published_code_does(pictures):
     )
 
 
-# --- the report
+# The report
 
 
 def measured(seconds, laps, helpers_cpu=0.0, peak=0):

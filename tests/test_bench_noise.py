@@ -34,7 +34,7 @@ def made(case, variant, exact, dtype=torch.float64):
     return NormStep(case, variant, exact[case, dtype], dtype)
 
 
-# --- the cases
+# The cases
 
 
 def test_the_cases_are_those_that_are_documented(monkeypatch):
@@ -68,7 +68,7 @@ def test_the_cases_are_those_that_are_documented(monkeypatch):
         assert pickle.loads(pickle.dumps(variants))[0].args[0] == case
 
 
-# --- what the variants find
+# What the variants find
 
 
 @pytest.mark.parametrize("variant", bench_noise.NORMS)
@@ -138,7 +138,7 @@ def test_a_variant_that_is_wrong_ends_the_benchmark_before_anything_is_measured(
     )
 
 
-# --- the full gradient
+# The full gradient
 
 
 def test_our_full_gradient_is_that_of_the_mean_loss_over_all_images():
@@ -171,7 +171,7 @@ def test_the_originals_have_the_same_images_and_network_mode(training):
         assert originals.loader.multiprocessing_context.get_start_method() == "fork"
 
 
-# --- on a GPU
+# On a GPU
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
@@ -192,7 +192,7 @@ def test_on_a_gpu_the_cases_persample_have_longer_windows_there(monkeypatch):
     assert {c.device for c in measured} == {"cuda"} and {c.device for c in cases} == {"cpu"}
 
 
-# --- what a step holds, and the least that it must compute
+# What a step holds, and the least that it must compute
 
 
 class Holding:
@@ -235,7 +235,7 @@ def test_the_floor_is_what_a_hand_counts():
         )
 
 
-# --- the report
+# The report
 
 
 def test_the_report_says_what_each_variant_holds_and_why_one_is_missing(monkeypatch, capsys):

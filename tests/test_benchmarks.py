@@ -49,7 +49,7 @@ def measured(*seconds, foreign=0.0, peak=None):
     return Measured(1.0, windows)
 
 
-# --- medians, quiet windows, ratios
+# Medians, quiet windows, ratios
 
 
 def test_a_variants_time_is_the_median_of_its_windows():
@@ -120,7 +120,7 @@ def test_rounds_go_on_until_enough_windows_are_quiet_or_the_budget_is_spent():
     )
 
 
-# --- what the system says
+# What the system says
 
 
 def test_foreign_share_is_what_others_used_of_all_cores():
@@ -143,7 +143,7 @@ def test_the_cpu_time_of_child_processes_counts_while_they_live_and_when_they_ha
     assert 0.4 < alive < 5 and alive - 0.05 <= ended < 5
 
 
-# --- variants in their processes
+# Variants in their processes
 
 TOYS = """
 class Counting:
@@ -223,7 +223,7 @@ def test_a_variant_whose_result_is_wrong_ends_the_benchmark(toys, capfd):
         timing.measure([Variant("wrong", toys.Wrong, ("wrong",))], steps=1, rounds=1)
 
 
-# --- the report
+# The report
 
 
 def test_a_results_file_begins_with_machine_versions_commit_and_command(tmp_path, capsys):
@@ -259,7 +259,7 @@ def test_nothing_is_reported_while_the_tests_are_red(tmp_path, monkeypatch):
         timing.require_green(["test_green.py", "test_red.py"], said.append)
 
 
-# --- bench_train
+# Bench_train
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_a_folder_that_is_no_data_set_is_one_line(tmp_path):
     assert done.stderr.startswith("bench_train: ") and "Traceback" not in done.stderr
 
 
-# --- bench_kernels
+# Bench_kernels
 
 TINY_UPDATES = [UpdateCase("resnet8", form) for form in FORMS]
 TINY_NOISE = NoiseCase(5, 1000, steps=1)
@@ -543,7 +543,7 @@ def test_a_gpu_that_is_not_there_is_refused(capsys):
     assert "no GPU that PyTorch can use" in capsys.readouterr().err
 
 
-# --- gpu_check.sh
+# Gpu_check.sh
 
 
 def gpu_check(folder, nvidia_smi, **environment):

@@ -18,13 +18,12 @@ from fastsmooth.cli.config import (
     RESOLVED_ONCE,
     Config,
     fitted,
-    flag,
     idle,
     resolve,
     shown,
 )
 from fastsmooth.cli.facts import SETS
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.parse import as_before, parse, parser, read_saved, resumed
 from fastsmooth.runfolder.numbers import exact
 
@@ -86,7 +85,7 @@ def other(name, now):
     raise AssertionError(f"no other value for {name}")
 
 
-# --- flags
+# Flags
 
 
 def test_underscores_and_dashes_are_the_same():
@@ -184,7 +183,7 @@ def test_answers_come_before_torch_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-# --- refusals of a single flag
+# Refusals of a single flag
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "inf", "-inf", "Infinity", "1e999"])
@@ -310,7 +309,7 @@ def test_a_mistyped_command_line_is_answered_with_what_was_meant(argv, hint):
     assert hint in refusal(parse, argv)
 
 
-# --- refusals of combinations
+# Refusals of combinations
 
 
 @pytest.mark.parametrize(
@@ -372,7 +371,7 @@ def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
         assert getattr(resolve(enough), name) == value
 
 
-# --- what is filled in
+# What is filled in
 
 
 # data set: model, epochs, lr, batch, augmentation, pixels, steps, min_epochs, decay_epoch
@@ -622,7 +621,7 @@ def test_a_config_cannot_be_changed():
         config().lr = 1.0
 
 
-# --- TOML
+# TOML
 
 
 def toml(folder, content):
@@ -814,7 +813,7 @@ def test_a_run_finds_its_images_from_any_directory(tmp_path, monkeypatch):
         assert read_saved(run).data_dir == "images"
 
 
-# --- config.json and --resume
+# Config.json and --resume
 
 
 def save(folder, c):

@@ -64,7 +64,7 @@ def assert_as_exact_as_torch(found, exact, plain):
     assert distance(found, exact) <= max(2 * distance(plain, exact), roundings)
 
 
-# --- update
+# Update
 
 
 def tensors(dtype=torch.float32, form="shb", shapes=SHAPES):
@@ -248,7 +248,7 @@ def test_update_refuses_what_does_not_fit():
             update.update(params, grads, buffers, *rule(form))
 
 
-# --- persample_noise
+# Persample_noise
 
 
 def exact_noise(form, G, p, m, decay):
@@ -426,7 +426,7 @@ def test_persample_noise_refuses_what_does_not_fit():
             persample_noise.persample_noise(*arguments, *rule(form))
 
 
-# --- as operators of PyTorch
+# As operators of PyTorch
 
 
 def test_the_operators_are_registered_as_pytorch_expects():
@@ -492,7 +492,7 @@ def test_a_whole_training_step_compiles_once_for_every_lr_and_batch():
         assert distance(w, exact) < 1e-5
 
 
-# --- the choice of the implementation
+# The choice of the implementation
 
 
 def test_the_device_and_dtype_choose_the_implementation(monkeypatch):

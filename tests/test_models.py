@@ -117,7 +117,7 @@ def test_mobilenet_pads_its_stem_to_34_pixels_and_ends_at_5():
     assert x.shape == (2, 1280, 5, 5)
 
 
-# --- forward passes equal to independent ones
+# Forward passes equal to independent ones
 
 
 @pytest.mark.parametrize("name, size", [("resnet18", 16), ("resnet34", 8), ("resnet50", 8)])
@@ -226,7 +226,7 @@ def test_mobilenet_computes_the_published_stages():
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
-# --- group normalisation
+# Group normalisation
 
 
 @pytest.mark.parametrize("size", [8, 32])
@@ -279,7 +279,7 @@ def test_group_norm_is_refused_where_there_is_nothing_to_replace():
     assert "\n" not in str(refused.value)
 
 
-# --- other collections
+# Other collections
 
 
 def test_torchvision_networks_build_with_the_classes_asked_for():

@@ -50,7 +50,7 @@ def buffers(optimizer, params):
     return [optimizer.state[p]["momentum_buffer"] for p in params if p in optimizer.state]
 
 
-# --- torch.optim.SGD
+# Torch.optim.SGD
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -100,7 +100,7 @@ def test_shb_state_goes_on_in_torch_sgd_with_the_same_bits():
         assert equal(mine, theirs), step
 
 
-# --- the definitions
+# The definitions
 
 
 def plain_run(form, steps, lr, beta, nu, weight_decay, dtype=torch.float64):
@@ -191,7 +191,7 @@ def test_without_momentum_every_form_is_sgd(form):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 
 
-# --- changing the point
+# Changing the point
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -303,7 +303,7 @@ def test_step_returns_the_loss_of_its_closure():
     assert p.item() == 1
 
 
-# --- groups, norms, dtypes
+# Groups, norms, dtypes
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -345,7 +345,7 @@ def test_bfloat16_parameters_have_float32_momentum_that_small_gradients_move():
     )
 
 
-# --- state
+# State
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -392,7 +392,7 @@ def test_an_unknown_form_is_refused_with_what_may_have_been_meant(form, meant):
         NoisySGD(parameters(), form, 0.1)
 
 
-# --- noise at a frozen iterate
+# Noise at a frozen iterate
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.9])

@@ -60,7 +60,7 @@ def torch_lrs(make, epochs=EPOCHS):
     return lrs
 
 
-# --- the methods of P1
+# The methods of P1
 
 
 def test_the_solved_methods_are_those_of_the_papers():
@@ -264,7 +264,7 @@ def test_updates_without_the_partial_batch_use_whole_batches_alone():
     )
 
 
-# --- the degree of smoothing
+# The degree of smoothing
 
 
 # as published: batch -> delta of SGD, SHB, NSHB v3, NSHB v1 at lr 0.1, beta 0.9, ResNet-18
@@ -376,7 +376,7 @@ def test_batch_is_a_whole_number_and_delta_belongs_to_it(method, shifted):
             assert s.delta(p) == pytest.approx(by_hand, rel=1e-12)
 
 
-# --- the methods that solve for a target delta
+# The methods that solve for a target delta
 
 
 GOLDEN = {  # the original recursion at ResNet-18, b 128, power 0.9
@@ -579,7 +579,7 @@ def test_shifted_batch_ends_near_8192_from_any_start():
     assert momentum("lr-batch", batch=10_000)(199).batch_size == 10_000
 
 
-# --- how it is made
+# How it is made
 
 
 def test_a_schedule_has_the_defaults_of_the_command_line():
@@ -622,7 +622,7 @@ def test_what_no_schedule_can_be_made_of_is_refused_in_words(wrong, words):
         Schedule(**(right | wrong))
 
 
-# --- what a schedule costs
+# What a schedule costs
 
 
 def test_momentum_is_what_plain_bisection_finds_to_the_last_bit():
@@ -679,7 +679,7 @@ def test_stages_are_the_batches_of_all_epochs_without_solving_any(method, shifte
             s.largest_miss()
 
 
-# --- where a schedule cannot follow
+# Where a schedule cannot follow
 
 
 def test_largest_miss_finds_where_momentum_alone_saturates():

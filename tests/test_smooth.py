@@ -47,7 +47,7 @@ def expected(f, law, x, delta, shift=0.0):
     return float((f(x - delta * (u - shift)) * law.pdf(u) * weight * half).sum())
 
 
-# --- the noises
+# The noises
 
 
 @pytest.mark.parametrize("name", NOISES)
@@ -87,7 +87,7 @@ def test_dawsons_integral_and_the_pareto_function_hold_far_out():
     np.testing.assert_allclose(noises.pareto(t), exact, rtol=0, atol=2e-14)
 
 
-# --- smoothed functions
+# Smoothed functions
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -190,7 +190,7 @@ def test_two_dimensions():
     assert abs(found.values - other.values).max() < 4 * math.hypot(found.error, other.error)
 
 
-# --- graduated optimization
+# Graduated optimization
 
 
 PUBLISHED = {
@@ -312,7 +312,7 @@ def test_a_result_is_mean_deviation_and_n_of_every_round():
     )
 
 
-# --- the command line
+# The command line
 
 
 FEW_NOISES = ["--noise", "uniform", "levy", "--delta", "0", "0.5", "--points", "41"]
@@ -447,7 +447,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-# --- the figures
+# The figures
 
 
 def drawn(monkeypatch, draw, *args):

@@ -29,6 +29,7 @@ from fastsmooth.cli.flags import (
     device,
     duration,
     every,
+    flag,
     momentum,
     option,
     positive,
@@ -183,11 +184,6 @@ RESOLVED_ONCE = ("device", "loader", "compile", "kernels", "estimator")
 # result.
 FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity"}
 FREE_ON_RESUME |= {"data_dir", "workers"}
-
-
-def flag(name: str) -> str:
-    """The flag a person would type for a field: --batchsize, --lr."""
-    return "--batchsize" if name == "batch_size" else "--" + name.replace("_", "-")
 
 
 def check(c: Config) -> None:

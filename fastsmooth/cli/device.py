@@ -34,6 +34,12 @@ def pick_device(name: str, torch: ModuleType, precision: str = "fp32") -> torch.
     return torch.device(name)
 
 
+def compute_float32(torch: ModuleType, how: str) -> None:
+    """Multiply float32 numbers on an NVIDIA GPU in "ieee" float32 or in "tf32"."""
+    torch.backends.cuda.matmul.fp32_precision = how
+    torch.backends.cudnn.conv.fp32_precision = how
+
+
 def best(torch: ModuleType) -> str:
     if torch.cuda.is_available():
         return "cuda"

@@ -114,13 +114,13 @@ EXTRAS = (
 )
 
 
-def examine(c: Config, check_launch: Callable[[], None]) -> None:
+def examine(c: Config) -> None:
     """Print what a run of `c` finds here, a line each. Raises ConfigError where no run can be done.
 
     `check_launch()` refuses as a run does.
     """
     bad = []
-    for row in rows(c, check_launch):
+    for row in rows(c):
         show(f"{row.state:<4}  {row.name:<12} {row.text}", indent=19)
         if row.state == BAD:
             bad.append(row)
@@ -130,7 +130,7 @@ def examine(c: Config, check_launch: Callable[[], None]) -> None:
     show("a run can be done")
 
 
-def rows(c: Config, check_launch: Callable[[], None]) -> Iterator[Row]:
+def rows(c: Config) -> Iterator[Row]:
     """The lines of the report, each made when it is asked for."""
     yield Row("fastsmooth", f"{__version__} in {Path(__file__).parents[1]}")
     yield Row("python", f"{platform.python_version()}, {sys.executable}")
@@ -149,7 +149,7 @@ def rows(c: Config, check_launch: Callable[[], None]) -> Iterator[Row]:
     for package in EXTRAS:
         yield guarded(package.name, partial(extra, package, c, torch))
     yield guarded("processors", lambda: threads(torch))
-    yield launch(check_launch)
+    yield launch()
     if torch is not None:
         try:
             yield from devices(c, torch)
@@ -333,7 +333,7 @@ def threads(torch: ModuleType | None) -> Row:
     return Row("processors", text)
 
 
-def launch(check_launch: Callable[[], None]) -> Row:
+def launch() -> Row:
     """What a launcher such as torchrun has set."""
     said = [f"{name}={os.environ[name]}" for name in LAUNCH if name in os.environ]
     text = ", ".join(said) or "one process: no launcher has set WORLD_SIZE"

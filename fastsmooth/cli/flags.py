@@ -288,3 +288,8 @@ def toml_table(path: str, source: str) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{source}: not TOML: {error}") from None
+
+
+def flag(name: str) -> str:
+    """The flag a person would type for a field: --batchsize, --lr."""
+    return "--batchsize" if name == "batch_size" else "--" + name.replace("_", "-")

@@ -16,13 +16,21 @@ from fastsmooth.cli.config import (
     FREE_ON_RESUME,
     RESOLVED_ONCE,
     Config,
-    flag,
     resolve,
     shown,
     without_idle,
 )
 from fastsmooth.cli.facts import SETS
-from fastsmooth.cli.flags import ConfigError, Parser, json_table, plain, text, text_of, toml_table
+from fastsmooth.cli.flags import (
+    ConfigError,
+    Parser,
+    flag,
+    json_table,
+    plain,
+    text,
+    text_of,
+    toml_table,
+)
 from fastsmooth.messages import command
 from fastsmooth.runfolder.files import read_file, read_object
 

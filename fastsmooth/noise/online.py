@@ -125,11 +125,7 @@ class NoiseTracker:
         update, self.update = self.update, self.update + 1
         if self.estimator == "auto" and len(y) > 1:
             self.settle(x, y)
-        if point.batch_size < self.smallest_batch:
-            raise ValueError(
-                f"the {self.estimator} estimator needs batches of {self.smallest_batch} or more, "
-                f"not {point.batch_size}"
-            )
+        self.check_size(point.batch_size)
         if not self.due(update, self.epoch, len(y)):
             return None
         return self.measure(x, y, point, update, self.epoch)
@@ -143,6 +139,14 @@ class NoiseTracker:
         batch = x[:2], y[:2]
         chosen = choose_estimator(self.model, *batch, self.estimator, self.bn, self.loss)
         self.estimator, self.why = chosen
+
+    def check_size(self, size: int) -> None:
+        """Raises ValueError for a batch of too few samples."""
+        if size < self.smallest_batch:
+            raise ValueError(
+                f"the {self.estimator} estimator needs batches of {self.smallest_batch} or more, "
+                f"not {size}"
+            )
 
     @property
     def smallest_batch(self) -> int:
@@ -177,11 +181,7 @@ class NoiseTracker:
         size = size or len(y)
         if self.estimator == "auto":
             self.settle(x, y)
-        if size < self.smallest_batch:
-            raise ValueError(
-                f"the {self.estimator} estimator needs batches of {self.smallest_batch} or more, "
-                f"not {size}"
-            )
+        self.check_size(size)
         if size > self.n:
             raise ValueError(f"a batch of {size} samples, where the training set has {self.n}")
         with gradients.undisturbed(self.model, self.bn):

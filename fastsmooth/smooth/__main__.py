@@ -18,12 +18,12 @@ from argparse import SUPPRESS
 from pathlib import Path
 
 from fastsmooth.cli import flags as flag_types
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.messages import DONE, command, end_with, exit_code, show
 from fastsmooth.runfolder.write import RunFolderError, refusing
 from fastsmooth.smooth.noises import NOISES
 from fastsmooth.smooth.objectives import OBJECTIVES, SCHEDULES
-from fastsmooth.smooth.request import Request, check, check_unused, flag
+from fastsmooth.smooth.request import Request, check, check_unused
 
 
 def parser() -> flag_types.Parser:

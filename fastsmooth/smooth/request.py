@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.smooth.noises import NOISES
 from fastsmooth.smooth.objectives import OBJECTIVES, SCHEDULES
 from fastsmooth.smooth.smoothing import REACH
@@ -80,10 +80,6 @@ def check(r: Request, given: dict[str, Any]) -> None:
         raise ConfigError(
             f"--delta-last {r.delta_last:g} exceeds --delta-first {r.delta_first:g}: delta falls"
         )
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def check_unused(out: Path) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli import parse as parsing
-from fastsmooth.cli.config import FIELDS, flag
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.config import FIELDS
+from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.messages import command
 from fastsmooth.runfolder.numbers import LARGEST
 from fastsmooth.runfolder.write import refusing

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fastsmooth.cli import config as configs
-from fastsmooth.cli.config import flag
+from fastsmooth.cli.flags import flag
 from fastsmooth.messages import Harmless, note, on_terminal, printable, say
 from fastsmooth.runfolder.files import size_of
 from fastsmooth.runfolder.numbers import deviation as deviation_of

@@ -16,7 +16,7 @@ from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import pick_device
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import DataError
 from fastsmooth.messages import one_line, warn
@@ -31,7 +31,6 @@ from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, che
 from fastsmooth.training import device as machine
 from fastsmooth.training import syncnorm
 from fastsmooth.training.clock import Clock
-from fastsmooth.training.device import choose_kernels, device_name, set_numerics
 from fastsmooth.training.loop import FORMAT, Run
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
 from fastsmooth.training.plan import Plan, make_plan, notes
@@ -65,7 +64,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
         # before their first use, which would warn in other words
-        kernels = choose_kernels(c, device)
+        kernels = machine.choose_kernels(c, device)
         read, decided = data.read_set(c), ""
         if not c.image_size:
             side = data.usual_side(read)
@@ -78,7 +77,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         check_batch(c, len(images.train), ranks.world)
         plan = make_plan(c, len(images.train))
         c = plan.config
-        set_numerics(c, plan.schedule)
+        machine.set_numerics(c, plan.schedule)
         torch.manual_seed(c.seed)
         model = models.build(c.model, images.classes, c.norm).to(device)
         model = model.to(memory_format=torch.channels_last)
@@ -91,9 +90,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         optimizer = NoisySGD(
             model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
         )
-        made = [
-            make(InstrumentParts(plan, model, optimizer, images, ranks)) for make in INSTRUMENTS
-        ]
+        parts = InstrumentParts(plan, model, optimizer, images, ranks)
+        made = [make(parts) for make in INSTRUMENTS]
         instruments = [instrument for instrument in made if instrument is not None]
     # SyncBatchNorm's exchange would cut the graph at every layer
     compiled = c.compile == "on" or (
@@ -152,7 +150,7 @@ def begin(run: Run, state: State | None, decided: str) -> None:
                 "interrupted"
             )
     run.begun = True
-    name = device_name(run.device) if ranks.world == 1 else f"{ranks.world} processes"
+    name = machine.device_name(run.device) if ranks.world == 1 else f"{ranks.world} processes"
     run.progress = Progress(
         c.epochs,
         plan.samples_at_first,
@@ -175,7 +173,7 @@ def as_it_began(c: Config, before: dict[str, Any]) -> Iterator[None]:
         names = (
             name for name in configs.RESOLVED_ONCE if getattr(c, name) == "auto" and name in before
         )
-        if any(str(error).startswith(f"{configs.flag(name)} {before[name]}") for name in names):
+        if any(str(error).startswith(f"{flag(name)} {before[name]}") for name in names):
             raise ConfigError(
                 f"{error} (the run began so: if you name another, it ends in other bits)"
             ) from None
@@ -247,10 +245,9 @@ def check_alike(
     for name, first in choices[0].items():
         other = next((rank for rank, found in enumerate(choices) if found[name] != first), None)
         if other is not None:
-            flag = configs.flag(name)
             raise ConfigError(
-                f"process {other} has {flag} {choices[other][name]}, process 0 {first}: give "
-                f"{flag} yourself"
+                f"process {other} has {flag(name)} {choices[other][name]}, process 0 {first}: give "
+                f"{flag(name)} yourself"
             )
     weights = sum(p.detach().cpu().double().sum().item() for p in model.parameters())
     for what, values in (

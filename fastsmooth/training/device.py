@@ -16,8 +16,9 @@ import torch
 import torchvision
 
 from fastsmooth import __version__
-from fastsmooth.cli.config import RESOLVED_ONCE, Config, flag
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.config import RESOLVED_ONCE, Config
+from fastsmooth.cli.device import compute_float32
+from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.kernels import backend
 from fastsmooth.messages import warn
 from fastsmooth.processors import THREADS, processors
@@ -46,10 +47,7 @@ def choose_kernels(c: Config, device: torch.device) -> str:
 
 def set_numerics(c: Config, schedule: Schedule) -> None:
     """PyTorch's settings for the precision and the repeatability that the flags ask for."""
-    tf32 = c.precision == "tf32"
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's types lack it
-    conv.fp32_precision = "tf32" if tf32 else "ieee"
+    compute_float32(torch, "tf32" if c.precision == "tf32" else "ieee")
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from fastsmooth.cli import config as configs
 from fastsmooth.cli.config import Config
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.messages import show
 from fastsmooth.schedule import SOLVED, Schedule, memory, updates_of
 from fastsmooth.terminal import Table, columns
@@ -82,8 +82,9 @@ class Plan:
 
     def spent(self, updates: int, samples: int) -> bool:
         """Whether the --budget is used up, which ends the last epoch early."""
-        unit, amount = self.config.limit or ("epochs", 0)
-        return {"updates": updates, "samples": samples, "epochs": -1}[unit] >= amount
+        unit, amount = self.config.limit or ("epochs", self.config.epochs)
+        done = {"updates": updates, "samples": samples}
+        return unit in done and done[unit] >= amount
 
     def epochs(self) -> Iterator[tuple[int, int]]:
         """(updates, samples) of every epoch that the run begins: to its last, to the end of
@@ -279,7 +280,7 @@ def units(c: Config) -> list[str]:
     if not c.assumed:
         return []
     ones = " = ".join([*c.assumed, "1"])
-    flags = " and ".join(map(configs.flag, c.assumed))
+    flags = " and ".join(map(flag, c.assumed))
     unit = f"in units of C ({ones})" if c.assumed == ("c2",) else f"computed with {ones}"
     return [
         f"delta is {unit}: none is published for {configs.setting_of(c)}: give {flags} (--mode "
