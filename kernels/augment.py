@@ -9,6 +9,9 @@ the crop of an image with a black border:
 
 and the value v of channel c becomes table[c, v], which is whatever normalisation the table was made
 with, bit for bit.
+
+A launch needs no number from the host: which images it takes, it reads from an order and a cursor
+on the device, and their labels come with them. So a CUDA graph may hold it.
 """
 
 from __future__ import annotations
@@ -46,13 +49,25 @@ def sources_ref(moves: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def augment_ref(
-    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor
+    pixels: Tensor,
+    rows: Tensor | None,
+    moves: Tensor | None,
+    table: Tensor,
+    out: Tensor,
+    cursor: Tensor | None = None,
+    labels: Tensor | None = None,
+    out_labels: Tensor | None = None,
 ) -> Tensor:
-    """As `augment`, in plain PyTorch, into `out` [B, S, S, 3]."""
+    """As `augment`, in plain PyTorch, into `out` [B, S, S, 3] and `out_labels`; operators alone,
+    none of which waits for a value."""
     count, size = out.shape[:2]
     if rows is not None:
+        if cursor is not None:
+            rows = rows.index_select(0, cursor + torch.arange(count, device=rows.device))
         pixels = pixels.index_select(0, rows)
         moves = None if moves is None else moves.index_select(0, rows)
+    if labels is not None and out_labels is not None:
+        out_labels.copy_(labels if rows is None else labels.index_select(0, rows))
     values = pixels.reshape(count, size * size, 3)
     if moves is not None:
         index, inside = sources_ref(moves, size)
@@ -71,21 +86,32 @@ if triton:
     @triton.jit
     def _augment_kernel(  # type: ignore[no-untyped-def]  # compiled by Triton
         pixels,  # uint8 [N, S, S, 3]
-        rows,  # int64 [B]: which of the N; not read without INDEXED
+        rows,  # int64 [n]: which of the N; not read without INDEXED
         moves,  # int32 [N, 8]; not read without MOVED
-        table,  # float32 [3, 256]
-        out,  # float32 [B, S, S, 3]
+        table,  # float32 or bfloat16 [3, 256]
+        out,  # as the table [B, S, S, 3]
+        cursor,  # int64: where in rows the B begin; not read without SHIFTED
+        labels,  # int64 [N]; not read without LABELLED
+        out_labels,  # int64 [B]
         size,
         INDEXED: tl.constexpr,
         MOVED: tl.constexpr,
+        SHIFTED: tl.constexpr,
+        LABELLED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        image = tl.program_id(1).to(tl.int64)
+        values = size * size * 3
+        blocks = tl.cdiv(values, BLOCK)
+        image = (tl.program_id(0) // blocks).to(tl.int64)
+        block = tl.program_id(0) % blocks
         stored = image
         if INDEXED:
+            if SHIFTED:
+                rows += tl.load(cursor)
             stored = tl.load(rows + image)
-        values = size * size * 3
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        if LABELLED:
+            tl.store(out_labels + image, tl.load(labels + stored), mask=block == 0)
+        at = block * BLOCK + tl.arange(0, BLOCK)
         mask = at < values
         channel, pixel = at % 3, at // 3
         inside = mask
@@ -109,16 +135,27 @@ if triton:
 
 
 def _augment_triton(
-    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor
+    pixels: Tensor,
+    rows: Tensor | None,
+    moves: Tensor | None,
+    table: Tensor,
+    out: Tensor,
+    cursor: Tensor | None = None,
+    labels: Tensor | None = None,
+    out_labels: Tensor | None = None,
 ) -> Tensor:
     count, size = out.shape[:2]
+    given = [t is not None for t in (rows, moves, cursor, labels)]
+    # an unused pointer is any tensor
+    rows, moves, cursor, labels, out_labels = (
+        table if t is None else t for t in (rows, moves, cursor, labels, out_labels)
+    )
+    # along one axis: the others end at 65,535
+    grid = (count * triton.cdiv(size * size * 3, BLOCK),)
     with torch.cuda.device_of(out):  # Triton launches on the current device
-        # an unused pointer is any tensor
-        _augment_kernel[(triton.cdiv(size * size * 3, BLOCK), count)](
-            pixels, table if rows is None else rows, table if moves is None else moves, table, out,
-            size,
-            rows is not None, moves is not None, BLOCK,
-        )  # fmt: skip
+        _augment_kernel[grid](
+            pixels, rows, moves, table, out, cursor, labels, out_labels, size, *given, BLOCK
+        )
     return out
 
 
@@ -128,16 +165,23 @@ PER_THREAD = 16  # images of 32 x 32 pixels, below which another thread costs mo
 
 
 def _augment_native(
-    pixels: Tensor, rows: Tensor | None, moves: Tensor | None, table: Tensor, out: Tensor
+    pixels: Tensor,
+    rows: Tensor | None,
+    moves: Tensor | None,
+    table: Tensor,
+    out: Tensor,
+    cursor: Tensor | None = None,
+    labels: Tensor | None = None,
+    out_labels: Tensor | None = None,
 ) -> Tensor:
     count, size = out.shape[:2]
     threads = max(1, min(torch.get_num_threads(), count * size * size // (PER_THREAD * 1024)))
-    pixels_at, rows_at, moves_at, table_at, out_at = (
+    addresses = (
         ctypes.c_void_p(None if t is None else t.data_ptr())
-        for t in (pixels, rows, moves, table, out)
+        for t in (pixels, rows, moves, table, cursor, labels, out, out_labels)
     )
     sizes = ctypes.c_int64(count), ctypes.c_int64(size)
-    native.function("augment")(*sizes, pixels_at, rows_at, moves_at, table_at, threads, out_at)
+    native.function("augment", table.dtype)(*sizes, threads, *addresses)
     return out
 
 
@@ -150,42 +194,54 @@ def augment(
     moves: Tensor | None,
     table: Tensor,
     out: Tensor | None = None,
+    cursor: Tensor | None = None,
+    labels: Tensor | None = None,
+    out_labels: Tensor | None = None,
 ) -> Tensor:
-    """The images `rows` of `pixels`, moved and normalised: float32 [B, S, S, 3].
+    """The images `rows` of `pixels`, moved and normalised: [B, S, S, 3] of the table's dtype.
 
     Args:
         pixels: uint8 [N, S, S, 3], S at most 1024.
-        rows: int64 [B], which of the N images; None for all in order.
+        rows: int64 [B], which of the N images; None for all in order. With a cursor int64 [n], n at
+            least B, which is the length of `out` then.
         moves: int32 [N, 8], a row a stored image as COLUMNS says; None leaves the images as stored.
-        table: float32 [3, 256], what a channel's value becomes.
-        out: float32 [B, S, S, 3], contiguous, written and returned; None for a new tensor.
+        table: float32 or bfloat16 [3, 256], what a channel's value becomes.
+        out: [B, S, S, 3] of the table's dtype, contiguous, written and returned; None for a new
+            tensor.
+        cursor: int64, 0-d: the images are rows[cursor : cursor + B]. Its value is read on the
+            device, when the kernel runs. Needs `rows` and `out`.
+        labels: int64 [N], a number of each stored image.
+        out_labels: int64 [B], to which the numbers of the B images are written. Given with
+            `labels`, or not at all.
 
-    All on one device. Raises ValueError for tensors that do not belong together; indices are not
-    checked.
+    All on one device. Raises ValueError for tensors that do not belong together; indices and the
+    cursor's value are not checked.
     """
+    if cursor is not None and (rows is None or out is None):
+        raise ValueError("a cursor needs rows and out")
+    if (labels is None) != (out_labels is None):
+        raise ValueError("labels and out_labels are given together")
     size = pixels.shape[1] if pixels.ndim == 4 else 0
-    count = len(pixels) if rows is None else len(rows)
-    expected: list[tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]] = [
+    available = count = len(pixels) if rows is None else len(rows)
+    if cursor is not None and out is not None:
+        count = len(out)
+        available = max(available, count)
+    dtype = torch.bfloat16 if table.dtype == torch.bfloat16 else torch.float32
+    backend.check_tensors(
+        pixels.device,
         ("pixels", pixels, torch.uint8, (len(pixels), size, size, 3)),
-        ("rows", rows, torch.int64, (count,)),
+        ("table", table, dtype, (3, 256)),
+        ("out", out, dtype, (count, size, size, 3)),
+        ("rows", rows, torch.int64, (available,)),
         ("moves", moves, torch.int32, (len(pixels), COLUMNS)),
-        ("table", table, torch.float32, (3, 256)),
-        ("out", out, torch.float32, (count, size, size, 3)),
-    ]
-    for name, tensor, dtype, shape in expected:
-        if tensor is None:
-            continue
-        kind = (tensor.dtype, tensor.shape, tensor.device)
-        if kind != (dtype, shape, pixels.device) or not tensor.is_contiguous():
-            strides = "" if tensor.is_contiguous() else ", not contiguous"
-            raise ValueError(
-                f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}{strides}: "
-                f"wanted contiguous {list(shape)} of {dtype} on {pixels.device}"
-            )
+        ("cursor", cursor, torch.int64, ()),
+        ("labels", labels, torch.int64, (len(pixels),)),
+        ("out_labels", out_labels, torch.int64, (count,)),
+    )
     if out is None:
-        out = torch.empty(count, size, size, 3, device=pixels.device)
+        out = torch.empty(count, size, size, 3, dtype=dtype, device=pixels.device)
     if not out.numel():
         return out
-    return IMPLEMENTATIONS[backend.choose(pixels.device, torch.float32)](
-        pixels, rows, moves, table, out
+    return IMPLEMENTATIONS[backend.choose(pixels.device, dtype)](
+        pixels, rows, moves, table, out, cursor, labels, out_labels
     )

@@ -66,6 +66,38 @@ def scalar(value: float, device: torch.device) -> Tensor:
     )
 
 
+def check_tensors(
+    device: torch.device, *expected: tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]
+) -> None:
+    """Raises ValueError for the first tensor, of name, tensor, dtype and shape, that is not
+    contiguous on the device and of these; None passes."""
+    for name, tensor, dtype, shape in expected:
+        if tensor is None:
+            continue
+        kind = (tensor.dtype, tensor.shape, tensor.device)
+        if kind != (dtype, shape, device) or not tensor.is_contiguous():
+            strides = "" if tensor.is_contiguous() else ", not contiguous"
+            raise ValueError(
+                f"{name} {list(tensor.shape)} of {tensor.dtype} on {tensor.device}{strides}: "
+                f"wanted contiguous {list(shape)} of {dtype} on {device}"
+            )
+
+
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor [...] of the CPU on a device; the processor does not wait until it is there."""
+    return pinned(host, device).to(device, non_blocking=True)
+
+
+def pinned(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor [...] of the CPU where the device can fetch it while the processor goes on."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on this device goes into a CUDA graph, and does not run now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def custom_op(
     name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:

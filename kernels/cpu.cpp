@@ -66,83 +66,23 @@ inline A move(const Rule<A>& rule, T* p, A* m, A g) {
 
 constexpr int64_t SHORT = 256;  // squares are summed in A over so many values, then in double: few enough to lose nothing
 
-// update -------------------------------------------------------------------------------------------------------------
+// A block of n columns of a matrix whose row i begins at row(i), and what moves along its mean.
 
-constexpr int64_t UPDATE_CHUNK = 1 << 15;
-
-struct Chunk {
-    int64_t tensor, start, end;
-};
-
-template <int kind, bool decayed, class T, class A>
-void update_chunk(const Rule<A>& rule, T* p, const T* g, A* m, int64_t n, double* sums) {
-    for (int64_t start = 0; start < n; start += SHORT) {
-        A gg = 0, mm = 0;
-#pragma omp simd reduction(+ : gg, mm)
-        for (int64_t i = start; i < std::min(n, start + SHORT); ++i) {
-            A slope = load(g[i]), direction = move<kind, decayed>(rule, p + i, kind == PLAIN ? nullptr : m + i, slope);
-            gg += slope * slope;
-            if (kind != PLAIN || decayed) mm += direction * direction;
-        }
-        sums[0] += double(gg);
-        sums[1] += double(kind != PLAIN || decayed ? mm : gg);
-    }
-}
-
-template <class T>
-void update(int64_t tensors, const int64_t* sizes, void* const* ps, void* const* gs, void* const* ms, int kind,
-            const double* const* scalars, int threads, double* out) {
-    using A = typename Wide<T>::type;
-    std::vector<Chunk> chunks;
-    for (int64_t t = 0; t < tensors; ++t)
-        for (int64_t start = 0; start < sizes[t]; start += UPDATE_CHUNK)
-            chunks.push_back({t, start, std::min(sizes[t], start + UPDATE_CHUNK)});
-    std::vector<double> sums(2 * chunks.size());
-    const Rule<A> rule(scalars);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t c = 0; c < int64_t(chunks.size()); ++c) {
-        const Chunk& at = chunks[c];
-        T* p = static_cast<T*>(ps[at.tensor]) + at.start;
-        const T* g = static_cast<const T*>(gs[at.tensor]) + at.start;
-        A* m = kind == PLAIN ? nullptr : static_cast<A*>(ms[at.tensor]) + at.start;
-        int64_t n = at.end - at.start;
-        double* to = &sums[2 * c];
-#define CASE(F)                                                              \
-    case F:                                                                  \
-        rule.decay != 0 ? update_chunk<F, true>(rule, p, g, m, n, to)        \
-                        : update_chunk<F, false>(rule, p, g, m, n, to);      \
-        break;
-        switch (kind) { CASE(PLAIN) CASE(BUFFER) CASE(MIXED) }
-#undef CASE
-    }
-    out[0] = out[1] = 0;
-    for (size_t c = 0; c < chunks.size(); ++c) {
-        out[0] += sums[2 * c];
-        out[1] += sums[2 * c + 1];
-    }
-}
-
-// persample_noise ----------------------------------------------------------------------------------------------------
-
-constexpr int64_t NOISE_CHUNKS = 128;        // at most: how many threads have work
-constexpr int64_t CACHED = 192 * 1024 / 4;   // values of G that stay in a core's cache between their two uses
-constexpr int64_t NARROW = 256;              // columns of a block at least: rows lie far apart, and each costs a start
-
-// The mean of the block's rows in two parts: `near`, rounded to A, and the `rest` that the rounding left over.
-template <class G, class A>
-void block_mean(const G* g, int64_t rows, int64_t stride, int64_t n, double* total, A* near, A* rest) {
+// The mean of the rows in two parts: `near`, rounded to A, and the `rest` that the rounding left over.
+template <class Row, class A>
+void block_mean(Row row, int64_t rows, int64_t n, double* total, A* near, A* rest) {
     std::fill(total, total + n, 0.0);
     int64_t i = 0;
     for (; i + 4 <= rows; i += 4) {
-        const G *a = g + i * stride, *b = a + stride, *c = b + stride, *d = c + stride;
+        const auto *a = row(i), *b = row(i + 1), *c = row(i + 2), *d = row(i + 3);
 #pragma omp simd
         for (int64_t k = 0; k < n; ++k)
             total[k] += (double(load(a[k])) + double(load(b[k]))) + (double(load(c[k])) + double(load(d[k])));
     }
     for (; i < rows; ++i) {
-        const G* row = g + i * stride;
+        const auto* a = row(i);
 #pragma omp simd
-        for (int64_t k = 0; k < n; ++k) total[k] += load(row[k]);
+        for (int64_t k = 0; k < n; ++k) total[k] += load(a[k]);
     }
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
@@ -183,6 +123,96 @@ void move_block(const Rule<A>& rule, const A* near, const A* rest, T* p, A* m, i
     sums[2] += gm;
 }
 
+// update -------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t UPDATE_CHUNK = 1 << 15;
+constexpr int MOST_PARTS = 8;  // as in update.py
+
+struct Chunk {
+    int64_t tensor, start, end;
+};
+
+template <int kind, bool decayed, class T, class A>
+void update_chunk(const Rule<A>& rule, T* p, const T* g, A* m, int64_t n, double* sums) {
+    for (int64_t start = 0; start < n; start += SHORT) {
+        A gg = 0, mm = 0;
+#pragma omp simd reduction(+ : gg, mm)
+        for (int64_t i = start; i < std::min(n, start + SHORT); ++i) {
+            A slope = load(g[i]), direction = move<kind, decayed>(rule, p + i, kind == PLAIN ? nullptr : m + i, slope);
+            gg += slope * slope;
+            if (kind != PLAIN || decayed) mm += direction * direction;
+        }
+        sums[0] += double(gg);
+        sums[1] += double(kind != PLAIN || decayed ? mm : gg);
+    }
+}
+
+constexpr int64_t UPDATE_BLOCK = 1024;  // values of K gradients that stay in a core's cache between their uses
+
+// The same along the mean of K gradients; sums: also of the K deviations^2 and the K gradients^2.
+template <int kind, bool decayed, class T, class A>
+void mean_chunk(const Rule<A>& rule, T* p, const T* const* gs, int K, A* m, int64_t n, double* sums) {
+    double total[UPDATE_BLOCK], moved[3] = {};
+    A near[UPDATE_BLOCK], rest[UPDATE_BLOCK];
+    for (int64_t start = 0; start < n; start += UPDATE_BLOCK) {
+        const int64_t size = std::min(n - start, UPDATE_BLOCK);
+        block_mean([&](int64_t k) { return gs[k] + start; }, K, size, total, near, rest);
+        for (int k = 0; k < K; ++k) row_sums(gs[k] + start, near, rest, size, sums + 2 + k, sums + 2 + K + k);
+        move_block<kind, decayed>(rule, near, rest, p + start, kind == PLAIN ? nullptr : m + start, size, moved);
+    }
+    sums[0] = moved[0];
+    sums[1] = moved[1];
+}
+
+template <int kind, bool decayed, class T, class A>
+void parts_chunk(const Rule<A>& rule, T* p, const T* const* gs, int K, A* m, int64_t n, double* sums) {
+    if (K == 1) return update_chunk<kind, decayed>(rule, p, gs[0], m, n, sums);
+    mean_chunk<kind, decayed>(rule, p, gs, K, m, n, sums);
+}
+
+// rows [tensors, 3 + K]: parameters, addresses of p, of m and of K gradients. sums [2]: of slope^2, of direction^2;
+// noises [2 K], with K > 1: of the K deviations^2, of the K gradients^2.
+template <class T>
+void update(int64_t tensors, int K, const int64_t* rows, int kind, const double* const* scalars, int threads,
+            double* sums, double* noises) {
+    using A = typename Wide<T>::type;
+    std::vector<Chunk> chunks;
+    for (int64_t t = 0; t < tensors; ++t)
+        for (int64_t start = 0, size = rows[t * (3 + K)]; start < size; start += UPDATE_CHUNK)
+            chunks.push_back({t, start, std::min(size, start + UPDATE_CHUNK)});
+    const int width = K == 1 ? 2 : 2 + 2 * K;
+    std::vector<double> found(width * chunks.size());
+    const Rule<A> rule(scalars);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t c = 0; c < int64_t(chunks.size()); ++c) {
+        const Chunk& at = chunks[c];
+        const int64_t* row = rows + at.tensor * (3 + K);
+        T* p = reinterpret_cast<T*>(row[1]) + at.start;
+        A* m = kind == PLAIN ? nullptr : reinterpret_cast<A*>(row[2]) + at.start;
+        const T* gs[MOST_PARTS];
+        for (int k = 0; k < K; ++k) gs[k] = reinterpret_cast<const T*>(row[3 + k]) + at.start;
+        int64_t n = at.end - at.start;
+        double* to = &found[width * c];
+#define CASE(F)                                                                   \
+    case F:                                                                       \
+        rule.decay != 0 ? parts_chunk<F, true>(rule, p, gs, K, m, n, to)          \
+                        : parts_chunk<F, false>(rule, p, gs, K, m, n, to);        \
+        break;
+        switch (kind) { CASE(PLAIN) CASE(BUFFER) CASE(MIXED) }
+#undef CASE
+    }
+    std::fill(sums, sums + 2, 0.0);
+    if (K > 1) std::fill(noises, noises + 2 * K, 0.0);
+    for (size_t c = 0; c < chunks.size(); ++c)
+        for (int j = 0; j < width; ++j) (j < 2 ? sums[j] : noises[j - 2]) += found[width * c + j];
+}
+
+// persample_noise ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t NOISE_CHUNKS = 128;        // at most: how many threads have work
+constexpr int64_t CACHED = 192 * 1024 / 4;   // values of G that stay in a core's cache between their two uses
+constexpr int64_t NARROW = 256;              // columns of a block at least: rows lie far apart, and each costs a start
+
 template <class G, class T>
 void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, void* ms, int kind,
                      const double* const* scalars, int threads, double* noise, double* squares, double* out) {
@@ -201,7 +231,7 @@ void persample_noise(int64_t rows, int64_t columns, const void* gs, void* ps, vo
         for (int64_t b = c * per_chunk; b < std::min(blocks, (c + 1) * per_chunk); ++b) {
             const int64_t start = b * block, n = std::min(block, columns - start);
             const G* g = static_cast<const G*>(gs) + start;
-            block_mean(g, rows, columns, n, total.data(), near.data(), rest.data());
+            block_mean([&](int64_t i) { return g + i * columns; }, rows, n, total.data(), near.data(), rest.data());
             for (int64_t i = 0; i < rows; ++i)
                 row_sums(g + i * columns, near.data(), rest.data(), n, to + i, to + rows + i);
             T* p = static_cast<T*>(ps) + start;
@@ -570,19 +600,23 @@ void affine_grads(int64_t batch, int64_t pixels, int64_t channels, int64_t share
 
 // augment ------------------------------------------------------------------------------------------------------------
 
-// out[i] is image rows[i] (or i) of pixels [N, size, size, 3], moved by its 8 numbers in `moves`, if there are any, and its
-// values looked up in table [3][256]; augment.py says what the numbers are.
-void augment(int64_t count, int64_t size, const uint8_t* pixels, const int64_t* rows, const int32_t* moves,
-             const float* table, int threads, float* out) {
+// out[i] is image rows[cursor + i] (rows[i], or i) of pixels [N, size, size, 3], moved by its 8 numbers in `moves`, if
+// there are any, and its values looked up in table [3][256]; augment.py says what the numbers are. out_labels[i] is that
+// image's label.
+template <class T>
+void augment(int64_t count, int64_t size, int threads, const uint8_t* pixels, const int64_t* rows, const int32_t* moves,
+             const T* table, const int64_t* cursor, const int64_t* labels, T* out, int64_t* out_labels) {
     static const uint8_t black[3] = {0, 0, 0};
-    const float *red = table, *green = table + 256, *blue = table + 512;
+    const T *red = table, *green = table + 256, *blue = table + 512;
+    if (cursor) rows += *cursor;
     const uint32_t edge = uint32_t(size);
     int64_t values = size * size * 3;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; ++i) {
         const int64_t stored = rows ? rows[i] : i;
         const uint8_t* image = pixels + stored * values;
-        float* to = out + i * values;
+        T* to = out + i * values;
+        if (labels) out_labels[i] = labels[stored];
         if (!moves) {
             for (int64_t at = 0; at < values; at += 3) {
                 to[at] = red[image[at]], to[at + 1] = green[image[at + 1]], to[at + 2] = blue[image[at + 2]];
@@ -603,12 +637,31 @@ void augment(int64_t count, int64_t size, const uint8_t* pixels, const int64_t* 
     }
 }
 
+// tally --------------------------------------------------------------------------------------------------------------
+
+// Takes one more update into reals [4] and counts [6]; tally.py says what they are.
+void tally(int64_t parts, int64_t count, int64_t taken, const double* norms, double loss, int64_t correct, double* reals,
+           int64_t* counts, int64_t* cursor) {
+    double gg = 0, mm = 0;
+    for (int64_t i = 0; i < parts; ++i) gg += norms[2 * i], mm += norms[2 * i + 1];
+    for (int sums = 0; sums < 2; ++sums) {
+        reals[sums] += loss * double(count);
+        counts[2 * sums] += correct;
+        counts[2 * sums + 1] += count;
+    }
+    reals[2] = gg, reals[3] = mm;
+    int64_t &updates = counts[4], &bad = counts[5];
+    ++updates;
+    if (!bad && !std::isfinite(loss + (gg + mm))) bad = updates;
+    if (cursor) *cursor += taken;
+}
+
 }  // namespace
 
-#define UPDATE(NAME, T)                                                                                         \
-    extern "C" void NAME(int64_t tensors, const int64_t* sizes, void* const* p, void* const* g, void* const* m, \
-                         int kind, const double* const* scalars, int threads, double* out) {                    \
-        update<T>(tensors, sizes, p, g, m, kind, scalars, threads, out);                                        \
+#define UPDATE(NAME, T)                                                                                      \
+    extern "C" void NAME(int64_t tensors, int K, const int64_t* rows, int kind, const double* const* scalars, \
+                         int threads, double* sums, double* noises) {                                        \
+        update<T>(tensors, K, rows, kind, scalars, threads, sums, noises);                                   \
     }
 UPDATE(update_float32, float)
 UPDATE(update_float64, double)
@@ -645,7 +698,20 @@ CONV(conv_noise_float64, double)
 AFFINE(affine_grads_float32, float)
 AFFINE(affine_grads_float64, double)
 
-extern "C" void augment(int64_t count, int64_t size, const void* pixels, const int64_t* rows, const int32_t* moves,
-                        const float* table, int threads, void* out) {
-    augment(count, size, static_cast<const uint8_t*>(pixels), rows, moves, table, threads, static_cast<float*>(out));
-}
+#define AUGMENT(NAME, T)                                                                                             \
+    extern "C" void NAME(int64_t count, int64_t size, int threads, const void* pixels, const int64_t* rows,           \
+                         const int32_t* moves, const void* table, const int64_t* cursor, const int64_t* labels,       \
+                         void* out, int64_t* out_labels) {                                                            \
+        augment<T>(count, size, threads, static_cast<const uint8_t*>(pixels), rows, moves,                            \
+                   static_cast<const T*>(table), cursor, labels, static_cast<T*>(out), out_labels);                   \
+    }
+AUGMENT(augment_float32, float)
+AUGMENT(augment_bfloat16, bfloat16)
+
+#define TALLY(NAME, T)                                                                                                \
+    extern "C" void NAME(int64_t parts, int64_t count, int64_t taken, const double* norms, const T* loss,             \
+                         const int64_t* correct, double* reals, int64_t* counts, int64_t* cursor) {                   \
+        tally(parts, count, taken, norms, double(*loss), *correct, reals, counts, cursor);                            \
+    }
+TALLY(tally_float32, float)
+TALLY(tally_float64, double)

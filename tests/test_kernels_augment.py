@@ -2,25 +2,20 @@
 images."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from implementations import DEVICE, every_implementation, needs_cxx, needs_triton
+from machine_code import machine_code
 from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
 from fastsmooth.data import augment as drawing
 from fastsmooth.data.chunks import normalisation
-from fastsmooth.kernels import aot
 from fastsmooth.kernels import augment as kernel
 
-ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADDING = {8: 1, 32: 4, 33: 4, 224: 28}
 SIZES = list(PADDING)
@@ -183,6 +178,100 @@ def test_what_is_given_to_write_to_is_written_and_nothing_beside_it(chosen, size
         ).all()
 
 
+def integers(shape=()) -> torch.Tensor:
+    """int64 zeros."""
+    return torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+
+
+@every_implementation
+@pytest.mark.parametrize("size, batch", [(8, 1), (33, 4), (8, 11)])
+def test_a_cursor_says_where_in_the_order_the_batch_begins(chosen, implementation, size, batch):
+    count = 6
+    pixels, moves = stored(count, size), drawn_moves(parameters(count, size), size)
+    order = torch.tensor([5, 1, 1, 4, 0, 2, 3, 5, 0, 3, 2], device=DEVICE)
+    labels = torch.tensor([7, -1, 2**40, 0, 3, 9], device=DEVICE)
+    out, out_labels = torch.empty(batch, size, size, 3, device=DEVICE), integers(batch)
+    cursor = integers()
+    given = pixels, order, moves, table(), out, cursor, labels, out_labels
+    for start in {
+        0,
+        3 % (12 - batch),
+        len(order) - batch,
+    }:  # the last one ends where the order does
+        # the same arguments each time, as a graph has them: only values in memory are others
+        cursor.fill_(start), out.fill_(float("nan")), out_labels.fill_(-7)
+        if start:
+            kernel.IMPLEMENTATIONS[implementation](*given)
+        else:
+            assert chosen(*given) is out
+        rows = order[start : start + batch]
+        assert torch.equal(out, reference(pixels, rows, moves, table()))
+        assert torch.equal(out_labels, labels[rows]) and cursor.item() == start
+
+
+@every_implementation
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("moved", [True, False])
+def test_labels_come_with_their_images_and_nothing_beside_them_is_written(chosen, indexed, moved):
+    count = 5
+    pixels, labels = stored(count, 33), torch.tensor([3, 1, 4, 1, 5], device=DEVICE)
+    rows = torch.tensor([4, 0, 0, 2], device=DEVICE) if indexed else None
+    moves = drawn_moves(parameters(count, 33), 33) if moved else None
+    memory = torch.full((12,), -7, device=DEVICE)
+    out_labels = memory[3 : 3 + (4 if indexed else count)]
+    found = chosen(pixels, rows, moves, table(), None, None, labels, out_labels)
+    assert torch.equal(found, reference(pixels, rows, moves, table()))
+    assert out_labels.tolist() == ([5, 3, 3, 4] if indexed else labels.tolist())
+    assert (memory[:3] == -7).all() and (memory[3 + len(out_labels) :] == -7).all()
+
+
+@every_implementation
+@pytest.mark.parametrize("size", [8, 33])
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_bfloat16_table_gives_the_float32_values_rounded(chosen, size, moved):
+    pixels, rows = stored(5, size), torch.tensor([4, 0, 0, 2], device=DEVICE)
+    moves = drawn_moves(parameters(5, size), size) if moved else None
+    expected = reference(pixels, rows, moves, table()).bfloat16()
+    for out in (None, torch.empty(4, size, size, 3, dtype=torch.bfloat16, device=DEVICE)):
+        found = chosen(pixels, rows, moves, table().bfloat16(), out)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@every_implementation
+def test_values_are_looked_up_and_never_converted(chosen):
+    pixels = stored(3, 8)
+    places = pixels.long() + 256 * torch.arange(3, device=DEVICE)
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+        # NaN with payloads, subnormal numbers, minus zero
+        patterns = torch.arange(768, device=DEVICE).sub(384).to(bits)
+        found = chosen(pixels, None, None, patterns.view(dtype).view(3, 256))
+        assert torch.equal(found.view(bits), patterns[places])
+
+
+@every_implementation
+def test_a_batch_has_more_images_than_a_grid_of_blocks_has_rows(chosen, implementation):
+    if implementation == "triton" and DEVICE.type == "cpu":
+        pytest.skip("the interpreter has no such limit, and takes minutes")
+    rows = torch.arange(70000, device=DEVICE) % 7
+    pixels = stored(7, 1)
+    assert torch.equal(
+        chosen(pixels, rows, None, table()), chosen(pixels, None, None, table())[rows]
+    )
+
+
+def test_the_reference_reads_no_value_on_the_host():
+    with FakeTensorMode():  # refuses to
+        pixels = torch.empty(6, 8, 8, 3, dtype=torch.uint8)
+        order, cursor, labels, out_labels = (
+            torch.empty(shape, dtype=torch.int64) for shape in (11, (), 6, 4)
+        )
+        moves, values = torch.empty(6, 8, dtype=torch.int32), torch.empty(3, 256)
+        out = torch.empty(4, 8, 8, 3)
+        with pytest.raises(DataDependentOutputException):
+            cursor.item()
+        kernel.augment_ref(pixels, order, moves, values, out, cursor, labels, out_labels)
+
+
 @every_implementation
 @pytest.mark.parametrize("size", [8, 32])
 def test_a_batch_of_none_is_empty(chosen, size):
@@ -197,6 +286,8 @@ def test_a_batch_of_none_is_empty(chosen, size):
         assert chosen(*given, table()).shape == (0, size, size, 3)
     out = torch.empty(0, size, size, 3, device=DEVICE)
     assert chosen(pixels, none, moves, table(), out) is out
+    labels = integers(4)
+    assert chosen(pixels, none, moves, table(), out, integers(), labels, none.clone()) is out
 
 
 @needs_cxx
@@ -219,6 +310,7 @@ def test_what_does_not_fit_is_refused():
         drawn_moves(parameters(4, 8), 8),
     )
     out, values = torch.empty(3, 8, 8, 3, device=DEVICE), table()
+    cursor, labels, out_labels = (integers(n) for n in ((), 4, 3))
     apart = torch.zeros(4, 8, 3, 8, dtype=torch.uint8, device=DEVICE).transpose(2, 3)
     meta = torch.device("meta")
     for name, replaced in [
@@ -243,55 +335,54 @@ def test_what_does_not_fit_is_refused():
         ("table", values.t().contiguous().t()),
         ("table", values.to(meta)),
         ("out", out.bfloat16()),
-        ("out", out[:2]),
         ("out", out[0]),
         ("out", torch.empty(3, 3, 8, 8, device=DEVICE).permute(0, 2, 3, 1)),
         ("out", out.to(meta)),
+        ("rows", rows[:2]),  # fewer than are wanted
+        ("cursor", cursor.int()),
+        ("cursor", cursor[None]),
+        ("cursor", cursor.to(meta)),
+        ("labels", labels.int()),
+        ("labels", labels[:3]),
+        ("labels", integers(8)[::2]),
+        ("labels", labels.to(meta)),
+        ("out_labels", out_labels.int()),
+        ("out_labels", out_labels[:2]),
+        ("out_labels", integers(6)[::2]),
+        ("out_labels", out_labels.to(meta)),
     ]:
-        given = {"pixels": pixels, "rows": rows, "moves": moves, "table": values, "out": out} | {
-            name: replaced
-        }
+        given = dict(pixels=pixels, rows=rows, moves=moves, table=values, out=out, cursor=cursor)
+        given |= dict(labels=labels, out_labels=out_labels) | {name: replaced}
         with pytest.raises(ValueError, match=rf"^{name} \[.*wanted contiguous") as error:
             kernel.augment(**given)
         assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=r"^out \[2, "):
+        kernel.augment(pixels, rows, moves, values, out[:2])
+    with pytest.raises(ValueError, match=r"^out .* of torch.float32 .*wanted .* of torch.bfloat16"):
+        kernel.augment(pixels, rows, moves, values.bfloat16(), out)
+    for given in [(None, out), (rows, None)]:
+        with pytest.raises(ValueError, match=r"^a cursor needs"):
+            kernel.augment(pixels, given[0], moves, values, given[1], cursor)
+    for given in [(labels, None), (None, out_labels)]:
+        with pytest.raises(ValueError, match=r"^labels and out_labels"):
+            kernel.augment(pixels, rows, moves, values, out, None, *given)
     kernel.augment(pixels, rows, moves, values, out)
-
-
-COMPILE = """
-import itertools, json, os, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastsmooth.kernels import aot, augment
-kernel = augment._augment_kernel
-types = dict(pixels="*u8", rows="*i64", moves="*i32", table="*fp32", out="*fp32", size="i32")
-for arch, indexed, moved in itertools.product((80, 90, 100), (True, False), (True, False)):
-    constants = dict(INDEXED=indexed, MOVED=moved, BLOCK=augment.BLOCK)
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in types}
-    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, attrs)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
-    with tempfile.TemporaryDirectory() as scratch:
-        path = os.path.join(scratch, "kernel.cubin")
-        open(path, "wb").write(made.asm["cubin"])
-        usage = aot.tool("cuobjdump", "-res-usage", path)
-        sass = aot.tool("nvdisasm", "-c", "-ndf", path)
-    code = aot.parse(sass, list(types), aot.LIMITS[arch].arguments)
-    stores = [8 * a.width for a in code.accesses if not a.load]
-    others = {k: len(v) for k, v in code.others.items()}
-    print(json.dumps([arch, indexed, moved, usage, others, stores]))
-"""
+    kernel.augment(pixels, rows, moves, values, out, cursor, labels, out_labels)
 
 
 @needs_triton
 def test_the_kernel_compiles_for_every_architecture_without_a_spill():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 12 and {arch for arch, *_ in cases} == set(aot.LIMITS)
-    for arch, indexed, moved, usage, others, stores in cases:
-        case = f"sm_{arch} INDEXED={indexed} MOVED={moved}"
+    pointers = ["pixels", "rows", "moves", "table", "out", "cursor", "labels", "out_labels"]
+    variants = []
+    for kind, indexed, moved in itertools.product(("fp32", "bf16"), (True, False), (True, False)):
+        kinds = ["*u8", "*i64", "*i32", f"*{kind}", f"*{kind}", "*i64", "*i64", "*i64"]
+        flags = dict(INDEXED=indexed, MOVED=moved, SHIFTED=indexed, LABELLED=indexed)
+        types = dict(zip(pointers, kinds, strict=True)) | {"size": "i32"}
+        variants.append((types, flags | {"BLOCK": kernel.BLOCK}))
+    found = machine_code("augment", variants, [*pointers, "size"])
+    assert len(found) == 3 * 8
+    for case, usage, others, widths, _ in found:
         assert "STACK:0" in usage and not others, (case, usage, others)
-        assert stores and set(stores) == {128}, (case, stores)  # bits
+        stores = {pointer: bits for pointer, (_, bits) in widths.items() if bits}
+        labels = {"out_labels": [64]} if "'LABELLED': True" in case else {}
+        assert stores == {"out": [128]} | labels, (case, stores)
