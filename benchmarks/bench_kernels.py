@@ -4,8 +4,8 @@
 Case update/<model>/<form> is one optimizer step over the network's tensors with random gradients,
 in float32. Variants:
 
-    ours             kernels/update.py, which also returns the squared norms of gradient and
-                     direction
+    ours             a Plan of kernels/update.py, which also returns the squared norms of gradient
+                     and direction
     loop             the published code's loop: buf.mul_(beta).add_(g), p.add_(buf, alpha=-lr),
                      tensor by tensor
     foreach, fused   torch.optim.SGD(foreach=True) and (fused=True), which know sgd and shb alone
@@ -21,12 +21,19 @@ Variants:
     eager_float32    the shortest formulation in plain PyTorch, all of it in float32
     compiled         torch.compile of that
 
-Beside them runs a yardstick: a copy of memory much larger than any cache, and a change of it in
-place, both counted as read plus write. The kernels change parameters in place. On a CPU a copy is
-no ceiling for that: it also reads the lines that it overwrites, uncounted, where a change in place
-does not.
+Case host/<model> is what the processor has to do for one shb step over the network's tensors, each
+of one value, on one core; nothing waits for the device. Variants:
 
-On a GPU a step ends with torch.cuda.synchronize(), so that the time to launch it is in it.
+    ours             NoisySGD.step
+    ours_unlaunched  the same up to the launch, which is left out
+    fused, foreach   torch.optim.SGD(fused=True) and (foreach=True)
+
+Beside the others runs a yardstick: a copy of memory much larger than any cache, and a change of it
+in place, both counted as read plus write. The kernels change parameters in place. On a CPU a copy
+is no ceiling for that: it also reads the lines that it overwrites, uncounted, where a change in
+place does not.
+
+On a GPU a step of those ends with torch.cuda.synchronize(), so that the time to launch it is in it.
 """
 
 from __future__ import annotations
@@ -47,10 +54,10 @@ from benchmarks import timing
 from benchmarks.timing import Measured, Variant
 from fastsmooth import models
 from fastsmooth.forms import FORMS
-from fastsmooth.kernels import backend
+from fastsmooth.kernels import backend, update
 from fastsmooth.kernels.persample_noise import persample_noise, persample_noise_ref
-from fastsmooth.kernels.update import Rule, update
-from fastsmooth.optim import coefficients
+from fastsmooth.kernels.update import Plan, Rule
+from fastsmooth.optim import NoisySGD, coefficients
 from fastsmooth.training.step import keep_freed_memory
 
 CLASSES, LR, BETA, NU = 100, 0.1, 0.9, 0.7
@@ -59,6 +66,11 @@ GPU_STEPS = 50  # times the steps of a window, which are that much shorter on a 
 GPU_BUDGET = 25.0  # seconds for all rounds of a case there
 BLOCK = 1 << 21  # values that are checked at a time, so that checking needs little memory
 TESTS = ("test_kernels.py", "test_optim.py")
+
+
+def shapes_of(model: str) -> list[torch.Size]:
+    with torch.device("meta"):
+        return [p.shape for p in models.build(model, CLASSES).parameters()]
 
 
 @dataclass(frozen=True)
@@ -78,8 +90,7 @@ class UpdateCase:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        with torch.device("meta"):
-            return [p.shape for p in models.build(self.model, CLASSES).parameters()]
+        return shapes_of(self.model)
 
     @property
     def parameters(self) -> int:
@@ -131,9 +142,29 @@ class NoiseCase:
         return [Variant(name, NoiseStep, (self, name, device), steps.get(name)) for name in NOISES]
 
 
+@dataclass(frozen=True)
+class HostCase:
+    """The processor's share of a step of shb over the tensors of a network, on any device."""
+
+    model: str
+    steps: int = 300
+    rounds: int = 8
+    budget: float = 60.0
+    form: str = "shb"
+    ratio_to: str = "fused"
+
+    @property
+    def name(self) -> str:
+        return f"host/{self.model}"
+
+    def variants(self, device: str) -> list[Variant]:
+        return [Variant(name, HostStep, (self, name, device)) for name in HOSTS]
+
+
 # its parameters, padded to whole multiples of 16 as rows of a buffer would be
 RESNET18 = 11_220_144
 CASES = (
+    HostCase("resnet18"),
     *(UpdateCase("resnet18", form) for form in FORMS),
     NoiseCase(2, RESNET18, steps=8),
     NoiseCase(8, RESNET18, steps=4),
@@ -156,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         default="auto",
         help="auto: cuda where there is one",
     )
-    timing.add_selection(p, (case.name for case in CASES), (*UPDATES, *NOISES))
+    timing.add_selection(p, (case.name for case in CASES), (*HOSTS, *UPDATES, *NOISES))
     args = p.parse_args(argv)
     cases = timing.selected(p, args, CASES, QUICK)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -173,9 +204,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(
-    case: UpdateCase | NoiseCase, device: str, names: set[str], report: timing.Report
+    case: HostCase | UpdateCase | NoiseCase, device: str, names: set[str], report: timing.Report
 ) -> None:
     variants = [v for v in case.variants(device) if v.name in names | {case.ratio_to}]
+    if isinstance(case, HostCase):
+        return bench_host(case, device, variants, report)
     variants.append(Variant("yardstick", Yardstick, (case.yardstick_bytes, device)))
     steps, budget = (
         (case.steps, case.budget) if device == "cpu" else (case.steps * GPU_STEPS, GPU_BUDGET)
@@ -196,7 +229,68 @@ def bench(
     report.add(case.name, result, about)
 
 
-# The variants of update: each is made in a process of its own
+def bench_host(case: HostCase, device: str, variants: list[Variant], report: timing.Report) -> None:
+    found = timing.measure(variants, case.steps, case.rounds, budget=case.budget, say=report.say)
+    timing.require_measured(case.name, found, {case.ratio_to})
+    count = len(shapes_of(case.model))
+    result = timing.rows("bench_kernels", case.name, found, case.ratio_to, count)
+    for row in result:
+        row |= percentiles(found[row["variant"]])
+    report.say(f"{case.name} on {device}: {count} tensors of one value, one core")
+    for line in timing.table(result, "tensors", found):
+        report.say(line)
+    report.add(case.name, result, {"tensors": count})
+
+
+# The variants of host: each is made in a process of its own, as those of the other cases are
+
+
+class HostStep:
+    """A variant of HOSTS: one call is one step, after which nothing is waited for."""
+
+    def __init__(self, case: HostCase, variant: str, device: str):
+        torch.set_num_threads(1)
+        self.case, self.launched, self.steps = case, variant != "ours_unlaunched", 0
+        self.params = [
+            torch.nn.Parameter(torch.ones([1] * len(shape), device=device))
+            for shape in shapes_of(case.model)
+        ]
+        for p in self.params:
+            p.grad = torch.ones_like(p)
+        self.run = HOSTS[variant](self)
+
+    def __call__(self) -> None:
+        self.run()
+        self.steps += 1
+
+    def check(self) -> None:
+        for p in self.params:
+            one = torch.ones_like(p)
+            require_moved(
+                p.detach(), one, one.double(), self.case.form, self.steps if self.launched else 0
+            )
+
+
+def host_ours(s: HostStep) -> Callable[[], Any]:
+    if not s.launched:
+        for name in update.IMPLEMENTATIONS:
+            update.IMPLEMENTATIONS[name] = lambda *given: None
+    return NoisySGD(s.params, s.case.form, LR, BETA).step
+
+
+def host_torch(s: HostStep, **implementation: bool) -> Callable[[], Any]:
+    return torch.optim.SGD(s.params, lr=LR, momentum=BETA, **implementation).step
+
+
+HOSTS: dict[str, Callable[[HostStep], Callable[[], Any]]] = {
+    "ours": host_ours,
+    "ours_unlaunched": host_ours,
+    "fused": lambda s: host_torch(s, fused=True),
+    "foreach": lambda s: host_torch(s, foreach=True),
+}
+
+
+# The variants of update
 
 
 class Timed:
@@ -265,8 +359,9 @@ class UpdateStep(Timed):
 
 
 def update_ours(s: UpdateStep) -> Callable[[], Any]:
-    rule = rule_of(s.case.form, s.device)
-    return lambda: update(s.params, s.grads, s.buffers, *rule)
+    rule, mixed = rule_of(s.case.form, s.device)
+    plan = Plan(s.params, s.buffers, mixed)
+    return lambda: plan(s.grads, rule).sum(dim=0)
 
 
 def update_loop(s: UpdateStep) -> Callable[[], Any]:
@@ -500,10 +595,14 @@ class Yardstick:
             self.laps[part] += time.perf_counter() - began
 
 
+def percentiles(measured: Measured) -> dict[str, float]:
+    """Of the counted windows' seconds a step."""
+    return {f"p{q}_s": rounded(measured.percentile(q)) for q in (20, 50, 80)}
+
+
 def distribution(measured: Measured, size: int) -> dict[str, float]:
     """Percentiles of the counted windows' seconds a step, and `size` bytes over the middle one."""
-    found = {f"p{q}_s": rounded(measured.percentile(q)) for q in (20, 50, 80)}
-    return found | {"gb_s": rounded(size / measured.seconds() / 1e9)}
+    return percentiles(measured) | {"gb_s": rounded(size / measured.seconds() / 1e9)}
 
 
 def explain(

@@ -8,7 +8,8 @@ bytes that its hot loop moves a parameter (update) or a column of G (persample_n
 least possible. Nothing runs, and no figure is a time.
 
 How the bytes are counted. The hot loop is the longest loop that accesses the tensors. A trip moves
-one tile, BLOCK parameters or COLUMNS columns, and counts as a whole one with every lane at work.
+one tile, BLOCK parameters with their K gradients or COLUMNS columns, and counts as a whole one with
+every lane at work.
     masks: in update a block inside its tensor takes a path without masks, the last block of a
         tensor a masked one beside it in the same loop. There the accesses without a predicate are
         the main path, the others the ragged path. In persample_noise every access is masked and all
@@ -90,12 +91,12 @@ class Case(NamedTuple):
     kernel: str
     kind: str
     dtype: torch.dtype  # of the gradients, and of the parameters of update
-    rows: int = 1
+    rows: int = 1  # gradients of a parameter: K of update, B of persample_noise
     # addresses are divisible by 16; for persample_noise, P is by a vector of 16 bytes
     aligned: bool = True
 
     def __str__(self) -> str:
-        rows = f" B={self.rows}" if self.kernel == "persample_noise" else ""
+        rows = f" {'K' if self.kernel == 'update' else 'B'}={self.rows}" if self.rows > 1 else ""
         return f"{self.kind} {DTYPES[self.dtype]}{rows}{'' if self.aligned else ' unaligned'}"
 
     @property
@@ -117,7 +118,9 @@ class Case(NamedTuple):
 DIRECTIONS = {"plain": update.PLAIN, "buffer": update.BUFFER, "mixed": update.MIXED}
 CASES = [
     *(Case("update", kind, dtype) for kind in DIRECTIONS for dtype in DTYPES),
-    Case("update", "buffer", torch.float32, aligned=False),
+    *(Case("update", "buffer", dtype, rows) for rows in (2, 4, 8) for dtype in DTYPES),
+    *(Case("update", kind, torch.float32, 8) for kind in ("plain", "mixed")),
+    *(Case("update", "buffer", torch.float32, rows, aligned=False) for rows in (1, 8)),
     *(
         Case("persample_noise", "buffer", dtype, rows)
         for rows in (2, 8, 32, 64, 256, 1024)
@@ -146,10 +149,12 @@ def launch(case: Case) -> Launch:
     scalars = dict.fromkeys(["lr", "beta", "alpha", "fresh", "kept", "decay"], "*fp64")
     constants = {"wide": triton.language.float32, "kind": DIRECTIONS[case.kind]}
     if case.kernel == "update":
-        types = {"chunks": "*i64", "tensors": "*i64", **scalars, "sums": "*fp64"}
+        types = {"chunks": "*i64", "rows": "*i64", **scalars, "sums": "*fp64", "noises": "*fp64"}
         constants |= {"dtype": triton.language.dtype(DTYPES[case.dtype]), "aligned": case.aligned}
-        constants |= {"BLOCK": update.BLOCK, "BLOCKS": update.BLOCKS}
-        return Launch(update._update_kernel, types, constants, update.WARPS, 1, update.BLOCK)
+        block = update.block_of(case.rows)
+        constants |= {"K": case.rows, "BLOCK": block, "BLOCKS": update.CHUNK // block}
+        kernel = update._update_kernel
+        return Launch(kernel, types, constants, update.WARPS, case.rows, block)
     cut = persample_noise.tile(case.rows, case.dtype, case.aligned)
     types = {"G": f"*{DTYPES[case.dtype]}", "p": "*fp32", "m": "*fp32", **scalars}
     types |= {"row_sums": "*fp64", "sums": "*fp64", "B": "i32", "length": "i32"}
@@ -165,10 +170,12 @@ def launch(case: Case) -> Launch:
 
 
 def compiled(case: Case, arch: int) -> Any:
-    """As Triton's launcher does it, which marks the arguments that are divisible by 16."""
+    """As Triton's launcher does it, which marks the arguments that are divisible by 16, unless the
+    kernel asks it not to."""
     kernel, types, constants, warps, *_ = launch(case)
-    divisible = [name for name, kind in types.items() if kind.startswith("*")]
-    if case.rows % 16 == 0:
+    marked = [p.name for p in kernel.params if not p.do_not_specialize_on_alignment]
+    divisible = [name for name in marked if types.get(name, "").startswith("*")]
+    if "B" in types and case.rows % 16 == 0:
         divisible.append("B")
     source = ASTSource(
         fn=kernel,
@@ -196,8 +203,9 @@ CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
 WIDTH = re.compile(r"\.[US]?(8|16|32|64|128|256)\b")
 KINDS = {"BAR": "barriers", "LDL": "spills", "STL": "spills"}
 KINDS |= dict.fromkeys(["ATOM", "ATOMG", "ATOMS", "RED", "REDG"], "atomics")
-# where update's table of tensors has them in a row
-ADDRESSES = {"+0x8": "p", "+0x10": "g", "+0x18": "m"}
+# where update's table of tensors has them in a row, in bytes; its gradients follow
+ADDRESSES = {8: "p", 16: "m"}
+ENTRY = re.compile(r"\+(0x[0-9a-f]+)$")
 
 
 class Access(NamedTuple):
@@ -280,8 +288,8 @@ def parse(sass: str, pointers: Sequence[str], base: int) -> Code:
             address = re.findall(r"\[(.*?)\]", operands)[-1]
             tensor = "|".join(sorted(origins.of(address)))
             code.accesses.append(Access(line, name == "LDG", bool(predicate), width, tensor))
-            if tensor == "tensors":
-                origin = {entry for offset, entry in ADDRESSES.items() if address.endswith(offset)}
+            if tensor == "rows" and (entry := ENTRY.search(address)):
+                origin = {ADDRESSES.get(int(entry[1], 16), "g")}
         if name != "STG" and REGISTER.fullmatch(first):
             words = max(1, width // 4) if loads else 2 if suffix.startswith((".WIDE", ".64")) else 1
             origins.write(first, words, CONSTANT.findall(others), origin)

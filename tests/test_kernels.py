@@ -5,6 +5,8 @@ A result may be at most twice as far from float64 as plain PyTorch in the kernel
 two roundings.
 """
 
+import weakref
+
 import pytest
 import torch
 from implementations import DEVICE, every_implementation, needs_cxx
@@ -80,11 +82,14 @@ def copies(ts):
     return [t.clone() for t in ts]
 
 
+def stepped(implementation, params, grads, buffers, numbers, mixed):
+    """A step in place; its sums [2]."""
+    return update.Plan(params, buffers, mixed, implementation)(grads, numbers).sum(dim=0)
+
+
 def moved(implementation, form, params, grads, buffers, decay=0.0):
     params, buffers = copies(params), copies(buffers)
-    squares = update.IMPLEMENTATIONS[implementation](
-        params, grads, buffers, *rule(form, decay=decay)
-    )
+    squares = stepped(implementation, params, grads, buffers, *rule(form, decay=decay))
     return params, buffers, squares
 
 
@@ -112,7 +117,7 @@ def test_update_without_momentum_is_plain_descent(implementation, form):
     p, g, m = randn(3000), randn(3000, seed=1), torch.full((3000,), 5.0, device=DEVICE)
     expected = p.double() - LR * g.double()
     buffers = [m] if form != "sgd" else []
-    update.IMPLEMENTATIONS[implementation]([p], [g], buffers, *rule(form, beta=0.0))
+    stepped(implementation, [p], [g], buffers, *rule(form, beta=0.0))
     assert distance(p, expected) < 1e-6
 
 
@@ -151,7 +156,7 @@ def test_update_stays_inside_its_tensors(implementation, offset):
         x.copy_(randn(size, seed=seed))
     before = memory[1].clone()
     exact_p, _, _ = definition("shb", p.clone(), g.clone(), m.clone(), 0.0)
-    update.IMPLEMENTATIONS[implementation]([p], [g], [m], *rule("shb"))
+    stepped(implementation, [p], [g], [m], *rule("shb"))
     assert distance(p, exact_p) < 1e-6
     assert torch.equal(memory[1], before)
     for x in (memory[0], memory[2]):
@@ -246,6 +251,391 @@ def test_update_refuses_what_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=words):
             update.update(params, grads, buffers, *rule(form))
+
+
+# Along the mean of K gradients
+
+
+def gradients_of_parts(K, dtype=torch.float32, shapes=SHAPES, ratio=1.0):
+    """K lists of gradients, whose noise is `ratio` times their mean."""
+    means = [randn(*s, seed=100 + i).double() for i, s in enumerate(shapes)]
+    return [
+        [
+            (x + ratio * randn(*x.shape, seed=300 + 50 * k + i)).to(dtype)
+            for i, x in enumerate(means)
+        ]
+        for k in range(K)
+    ]
+
+
+def along_mean(implementation, form, params, parts, buffers, decay=0.0):
+    """(params, buffers, sums [2], noise, squares) after a step."""
+    params, buffers = copies(params), copies(buffers)
+    numbers, mixed = rule(form, decay=decay)
+    plan = update.Plan(params, buffers, mixed, implementation)
+    sums, *measured = plan.along_mean(parts, numbers)
+    return params, buffers, sums.sum(dim=0), *measured
+
+
+def check_parts(implementation, form, params, parts, buffers, decay, tolerance=1e-6):
+    """Parameters and momentum as exact as plain PyTorch, all sums over them to `tolerance`."""
+    after, momenta, *found = along_mean(implementation, form, params, parts, buffers, decay)
+    totals = [0.0, 0.0, 0.0]
+    for i, p in enumerate(params):
+        G = torch.stack([part[i].flatten() for part in parts])
+        m = buffers[i].flatten() if buffers else None
+        exact, plain = (f(form, G, p.flatten(), m, decay) for f in (exact_noise, plain_noise))
+        assert_as_exact_as_torch(after[i].flatten(), exact[0], plain[0])
+        if buffers:
+            assert_as_exact_as_torch(momenta[i].flatten(), exact[1], plain[1])
+        noise, squares, sums = exact[2]
+        totals = [t + x for t, x in zip(totals, (sums[:2], noise, squares), strict=True)]
+    for x, exact in zip(found, totals, strict=True):
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x, exact, rtol=tolerance, atol=0)
+
+
+@every_form
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [2, 4, 8])
+def test_a_step_along_the_mean_of_parts_follows_the_definition(implementation, form, dtype, K):
+    params, _, buffers = tensors(dtype, form)
+    check_parts(implementation, form, params, gradients_of_parts(K, dtype), buffers, 0.03)
+
+
+@every_implementation
+@pytest.mark.parametrize("K", [3, 5, 6, 7])
+def test_any_number_of_parts_up_to_eight_will_do(implementation, K):
+    params, _, buffers = tensors(shapes=[(8193,), (7,)])
+    parts = gradients_of_parts(K, shapes=[(8193,), (7,)])
+    check_parts(implementation, "shb", params, parts, buffers, 0.0)
+
+
+@every_implementation
+@pytest.mark.parametrize("K", [2, 4, 8])
+@pytest.mark.parametrize("ratio", [1e-3, 1e-6])
+def test_parts_that_hardly_differ_keep_the_digits_of_their_noise(implementation, K, ratio):
+    """Float32 holds eight steps of a noise a millionth of the mean: of squares less the square of
+    the mean nothing would be right."""
+    params, _, buffers = tensors(shapes=[(5000,), (3,)])
+    parts = gradients_of_parts(K, shapes=[(5000,), (3,)], ratio=ratio)
+    check_parts(implementation, "shb", params, parts, buffers, 0.0)
+
+
+@every_form
+@every_implementation
+@pytest.mark.parametrize("K", [2, 8])
+def test_parts_may_be_float64(implementation, form, K):
+    params, _, buffers = tensors(torch.float64, form)
+    parts = gradients_of_parts(K, torch.float64)
+    after, momenta, _, noise, squares = along_mean(
+        implementation, form, params, parts, buffers, 0.03
+    )
+    exact_norms = [0.0, 0.0]
+    for i, p in enumerate(params):
+        G = torch.stack([part[i].flatten() for part in parts])
+        m = buffers[i].flatten() if buffers else None
+        exact_p, exact_m, (exact_n, exact_s, _) = exact_noise(form, G, p.flatten(), m, 0.03)
+        assert distance(after[i].flatten(), exact_p) < 1e-14
+        if buffers:
+            assert distance(momenta[i].flatten(), exact_m) < 1e-14
+        exact_norms = [exact_norms[0] + exact_n, exact_norms[1] + exact_s]
+    for x, exact in zip((noise, squares), exact_norms, strict=True):
+        torch.testing.assert_close(x, exact, rtol=1e-12, atol=0)
+
+
+@every_implementation
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("K", [2, 8])
+def test_a_step_along_the_mean_stays_inside_its_tensors(implementation, offset, K):
+    size = 8193
+    memory = [torch.full((16 + size + 16,), 7.0, device=DEVICE) for _ in range(2 + K)]
+    p, m, *gs = (x[16 + offset : 16 + offset + size] for x in memory)
+    for x, seed in zip((p, m, *gs), range(2 + K), strict=True):
+        x.copy_(randn(size, seed=seed))
+    before = copies(memory[2:])
+    exact_p, exact_m, exact = exact_noise("shb", torch.stack(gs), p.clone(), m.clone(), 0.0)
+    numbers, mixed = rule("shb")
+    plan = update.Plan([p], [m], mixed, implementation)
+    _, noise, _ = plan.along_mean([[g] for g in gs], numbers)
+    assert distance(p, exact_p) < 1e-6 and distance(m, exact_m) < 1e-6
+    torch.testing.assert_close(noise, exact[0], rtol=1e-6, atol=0)
+    assert all(torch.equal(x, y) for x, y in zip(memory[2:], before, strict=True))
+    for x in memory[:2]:
+        assert (x[: 16 + offset] == 7).all() and (x[16 + offset + size :] == 7).all()
+
+
+@every_implementation
+@every_form
+def test_equal_parts_make_the_step_of_one_gradient_and_no_noise(implementation, form):
+    params, grads, buffers = tensors(form=form)
+    one = moved(implementation, form, params, grads, buffers, 0.03)
+    after, momenta, sums, noise, squares = along_mean(
+        implementation, form, params, [grads] * 4, buffers, 0.03
+    )
+    for x, y in zip(after + momenta, one[0] + one[1], strict=True):
+        assert torch.equal(x, y)
+    assert not noise.any() and (squares == squares[0]).all()
+    torch.testing.assert_close(sums, one[2], rtol=1e-7, atol=0)
+
+
+@every_implementation
+def test_a_part_that_is_not_finite_spoils_its_place_and_the_sums_alone(implementation):
+    params, _, buffers = tensors(shapes=[(2000,), (5,)])
+    parts = gradients_of_parts(4, shapes=[(2000,), (5,)])
+    parts[2][0][1234] = float("inf")
+    after, momenta, sums, noise, squares = along_mean(implementation, "shb", params, parts, buffers)
+    for found in (after[0], momenta[0]):
+        assert not found[1234].isfinite() and found.isfinite().sum() == 1999
+    assert after[1].isfinite().all()
+    assert not sums.isfinite().any() and not noise.isfinite().any()
+    assert [k for k in range(4) if not squares[k].isfinite()] == [2]
+
+
+@every_implementation
+@pytest.mark.parametrize("K", [2, 8])
+def test_a_step_along_the_mean_repeats_its_bits(implementation, K):
+    params, _, buffers = tensors()
+    given = implementation, "qhm", params, gradients_of_parts(K), buffers
+    first, second = along_mean(*given), along_mean(*given)
+    for x, y in zip([*first[0], *first[1], *first[2:]], [*second[0], *second[1], *second[2:]],
+                    strict=True):  # fmt: skip
+        assert torch.equal(x, y)
+
+
+@needs_cxx
+@pytest.mark.parametrize("K", [2, 4, 8])
+def test_the_number_of_threads_changes_no_bit_of_a_step_along_the_mean(K):
+    shapes = [(150_000,), (70_001,)]
+    params, _, buffers = tensors(shapes=shapes)
+    given = "native", "shb", params, gradients_of_parts(K, shapes=shapes), buffers
+
+    def all_of_it():
+        after, momenta, *found = along_mean(*given)
+        return [*after, *momenta, *found]
+
+    for found, expected in zip(at_threads(2, all_of_it), at_threads(1, all_of_it), strict=True):
+        assert torch.equal(found, expected)
+
+
+# Plans
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Every launch of an update, and the function that does it again: it is not done here."""
+    launches = []
+    for name, function in update.IMPLEMENTATIONS.items():
+        monkeypatch.setitem(
+            update.IMPLEMENTATIONS,
+            name,
+            lambda *given, function=function: launches.append((function, given)),
+        )
+    return launches
+
+
+def table_of(given):
+    return next(x for x in given if isinstance(x, update.Table))
+
+
+def again(launches):
+    for function, given in launches:
+        function(*given)
+
+
+@every_implementation
+def test_a_plan_goes_on_where_gradients_lie_elsewhere_at_every_step(implementation):
+    """At more places than it keeps tables of, and at places that it has seen before."""
+    params, _, buffers = tensors(shapes=[(129,), (5, 3)])
+    expected, momenta = [p.double() for p in params], [m.double() for m in buffers]
+    numbers, mixed = rule("shb")
+    plan, kept = update.Plan(params, buffers, mixed, implementation), []
+    for step in range(update.TABLES + 12):
+        if step % 4 == 3:
+            grads = kept[step // 2]
+            for g in grads:
+                g.mul_(-0.5)
+        else:
+            grads = [randn(*p.shape, seed=1000 + step) for p in params]
+        kept.append(grads)
+        plan(grads, numbers)
+        for i, g in enumerate(grads):
+            expected[i], momenta[i], _ = definition("shb", expected[i], g, momenta[i], 0.0)
+    for p, exact in zip(params, expected, strict=True):
+        assert distance(p, exact) < 1e-5
+
+
+@every_implementation
+def test_a_plan_overwrites_its_sums(implementation):
+    (p,), (g,), (m,) = tensors(shapes=[(20_001,)])
+    numbers, mixed = rule("shb")
+    plan = update.Plan([p], [m], mixed, implementation)
+    first = plan([g], numbers)
+    before = first.clone()
+    second = plan([2 * g], numbers)
+    assert second.data_ptr() == first.data_ptr() and second.dtype == torch.float64
+    torch.testing.assert_close(second[:, 0], 4 * before[:, 0], rtol=1e-6, atol=0)
+    third, _, _ = plan.along_mean([[g], [g]], numbers)
+    assert third.data_ptr() == first.data_ptr()
+    torch.testing.assert_close(third[:, 0], before[:, 0], rtol=1e-6, atol=0)
+
+
+@every_implementation
+def test_a_gradient_in_another_order_is_taken_in_the_order_of_its_parameter(implementation):
+    """Wherever it and its copy lie, at this step and at the next."""
+    p = randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    q, m, exact = randn(5), torch.zeros_like(p), p.double()
+    memory = [torch.empty(p.numel(), device=DEVICE) for _ in range(2)]
+    h = torch.zeros(5, device=DEVICE)
+    numbers, mixed = rule("nshb", beta=0.0)
+    plan = update.Plan([p, q], [m, torch.zeros_like(q)], mixed, implementation)
+    for step in range(6):
+        g = memory[step % 2].view(p.shape)  # not p's order
+        g.copy_(randn(*p.shape, seed=step))
+        plan([g, h], numbers)
+        exact = exact - LR * g.double()
+        plan.along_mean([[g, h], [-g, h]], numbers)
+    assert distance(p, exact) < 1e-5
+
+
+def test_a_launch_is_looked_up_at_every_step_and_can_be_done_again(recorded):
+    """On the same memory: with the gradients and the rule that are there by then."""
+    (p,), (g,), (m,) = tensors(shapes=[(129,)])
+    numbers, mixed = rule("shb")
+    start, plan = p.clone(), update.Plan([p], [m], mixed)
+    sums = plan([g], numbers)
+    assert len(recorded) == 1 and torch.equal(p, start)
+    for step in range(3):
+        g.copy_(randn(129, seed=step))
+        numbers.lr.mul_(0.5)
+        _, exact_m, direction = definition("shb", p, g, m, 0.0)
+        exact_p = p.double() - numbers.lr.to(DEVICE) * direction
+        again(recorded)
+        assert distance(p, exact_p) < 1e-6 and distance(m, exact_m) < 1e-6
+        torch.testing.assert_close(sums.sum(dim=0)[0], g.double().square().sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_captured_step_reads_its_table_once_it_is_settled(recorded, monkeypatch, K):
+    """While a graph is captured nothing is copied to the device and nothing runs; and what is made
+    then is memory that the graph writes over, so the table's is made before."""
+    params, _, buffers = tensors(shapes=[(129,), (5, 3)])
+    numbers, mixed = rule("shb")
+    plan = update.Plan(params, buffers, mixed)
+    parts = gradients_of_parts(K, shapes=[(129,), (5, 3)])
+
+    def step(parts):
+        plan(parts[0], numbers) if K == 1 else plan.along_mean(parts, numbers)
+
+    def capture():
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "capturing", lambda device: True)
+            step(parts)
+
+    with pytest.raises(RuntimeError, match="a step like it has to come before"):
+        capture()
+    step(gradients_of_parts(K, shapes=[(129,), (5, 3)]))
+    made = {tensor.data_ptr() for tensor in plan._spare.values()}
+    recorded.clear()
+    assert not plan.captured
+    capture()
+    assert plan.captured
+    (captured,) = recorded
+    rows = table_of(captured[1]).rows
+    assert made == {rows.data_ptr()}
+    unsettled = rows.clone()
+    monkeypatch.undo()
+    plan.settle()
+    assert not torch.equal(rows, unsettled)
+    held = rows.clone()
+    plan.settle()  # nothing is left to do
+    for seed in range(2 * update.TABLES):  # the tables of other steps take the place of none
+        plan([randn(*p.shape, seed=seed) for p in params], Rule(*(0 * x for x in numbers)))
+    plan_params, starts, momenta = plan.params, copies(params), copies(buffers)
+    again([captured])
+    assert torch.equal(rows, held)
+    for i, p in enumerate(plan_params):
+        mean = torch.stack([part[i].double() for part in parts]).mean(dim=0)
+        exact_p, exact_m, _ = definition("shb", starts[i], mean, momenta[i], 0.0)
+        assert distance(p, exact_p) < 1e-6 and distance(buffers[i], exact_m) < 1e-6
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_what_a_graph_reads_outlives_the_tables_of_other_steps(recorded, monkeypatch, seen_before):
+    """The graph itself holds no tensor. The others are given up in time."""
+    (p,), (g,), (m,) = tensors(shapes=[(129,)])
+    numbers, mixed = rule("shb")
+    plan = update.Plan([p], [m], mixed)
+    plan([g if seen_before else g.clone()], numbers)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "capturing", lambda device: True)
+        plan([g], numbers)
+    plan.settle()
+    rows = weakref.ref(table_of(recorded[-1][1]).rows)
+    plan([-g], numbers)
+    other = weakref.ref(table_of(recorded[-1][1]).rows)
+    recorded.clear()
+    for seed in range(2 * update.TABLES):
+        plan([randn(129, seed=seed)], numbers)
+    recorded.clear()
+    assert other() is None
+    assert rows().tolist() == [[129, p.data_ptr(), m.data_ptr(), g.data_ptr()]]
+
+
+def test_what_triton_has_compiled_is_launched_without_asking_it_again(monkeypatch):
+    calls = []
+
+    class Kernel:
+        def __init__(self, name, makes=None):
+            self.name, self.makes = name, makes
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                calls.append((self.name, grid, arguments))
+                return self.makes
+
+            return launch
+
+    monkeypatch.setattr(update, "_update_kernel", Kernel("jit", Kernel("compiled")))
+    monkeypatch.setattr(update, "_compiled", {})
+    params, grads, buffers = tensors(shapes=[(20_001,), (5,)])
+    numbers, mixed = rule("shb")
+    plan = update.Plan(params, buffers, mixed, "triton")
+    for _ in range(3):
+        plan(grads, numbers)
+    plan.along_mean([grads, grads], numbers)
+    plan.along_mean([grads, grads], numbers)
+    plan([g.view(-1)[1:].new_zeros(g.numel() + 1)[1:].view(g.shape) for g in grads], numbers)
+    names = [name for name, _, _ in calls]
+    assert names == ["jit", "compiled", "compiled", "jit", "compiled", "jit"]  # the last unaligned
+    one, two = calls[0][1:], calls[1][1:]
+    assert one[0] == two[0] == (4, 1, 1)  # 8,192 parameters a program
+    assert all(x is y or x == y for x, y in zip(one[1], two[1], strict=True))
+
+
+def test_plans_refuse_what_does_not_fit():
+    p, g, m = randn(4), randn(4), randn(4)
+    numbers, mixed = rule("shb")
+    with pytest.raises(ValueError, match="plans of their own"):
+        update.Plan([p, p.double()], [m, m.double()], mixed)
+    with pytest.raises(ValueError, match="0 parameters"):
+        update.Plan([], [], mixed)
+    plan = update.Plan([p], [m], mixed)
+    for K in (0, 1, 9):
+        with pytest.raises(ValueError, match=f"{K} gradients a parameter"):
+            plan.along_mean([[g]] * K, numbers)
+    for parts, words in [
+        ([[g], [g, g]], "2 gradients"),
+        ([[g], []], "0 gradients"),
+        ([[g], [randn(5)]], r"\[5\]"),
+        ([[g], [g.double()]], "float64"),
+        ([[g], [torch.empty(4, device="meta")]], "on meta"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            plan.along_mean(parts, numbers)
+    with pytest.raises(ValueError, match="0 gradients"):
+        plan([], numbers)
 
 
 # Persample_noise
