@@ -22,12 +22,19 @@ from forks import (
     wait_for,
 )
 from rows import read_rows
+from torch import nn
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsmooth import data, models
 from fastsmooth.cli.config import resolve
 from fastsmooth.data.order import permutation
+from fastsmooth.noise import gradients
+from fastsmooth.optim import NoisySGD
+from fastsmooth.ranks import Exchange, RankLost, Ranks, in_buckets
 from fastsmooth.runfolder.read import read_status
+from fastsmooth.training.step import Step
 from fastsmooth.training.syncnorm import convert
 
 CPU = torch.device("cpu")
@@ -219,6 +226,361 @@ def test_micro_batches_give_the_gradient_of_the_batch(tmp_path):
     assert "BatchNorm sees 100 samples at a time" in logs(tmp_path / "batchnorm")
 
 
+# The exchange: which bucket starts when, and what it brings
+
+
+class Branches(nn.Module):
+    """Four branches, of which the gradients come in the order in which `rank` computes them; a
+    layer that process 0 alone uses, one that nobody uses, one that is frozen."""
+
+    def __init__(self, rank: int, norm: nn.Module):
+        super().__init__()
+        # in the last bucket, or it would have the others wait for the end
+        self.own, self.unused, self.frozen = (nn.Linear(8, 10) for _ in range(3))
+        self.frozen.requires_grad_(False)
+        self.rank, self.norm = rank, norm
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.branches = nn.ModuleList(nn.Linear(8, 10) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.stem(x.to(self.stem.weight.dtype)))
+        h = h.to(self.own.weight.dtype).mean(dim=(2, 3))
+        branches = list(self.branches)[:: -1 if self.rank % 2 else 1]
+        y = sum([branch(h) for branch in branches], self.frozen(h))
+        return y + self.own(h) if self.rank == 0 else y
+
+
+def branches(case: str, rank: int) -> Branches:
+    torch.manual_seed(0)
+    model = Branches(rank, nn.GroupNorm(2, 8) if case == "group" else nn.BatchNorm2d(8))
+    if case == "double":
+        model = model.double()
+    if case == "half":  # in part
+        model.stem.to(torch.bfloat16)
+        model.norm.to(torch.bfloat16)
+    return model.to(memory_format=torch.channels_last)
+
+
+def batches(world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """In the last one the last process has no share."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randn(size, 3, 5, 5, generator=generator),
+            torch.randint(10, (size,), generator=generator),
+        )
+        for size in (5 * world - 1, 4 * world, world - 1)
+    ]
+
+
+def exchanging(rank: int, world: int, port: int, folder: str, case: str) -> None:
+    """Save what Step.gradient leaves of each batch on this process."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    model, order, found = branches(case, rank), [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
+    micro = 2 if case == "micro" else None
+    step = Step(model, optimizer, CPU, "fp32", False, micro, Ranks(rank, world))
+    for x, y in batches(world):
+        loss, correct = step.gradient(x[rank::world], y[rank::world], len(y))
+        for p in model.parameters():
+            same = p.grad is None or (p.grad.stride(), p.grad.dtype) == (p.stride(), p.dtype)
+            assert same and (p.grad is not None) == p.requires_grad
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        places = [p.grad.data_ptr() for p in model.parameters() if p.requires_grad]
+        assert not any(place % 16 for place in places)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        found.append((grads, buffers, loss, correct, places, order.copy()))
+        order.clear()
+    torch.save(found, f"{folder}/{case}-{rank}.pt")
+
+
+def summed_by_hand(case: str, world: int, micro: int) -> list[tuple]:
+    """(gradients, buffers, loss, hits) of each batch in float64, share after share."""
+    stood, found = branches(case, 0).double().state_dict(), []
+    for x, y in batches(world):
+        grads: dict = {}
+        buffers = {name: torch.zeros_like(t) for name, t in stood.items() if "running" in name}
+        loss = hits = 0
+        for rank in range(world):
+            model = branches(case, rank).double()
+            model.load_state_dict(stood)
+            own = y[rank::world]
+            for part in zip(x[rank::world].split(micro), own.split(micro), strict=True):
+                if len(own):
+                    logits = model(part[0].double())
+                    value = F.cross_entropy(logits, part[1], reduction="sum") / len(y)
+                    value.backward()
+                    loss, hits = loss + value, hits + (logits.argmax(1) == part[1]).sum()
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    own_grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    grads[name] = grads.get(name, 0) + own_grad
+            for name, t in buffers.items():
+                t.add_(model.state_dict()[name], alpha=len(own) / len(y))
+        stood |= buffers
+        found.append((grads, buffers, loss, hits))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("case", ["batch", "group", "micro", "double", "half"])
+def test_gradients_that_come_in_other_orders_are_added_up_alike(case, world, tmp_path):
+    port = free_port()
+    processes = [
+        SERVER.Process(target=exchanging, args=(rank, world, port, str(tmp_path), case))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    assert codes(processes, 60) == [0] * world
+    found = [torch.load(tmp_path / f"{case}-{rank}.pt") for rank in range(world)]
+    close = {"rtol": 0.05, "atol": 0.02} if case == "half" else {"rtol": 1e-4, "atol": 1e-6}
+    expected = summed_by_hand(case, world, 2 if case == "micro" else 100)
+    for number, (grads, buffers, loss, hits) in enumerate(expected):
+        at = [process[number] for process in found]
+        assert at[0][5] != at[1][5]  # or nothing is tried
+        for rank, (own_grads, own_buffers, own_loss, own_hits, places, _) in enumerate(at):
+            assert places == found[rank][0][4]
+            for name, grad in grads.items():
+                assert torch.equal(own_grads[name], at[0][0][name])
+                torch.testing.assert_close(own_grads[name].double(), grad, **close)
+            for name, buffer in own_buffers.items():
+                assert torch.equal(buffer, at[0][1][name])
+                if "running" in name:
+                    torch.testing.assert_close(buffer.double(), buffers[name], **close)
+            torch.testing.assert_close(own_loss.double(), loss.detach().double(), **close)
+            assert case == "half" or own_hits == hits
+
+
+class Group:
+    """A group of 8 of which this is process 0, that adds nothing up: `events` has its calls, each
+    by its tensor's address and size, among what a test puts there."""
+
+    def __init__(self, monkeypatch):
+        self.events: list = []
+        self.fails_at: int | None = None  # the call that finds no other process
+        self.calls, real = 0, torch.distributed.all_reduce
+
+        def all_reduce(tensor, *args, **kwargs):
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise RuntimeError("connection closed by peer")
+            self.events.append((tensor.data_ptr(), tensor.numel()))
+            return real(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+
+    def watch(self, named_parameters) -> None:
+        """Put there which gradients come; before anything else hears of them."""
+        for name, p in named_parameters:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: self.events.append(name))
+
+    def calls_of(self, exchange: Exchange) -> list:
+        """The events, the call of a bucket by its number."""
+        numbers = {(b.flat.data_ptr(), b.flat.numel()): i for i, b in enumerate(exchange.buckets)}
+        return [numbers.get(event, event) for event in self.events]
+
+
+@pytest.fixture
+def group(monkeypatch):
+    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield Group(monkeypatch)
+    torch.distributed.destroy_process_group()
+
+
+def step_of(model: nn.Module, compile: bool = False, micro_batch: int | None = None) -> Step:
+    optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
+    return Step(model, optimizer, CPU, "fp32", compile, micro_batch, Ranks(0, 8))
+
+
+def test_buckets_are_the_parameters_backwards_in_four_of_about_equal_size():
+    params = list(models.build("resnet18", 100).parameters())
+    groups = in_buckets(params)
+    assert [id(p) for g in groups for p in g] == [id(p) for p in reversed(params)]
+    shares = [sum(p.nbytes for p in g) / sum(p.nbytes for p in params) for g in groups]
+    assert len(groups) == 4 and all(0.15 < share < 0.35 for share in shares)
+    assert [len(g) for g in in_buckets(params[:2])] == [1, 1]
+    mixed = [p.bfloat16() if p.dim() == 4 else p for p in params]
+    for g in in_buckets(mixed):
+        assert len({p.dtype for p in g}) == 1
+    assert len(in_buckets(mixed)) == 8
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_bucket_starts_when_it_and_those_before_it_are_complete(seed, group):
+    """Eight parameters, of which each two are a bucket, with gradients in an order by chance."""
+    params = [nn.Parameter(torch.full((3, 5), float(i))) for i in range(8)]
+    group.watch((str(i), p) for i, p in enumerate(params))
+    exchange = Exchange(params, [], 1, overlap=True)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
+    for _ in range(2):
+        for p in params:
+            p.grad = None
+        group.events.clear()
+        # autograd goes back from what was computed last
+        terms = [params[i].square().sum() for i in reversed(order)]
+        exchange.expect([], torch.tensor([2.0]))
+        torch.stack(terms).sum().backward()
+        expected: list = []
+        for i, came in enumerate(order):
+            expected.append(str(came))
+            for bucket in range(4):
+                needed = set(range(7, 5 - 2 * bucket, -1))
+                if bucket not in expected and needed <= set(order[: i + 1]):
+                    expected.append(bucket)
+        assert group.calls_of(exchange) == expected
+        assert exchange.finish() == 2.0 and group.calls_of(exchange) == expected
+        for i, p in enumerate(params):
+            assert (p.grad == 2 * i).all()
+
+
+def test_most_buckets_travel_while_the_gradients_of_a_network_still_come(group):
+    model = models.build("resnet8", 10)
+    group.watch(model.named_parameters())
+    step = step_of(model)
+    step.gradient(torch.randn(4, 3, 32, 32), torch.arange(4), 32)
+    events = group.calls_of(step._exchange)
+    assert [e for e in events if isinstance(e, int)] == [0, 1, 2, 3]
+    names = [name for name, _ in model.named_parameters()]
+    groups, came = step._exchange.groups, {e for e in events if isinstance(e, str)}
+    assert came == set(names) and events[-1] == 3
+    for number in range(3):  # no later than with the first gradient of the bucket after the next
+        by_then = events[: events.index(number)]
+        assert len(by_then) <= sum(map(len, groups[: number + 2])) + number
+
+
+def test_all_but_the_last_micro_batch_are_added_up_here(group):
+    model = models.build("resnet8", 10, "group")
+    group.watch(model.named_parameters())
+    step = step_of(model, micro_batch=2)
+    step.gradient(torch.randn(5, 3, 32, 32), torch.arange(5), 40)
+    events, count = group.calls_of(step._exchange), len(list(model.parameters()))
+    assert all(isinstance(e, str) for e in events[: 2 * count])
+    assert [e for e in events[2 * count :] if isinstance(e, int)] == [0, 1, 2, 3]
+    assert len(events) == 3 * count + 4
+
+
+def test_an_empty_share_starts_the_same_buckets_with_zeros(group):
+    model = models.build("resnet8", 10, "group")
+    step = step_of(model)
+    for share in (4, 0):  # after a share that left something in the buckets
+        step.gradient(torch.randn(share, 3, 32, 32), torch.arange(share), 7)
+        assert group.calls_of(step._exchange) == [0, 1, 2, 3]
+        assert all(p.grad.any() == (share > 0) for p in model.parameters())
+        group.events.clear()
+
+
+def test_synchronised_batchnorm_has_the_backward_pass_to_itself(group):
+    model = convert(models.build("resnet8", 10))
+    group.watch(model.named_parameters())
+    step = step_of(model)
+    step.gradient(torch.randn(4, 3, 32, 32), torch.arange(4), 32)
+    events = group.calls_of(step._exchange)
+    assert events[-4:] == [0, 1, 2, 3] and not {0, 1, 2, 3} & set(events[:-4])
+    assert events[-5] == next(name for name, _ in model.named_parameters())
+
+
+def compiled_in_no_time(self, graph, inputs):
+    """Step's backend without code: what is compiled hands its gradients over in the same way."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    self.compiled_graphs += 1
+    return aot_eager(graph, inputs)
+
+
+def test_a_compiled_model_starts_its_buckets_in_order(group, monkeypatch):
+    monkeypatch.setattr(Step, "_counting_backend", compiled_in_no_time)
+    torch.manual_seed(0)
+    model, plain = (models.build("resnet8", 10, "group") for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    step, other = step_of(model, compile=True), step_of(plain)
+    for size in (4, 6):
+        x, y = torch.randn(size, 3, 32, 32), torch.arange(size)
+        group.events.clear()
+        step.gradient(x, y, 32)
+        assert group.calls_of(step._exchange) == [0, 1, 2, 3]
+        other.gradient(x, y, 32)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    # which Dynamo traces anew, with the gradients that are there
+    step.evaluate([(x, y)])
+    step.gradient(x, y, 32)
+    assert step.compiled_graphs == 2
+
+
+def test_each_batch_has_its_own_gradient_at_the_same_address(group):
+    """Nothing is added to what the batch before left in the buckets."""
+    model = models.build("resnet8", 10, "group")
+    step, x, y = step_of(model), torch.randn(6, 3, 32, 32), torch.arange(6)
+    step.gradient(x, y, 48)
+    first = [(p.grad.data_ptr(), p.grad.clone()) for p in model.parameters()]
+    step.gradient(x[:3], y[:3], 24)
+    step.gradient(x, y, 48)
+    for p, (place, grad) in zip(model.parameters(), first, strict=True):
+        assert p.grad.data_ptr() == place and torch.equal(p.grad, grad)
+
+
+def test_histories_leave_the_gradient_in_the_buckets_as_it_was(group):
+    model = models.build("resnet8", 10, "group")
+    step, x, y = step_of(model), torch.randn(6, 3, 32, 32), torch.arange(6)
+    step.gradient(x, y, 48)
+    before = [p.grad.clone() for p in model.parameters()]
+    with gradients.unmoved(model, step.optimizer):
+        step.gradient(x[:3], y[:3], 24)
+        step.update()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_exchange_can_be_captured(norm, group):
+    """Nothing is read from the device, and no tensor made of what the host alone knows."""
+    step = step_of(models.build("resnet8", 10, norm), micro_batch=2)
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    with Operators() as seen:
+        step.gradient(x, y, 32)
+    assert seen.names.count("c10d.allreduce_.default") == 4
+    assert not [n for n in seen.names if "_local_scalar_dense" in n or "lift_fresh" in n]
+
+
+@pytest.mark.parametrize("bucket", [1, 2, 4])  # the last one starts in the backward pass too
+@pytest.mark.parametrize("when", ["starts", "waits"])
+def test_a_process_lost_in_the_exchange_is_a_process_lost(bucket, when, group, monkeypatch):
+    step = step_of(models.build("resnet8", 10, "group"))
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    monkeypatch.setattr("fastsmooth.ranks.last_words", lambda: {"reason": "no memory"})
+    if when == "starts":
+        group.fails_at = bucket
+    else:
+        waiting = step._exchange.buckets[bucket - 1]
+
+        class Broken:
+            def wait(self):
+                raise RuntimeError("connection closed by peer")
+
+        monkeypatch.setattr(waiting, "start", lambda: setattr(waiting, "_work", Broken()))
+    with pytest.raises(RankLost, match="no memory") as lost:
+        step.gradient(x, y, 32)
+    assert lost.value.words == {"reason": "no memory"}
+
+
 # Measuring
 
 
@@ -337,17 +699,18 @@ def test_one_process_writes_and_speaks(tmp_path):
     assert json.loads((tmp_path / "run" / "env.json").read_text())["processes"] == 2
 
 
-def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
-    argv = ["--epochs", "3", "--method", "hybrid", "--checkpoint-every", "7"]
-    finish(argv, tmp_path / "undisturbed", 2)
-    processes = start_ranks(argv, tmp_path / "stopped", 2)
+@pytest.mark.parametrize(("world", "flags"), [(2, []), (3, ["--micro-batch", "5"])])
+def test_a_signal_to_one_process_saves_and_stops_all(world, flags, tmp_path):
+    argv = ["--epochs", "3", "--method", "hybrid", "--checkpoint-every", "7", *flags]
+    finish(argv, tmp_path / "undisturbed", world)
+    processes = start_ranks(argv, tmp_path / "stopped", world)
     wait_for(tmp_path / "stopped" / "checkpoints" / "ckpt-7.json")
     processes[1].terminate()
-    assert codes(processes) == [75, 75]
+    assert codes(processes) == [75] * world
     status = read_status(tmp_path / "stopped")
     assert (status["state"], status["reason"]) == ("preempted", "SIGTERM")
     assert status["step"] == saved_steps(tmp_path / "stopped")[-1]
-    finish(["--resume"], tmp_path / "stopped", 2)
+    finish(["--resume"], tmp_path / "stopped", world)
     assert_same_run(tmp_path / "stopped", tmp_path / "undisturbed")
 
 

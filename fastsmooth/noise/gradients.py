@@ -55,14 +55,17 @@ def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
     in the same memory."""
     params = list(model.parameters())
     values, grads = [p.detach().clone() for p in params], [p.grad for p in params]
+    slopes = [None if grad is None else grad.clone() for grad in grads]
     try:
         with optimizer.kept():
             yield
     finally:
         with torch.no_grad():
-            for p, value, grad in zip(params, values, grads, strict=True):
+            for p, value, grad, slope in zip(params, values, grads, slopes, strict=True):
                 p.copy_(value)
                 p.grad = grad
+                if grad is not None and slope is not None:
+                    grad.copy_(slope)  # several processes have each gradient in the same place
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
