@@ -134,6 +134,7 @@ FLAGS = spread({
     "--tf32 --allow-tf32 --float32-matmul-precision --matmul-precision": "--precision tf32",
     "--fp32 --float32 --full-precision --no-amp --no-fp16": "--precision fp32",
     "--torchcompile --torch-compile --torchdynamo --torchcompile-mode --compile-mode --torchscript --jit --aot-autograd --fuser --no-compile --compile-model": "--compile",
+    "--cuda-graph --cuda-graphs --cudagraphs --cudagraph --reduce-overhead --no-cuda-graphs": "--graphs",
     "--gpu --gpus --gpu-id --gpu-ids --cuda --use-cuda --use-gpu --n-gpu --ngpu --ngpus --num-gpus --devices --device-id --device-ids --accelerator --device-modules --platform --mps --cpu --no-cuda --no-gpu --use-cpu --no-mps": "--device auto, cpu, cuda, cuda:N or mps takes one device; torchrun starts a process for each of several GPUs",
     "--world-size --rank --local-rank --dist-url --dist-backend --dist-on-itp --dist --distributed --multiprocessing-distributed --ddp --ddp-backend --use-ddp --fsdp --deepspeed --strategy --num-nodes --nnodes --nodes --num-processes --nproc-per-node --nproc --master-port --master-addr --init-method --data-parallel --dp": "torchrun starts several processes",
     "--time-limit --max-hours --max-minutes --max-seconds --walltime --timeout": "--max-time",
@@ -173,6 +174,7 @@ VALUES = {
     }),
     "--augment": spread({"standard flip-crop crop flip default": "crop-flip", "imagenet inception": "resized-crop-flip", "off no": "none"}),
     "--compile": spread({"true yes 1 default": "on", "false no 0 none": "off"}),
+    "--graphs": spread({"true yes 1 default": "on", "false no 0 none": "off"}),
     "--wandb-mode": spread({"disabled none no false": "off"}),
     "--loader": spread({"dataloader pytorch pil": "torch", "memory gpu ram": "resident"}),
 }  # fmt: skip

@@ -89,6 +89,7 @@ def carry_through(c: Config) -> int:
         )
     from fastsmooth.ranks import RankLost, Ranks
     from fastsmooth.training.build import REFUSALS, begin, prepare
+    from fastsmooth.training.device import own_stream
     from fastsmooth.training.loop import Diverged, Preempted, train
 
     keep_within_quota(torch)
@@ -97,12 +98,13 @@ def carry_through(c: Config) -> int:
         check_launch()
         device = pick_device(c.device, torch, c.precision)
         ranks = Ranks.join(device)
-        run, state, decided = prepare(c, device, ranks)
-        run.stop_asked = asked
-        begin(run, state, decided)
-        started = time.perf_counter()
-        train(run)
-        report(run, time.perf_counter() - started)
+        with own_stream(device):
+            run, state, decided = prepare(c, device, ranks)
+            run.stop_asked = asked
+            begin(run, state, decided)
+            started = time.perf_counter()
+            train(run)
+            report(run, time.perf_counter() - started)
         ended = Ending(DONE, "done")
     except REFUSALS as error:
         ended = Ending(BAD_INPUT, "failed", str(error), "error", one_line(error))

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from benchmarks import bench_kernels, bench_train, timing
-from benchmarks.bench_kernels import NoiseCase, NoiseStep, UpdateCase, UpdateStep
+from benchmarks.bench_kernels import HostCase, NoiseCase, NoiseStep, UpdateCase, UpdateStep
 from benchmarks.bench_train import Case, ConvShape
 from benchmarks.originals import Originals
 from benchmarks.timing import Measured, Variant, Window
 from fastsmooth import models
 from fastsmooth.forms import FORMS
+from fastsmooth.kernels import update
 from fastsmooth.optim import NoisySGD
 from fastsmooth.training.step import Step
 
@@ -408,13 +409,16 @@ def made(case, device="cpu"):
 
 def test_the_cases_are_those_that_are_documented():
     updates = [f"update/resnet18/{form}" for form in ("sgd", "shb", "nshb", "qhm")]
-    assert [case.name for case in bench_kernels.CASES] == updates + [
+    assert [case.name for case in bench_kernels.CASES] == ["host/resnet18", *updates] + [
         f"persample_noise/B{n}" for n in (2, 8, 32, 128)
     ]
     everything = ["ours", "loop", "foreach", "fused", "compiled", "compiled_norms"]
     for case in bench_kernels.CASES:
         names = [variant.name for variant in case.variants("cpu")]
-        if isinstance(case, NoiseCase):
+        if isinstance(case, HostCase):
+            assert names == ["ours", "ours_unlaunched", "fused", "foreach"]
+            assert case.ratio_to == "fused" and len(bench_kernels.shapes_of(case.model)) == 62
+        elif isinstance(case, NoiseCase):
             assert (
                 names == ["ours", "eager", "eager_float32", "compiled"] and case.ratio_to == "eager"
             )
@@ -428,6 +432,27 @@ def test_the_cases_are_those_that_are_documented():
             )
         # as it travels to its process
         assert pickle.loads(pickle.dumps(case.variants("cpu")))[0].args[0] == case
+
+
+def test_the_host_takes_every_step_but_for_the_one_whose_launch_is_left_out(monkeypatch):
+    for name in update.IMPLEMENTATIONS:  # the variant writes there, in a process of its own
+        monkeypatch.setitem(update.IMPLEMENTATIONS, name, update.IMPLEMENTATIONS[name])
+    threads = torch.get_num_threads()
+    try:
+        variants = HostCase("resnet8").variants("cpu")
+        for variant in (*variants[:1], *variants[2:], variants[1]):
+            step = variant.make(*variant.args)
+            for _ in range(5):
+                step()
+            step.check()
+            assert step.launched == (variant.name != "ours_unlaunched")
+            assert all((p != 1).all() == step.launched for p in step.params)
+            step.steps += 1
+            if step.launched:
+                with pytest.raises(FloatingPointError, match="after 6 steps of shb"):
+                    step.check()
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", [*TINY_UPDATES, TINY_NOISE], ids=lambda case: case.name)
@@ -543,50 +568,71 @@ def test_a_gpu_that_is_not_there_is_refused(capsys):
     assert "no GPU that PyTorch can use" in capsys.readouterr().err
 
 
-# Gpu_check.sh
+# The scripts for GPUs
 
 
-def gpu_check(folder, nvidia_smi, **environment):
+def gpu_script(name, folder, nvidia_smi, *flags, **environment):
     """Run the script with an nvidia-smi of ours; its results would go to folder/out."""
     (folder / "bin").mkdir()
     (folder / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n")
     (folder / "bin" / "nvidia-smi").chmod(0o755)
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment |= {"PATH": path, "OUT": str(folder / "out")}
-    command = ["bash", "benchmarks/gpu_check.sh"]
+    command = ["bash", f"benchmarks/{name}", *flags]
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )
 
 
-def test_the_gpu_check_without_a_gpu_says_so_and_runs_nothing(tmp_path):
-    done = gpu_check(tmp_path, "echo No devices were found; exit 6")
+def python_that(folder, does):
+    """An interpreter that has everything, says what it is given, and does so."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n[ $1 = -c ] && exit\necho ran $*\n{does}\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.parametrize("name", ["gpu_check.sh", "gpu_runs.sh"])
+def test_the_gpu_check_without_a_gpu_says_so_and_runs_nothing(name, tmp_path):
+    done = gpu_script(name, tmp_path, "echo No devices were found; exit 6")
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "no NVIDIA GPU" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_part_of_the_gpu_check_that_fails_stops_no_other(tmp_path):
-    python = tmp_path / "python"  # has everything, and fails the kernels' tests
-    python.write_text(
-        "#!/bin/sh\n[ $1 = -c ] && exit\necho ran $*\ncase $* in *test_kernels*) exit 3 ;; esac\n"
-    )
-    python.chmod(0o755)
-    done = gpu_check(tmp_path, "echo GPU 0: none", PYTHON=str(python), IMAGES="photos")
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_gpu_scripts_run_the_cells_that_are_named_and_end_as_they_do(code, tmp_path):
+    python = python_that(tmp_path, f"exit {code}")
+    for name, runs in (("gpu_check.sh", ""), ("gpu_runs.sh", "--runs ")):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = gpu_script(name, folder, "echo GPU 0: none", "a", "b", PYTHON=python, DATA="i mages")
+        assert done.returncode == code
+        out = folder / "out"
+        ran = f"ran -m benchmarks.gpu_cells {runs}a b --out {out} --data {ROOT}/i mages"
+        assert done.stdout.splitlines() == [ran]
+
+
+def test_a_file_of_the_gpus_tests_that_fails_stops_no_other(tmp_path):
+    python = python_that(tmp_path, "case $* in *test_kernels*) exit 3 ;; esac")
+    done = gpu_script("gpu_check.sh", tmp_path, "echo GPU 0: none", "--tests", PYTHON=python)
     assert done.returncode == 1 and "tests_kernels: failed with code 3" in done.stdout
-    (log,) = (tmp_path / "out").glob("*_gpu_check.log")
-    benches = (
-        "bench_kernels --device cuda --json",
-        "bench_noise --device cuda --json",
-        "gpu_decode photos",
-    )
-    for part in (
+    assert "gpu_cells" not in done.stdout
+    (log,) = (tmp_path / "out").glob("*_gpu_tests.log")
+    for file in (
         "test_kernels.py",
         "test_kernels_augment.py",
         "test_aot.py",
         "test_optim.py",
         "test_gpu.py",
-        *benches,
     ):
-        assert part in log.read_text()
-    assert log.read_text().count(": passed") == 6
+        assert file in log.read_text()
+    assert log.read_text().count(": passed") == 3
+
+
+def test_the_gpus_tests_come_after_the_cells_that_are_named(tmp_path):
+    python = python_that(tmp_path, "case $* in *gpu_cells*) exit 1 ;; esac")
+    flags = ["step", "--tests"]
+    done = gpu_script("gpu_check.sh", tmp_path, "echo GPU 0: none", *flags, PYTHON=python)
+    assert done.returncode == 1 and "ran -m benchmarks.gpu_cells step --out" in done.stdout
+    assert done.stdout.count(": passed") == 4

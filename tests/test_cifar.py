@@ -104,7 +104,9 @@ class Miniature:
         for loader, parts in [(data.train, self.parts), (data.test, ["test"])]:
             ((x, y),) = loader.batches([torch.arange(len(loader))])
             images = np.concatenate([self.images[part] for part in parts])
-            black, white = (loader.table[:, value, None, None] for value in (0, 255))
+            black, white = (
+                loader.tables[torch.float32][:, value, None, None] for value in (0, 255)
+            )
             x = (x - black) / (white - black)
             assert np.array_equal((x * 255).round().byte().permute(0, 2, 3, 1), images)
             assert y.tolist() == [label for part in parts for label in self.labels[part]]

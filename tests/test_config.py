@@ -146,9 +146,9 @@ def test_every_flag_of_the_design_exists():
     expected = """
         --dataset --data-dir --model --method --mode --optimizer --lr --batchsize -b --batch-size
         --beta --nu --weight-decay --epochs --decay-epoch --power --gamma --c2 --k2 --eps --steps
-        --draws --bn --measure-augment --seed --device --loader --compile --precision --drop-last
-        --deterministic --out --resume --checkpoint-every --log-every --max-time --config --plan
-        --json --wandb-mode --wandb-entity --wandb-project --beta1 --help --version
+        --draws --bn --measure-augment --seed --device --loader --compile --graphs --precision
+        --drop-last --deterministic --out --resume --checkpoint-every --log-every --max-time
+        --config --plan --json --wandb-mode --wandb-entity --wandb-project --beta1 --help --version
     """
     assert known >= set(expected.split())
 
@@ -968,7 +968,8 @@ def test_what_auto_chose_before_is_chosen_again(tmp_path):
 
 def test_only_places_times_and_trackers_are_free_on_resume():
     trackers = {"wandb_mode", "wandb_project", "wandb_entity"}
-    assert {"out", "resume", "max_time", "data_dir", "workers"} | trackers == FREE_ON_RESUME
+    places = {"out", "resume", "max_time", "data_dir", "workers", "graphs"}
+    assert places | trackers == FREE_ON_RESUME
 
 
 @pytest.mark.parametrize("name", sorted(FREE_ON_RESUME - {"out", "resume"}))

@@ -165,9 +165,10 @@ def flags_of(command: str) -> frozenset[str]:
 def flags_of_others() -> frozenset[str]:
     """Of the benchmarks and the scripts."""
     sources = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")]
-    return frozenset(
-        flag for path in sources for flag in re.findall(r'"(--[a-z-]+)"', path.read_text())
-    )
+    found = [flag for path in sources for flag in re.findall(r'"(--[a-z-]+)"', path.read_text())]
+    for path in ROOT.glob("benchmarks/*.sh"):  # those that it compares its arguments with
+        found += re.findall(r"= (--[a-z-]+) \]", path.read_text())
+    return frozenset(found)
 
 
 def write_files(page: Path, folder: Path) -> None:

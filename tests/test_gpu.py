@@ -19,7 +19,7 @@ from fastsmooth.noise.persample import sample_norms
 from fastsmooth.noise.tails import BLOCK, NoiseStatistics
 from fastsmooth.runfolder.write import TIMES
 from fastsmooth.train import main
-from fastsmooth.training import loop, measuring
+from fastsmooth.training import loop, measuring, step
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use"
@@ -318,6 +318,63 @@ def test_compiled_measurements_agree_with_eager_ones_and_compile_nothing_again(
         assert written(out, "summary.json")["compiled_graphs"] == (graphs if compile == "on" else 0)
     for key in ("full_grad_norm", "c2_sampled", "noise_norm"):
         assert points[0][key] == pytest.approx(points[1][key], rel=1e-3), key
+
+
+# Captured updates
+
+GRAPHS = {
+    "hybrid": ["--method", "hybrid", "--decay-epoch", "1", "--optimizer", "shb", "--lr", "0.02"],
+    "augmented, group norm": [
+        "--augment",
+        "crop-flip-rotate",
+        "--norm",
+        "group",
+        "--method",
+        "exp",
+    ],
+    "streamed": ["--loader", "threads", "--augment", "crop-flip", "--method", "exp"],
+    "micro-batches": ["--micro-batch", "16", "--track-noise", "every=20"],
+    "bf16": ["--precision", "bf16", "--optimizer", "nshb"],
+    "dropout": ["--model", "torchvision/mobilenet_v3_small", "--lr", "0.01"],
+    "critical": RUNS["critical"],
+    "sampling, histories": RUNS["sampling, histories"],
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_captured_updates_end_in_the_bits_of_eager_ones(name, tmp_path):
+    flags = [*EAGER, "--batchsize", "64", *GRAPHS[name]]
+    flags += [] if "--epochs" in flags else ["--epochs", "3"]
+    outs = [run(tmp_path / how, *flags, "--graphs", how) for how in ("off", "on")]
+    assert written(outs[1], "summary.json")["captured_graphs"] > 0
+    assert without_times(outs[1]) == without_times(outs[0])
+    for file in ("noise.json", "critical.json"):
+        assert written(outs[1], file) == written(outs[0], file)
+
+
+def test_a_compiled_and_captured_run_is_resumed_in_the_same_bits(tmp_path):
+    flags = ["--epochs", "3", "--compile", "on", "--graphs", "on", "--deterministic"]
+    whole = run(tmp_path / "whole", *flags)
+    parted = run(tmp_path / "parted", *flags, "--max-time", "0.001", code=75)
+    assert main(["--resume", "--out", str(parted), "--max-time", "1h"]) == 0
+    assert without_times(parted) == without_times(whole)
+    assert written(whole, "summary.json")["compiled_graphs"] == 2
+
+
+def test_what_cannot_be_captured_is_done_as_it_is(tmp_path, monkeypatch, capsys):
+    forward = step.Step._plain_forward
+
+    def reads(self, x, y, autocast):
+        loss, correct = forward(self, x, y, autocast)
+        return loss * (correct.item() >= 0), correct
+
+    monkeypatch.setattr(step.Step, "_plain_forward", reads)
+    monkeypatch.setattr(loop, "LEAST", 3)
+    out = run(tmp_path / "auto", "--epochs", "1", "--compile", "off", "--graphs", "auto")
+    assert written(out, "summary.json")["captured_graphs"] == 0
+    assert "no more updates are captured as CUDA graphs: at 32 samples, " in capsys.readouterr().err
+    run(tmp_path / "on", "--epochs", "1", "--compile", "off", "--graphs", "on", code=2)
+    assert "--graphs on: an update of 32 samples cannot be captured" in capsys.readouterr().err
 
 
 # Chunks that do not fit in memory

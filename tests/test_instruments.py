@@ -23,6 +23,8 @@ class Cosine(Instrument):
 
     name = "cosine"
 
+    wants_gradient = True
+
     def __init__(self, last: int = 10**9):
         self.calls: list[tuple[str, int]] = []
         self.previous: torch.Tensor | None = None

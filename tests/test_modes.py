@@ -304,7 +304,7 @@ def test_first_crossings_equal_a_plain_loop(criterion):
     expected = dict.fromkeys(eps, 0)
     total = 0.0
     for t, value in enumerate(norms, start=1):
-        record.observe(torch.tensor(value), t)
+        record.observe(torch.tensor(value), torch.tensor(t))
         total += value if criterion == "mean-norm" else value**2
         running = total / t if criterion == "mean-norm" else math.sqrt(total / t)
         for e in eps:
@@ -319,8 +319,8 @@ def test_first_crossings_equal_a_plain_loop(criterion):
 
 def test_a_norm_that_is_not_a_number_is_no_crossing():
     record = NormRecord((1e9,), "mean-norm", 0, CPU)
-    record.observe(torch.tensor(float("nan")), 1)
-    record.observe(torch.tensor(1.0), 2)
+    record.observe(torch.tensor(float("nan")), torch.tensor(1))
+    record.observe(torch.tensor(1.0), torch.tensor(2))
     assert record.crossings() == [0]
 
 

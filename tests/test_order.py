@@ -50,10 +50,13 @@ class Reader:
     def __init__(self, segments):
         self.segments, self.index = iter(segments), None
 
-    def take(self, count: int):
+    def begin(self) -> None:
         if self.index is None:
             index, self.epoch, start = next(self.segments)
             self.index = index[start:]
+
+    def take(self, count: int):
+        self.begin()
         taken, self.index = self.index[:count], self.index[count:]
         assert len(taken) == count  # the segment holds what is asked of it
         return taken, torch.full((count,), self.epoch)

@@ -383,3 +383,44 @@ def test_batches_that_can_never_be_measured_are_refused():
     noise = NoiseTracker(model, optimizer, samples=10, every=1)
     with pytest.raises(ValueError, match="a batch of 12 samples, where the training set has 10"):
         noise(*images(12), Point(0.1, 12, 0.0))
+
+
+# Parts that the update makes anyway
+
+MICRO = ["--estimator", "micro-batch", "--batchsize", "64", "--budget", "updates=50"]
+
+
+def timeless(out, *flags: str) -> list[dict]:
+    """All rows of a run, without times."""
+    rows = read_rows(run(out, *flags))
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_parts_of_micro_batches_are_measured_by_the_update_itself(norm, tmp_path):
+    """Update 0 is at the same point with and without --micro-batch: four parts of 16 samples."""
+    flags = [*MICRO, "--norm", norm, "--optimizer", "nshb", "--weight-decay", "1e-3"]
+    tracked = [*flags, "--track-noise", "every=7"]
+    apart = timeless(tmp_path / "apart", *tracked, "--micro-batch", "16")
+    extra = timeless(tmp_path / "extra", *tracked)
+    plain = timeless(tmp_path / "plain", *flags[2:], "--micro-batch", "16")
+    measured = [[row for row in rows if row["kind"] == "measure"] for rows in (apart, extra)]
+    # the last batch of the epoch has 29 samples, which are no parts of 16: measured beside it
+    assert [row["step"] for row in measured[0]] == [row["step"] for row in measured[1]]
+    assert [row["samples"] for row in measured[0]] == [row["samples"] for row in measured[1]]
+    for key in ("c2_sampled", "c2_sampled_se", "grad_norm", "delta_measured", "full_grad_square"):
+        assert measured[0][0][key] == pytest.approx(measured[1][0][key], rel=1e-4), key
+    assert measured[0][0]["se_over"] == measured[1][0]["se_over"]
+    # and training does not notice
+    kept = [row for row in apart if row["kind"] != "measure"]
+    without = [{k: v for k, v in row.items() if k != "c2_sampled"} for row in kept]
+    assert without == [{k: v for k, v in row.items() if k != "c2_sampled"} for row in plain]
+
+
+def test_a_measured_update_of_parts_makes_no_other_backward_pass(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(NoiseTracker, "measure", lambda *given, **more: calls.append(given))
+    rows = timeless(
+        tmp_path / "run", *MICRO, *("--track-noise", "every=1", "--micro-batch", "8", "--drop-last")
+    )
+    assert sum(row["kind"] == "measure" for row in rows) == 50 and not calls

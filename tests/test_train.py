@@ -61,13 +61,13 @@ def test_every_method_trains_and_logs_the_points_of_its_schedule(method, tmp_pat
     """The logged Point is what the optimizer held and what the loader served, at every epoch."""
     used = []
 
-    def spy(run, x, y):
+    def spy(run, batch, point):
         group = run.step.optimizer.param_groups[0]
-        used.append((run.epoch, group["lr"], group["momentum"], len(y)))
-        return gradient(run, x, y)
+        advance(run, batch, point)
+        used.append((run.epoch, group["lr"], group["momentum"], batch.count))
 
-    gradient = loop.Run.gradient
-    monkeypatch.setattr(loop.Run, "gradient", spy)
+    advance = loop.Run.advance
+    monkeypatch.setattr(loop.Run, "advance", spy)
     optimizer = "nshb" if method in SOLVED else "sgd"
     out = train(tmp_path / "run", "--method", method, "--optimizer", optimizer, "--epochs", "3")
     schedule = make_schedule(read_saved(out), 1437)

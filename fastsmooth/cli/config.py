@@ -123,7 +123,8 @@ class Config:
     device: str = option("auto", "run", "auto, cpu, cuda, cuda:N or mps", device, metavar="DEV")
     compile: str = option("auto", "run", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
     kernels: str = option("auto", "run", "native: C++, on CPUs; triton: on NVIDIA GPUs; reference: plain PyTorch", choices=("auto", "native", "triton", "reference"))
-    precision: str = option("fp32", "run", "of the forward and backward pass", choices=("fp32", "tf32", "bf16"))
+    graphs: str = option("auto", "run", "the update as one CUDA graph; auto: of small batches that last, on one GPU", choices=("auto", "on", "off"))
+    precision: str = option("auto", "run", "of the forward and backward pass; auto: tf32 on a GPU that has it, else fp32", choices=("auto", "fp32", "tf32", "bf16"))
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
     resume: bool = option(False, "run", "go on with the run in --out")
@@ -179,11 +180,11 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it
 # again.
-RESOLVED_ONCE = ("device", "loader", "compile", "kernels", "estimator")
+RESOLVED_ONCE = ("device", "loader", "compile", "precision", "kernels", "estimator")
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its
 # result.
 FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity"}
-FREE_ON_RESUME |= {"data_dir", "workers"}
+FREE_ON_RESUME |= {"data_dir", "workers", "graphs"}
 
 
 def check(c: Config) -> None:

@@ -49,6 +49,8 @@ class Chunk(NamedTuple):
     pixels: Tensor
     moves: Tensor | None  # int32 [m, 8] of kernels.augment
     release: Callable[[], None] = lambda: None  # gives the memory back, once it is read
+    # on a GPU: passed once the pixels are there; None where they are there already
+    ready: torch.cuda.Event | None = None
 
 
 Chunks = Generator[Chunk, None, None]  # close() ends what makes them
@@ -62,13 +64,35 @@ class Engine(Protocol):
     def chunks(self, jobs: Iterator[Job]) -> Chunks: ...
 
 
+Images = tuple[Tensor, Tensor]  # x [B, 3, size, size], normalised, and y int64 [B]
+
+
 class Reader(Protocol):
     """The samples of some segments, in order."""
 
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
+    @property
+    def cursor(self) -> Tensor | None:
+        """Where the next samples begin, int64 0-d on the device, if all of them lie there; whoever
+        asks for them `ahead` moves it on."""
+
+    def begin(self) -> None:
+        """Stand in the present segment: to be called before its samples are asked for `ahead`."""
+
+    def take(self, count: int, into: Images | None = None) -> Images:
         """(x, y) of the next `count` samples of the present segment: float32 [count, 3, size, size]
-        normalised, int64 [count]. Raises DataError with the file's name where one cannot be
-        read."""
+        in channels-last memory, int64 [count]; or written into what `room` gave. Raises DataError
+        with the file's name where one cannot be read."""
+        ...
+
+    def skip(self, count: int) -> None:
+        """Go on by `count` samples of the present segment, which nobody asked for."""
+
+    def ahead(self, count: int, dtype: torch.dtype) -> Images:
+        """`count` samples from the cursor on, x in this dtype. Only where there is a cursor."""
+        ...
+
+    def room(self, count: int, dtype: torch.dtype) -> Images:
+        """Memory for `count` samples, x in this dtype, float32 or bfloat16."""
         ...
 
     def advance(self) -> None:
@@ -85,10 +109,27 @@ def normalisation(mean: Sequence[float], std: Sequence[float], device: torch.dev
     return torch.arange(256, dtype=torch.float32).div(255).sub(center).div(scale).to(device)
 
 
+def tables(
+    mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> dict[torch.dtype, Tensor]:
+    """`normalisation` by the dtype of the images: [3, 256] each."""
+    table = normalisation(mean, std, device)
+    return {table.dtype: table, torch.bfloat16: table.bfloat16()}
+
+
 class Loader:
     """What all loaders have: their length, and passes over given samples."""
 
     labels: Tensor
+    size: int
+    device: torch.device
+    tables: dict[torch.dtype, Tensor]  # of `normalisation`, by the dtype of the images
+
+    def room(self, count: int, dtype: torch.dtype) -> Images:
+        """Memory for `count` samples."""
+        x = torch.empty(count, self.size, self.size, 3, dtype=dtype, device=self.device)
+        y = torch.empty(count, dtype=torch.int64, device=self.device)
+        return x.permute(0, 3, 1, 2), y
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,9 +138,7 @@ class Loader:
         """What gives the samples of the segments."""
         raise NotImplementedError
 
-    def batches(
-        self, indices: Iterable[Tensor], epoch: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, indices: Iterable[Tensor], epoch: int | None = None) -> Iterator[Images]:
         """(x, y) for each tensor of sample indices: x float32 [B, 3, size, size] normalised, y
         int64 [B].
 
@@ -132,7 +171,7 @@ class ChunkedLoader(Loader):
     ):
         self.engine, self.size, self.chunk, self.device = engine, size, chunk, device
         self.labels = torch.from_numpy(labels).to(device)
-        self.table = normalisation(mean, std, device)
+        self.tables = tables(mean, std, device)
 
     def reader(self, segments: Iterable[Segment]) -> ChunkReader:
         return ChunkReader(self, segments)
@@ -140,6 +179,8 @@ class ChunkedLoader(Loader):
 
 class ChunkReader:
     """Cuts batches from chunks, in order."""
+
+    cursor: Tensor | None = None
 
     def __init__(self, loader: ChunkedLoader, segments: Iterable[Segment]):
         self.loader = loader
@@ -150,16 +191,14 @@ class ChunkReader:
         # on a GPU: read by work that may be still to come
         self._used: deque[tuple[torch.cuda.Event, Chunk]] = deque()
 
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """As Reader.take: float32 [count, 3, size, size] in channels-last memory, int64 [count]."""
+    def begin(self) -> None:
+        pass
+
+    def take(self, count: int, into: Images | None = None) -> Images:
         loader = self.loader
-        x = torch.empty(count, loader.size, loader.size, 3, device=loader.device)
-        y = torch.empty(count, dtype=torch.int64, device=loader.device)
-        done = 0
-        while done < count:
-            chunk = self._present()
-            part = slice(self._at, min(len(chunk.pixels), self._at + count - done))
-            to = slice(done, done + part.stop - part.start)
+        x, y = into or self.room(count)
+        stored = x.permute(0, 2, 3, 1)
+        for chunk, part, to in self._parts(count):
             pixels, index = (
                 t[part].to(loader.device, non_blocking=True)
                 for t in (chunk.pixels, chunk.job.index)
@@ -167,12 +206,31 @@ class ChunkReader:
             moves = chunk.moves
             if moves is not None:
                 moves = moves[part].to(loader.device, non_blocking=True)
-            augment(pixels, None, moves, loader.table, x[to])
+            augment(pixels, None, moves, loader.tables[x.dtype], stored[to])
             torch.index_select(loader.labels, 0, index, out=y[to])
+        return x, y
+
+    def skip(self, count: int) -> None:
+        for _ in self._parts(count):
+            pass
+
+    def ahead(self, count: int, dtype: torch.dtype) -> Images:
+        raise RuntimeError("samples that come in chunks have no cursor")
+
+    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
+        return self.loader.room(count, dtype)
+
+    def _parts(self, count: int) -> Iterator[tuple[Chunk, slice, slice]]:
+        """(chunk, samples of it, places among the next `count` samples that they have)."""
+        done = 0
+        while done < count:
+            chunk = self._present()
+            part = slice(self._at, min(len(chunk.pixels), self._at + count - done))
+            to = slice(done, done + part.stop - part.start)
+            yield chunk, part, to
             self._at, done = part.stop, to.stop
             if self._at == len(chunk.pixels):
                 self._retire()
-        return x.permute(0, 3, 1, 2), y
 
     def advance(self) -> None:
         self._segment += 1
@@ -192,6 +250,8 @@ class ChunkReader:
             chunk = next(self._chunks)
             if chunk.job.segment == self._segment:
                 self._chunk, self._at = chunk, chunk.job.skip
+                if chunk.ready is not None:
+                    torch.cuda.current_stream(self.loader.device).wait_event(chunk.ready)
             else:  # the last samples of a segment may be left over
                 chunk.release()
         return self._chunk

@@ -6,11 +6,58 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastsmooth.data.chunks import Loader, Reader, Segment
+from fastsmooth.data.chunks import Images, Loader, Reader, Segment
 from fastsmooth.data.images import DataError
 from fastsmooth.data.order import permutation, reordered
+
+
+class Batch:
+    """One process's share of a batch, whose images are made where they are asked for.
+
+    count: samples of the share; size: of the batch, all processes together. `reader` stands before
+    them until they are asked for, or passed over.
+    """
+
+    def __init__(self, reader: Reader, count: int, size: int):
+        self.reader, self.count, self.size = reader, count, size
+        self._images: Images | None = None
+
+    def images(self) -> Images:
+        """x float32 [count, 3, S, S] and y int64 [count]; the same tensors whenever it is asked.
+        Raises DataError with the file's name where an image cannot be read."""
+        if self._images is None:
+            self._images = self.reader.take(self.count)
+        return self._images
+
+    @property
+    def cursor(self) -> Tensor | None:
+        """Where the images begin, int64 0-d on the device, if that is where they lie; whoever asks
+        for them `ahead` moves it on."""
+        return self.reader.cursor
+
+    def ahead(self, dtype: torch.dtype) -> Images:
+        """As `images`, x in this dtype, float32 or bfloat16: at the cursor, where there is one."""
+        if self.cursor is not None:
+            return self.reader.ahead(self.count, dtype)
+        images = self.reader.room(self.count, dtype)
+        self.put(images)
+        return images
+
+    def put(self, into: Images) -> None:
+        """Write the images into x [count, 3, S, S], float32 or bfloat16, and y [count]."""
+        if self._images is None:
+            self._images = self.reader.take(self.count, into)
+            return
+        for to, held in zip(into, self._images, strict=True):
+            to.copy_(held)
+
+    def passed(self) -> None:
+        """Nobody will ask any more."""
+        if self._images is None:
+            self.reader.skip(self.count)
 
 
 class Stream:
@@ -42,22 +89,33 @@ class Stream:
         self.order: Callable[[int], Tensor] = lambda epoch: permutation(seed, epoch, len(loader))
         self._reader: Reader | None = None
 
-    def rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) of every batch from the cursor to the end of the epoch, the last one partial
-        unless it is dropped.
+    def rest_of_epoch(self) -> Iterator[Images]:
+        """(x, y) of every batch of `batches`: x float32 [share of B, 3, size, size], y int64 [share
+        of B]. Raises DataError with the file's name where an image cannot be read."""
+        for batch in self.batches():
+            yield batch.images()
 
-        x is float32 [share of B, 3, size, size], y int64. The cursor stands behind a batch as soon
-        as it is given, and at the beginning of the next epoch after the last. Raises DataError with
-        the file's name where one cannot be read.
+    def batches(self) -> Iterator[Batch]:
+        """Every batch from the cursor to the end of the epoch, the last one partial unless it is
+        dropped.
+
+        The cursor stands behind a batch as soon as it is given, and at the beginning of the next
+        epoch after the last.
         """
         n = len(self.loader)
         while self.cursor < n - (self.batch_size - 1 if self.drop_last else 0):
             if self._reader is None:
-                self._reader = self.loader.reader(self._segments())
+                self._reader = self.loader.reader(
+                    self._segments(self.epoch, self._share(self.cursor))
+                )
+            self._reader.begin()
             end = min(self.cursor + self.batch_size, n)
-            batch = self._reader.take(self._share(end) - self._share(self.cursor))
+            count = self._share(end) - self._share(self.cursor)
             self.size, self.cursor = end - self.cursor, end
+            batch = Batch(self._reader, count, self.size)
             yield batch
+            if self._reader is batch.reader:  # not closed meanwhile
+                batch.passed()
         self.epoch, self.cursor = self.epoch + 1, 0
         if self._reader is not None:
             self._reader.advance()
@@ -104,9 +162,8 @@ class Stream:
         """How many of the first `places` of a permutation are this rank's."""
         return max(0, -((self.rank - places) // self.world))
 
-    def _segments(self) -> Iterator[Segment]:
-        """This rank's share of every epoch still to come."""
-        start = self._share(self.cursor)
-        for epoch in range(self.epoch, self.epochs):
+    def _segments(self, first: int, start: int) -> Iterator[Segment]:
+        """This rank's share of every epoch from the `first` on, of that one from place `start`."""
+        for epoch in range(first, self.epochs):
             yield Segment(self.order(epoch)[self.rank :: self.world], epoch, start)
             start = 0

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from fastsmooth.kernels.backend import wide_dtype
 
+PARTS = "the parts of one batch"  # what varies in the error of micro_batch
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -136,7 +138,7 @@ def micro_batch(
     deviations = torch.stack([distance(h, mean) for h in grads]).tolist()
     found = gather((deviations, sizes))
     deviations, sizes = ([v for part in found for v in part[k]] for k in (0, 1))
-    return between(deviations, sizes, n, "the parts of one batch")
+    return between(deviations, sizes, n, PARTS)
 
 
 def weighted_mean(grads: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:

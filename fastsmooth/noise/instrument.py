@@ -32,6 +32,7 @@ class Instrument:
     """
 
     name: str  # of its state in a checkpoint
+    wants_gradient = False  # whether it has a before_update, which no captured update calls
 
     def introduction(self) -> list[str]:
         """Lines for the beginning of the run."""
@@ -61,6 +62,13 @@ class Instrument:
     def before_update(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:
         """The same point, with the batch's gradient in .grad."""
         return None
+
+    def observe(self, kept: Any) -> None:
+        """Part of every update, which may be captured once and played again: so it works on tensors
+        on the device alone, always the same ones, and nothing that it keeps in Python changes.
+
+        `kept` is kernels.tally.State: the update's number and squared norms are among it.
+        """
 
     def after_update(self, run: Any, point: Point) -> Values | None:
         """After every update, which run.update counts from 1; it must not wait for the device."""

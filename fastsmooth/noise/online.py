@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastsmooth.names import about_value
 from fastsmooth.noise import estimators, gradients
-from fastsmooth.noise.estimators import Estimate
+from fastsmooth.noise.estimators import PARTS, Estimate
 from fastsmooth.noise.losses import Loss
 from fastsmooth.noise.persample import BN, NotCovered, SampleNorms, sample_norms
 from fastsmooth.optim import NoisySGD
@@ -186,6 +186,26 @@ class NoiseTracker:
             raise ValueError(f"a batch of {size} samples, where the training set has {self.n}")
         with gradients.undisturbed(self.model, self.bn):
             c2, grad_square = self.estimate(x, y, size)
+        return self.row(c2, grad_square, size, point, update, epoch)
+
+    def measured(
+        self,
+        deviations: list[float],
+        sizes: list[int],
+        grad_square: float,
+        point: Point,
+        update: int,
+        epoch: int,
+    ) -> dict[str, Any]:
+        """The row of a measurement by the micro-batch estimator, from ||h_j - h||^2 of parts of
+        `sizes` samples and ||h||^2 of the batch that they make. Raises as `measure`."""
+        c2 = estimators.between(deviations, sizes, self.n, PARTS)
+        return self.row(c2, grad_square, sum(sizes), point, update, epoch)
+
+    def row(
+        self, c2: Estimate, grad_square: float, size: int, point: Point, update: int, epoch: int
+    ) -> dict[str, Any]:
+        """That of an estimate of C2 and of ||g||^2, taken in. Raises FloatingPointError."""
         if not (math.isfinite(c2.value) and math.isfinite(grad_square)):
             raise FloatingPointError("the gradient is not finite")
         self.last_period = self.every.period(update, epoch)

@@ -15,8 +15,9 @@ class NormRecord:
     on the device.
 
     After norm_1 .. norm_t the mean is that of the norms ("mean-norm", "full-grad") or the root of
-    that of their squares ("rms-norm"). observe() only enqueues work: the update of a crossing is
-    exact however rarely `first` is read.
+    that of their squares ("rms-norm"). observe() works on the device alone, always on the same
+    tensors, so that it can be part of a captured update; and the update of a crossing is exact
+    however rarely `first` is read.
     """
 
     def __init__(self, eps: tuple[float, ...], criterion: str, ignore: int, device: torch.device):
@@ -27,16 +28,15 @@ class NormRecord:
         self.first = torch.zeros(len(eps), dtype=torch.int64, device=device)  # 0: not yet
         # of norms, of squares, and the largest norm
         self.sums = torch.zeros(3, dtype=wide, device=device)
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
 
-    def observe(self, norm: Tensor, update: int) -> None:
-        """Take in the gradient norm, 0-d, of update number `update`, counted from 1."""
+    def observe(self, norm: Tensor, update: Tensor) -> None:
+        """Take in the gradient norm, 0-d, of update number `update`, int64 0-d, counted from 1."""
         self.count += 1
         self.sums[:2] += torch.stack([norm, norm**2])
-        self.sums[2] = torch.maximum(self.sums[2], norm)
-        if update > self.ignore:
-            crossed = (self.running() <= self.eps) & (self.first == 0)
-            self.first = torch.where(crossed, update, self.first)
+        self.sums[2].copy_(torch.maximum(self.sums[2], norm))
+        crossed = (self.running() <= self.eps) & (self.first == 0) & (update > self.ignore)
+        self.first.copy_(torch.where(crossed, update, self.first))
 
     def running(self) -> Tensor:
         """What is compared with eps, 0-d."""
@@ -48,16 +48,17 @@ class NormRecord:
 
     def summary(self) -> dict[str, float]:
         norms, squares, largest = self.sums.tolist()
+        count = max(self.count.item(), 1)
         return {
-            "grad_norm_mean": norms / max(self.count, 1),
-            "grad_norm_rms": math.sqrt(squares / max(self.count, 1)),
+            "grad_norm_mean": norms / count,
+            "grad_norm_rms": math.sqrt(squares / count),
             "grad_norm_max": largest,
         }
 
     def state_dict(self) -> dict:
-        return {"first": self.first, "sums": self.sums, "count": self.count}
+        return {"first": self.first, "sums": self.sums, "count": int(self.count)}
 
     def load_state_dict(self, state: dict) -> None:
         self.first.copy_(state["first"])
         self.sums.copy_(state["sums"])
-        self.count = state["count"]
+        self.count.fill_(state["count"])

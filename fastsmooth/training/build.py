@@ -31,11 +31,17 @@ from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, che
 from fastsmooth.training import device as machine
 from fastsmooth.training import syncnorm
 from fastsmooth.training.clock import Clock
+from fastsmooth.training.graphs import CudaRecorder
 from fastsmooth.training.loop import FORMAT, Run
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
 from fastsmooth.training.plan import Plan, make_plan, notes
 from fastsmooth.training.step import Step, keep_freed_memory
 
+PRECISIONS = {
+    "fp32": "in float32",
+    "tf32": "in float32 with TF32 products",
+    "bf16": "in bfloat16 autocast",
+}
 REFUSALS = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
 State = dict[str, Any]
 
@@ -65,6 +71,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             machine.take_over_threads(before)
         # before their first use, which would warn in other words
         kernels = machine.choose_kernels(c, device)
+        precision = machine.choose_precision(c, device)
+        graphs = machine.choose_graphs(c, device, kernels, ranks.world)
         read, decided = data.read_set(c), ""
         if not c.image_size:
             side = data.usual_side(read)
@@ -77,7 +85,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         check_batch(c, len(images.train), ranks.world)
         plan = make_plan(c, len(images.train))
         c = plan.config
-        machine.set_numerics(c, plan.schedule)
+        machine.set_numerics(c, precision, plan.schedule)
         torch.manual_seed(c.seed)
         model = models.build(c.model, images.classes, c.norm).to(device)
         model = model.to(memory_format=torch.channels_last)
@@ -101,12 +109,14 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         "device": device.type,
         "loader": images.loader,
         "compile": "on" if compiled else "off",
+        "precision": precision,
         "kernels": kernels,
     }
     for instrument in instruments:
         chosen |= instrument.chosen()
     check_alike(images, model, chosen, ranks)
-    step = Step(model, optimizer, device, c.precision, compiled, c.micro_batch, ranks)
+    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks)
+    recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
 
     with ranks.together(REFUSALS, ConfigError):
         named = wanted or (default_out(c) if ranks.leader else None)
@@ -115,6 +125,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         folder: RunFolder | Unwritten = held or Unwritten(out)
         if ranks.leader and not held:
             about = environment() | {"kernels": kernels, "processes": ranks.world}
+            about |= {"precision": precision, "graphs": graphs}
             about["data_dir"] = os.path.abspath(c.data_dir)
             folder = RunFolder.create(out, c.to_json(), about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
@@ -132,6 +143,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             ranks=ranks,
             instruments=instruments,
             made_with=chosen | machine.facts(device, ranks.world),
+            recorder=recorder,
         )
     return run, state, decided
 
@@ -354,7 +366,7 @@ def introduce(run: Run, decided: str) -> None:
         f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} "
         f"epochs from lr {c.lr:g}, batch {c.batch_size}"
         + (f", momentum {c.momentum:g}" if c.momentum else "")
-        + f", seed {c.seed}"
+        + f", seed {c.seed}, {PRECISIONS[run.step.precision]}"
     )
     augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
     size = run.data.size

@@ -7,9 +7,11 @@ in one line what is not as it was.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,15 +47,54 @@ def choose_kernels(c: Config, device: torch.device) -> str:
     return chosen
 
 
-def set_numerics(c: Config, schedule: Schedule) -> None:
+def choose_precision(c: Config, device: torch.device) -> str:
+    """fp32, tf32 or bf16: what --precision names, or what auto means here."""
+    if c.precision != "auto":
+        return c.precision
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "fp32"
+    return "tf32"  # as PyTorch convolves by itself, and so as the published code trained
+
+
+def choose_graphs(c: Config, device: torch.device, kernels: str, processes: int) -> str:
+    """on or off: whether updates are captured as CUDA graphs. Raises ConfigError where they cannot
+    be: without a GPU, and without its kernels, since the others read numbers on the host."""
+    if c.graphs == "on" and device.type != "cuda":
+        raise ConfigError(
+            f"--graphs on needs an NVIDIA GPU, not --device {device.type}: use --graphs auto"
+        )
+    if c.graphs == "on" and kernels != "triton":
+        raise ConfigError(f"--graphs on needs --kernels triton, not {kernels}: use --graphs auto")
+    if c.graphs != "auto":
+        return c.graphs
+    return "on" if kernels == "triton" and processes == 1 and not c.deterministic else "off"
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Inside, this thread's work goes to a stream of a GPU that is not the default one, on which
+    nothing can be captured."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+        # after an error there may be work that never ends: an exchange with a process that is gone
+        torch.cuda.synchronize(device)
+
+
+def set_numerics(c: Config, precision: str, schedule: Schedule) -> None:
     """PyTorch's settings for the precision and the repeatability that the flags ask for."""
-    compute_float32(torch, "tf32" if c.precision == "tf32" else "ieee")
+    # under bf16 of what leaves autocast: measurements, whose rounding is far below their errors
+    compute_float32(torch, "ieee" if precision == "fp32" else "tf32")
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # cuDNN's search for the fastest algorithm takes seconds at every new batch size (LOG.md)
     same_batch = len(list(schedule.stages())) == 1
     torch.backends.cudnn.benchmark = same_batch and not c.deterministic
+    torch.backends.cudnn.benchmark_limit = 4  # algorithms that it tries, of ten
 
 
 def device_name(device: torch.device) -> str:

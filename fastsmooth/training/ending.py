@@ -78,6 +78,11 @@ def report(run: Run, seconds: float) -> None:
             f"compiled {run.step.compiled_graphs} graphs (training step, evaluation, measurement), "
             f"the first in {run.clock.read('compile'):.0f} s"
         )
+    if run.graphs.captured:
+        say(
+            f"captured {run.graphs.captured} batch sizes as CUDA graphs in "
+            f"{run.clock.read('capture'):.1f} s"
+        )
     if run.last_epoch:
         say(f"final test accuracy {run.last_epoch['test_acc']:.2%}, best {run.best_test_acc:.2%}")
     for instrument in run.instruments:
@@ -97,7 +102,8 @@ def report(run: Run, seconds: float) -> None:
 def conclude(ended: Ending, run: Run | None, ranks: Ranks | None) -> None:
     """Close what is open and say how the run ended; never raises."""
     if run is not None:
-        steps = [lambda: run.stream.close()]
+        # graphs before the processes' group, whose exchanges they may hold
+        steps = [lambda: run.stream.close(), lambda: run.graphs.drop()]
         if ended.code != DONE:
             steps += [lambda: run.progress.close()]
             # a folder that was not gone on with stays as it was

@@ -20,7 +20,7 @@ from fastsmooth.cli.config import Config
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import Data, Stream
 from fastsmooth.data.order import in_order
-from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.data.stream import Batch
 from fastsmooth.messages import CannotWrite, warn
 from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.ranks import Ranks
@@ -30,11 +30,14 @@ from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.ending import OUT_OF_TIME
+from fastsmooth.training.graphs import LARGEST, LEAST, LEAST_ASKED, Graphs, Pace, Recorder
 from fastsmooth.training.plan import Plan
 from fastsmooth.training.step import Step
+from fastsmooth.training.update import Update
 
 FORMAT = 2  # of the state in a checkpoint; another number is refused
-TEST_BATCH = 250
+# samples of a test batch; a GPU takes as many pixels as so many images of 32 x 32 at a time
+TEST_BATCH, TEST_BATCH_CUDA = 250, 2000
 # Samples a chunk of the full gradient in eval mode, where chunks change time and memory alone. On a
 # CPU no size from 100 to 1000 was faster than another beyond the noise (resnet20); a GPU starts
 # with many, halved until they fit in its memory.
@@ -50,38 +53,11 @@ class Diverged(Exception):
     """The loss or its gradient is not finite; the message names the update."""
 
 
-class Meter:
-    """Loss and accuracy over samples, summed on the device."""
-
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), dtype=wide_dtype(device), device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.count = 0
-
-    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
-        """Take in `count` samples: `loss`, 0-d, is their mean loss in nats, `correct`, 0-d, how
-        many are classified rightly."""
-        self.loss += loss.to(self.loss.dtype) * count
-        self.correct += correct
-        self.count += count
-
-    def means(self) -> tuple[float, float]:
-        """(mean loss, accuracy); waits for the device."""
-        count = max(self.count, 1)
-        return self.loss.item() / count, self.correct.item() / count
-
-    def reset(self) -> None:
-        self.loss.zero_()
-        self.correct.zero_()
-        self.count = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss": self.loss, "correct": self.correct, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loss.copy_(state["loss"])
-        self.correct.copy_(state["correct"])
-        self.count = state["count"]
+def test_batch(device: torch.device, side: int) -> int:
+    """Samples of a test batch of images of side x side pixels."""
+    if device.type != "cuda":
+        return TEST_BATCH
+    return max(TEST_BATCH, TEST_BATCH_CUDA * 32**2 // side**2)
 
 
 def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
@@ -107,14 +83,12 @@ def train(run: Run) -> None:
     """From where the run stands to its end, or until an instrument has enough."""
     for point in run.epochs_left():
         with run.clock.measure("train"):
-            for x, y in run.batches_left():
-                run.before_gradient(x, y, point)
+            for batch in run.batches_left():
+                run.before_gradient(batch, point)
                 if run.enough():
                     return
                 with run.compiling():
-                    run.gradient(x, y)
-                    run.before_update(x, y, point)
-                    run.step.update()
+                    run.advance(batch, point)
                 run.count(point)
                 run.after_update(point)
                 if run.enough():
@@ -142,6 +116,7 @@ class Run:
     instruments: list[Instrument] = field(default_factory=list)
     # what the bits depend on besides the flags
     made_with: dict[str, Any] = field(default_factory=dict)
+    recorder: Recorder | None = None  # of updates that are captured
 
     epoch: int = 0
     update: int = 0
@@ -158,10 +133,19 @@ class Run:
         return self.plan.schedule
 
     def __post_init__(self) -> None:
-        self.meter, self.window = Meter(self.device), Meter(self.device)
-        self.bad_update = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.bad_seen = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         c = self.config
+        self.updates = Update(self.step, self.device, self.instruments)
+        self.kept, self.meter, self.window = (
+            self.updates.kept,
+            self.updates.meter,
+            self.updates.window,
+        )
+        strict = c.graphs == "on"
+        least, largest = (LEAST_ASKED, self.plan.images) if strict else (LEAST, LARGEST)
+        sizes = self.plan.lasting(least, largest)
+        world = self.ranks.world
+        self.graphs = Graphs(self.updates, sizes, world, self.recorder, strict, self.clock)
+        self.pace = Pace(self.device)
         place = {"rank": self.ranks.rank, "world": self.ranks.world}
         data = self.data
         self.stream = Stream(data.train, c.seed, c.epochs, data.fingerprint, c.drop_last, **place)
@@ -184,16 +168,12 @@ class Run:
             self.stream.batch_size = point.batch_size
             yield point
 
-    def batches_left(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, y) of every update of the epoch that is still to be done, until --budget is used up.
-
-        x float32 [B, 3, S, S] and y int64 [B] are this process's share of a batch of stream.size
-        samples; with several processes it may be empty. Raises DataError where an image cannot be
-        read.
-        """
+    def batches_left(self) -> Iterator[Batch]:
+        """The batch of every update of the epoch that is still to be done, until --budget is used
+        up. With several processes this one's share of it may be empty."""
         if self.spent():
             return
-        for batch in self.stream.rest_of_epoch():
+        for batch in self.stream.batches():
             yield batch
             if self.spent():
                 return
@@ -205,19 +185,19 @@ class Run:
         """Whether an instrument has all that it wanted."""
         return any(instrument.enough() for instrument in self.instruments)
 
-    def before_gradient(self, x: Tensor, y: Tensor, point: Point) -> None:
-        """Measure what falls due before the gradient of the batch is taken.
+    def before_gradient(self, batch: Batch, point: Point) -> None:
+        """Measure what falls due before the gradient of the batch is taken, for which `point` is in
+        force.
 
-        x [B, 3, S, S] and y [B] are this process's share of the batch, `point` is in force for it.
-        Raises Diverged where a gradient is not finite, and Preempted where the run is asked to
-        stop.
+        Raises Diverged where a gradient is not finite, Preempted where the run is asked to stop,
+        and DataError where an image cannot be read.
         """
         self.due = [instrument for instrument in self.instruments if instrument.due(self)]
         for instrument in self.due:
             if instrument.name in self.asked:
                 continue
             try:
-                values = instrument.before_gradient(self, x, y, point)
+                values = instrument.before_gradient(self, *batch.images(), point)
             except Asked as stop:
                 self.stream.cursor -= self.stream.size  # this batch comes again
                 self.checkpoints.saved = None  # one of this update lacks what is measured by now
@@ -230,10 +210,18 @@ class Run:
             self.asked.append(instrument.name)
         self.asked = []
 
-    def before_update(self, x: Tensor, y: Tensor, point: Point) -> None:
-        """Measure what falls due with the gradient in .grad; x [B, 3, S, S] and y [B] as before."""
-        for instrument in self.due:
-            self.measured(instrument, point, instrument.before_update(self, x, y, point))
+    def advance(self, batch: Batch, point: Point) -> None:
+        """The update of a batch, as it is or played again; instruments that are due may look at its
+        gradient in between. Raises DataError where an image cannot be read."""
+        due = [i for i in self.due if i.wants_gradient]
+
+        def before_update() -> None:
+            self.step.show_gradient()
+            for instrument in due:
+                values = instrument.before_update(self, *batch.images(), point)
+                self.measured(instrument, point, values)
+
+        self.graphs(batch, before_update if due else None)
 
     def count(self, point: Point) -> None:
         """One more update is done: measure what is of every one."""
@@ -245,7 +233,7 @@ class Run:
     def measured(self, instrument: Instrument, point: Point, values: Values | None) -> None:
         """Write what an instrument has found, where it has."""
         if values is not None:
-            self.row("measure", point, values)
+            self.row("measure", point, {"precision": self.step.measures_in} | values)
             self.write_files(instrument)
 
     def write_files(self, instrument: Instrument) -> None:
@@ -262,26 +250,14 @@ class Run:
             yield
         self.progress.restart_clock(self.samples + self.stream.size)
 
-    def gradient(self, x: Tensor, y: Tensor) -> None:
-        """Forward and backward over this process's share of the batch, x [B, 3, S, S] and y [B].
-
-        Fills .grad; the mean loss, 0-d, and the number correct stay on the device.
-        """
-        self.loss, correct = self.step.gradient(x, y, self.stream.size)
-        for meter in (self.meter, self.window):
-            meter.add(self.loss, correct, self.stream.size)
-
     def after_update(self, point: Point) -> None:
         """Log, save when due, and stop when asked."""
-        sums = self.loss + self.step.squared_norms().sum()
-        finite = torch.isfinite(sums) | (self.bad_update > 0)
-        self.bad_update = torch.where(finite, self.bad_update, self.update)
-        self.bad_seen.copy_(self.bad_update, non_blocking=True)
+        self.pace.keep(self.update)
         if self.update % self.config.log_every == 0:
             self.log_step(point)
         self.progress.update(self.samples, self.epoch, point, self.recent)
-        # on a GPU bad_seen is a few updates late, since the copy to it is not waited for
-        asked = self.ranks.vote(NOT_FINITE if int(self.bad_seen) else self.stop_asked())
+        # on a GPU bad_seen is late by the updates that the host is ahead
+        asked = self.ranks.vote(NOT_FINITE if int(self.updates.bad_seen) else self.stop_asked())
         if asked:
             self.stop(asked)
         if self.config.checkpoint_every and self.update % self.config.checkpoint_every == 0:
@@ -297,7 +273,7 @@ class Run:
         self.window.reset()
         self.recent = loss
         seconds = self.clock.read("train") + self.clock.read("eval")
-        grad_norm, direction_norm = self.step.squared_norms().sqrt().tolist()
+        grad_norm, direction_norm = self.kept.squared_norms.sqrt().tolist()
         values = {
             "train_loss": loss,
             "train_acc": accuracy,
@@ -310,6 +286,7 @@ class Run:
         """Evaluate, write the epoch's row, save."""
         self.check_finite()
         train_loss, train_acc = self.meter.means()
+        samples = self.meter.count
         evaluated = self.clock.read("eval")
         with self.clock.measure("eval"):
             test_loss, test_acc = self.step.evaluate(self.test_batches())
@@ -322,9 +299,10 @@ class Run:
             "test_loss": test_loss,
             "test_acc": test_acc,
             "c2_sampled": None,
+            "precision": self.step.precision,
             "train_seconds": round(train_seconds, 3),
             "eval_seconds": round(self.clock.read("eval") - evaluated, 3),
-            "images_per_second": round(self.meter.count / max(train_seconds, 1e-9), 1),
+            "images_per_second": round(samples / max(train_seconds, 1e-9), 1),
         }
         for instrument in self.instruments:
             values |= instrument.end_epoch()
@@ -348,8 +326,9 @@ class Run:
         """This process's share of the test batches: x float32 [B, 3, S, S], y int64 [B]."""
         # the published ImageNet code tests on the training view
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
+        size = test_batch(self.device, self.data.size)
         batches = itertools.islice(
-            in_order(len(self.data.test), TEST_BATCH), self.ranks.rank, None, self.ranks.world
+            in_order(len(self.data.test), size), self.ranks.rank, None, self.ranks.world
         )
         return self.data.test.batches(batches, self.epoch if augmented else None)
 
@@ -362,7 +341,7 @@ class Run:
         return row
 
     def check_finite(self) -> None:
-        bad = self.bad_update.item()
+        bad = self.kept.bad_update.item()
         if bad:
             raise Diverged(
                 f"the loss or its gradient is not finite at update {bad} (epoch {self.epoch}): "
@@ -430,6 +409,7 @@ class Run:
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
+        self.kept.updates.fill_(self.update)
         for instrument in self.instruments:
             instrument.load_state_dict(state["instruments"][instrument.name])
         # a process that joins later begins with the numbers of its own seed
@@ -450,5 +430,6 @@ class Run:
             "updates": self.update,
             "samples": self.samples,
             "compiled_graphs": self.step.compiled_graphs,
+            "captured_graphs": self.graphs.captured,
             "bad_images": len(set().union(*self.ranks.gather(sorted(self.data.bad.reasons)))),
         }

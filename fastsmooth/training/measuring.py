@@ -64,7 +64,7 @@ def follow(run: Run, stream: Stream, updates: int) -> None:
         stream.batch_size = point.batch_size
         for x, y in stream.rest_of_epoch():
             heed(run)
-            run.step.gradient(x, y, stream.size)
+            run.step.gradient(x.to(run.step.dtype), y, stream.size)
             run.step.update()
             done += 1
             if done == updates:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
+from fastsmooth.kernels.tally import State
 from fastsmooth.noise import gradients
 from fastsmooth.noise.instrument import Asked, Instrument, Values
-from fastsmooth.noise.online import NoiseTracker
+from fastsmooth.noise.online import GROUPS, NoiseTracker
 from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.tails import NoiseStatistics
 from fastsmooth.noise.threshold import NormRecord
@@ -53,6 +54,7 @@ class TrackNoise(Instrument):
 
     def __init__(self, tracker: NoiseTracker):
         self.tracker = tracker
+        self.parts = 0  # those of the update at hand that are measured
 
     @classmethod
     def of(cls, parts: InstrumentParts) -> TrackNoise | None:
@@ -92,11 +94,38 @@ class TrackNoise(Instrument):
     def due(self, run: Run) -> bool:
         return self.tracker.due(run.update, run.epoch, run.stream.size)
 
-    def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> Values:
+    def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> Values | None:
+        if self.falls_out(run):
+            self.parts = run.step.apart(run.stream.size)
+            return None
         before = run.clock.read("track")
         with run.clock.measure("track"):
             values = self.tracker.measure(x, y, point, run.update, run.epoch, run.stream.size)
         return values | {"seconds": round(run.clock.read("track") - before, 3)}
+
+    def falls_out(self, run: Run) -> bool:
+        """Whether the update makes the parts that the estimator wants anyway: --micro-batch cuts
+        the batch into as many or more, in the mode that is measured."""
+        wanted = self.tracker.estimator == "micro-batch" and self.tracker.bn == "train"
+        return wanted and run.ranks.world == 1 and run.step.apart(run.stream.size) >= GROUPS
+
+    def after_update(self, run: Run, point: Point) -> Values | None:
+        if not self.parts:
+            return None
+        size, parts, self.parts = run.stream.size, self.parts, 0
+        before = run.clock.read("track")
+        with run.clock.measure("track"):
+            deviations = run.step.spread[:parts].tolist()
+            square = run.kept.squared_norms[0].item()
+            sizes, update = [size // parts] * parts, run.update - 1
+            try:
+                values = self.tracker.measured(deviations, sizes, square, point, update, run.epoch)
+            except FloatingPointError:
+                return None  # the run has diverged, and says so by itself
+        values |= {"seconds": round(run.clock.read("track") - before, 3)}
+        # where it stood before the update, as for every measurement; made by the training itself
+        stood = {"step": update, "samples": run.samples - size}
+        return values | stood | {"precision": run.step.precision}
 
     def end_epoch(self) -> Values:
         return {"c2_sampled": self.tracker.end_epoch()}
@@ -143,11 +172,13 @@ class Crossings(Instrument):
     def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> None:
         with gradients.undisturbed(run.model, run.config.bn):
             norm = gradients.norm(measuring.full_gradient(run, point))
-        self.record.observe(norm, run.update + 1)
+        self.record.observe(norm, torch.tensor(run.update + 1, device=run.device))
+
+    def observe(self, kept: State) -> None:
+        if not self.full:
+            self.record.observe(kept.squared_norms[0].sqrt(), kept.updates)
 
     def after_update(self, run: Run, point: Point) -> None:
-        if not self.full:
-            self.record.observe(run.step.grad_norm(), run.update)
         if run.update % self.log_every == 0:
             self.all_crossed = self.ranks.from_leader(all(self.record.crossings()))
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -111,6 +112,15 @@ class Plan:
                 done["epochs"] += 1
                 done["updates"] += updates
                 done["samples"] += samples
+
+    def lasting(self, least: int, largest: int) -> frozenset[int]:
+        """The batch sizes of at most `largest` samples of which the run will make at least `least`
+        updates; the last batches of epochs, which are smaller, are left out."""
+        updates: Counter[int] = Counter()
+        for epoch, (_, samples) in enumerate(self.epochs()):
+            size = self.schedule.batch_size(epoch)
+            updates[size] += samples // size
+        return frozenset(s for s, count in updates.items() if count >= least and s <= largest)
 
     def in_training_mode(self) -> Iterator[tuple[str, int, list[str]]]:
         """(what, of how many samples, what else avoids it) of all that will go through the model in

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.kernels.update import MOST_PARTS
 from fastsmooth.optim import NoisySGD
-from fastsmooth.ranks import Bucket, Ranks
+from fastsmooth.ranks import Exchange, Ranks
 from fastsmooth.training.syncnorm import SyncBatchNorm
 
 
@@ -28,7 +29,9 @@ class Step:
     so that a schedule never compiles again; the update is one kernel either way. `compiled_graphs`
     counts what was compiled.
 
-    `micro_batch`: at most so many samples go through the model together. With several `ranks`, each
+    `micro_batch`: at most so many samples go through the model together. Where that makes few parts
+    of one size, the update takes their gradients as they are, and `spread`, float64 [parts], has
+    ||g_k - mean||^2 of each afterwards; else they are added up. With several `ranks`, each
     has its share of the batch, and all end with the same gradient and the same buffers: those of
     BatchNorm are the mean over the samples of what each process found for its share.
     """
@@ -44,21 +47,31 @@ class Step:
         ranks: Ranks | None = None,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
-        self.autocast, self.compile = precision == "bf16", compile
+        self.precision, self.autocast, self.compile = precision, precision == "bf16", compile
+        # what a measurement computes in, which leaves autocast
+        beside = "tf32" if device.type == "cuda" else "fp32"
+        self.measures_in = beside if self.autocast else precision
+        self.dtype = torch.bfloat16 if self.autocast else torch.float32  # of the images
         self.micro_batch, self.ranks = micro_batch, ranks or Ranks()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self.joined = any(isinstance(m, SyncBatchNorm) for m in norms)
         self.normalises_batches = bool(norms)
         # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere
         # already
-        self._params = [p for p in model.parameters() if p.requires_grad]
+        params = [p for p in model.parameters() if p.requires_grad]
         kept = [m for m in norms if m.running_mean is not None]
         own = [m for m in kept if not isinstance(m, SyncBatchNorm)]
         names = ("running_mean", "running_var")
         self._statistics = [m.get_buffer(name) for m in own for name in names]
         self._counts = [m.get_buffer("num_batches_tracked") for m in kept]
+        self.spread = torch.zeros(MOST_PARTS, dtype=wide_dtype(device), device=device)
+        self._params = params
+        self._apart: list[list[Tensor]] = []  # gradients of parts, where the update takes them so
         self.compiled_graphs = 0
-        self._bucket: Bucket | None = None
+        self._exchange: Exchange | None = None
+        if self.ranks.world > 1:
+            # SyncBatchNorm has exchanges of its own within the backward pass
+            self._exchange = Exchange(params, self._statistics, 2, overlap=not self.joined)
         self._forward = self._plain_forward
         if compile:
             never_guard_on_sizes()
@@ -67,26 +80,45 @@ class Step:
             self._forward = torch.compile(self._plain_forward, backend=self._counting_backend)
 
     def gradient(self, x: Tensor, y: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
-        """(mean loss, number correct) of the batch, both 0-d on the device; fills .grad.
+        """(mean loss, number correct) of the batch, both 0-d on the device; fills .grad, or keeps
+        the gradients of its parts for the update.
 
-        x [b, 3, H, W] and y [b] are this process's share of a batch of `size` samples: all of it,
-        where size is not given.
+        x [b, 3, H, W], of `dtype`, and y [b] are this process's share of a batch of `size` samples:
+        all of it, where size is not given.
         """
         size = size or len(y)
         self.optimizer.zero_grad(set_to_none=True)
         sums: tuple[Tensor, Tensor] | None = None
-        for part in self.parts(x, y):
+        parts, self._apart = list(self.parts(x, y)), []
+        apart = self._exchange is None and self.apart(len(y)) > 1
+        for number, part in enumerate(parts, 1):
             loss, correct = self._mean_loss(*part, self.autocast)
+            own = loss.detach()
             # before the backward pass, in which SyncBatchNorm mixes the processes
             if len(part[1]) < size:
-                loss = loss * (len(part[1]) / size)
+                own = own * (len(part[1]) / size)
+                loss = loss if apart else loss * (len(part[1]) / size)
+            sums = (own, correct) if sums is None else (sums[0] + own, sums[1] + correct)
+            if number == len(parts):
+                self._expect(len(y) / size, *sums)
             loss.backward()
-            loss = loss.detach()
-            sums = (loss, correct) if sums is None else (sums[0] + loss, sums[1] + correct)
+            if apart:
+                self._apart.append(
+                    [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+                )
+                self.optimizer.zero_grad(set_to_none=True)
         if sums is None:  # an empty share
             zero = torch.zeros((), device=self.device)
             sums = zero, zero
-        return self._add_up(len(y) / size, *sums, size) if self.ranks.world > 1 else sums
+            self._expect(0.0, *sums)
+        return self._add_up(self._exchange, size, len(parts)) if self._exchange else sums
+
+    def apart(self, size: int) -> int:
+        """The parts of a batch of `size` samples whose gradients the update takes as they are."""
+        if not self.micro_batch or size % self.micro_batch:
+            return 1
+        count = size // self.micro_batch
+        return count if count <= MOST_PARTS else 1
 
     def parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What goes through the model together, of x [b, 3, H, W] and y [b]; an empty share does so
@@ -109,43 +141,41 @@ class Step:
             return self.model(x).sum() * 0.0, torch.zeros((), dtype=torch.int64, device=self.device)
         return self._forward_for(x, y)(x, y, autocast)
 
-    @torch.no_grad()
-    def _add_up(
-        self, share: float, loss: Tensor, correct: Tensor, size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients, running statistics, loss and hits over all processes in one exchange."""
-        if self._bucket is None:
-            self._bucket = Bucket([*self._params, *self._statistics], extra=2)
-        grads = []
-        for p in self._params:
-            if p.grad is None:  # an empty share
-                p.grad = torch.zeros_like(p)
-            grads.append(p.grad)
-        if self._statistics:
-            torch._foreach_mul_(self._statistics, share)
-        self._bucket.extra.copy_(torch.stack([loss, correct.to(loss.dtype)]))
-        self._bucket.sum_(grads + self._statistics)
-        # some share was empty, and BatchNorm not have counted the batch there
-        if size < self.ranks.world:
-            for count in self._counts:
-                self.ranks.largest_(count)
-        loss, correct = self._bucket.extra.clone()
+    def _expect(self, share: float, loss: Tensor, correct: Tensor) -> None:
+        """Have the exchange begin in the backward pass that comes next, the last one of this batch:
+        all but its gradients is known."""
+        if self._exchange is None:
+            return
+        # not in place: autograd may have kept them for the backward pass
+        weighted = list(torch._foreach_mul(self._statistics, share)) if self._statistics else []
+        self._exchange.expect(weighted, torch.stack([loss, correct.to(loss.dtype)]))
+
+    def _add_up(self, exchange: Exchange, size: int, parts: int) -> tuple[Tensor, Tensor]:
+        """Gradients, running statistics, loss and hits over all processes; the last two are given
+        back. This process's share went through the model in so many parts."""
+        loss, correct = exchange.finish()
+        # BatchNorm counts parts: as many everywhere as the first process has, whose share is the
+        # largest
+        largest = -(-size // self.ranks.world)
+        most = -(-largest // (self.micro_batch or largest))
+        if self._counts and parts < most:
+            torch._foreach_add_(self._counts, most - parts)
         return loss, correct.round().to(torch.int64)
 
+    @torch.no_grad()
+    def show_gradient(self) -> None:
+        """Have the gradient of the batch in .grad also where the update takes those of parts."""
+        for grads in zip(self._params, *self._apart, strict=True) if self._apart else ():
+            p, *own = grads
+            p.grad = torch.stack(own).mean(dim=0)
+
     def update(self) -> None:
-        self.optimizer.step()
-
-    def squared_norms(self) -> Tensor:
-        """Those of the gradient that the last update applied and of its direction, over all
-        parameters: [2] float64 on the device. Raises RuntimeError before the first."""
-        squares = self.optimizer.sq_norms
-        if squares is None:
-            raise RuntimeError("no update was made yet")
-        return squares
-
-    def grad_norm(self) -> Tensor:
-        """The L2 norm of the gradient that the last update applied, 0-d float64 on the device."""
-        return self.squared_norms()[0].sqrt()
+        if not self._apart:
+            self.optimizer.step()
+            return
+        noise, _ = self.optimizer.step_along_mean(self._apart)
+        self.spread[: len(noise)].copy_(noise)
+        self._apart = []
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:

@@ -116,14 +116,13 @@ def write_down_samples(folder: str, stop: int | None) -> None:
     from fastsmooth.data.engines import resident
     from fastsmooth.training import loop
 
-    take, after = resident.ResidentReader.take, loop.Run.after_update
+    ahead, after = resident.ResidentReader.ahead, loop.Run.after_update
     taken: list[int] = []
     file = open(Path(folder) / f"{os.environ.get('RANK', '0')}-{os.getpid()}.jsonl", "w")  # noqa: SIM115
 
-    def taking(self, count):
-        batch = take(self, count)
-        taken[:] = self._index[self._at - count : self._at].tolist()
-        return batch
+    def looking(self, count, dtype):
+        taken[:] = self._order[int(self.cursor) :][:count].tolist()
+        return ahead(self, count, dtype)
 
     def done(self, point):
         print(json.dumps([self.update, taken]), file=file, flush=True)
@@ -131,7 +130,7 @@ def write_down_samples(folder: str, stop: int | None) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         after(self, point)
 
-    resident.ResidentReader.take, loop.Run.after_update = taking, done
+    resident.ResidentReader.ahead, loop.Run.after_update = looking, done
 
 
 def poison(where: str, value: float, update: int, rank: int) -> None:
@@ -139,24 +138,26 @@ def poison(where: str, value: float, update: int, rank: int) -> None:
     one update."""
     import torch
 
-    from fastsmooth.training import loop, step
+    from fastsmooth.training import step
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
-    gradient, forward = loop.Run.gradient, step.Step._plain_forward
-    due = False
+    gradient, forward = step.Step.gradient, step.Step._plain_forward
+    due, taken = False, 0
 
-    def gradient_(self, x, y):
-        nonlocal due
-        due = self.update + 1 == update
+    def gradient_(self, x, y, size=None):
+        nonlocal due, taken
+        taken += 1
+        due = taken == update
         if due and where == "input":
             x = x.clone()
             x[0, 0, 0, 0] = value
         if due and where == "weight":
             with torch.no_grad():
                 next(self.model.parameters())[0, 0, 0, 0] = value
-        gradient(self, x, y)
+        found = gradient(self, x, y, size)
         due = False
+        return found
 
     def forward_(self, x, y, autocast):
         loss, correct = forward(self, x, y, autocast)
@@ -164,7 +165,7 @@ def poison(where: str, value: float, update: int, rank: int) -> None:
             loss.register_hook(lambda g: g * value)
         return (loss * value if due and where == "loss" else loss), correct
 
-    loop.Run.gradient, step.Step._plain_forward = gradient_, forward_
+    step.Step.gradient, step.Step._plain_forward = gradient_, forward_
 
 
 def limit_files(size: int, after: int) -> None:
@@ -280,9 +281,9 @@ def fail_at(place: str, error: str, update: int, rank: int) -> None:
     if int(os.environ.get("RANK", "0")) != rank:
         return
     owner, name = {
-        "gradient": (loop.Run, "gradient"),
+        "gradient": (step.Step, "gradient"),
         "update": (step.Step, "update"),
-        "data": (loop.Stream, "rest_of_epoch"),
+        "data": (loop.Stream, "batches"),
         "row": (runfolder.RunFolder, "row"),
         "checkpoint": (checkpoint.Checkpoints, "save"),
         "evaluation": (step.Step, "evaluate"),

@@ -768,7 +768,7 @@ CHANGES = {
     "model": "resnet20",
     "norm": "group", "weight-decay": "0.1", "log-every": "7", "checkpoint-every": "9",
     "dataset": "cifar10", "augment": "crop-flip",
-    "precision": "bf16", "budget": "updates=9", "mode": "critical", "compat": "original",
+    "budget": "updates=9", "mode": "critical", "compat": "original",
 }  # fmt: skip
 
 

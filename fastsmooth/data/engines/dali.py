@@ -77,6 +77,16 @@ class Prepared:
     given: dict[int, np.ndarray] = field(default_factory=dict)
 
 
+class Held:
+    """Keeps what it is made with until it is called."""
+
+    def __init__(self, what: object):
+        self.what: object | None = what
+
+    def __call__(self) -> None:
+        self.what = None
+
+
 class DaliEngine:
     """Chunks in host memory, or with a CUDA device on that device."""
 
@@ -89,6 +99,8 @@ class DaliEngine:
         self.source, self.chunk, self.threads = source, chunk, threads
         self.device, self.decoder = device, decoder
         self.gpu = device.type == "cuda"
+        # on which a chunk is there, while the host goes on
+        self.stream = torch.cuda.Stream(device) if self.gpu else None
         pixels = source.split.pixels
         self.pixels: Tensor | None = None  # uint8 [n, size, size, 3]; None: files
         if pixels is not None:
@@ -116,7 +128,7 @@ class DaliEngine:
             if pipe is not None:
                 with contextlib.suppress(RuntimeError):
                     for _ in waiting:
-                        result(pipe)
+                        result(pipe, self.stream)
                     self.idle.append(pipe)
 
     def _schedule(self, pipe: Any, prepared: Prepared) -> Any:
@@ -132,20 +144,23 @@ class DaliEngine:
         """The pipeline, and the chunk that has waited longest. A chunk that DALI fails on is made
         sample by sample."""
         prepared = waiting.popleft()
-        try:
-            if pipe is None:
-                raise RuntimeError("it failed before")
-            pixels = result(pipe)
-        except RuntimeError as error:
-            if self.pixels is not None:
-                raise DataError(f"DALI: {reason(error)}: use --loader resident") from None
-            pixels = self._one_by_one(prepared)
-            pipe = self._pipeline(self.chunk)  # one that has failed is of no use
-            for later in waiting:
-                pipe = self._schedule(pipe, later)
-        for k, given in prepared.given.items():
-            pixels[k] = torch.from_numpy(given)
-        return pipe, Chunk(prepared.job, pixels, prepared.moves)
+        with torch.cuda.stream(self.stream):  # where there is none, this does nothing
+            try:
+                if pipe is None:
+                    raise RuntimeError("it failed before")
+                pixels = result(pipe, self.stream)
+            except RuntimeError as error:
+                if self.pixels is not None:
+                    raise DataError(f"DALI: {reason(error)}: use --loader resident") from None
+                pixels = self._one_by_one(prepared)
+                pipe = self._pipeline(self.chunk)  # one that has failed is of no use
+                for later in waiting:
+                    pipe = self._schedule(pipe, later)
+            for k, given in prepared.given.items():
+                pixels[k] = torch.from_numpy(given)
+        ready = self.stream.record_event() if self.stream else None
+        # with what DALI was fed, which it may still read on a GPU
+        return pipe, Chunk(prepared.job, pixels, prepared.moves, Held(prepared), ready)
 
     def _one_by_one(self, prepared: Prepared) -> Tensor:
         pixels, pipe = [], None
@@ -153,7 +168,7 @@ class DaliEngine:
             pipe = pipe or self._pipeline(1)
             try:
                 run(pipe, {name: value[k : k + 1] for name, value in prepared.feeds.items()})
-                pixels.append(result(pipe))
+                pixels.append(result(pipe))  # which waits: this happens seldom
             except RuntimeError as error:
                 if "CUDA" in str(error) or "alloc" in str(error):
                     raise DataError(
@@ -296,9 +311,10 @@ def run(pipe: Any, feeds: dict[str, Any]) -> None:
     pipe.schedule_run()
 
 
-def result(pipe: Any) -> Tensor:
-    """uint8 [m, size, size, 3] of the chunk put in first, in DALI memory that it alone uses."""
-    (images,) = pipe.outputs()
+def result(pipe: Any, stream: torch.cuda.Stream | None = None) -> Tensor:
+    """uint8 [m, size, size, 3] of the chunk put in first, in DALI memory that it alone uses; there
+    for the work of `stream` that comes after, and for anyone where it is None."""
+    (images,) = pipe.outputs(cuda_stream=stream)
     return torch.from_dlpack(images.as_tensor())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsmooth.data import augment
-from fastsmooth.data.chunks import Loader, Segment, normalisation
+from fastsmooth.data.chunks import Images, Loader, Segment, tables
 from fastsmooth.data.images import Split
 from fastsmooth.kernels.augment import augment as augmented
 
@@ -33,7 +33,7 @@ class ResidentLoader(Loader):
             raise ValueError("a split of files has no pixels: decode it first")
         self.stored = torch.from_numpy(split.pixels).to(device)  # [n, size, size, 3]
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.table = normalisation(mean, std, device)
+        self.tables = tables(mean, std, device)
         self.kind, self.seed, self.size, self.device = kind, seed, split.pixels.shape[1], device
         self._drawn: tuple[int, Tensor] | None = None
 
@@ -54,24 +54,69 @@ class ResidentLoader(Loader):
 
 
 class ResidentReader:
-    """The samples of the segments, in order."""
+    """The samples of the segments, in order.
+
+    What tells which they are lies on the device, and stays at its place in memory from segment to
+    segment of one length: the order, the moves, and the cursor that `ahead` reads.
+    """
 
     def __init__(self, loader: ResidentLoader, segments: Iterable[Segment]):
         self.loader, self._segments = loader, iter(segments)
-        self._index: Tensor | None = None
+        self._begun = False
+        self._order = torch.empty(0, dtype=torch.int64, device=loader.device)
+        self._moves: Tensor | None = None
+        self.cursor = torch.zeros((), dtype=torch.int64, device=loader.device)
 
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """As Reader.take: float32 [count, 3, size, size] in channels-last memory, int64 [count]."""
-        if self._index is None:
-            index, self._epoch, self._at = next(self._segments)
-            self._index = index.to(self.loader.device).contiguous()  # a rank's share has gaps
-        index = self._index[self._at : self._at + count]
+    def begin(self) -> None:
+        if self._begun:
+            return
+        index, epoch, self._at = next(self._segments)
+        moves = self.loader.moves(epoch)
+        if len(index) == len(self._order):
+            self._order.copy_(index)
+        else:
+            self._order = index.to(self.loader.device).contiguous()  # a rank's share has gaps
+        if moves is None or self._moves is None:
+            self._moves = None if moves is None else moves.clone()
+        else:
+            self._moves.copy_(moves)
+        self.cursor.fill_(self._at)
+        self._begun = True
+
+    def take(self, count: int, into: Images | None = None) -> Images:
+        self.begin()
+        index = self._order[self._at : self._at + count]
         self._at += count
-        x = augmented(self.loader.stored, index, self.loader.moves(self._epoch), self.loader.table)
-        return x.permute(0, 3, 1, 2), self.loader.labels[index]
+        return self._look(index, into or self.room(count))
+
+    def skip(self, count: int) -> None:
+        self.begin()
+        self._at += count
+
+    def ahead(self, count: int, dtype: torch.dtype) -> Images:
+        self.begin()
+        return self._look(self._order, self.room(count, dtype), self.cursor)
+
+    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
+        return self.loader.room(count, dtype)
 
     def advance(self) -> None:
-        self._index = None
+        self._begun = False
 
     def close(self) -> None:
         pass
+
+    def _look(self, index: Tensor, images: Images, cursor: Tensor | None = None) -> Images:
+        x, y = images
+        loader = self.loader
+        augmented(
+            loader.stored,
+            index,
+            self._moves,
+            loader.tables[x.dtype],
+            x.permute(0, 2, 3, 1),
+            cursor,
+            loader.labels,
+            y,
+        )
+        return images

@@ -1,0 +1,343 @@
+"""Captured updates, on a CPU: recorded on a tape and played again, they end in the bits of ordinary
+ones. What a GPU does with them is in test_gpu.py."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from forks import assert_same_bits
+from rows import read_rows
+from tape import HostRead, TapeRecorder
+from torch import nn
+
+from fastsmooth import models
+from fastsmooth.cli.config import resolve
+from fastsmooth.cli.parse import parse
+from fastsmooth.data.stream import Batch
+from fastsmooth.kernels import tally
+from fastsmooth.noise.instrument import Instrument
+from fastsmooth.runfolder.write import TIMES
+from fastsmooth.train import main
+from fastsmooth.training import build, graphs, loop, modes
+from fastsmooth.training import device as machine
+from fastsmooth.training.clock import Clock
+from fastsmooth.training.graphs import Graphs, Pace
+from fastsmooth.training.plan import make_plan
+
+HYBRID = ["--method", "hybrid", "--decay-epoch", "1"]
+RUNS = {
+    "sgd, exp": ["--method", "exp"],
+    "shb, hybrid": ["--optimizer", "shb", "--lr", "0.02", *HYBRID],
+    "nshb, beta-batch": ["--optimizer", "nshb", "--method", "beta-batch"],
+    "qhm, cosine": ["--optimizer", "qhm", "--method", "cosine", "--weight-decay", "1e-3"],
+    "lr and batch": ["--method", "lr-batch", "--optimizer", "shb", "--c2", "50", "--k2", "4"],
+    "augmented, group norm": ["--augment", "crop-flip-rotate", "--norm", "group", *HYBRID],
+    "drop last": ["--drop-last", "--method", "poly", "--power", "0.5"],
+    "micro-batches": ["--micro-batch", "16", *HYBRID],
+    "threads": ["--loader", "threads", "--augment", "crop-flip", "--chunk", "100", *HYBRID],
+    "dropout": ["--model", "with dropout", "--optimizer", "shb"],
+    "bf16": ["--precision", "bf16", "--optimizer", "shb", "--budget", "updates=11"],
+    "bf16, threads": ["--precision", "bf16", "--loader", "threads", "--budget", "updates=11"],
+    "critical": ["--mode", "critical", "--eps", "1.5", "1e-9", "--min-epochs", "0"],
+    "critical, root mean square": [
+        *("--mode", "critical", "--eps", "2.2", "1e-9", "--criterion", "rms-norm"),
+        *("--min-epochs", "1", "--optimizer", "nshb"),
+    ],
+    "critical, full gradients": [
+        *("--mode", "critical", "--criterion", "full-grad", "--eps", "1e-6", "--bn", "eval"),
+        *("--full-grad-every", "7", "--min-epochs", "0"),
+    ],
+    "sampling": [
+        *("--mode", "sampling", "--steps", "12", "40", "--draws", "2", "--bn", "eval"),
+        *("--checkpoint-every", "7"),
+    ],
+    "sampling, histories": [
+        *("--mode", "sampling", "--steps", "30", "--draws", "2", "--optimizer", "shb"),
+        *("--checkpoint-every", "7"),
+    ],
+    "per-sample": ["--track-noise", "every=7", "--norm", "group", *HYBRID],
+    "parts of a batch": ["--track-noise", "every=7", "--optimizer", "qhm", *HYBRID],
+}
+
+
+@pytest.fixture
+def recorders(monkeypatch) -> list[TapeRecorder]:
+    """Those that runs with --graphs on make."""
+    made: list[TapeRecorder] = []
+
+    def recorder(*arguments) -> TapeRecorder:
+        made.append(TapeRecorder(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(build, "CudaRecorder", recorder)
+    monkeypatch.setitem(models.BUILDERS, "with dropout", with_dropout)
+    monkeypatch.setattr(machine, "choose_graphs", lambda c, *others: c.graphs)
+    return made
+
+
+def with_dropout(classes: int) -> nn.Module:
+    model = models.build("resnet8", classes)
+    model.head = nn.Sequential(nn.Dropout(0.3), model.head)
+    return model
+
+
+def run(out: Path, *flags: str, code: int = 0) -> Path:
+    length = [] if "--budget" in flags else ["--epochs", "3"]
+    base = ["--batchsize", "64", *length, "--device", "cpu", "--log-every", "10"]
+    assert main([*base, *flags, "--out", str(out)]) == code
+    return out
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)]
+
+
+def state_of(out: Path) -> dict:
+    """The newest checkpoint."""
+    newest = max((out / "checkpoints").glob("*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    return torch.load(newest, weights_only=True)
+
+
+def assert_same(found: Path, wanted: Path) -> None:
+    assert rows_of(found) == rows_of(wanted)
+    states = [state_of(out) for out in (found, wanted)]
+    for part in ("model", "optimizer", "meter", "window", "rng", "instruments"):
+        assert_same_bits(*(state[part] for state in states), part)
+    for name in ("critical.json", "noise.json"):
+        both = [out / name for out in (found, wanted)]
+        assert [path.exists() for path in both] in ([True, True], [False, False])
+        if both[0].exists():
+            assert both[0].read_text() == both[1].read_text()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_replayed_updates_end_in_the_bits_of_ordinary_ones(name, tmp_path, recorders):
+    ordinary = run(tmp_path / "off", *RUNS[name], "--graphs", "off")
+    assert not recorders
+    replayed = run(tmp_path / "on", *RUNS[name], "--graphs", "on")
+    assert_same(replayed, ordinary)
+    (recorder,) = recorders
+    summary = json.loads((replayed / "summary.json").read_text())
+    assert summary["captured_graphs"] == len(recorder.tapes) > 0
+    assert sum(tape.replays for tape in recorder.tapes) >= 9
+
+
+def test_every_size_that_lasts_is_captured_once_and_two_are_kept(tmp_path, recorders):
+    out = run(tmp_path / "on", *HYBRID, "--epochs", "4", "--graphs", "on")
+    sizes = {row["batch_size"] for row in read_rows(out)}
+    (recorder,) = recorders
+    assert len(recorder.tapes) == len(sizes) == 4
+    assert [not tape.calls for tape in recorder.tapes] == [True, True, True, True]  # all given up
+    assert recorder.most_alive == 2
+
+
+def test_an_interrupted_run_goes_on_in_the_same_bits(tmp_path, recorders):
+    flags = [*RUNS["shb, hybrid"], "--graphs", "on", "--checkpoint-every", "5"]
+    whole = run(tmp_path / "whole", *flags)
+    parted = run(tmp_path / "parted", *flags, "--max-time", "0.8", code=75)
+    assert main(["--resume", "--out", str(parted), "--max-time", "1h"]) == 0
+    assert_same(parted, whole)
+
+
+class LooksAtGradients(Instrument):
+    """Every fifth update, by an eager one between replays."""
+
+    name = "looks"
+    wants_gradient = True
+
+    def due(self, live) -> bool:
+        return live.update % 5 == 0
+
+    def before_update(self, live, x, y, point):
+        grads = [p.grad for p in live.model.parameters()]
+        return {"c2_sampled": sum(g.double().square().sum() for g in grads).item()}
+
+
+def test_an_instrument_that_is_due_finds_the_gradient_of_the_batch(
+    tmp_path, recorders, monkeypatch
+):
+    monkeypatch.setattr(modes, "INSTRUMENTS", (lambda parts: LooksAtGradients(),))
+    monkeypatch.setattr(build, "INSTRUMENTS", (lambda parts: LooksAtGradients(),))
+    outs = [run(tmp_path / g, *HYBRID, "--graphs", g) for g in ("off", "on")]
+    assert_same(*outs)
+    assert recorders[0].tapes
+
+
+# What a tape finds
+
+
+class Reads(Instrument):
+    name = "reads"
+
+    def observe(self, kept: tally.State) -> None:
+        kept.updates.item()
+
+
+class Counts(Instrument):
+    """Keeps the number of updates in Python."""
+
+    name = "counts"
+
+    def __init__(self) -> None:
+        self.count, self.seen = 0, torch.zeros((), dtype=torch.int64)
+
+    def observe(self, kept: tally.State) -> None:
+        self.count += 1
+        self.seen.fill_(self.count)
+
+    def state_dict(self) -> dict:
+        return {"seen": self.seen}
+
+
+def test_a_read_by_the_host_ends_a_run_that_asks_for_graphs(
+    tmp_path, recorders, monkeypatch, capsys
+):
+    monkeypatch.setattr(build, "INSTRUMENTS", (lambda parts: Reads(),))
+    run(tmp_path / "on", "--graphs", "on", code=2)
+    assert "--graphs on: an update of 64 samples cannot be captured" in capsys.readouterr().err
+    monkeypatch.setattr(build, "CudaRecorder", TapeRecorder)
+    with pytest.raises(HostRead):
+        TapeRecorder().record(lambda: torch.ones(()).item())
+
+
+def test_a_number_kept_in_python_shows(tmp_path, recorders, monkeypatch):
+    monkeypatch.setattr(build, "INSTRUMENTS", (lambda parts: Counts(),))
+    outs = [run(tmp_path / g, "--graphs", g) for g in ("off", "on")]
+    seen = [state_of(out)["instruments"]["counts"]["seen"].item() for out in outs]
+    assert seen[0] == 69 > seen[1]
+
+
+# Which updates are captured
+
+
+class Counting:
+    """An update that is counted, and a recorder that may have no room."""
+
+    class step:
+        dtype = torch.float32
+
+    def __init__(self, room: bool = True, fails: bool = False):
+        self.room, self.fails, self.done = room, fails, []
+
+    def __call__(self, images, size, cursor=None, before_update=lambda: None) -> None:
+        before_update()
+        self.done.append(size)
+
+    def warm(self, update) -> None:
+        self.done.append("warm")
+        update()
+
+    def fits(self) -> bool:
+        return self.room
+
+    def record(self, update):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.done.append("record")
+        return self
+
+    def replay(self) -> None:
+        self.done.append("replay")
+
+    def reset(self) -> None:
+        self.done.append("reset")
+
+
+class Source:
+    cursor = torch.zeros((), dtype=torch.int64)
+
+    def ahead(self, count, dtype):
+        return torch.empty(count), torch.empty(count)
+
+
+def doing(fake: Counting, sizes: list[int], wanted: set[int], strict: bool = False) -> list:
+    does = Graphs(fake, frozenset(wanted), 1, fake, strict, Clock())
+    for size in sizes:
+        does(Batch(Source(), size, size))
+    return fake.done
+
+
+def test_the_first_update_of_a_size_is_done_as_it_is_and_the_second_captured():
+    assert doing(Counting(), [8, 8, 3, 8], {8}) == ["warm", 8, "record", "replay", 3, "replay"]
+
+
+def test_the_graph_that_the_schedule_has_left_is_given_back_first():
+    done = doing(Counting(), [1, 1, 2, 2, 3, 3, 2], {1, 2, 3})
+    assert [word for word in done if isinstance(word, str) and word != "warm"] == [
+        *("record", "replay", "record", "replay", "reset", "record", "replay", "replay")
+    ]
+
+
+@pytest.mark.parametrize("fake", [Counting(room=False), Counting(fails=True)])
+def test_without_room_or_where_a_capture_fails_updates_are_done_as_they_are(fake, capsys):
+    assert doing(fake, [8, 8, 8], {8}) == ["warm", 8, 8, 8]
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len(said) == 1 and "no more updates are captured as CUDA graphs: at 8 samples, " in said[0]
+    )
+
+
+def test_shares_of_unequal_size_are_done_as_they_are():
+    fake = Counting()
+    does = Graphs(fake, frozenset({9}), 2, fake, False, Clock())
+    for _ in range(3):
+        does(Batch(Source(), 5, 9))
+    assert fake.done == [9, 9, 9]
+
+
+def test_auto_captures_small_batches_that_last():
+    assert (graphs.LEAST, graphs.LARGEST) == (200, 256)
+
+
+@pytest.mark.parametrize("flags", [[], ["--budget", "updates=450"], ["--drop-last"]])
+def test_sizes_that_last_are_those_of_a_count_batch_by_batch(flags):
+    given = ["--dataset", "cifar100", "--method", "beta-batch", "--optimizer", "shb", "--lr", "0.1"]
+    if "--budget" not in flags:
+        given += ["--epochs", "40"]
+    plan = make_plan(resolve(parse([*given, *flags]).given), 5000)
+    counted: Counter[int] = Counter()
+    done = samples = 0
+    for epoch in range(plan.config.epochs):
+        size, left = plan.schedule.batch_size(epoch), 5000
+        while left >= (size if plan.config.drop_last else 1) and not plan.spent(done, samples):
+            counted[size] += left >= size
+            done, samples, left = done + 1, samples + min(size, left), left - size
+    wanted = {size for size, count in counted.items() if count >= 30 and size <= 200}
+    assert plan.lasting(30, 200) == wanted
+    assert 1 < len(wanted) < len(counted) or "--budget" in flags
+
+
+class Event:
+    """What the host waits for, in the order in which the device passes it."""
+
+    waited: ClassVar[list[int]] = []
+    made = 0
+
+    def __init__(self) -> None:
+        Event.made += 1
+        self.number = Event.made
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        Event.waited.append(self.number)
+
+
+def test_the_host_is_at_most_sixteen_updates_ahead(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = Pace(torch.device("cuda"))
+    for update in range(1, 81):
+        pace.keep(update)
+        # of the updates up to `update` the device has done all up to the last event waited for
+        assert update - 8 * len(Event.waited) <= 16 - 1
+    assert Event.waited == list(range(1, 10))
+
+
+def test_a_gpu_tests_as_many_pixels_at_a_time_as_2000_images_of_32():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    sizes = [loop.test_batch(cuda, side) for side in (8, 32, 64, 224)]
+    assert sizes == [32000, 2000, 500, 250] and loop.test_batch(cpu, 32) == 250
