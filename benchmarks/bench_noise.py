@@ -36,7 +36,7 @@ what C++ code allocates for itself, as oneDNN and our kernels do block by block.
 On a GPU, where the cases persample alone run, a step ends with torch.cuda.synchronize(), float32 is
 no TF32 and both ratios are of the memory that PyTorch's allocator holds there: mem_ratio of all of
 it, alloc_ratio as above. tests/test_gpu.py is not run first, as the tests are on a CPU:
-gpu_check.sh has run it, and here every variant is compared in float64 all the same.
+`gpu_check.sh --tests` runs it, and here every variant is compared in float64 all the same.
 """
 
 from __future__ import annotations

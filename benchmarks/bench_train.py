@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data.images import DataError, ImageSet, Split, decode_all
 from fastsmooth.data.source import BadImages
+from fastsmooth.data.stream import Batch
 from fastsmooth.messages import warn
 from fastsmooth.optim import NoisySGD
 from fastsmooth.runfolder.checkpoint import Checkpoints
@@ -186,13 +187,13 @@ def make_originals(case: Case, images: str) -> Originals:
     )
 
 
-def updates_of(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of training.loop.train; the caller makes the update of each, and all else that
-    the loop does is done when it comes back."""
+def updates_of(run: Run) -> Iterator[None]:
+    """The updates of training.loop.train, one each time that it is asked."""
     for point in run.epochs_left():
         with run.clock.measure("train"):
             for batch in run.batches_left():
-                yield batch
+                run.advance(batch, point)
+                yield
                 run.count(point)
                 run.after_update(point)
         run.end_epoch(point)
@@ -216,6 +217,13 @@ class Ours:
         self.run = self._prepare(c, load_images(images))
         self.laps = {"data": 0.0, "gradient": 0.0, "update": 0.0}
         self._updates = updates_of(self.run)
+        # this process has no other run
+        for part, owner, name in (
+            ("data", Batch, "ahead"),
+            ("gradient", Step, "gradient"),
+            ("update", Step, "update"),
+        ):
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
 
     def _prepare(self, c: configs.Config, split: Split) -> Run:
         """As fastsmooth.train does it, but for signals and the images, which stand in for
@@ -234,7 +242,7 @@ class Ours:
         optimizer = NoisySGD(
             model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
         )
-        step = Step(model, optimizer, device, c.precision, c.compile == "on")
+        step = Step(model, optimizer, device, "fp32", c.compile == "on")
         out = Path(self.scratch.name) / "run"
         folder = RunFolder.create(out, c.to_json(), environment())
         tracker = Tracker(c.to_json(), out, warn)
@@ -245,16 +253,18 @@ class Ours:
         )
         return run
 
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.laps[part] += time.perf_counter() - began
+
+        return timed
+
     def __call__(self) -> None:
-        began = time.perf_counter()
-        x, y = next(self._updates)
-        loaded = time.perf_counter()
-        self.run.gradient(x, y)
-        computed = time.perf_counter()
-        self.run.step.update()
-        self.laps["data"] += loaded - began
-        self.laps["gradient"] += computed - loaded
-        self.laps["update"] += time.perf_counter() - computed
+        next(self._updates)
 
     def check(self) -> None:
         self.run.check_finite()
