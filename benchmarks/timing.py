@@ -326,12 +326,16 @@ class Runner:
         return answer
 
     def close(self) -> None:
-        """The process sees the pipe close and leaves; one that hangs is ended."""
-        self.pipe.close()
-        self.process.join(timeout=20)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        hang_up(self.pipe, self.process)
+
+
+def hang_up(pipe: Any, process: Any) -> None:
+    """The process sees the pipe close and leaves; one that hangs is ended."""
+    pipe.close()
+    process.join(timeout=20)
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 def measure(

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from fastsmooth.kernels import augment, tally, update
+from fastsmooth.training import build, device
 
 HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero"}
 KERNELS = (augment, tally, update)  # whose launches are recorded
@@ -134,6 +135,12 @@ class TapeRecorder:
         self.tapes.append(tape)
         self.most_alive = max(self.most_alive, sum(bool(tape.calls) for tape in self.tapes))
         return tape
+
+
+def on_tapes() -> None:
+    """In a process of its own: updates are captured on tapes where --graphs on asks for it."""
+    build.CudaRecorder = TapeRecorder
+    device.choose_graphs = lambda c, *others: c.graphs
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from forks import assert_same_bits
+from forks import assert_same_run, final_state, finish
 from rows import read_rows
-from tape import HostRead, TapeRecorder
+from tape import HostRead, TapeRecorder, on_tapes
 from torch import nn
 
 from fastsmooth import models
@@ -19,7 +19,6 @@ from fastsmooth.cli.parse import parse
 from fastsmooth.data.stream import Batch
 from fastsmooth.kernels import tally
 from fastsmooth.noise.instrument import Instrument
-from fastsmooth.runfolder.write import TIMES
 from fastsmooth.train import main
 from fastsmooth.training import build, graphs, loop, modes
 from fastsmooth.training import device as machine
@@ -91,34 +90,12 @@ def run(out: Path, *flags: str, code: int = 0) -> Path:
     return out
 
 
-def rows_of(out: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(out)]
-
-
-def state_of(out: Path) -> dict:
-    """The newest checkpoint."""
-    newest = max((out / "checkpoints").glob("*.pt"), key=lambda path: int(path.stem.split("-")[1]))
-    return torch.load(newest, weights_only=True)
-
-
-def assert_same(found: Path, wanted: Path) -> None:
-    assert rows_of(found) == rows_of(wanted)
-    states = [state_of(out) for out in (found, wanted)]
-    for part in ("model", "optimizer", "meter", "window", "rng", "instruments"):
-        assert_same_bits(*(state[part] for state in states), part)
-    for name in ("critical.json", "noise.json"):
-        both = [out / name for out in (found, wanted)]
-        assert [path.exists() for path in both] in ([True, True], [False, False])
-        if both[0].exists():
-            assert both[0].read_text() == both[1].read_text()
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_replayed_updates_end_in_the_bits_of_ordinary_ones(name, tmp_path, recorders):
     ordinary = run(tmp_path / "off", *RUNS[name], "--graphs", "off")
     assert not recorders
     replayed = run(tmp_path / "on", *RUNS[name], "--graphs", "on")
-    assert_same(replayed, ordinary)
+    assert_same_run(replayed, ordinary)
     (recorder,) = recorders
     summary = json.loads((replayed / "summary.json").read_text())
     assert summary["captured_graphs"] == len(recorder.tapes) > 0
@@ -139,7 +116,18 @@ def test_an_interrupted_run_goes_on_in_the_same_bits(tmp_path, recorders):
     whole = run(tmp_path / "whole", *flags)
     parted = run(tmp_path / "parted", *flags, "--max-time", "0.8", code=75)
     assert main(["--resume", "--out", str(parted), "--max-time", "1h"]) == 0
-    assert_same(parted, whole)
+    assert_same_run(parted, whole)
+
+
+@pytest.mark.parametrize("flags", [[], ["--norm", "group", "--micro-batch", "8"]], ids=" ".join)
+def test_two_processes_replay_their_exchange(flags, tmp_path):
+    """Shares of 32; the last batch of an epoch has unequal ones and is done as it is."""
+    argv = ["--batchsize", "64", "--epochs", "2", "--device", "cpu", "--optimizer", "shb"]
+    argv += ["--method", "exp", "--lr", "0.02", *flags]
+    for how in ("off", "on"):
+        finish([*argv, "--graphs", how], tmp_path / how, 2, on_tapes)
+    assert json.loads((tmp_path / "on" / "summary.json").read_text())["captured_graphs"] == 1
+    assert_same_run(tmp_path / "on", tmp_path / "off")
 
 
 class LooksAtGradients(Instrument):
@@ -162,7 +150,7 @@ def test_an_instrument_that_is_due_finds_the_gradient_of_the_batch(
     monkeypatch.setattr(modes, "INSTRUMENTS", (lambda parts: LooksAtGradients(),))
     monkeypatch.setattr(build, "INSTRUMENTS", (lambda parts: LooksAtGradients(),))
     outs = [run(tmp_path / g, *HYBRID, "--graphs", g) for g in ("off", "on")]
-    assert_same(*outs)
+    assert_same_run(*outs)
     assert recorders[0].tapes
 
 
@@ -206,7 +194,7 @@ def test_a_read_by_the_host_ends_a_run_that_asks_for_graphs(
 def test_a_number_kept_in_python_shows(tmp_path, recorders, monkeypatch):
     monkeypatch.setattr(build, "INSTRUMENTS", (lambda parts: Counts(),))
     outs = [run(tmp_path / g, "--graphs", g) for g in ("off", "on")]
-    seen = [state_of(out)["instruments"]["counts"]["seen"].item() for out in outs]
+    seen = [final_state(out)["instruments"]["counts"]["seen"].item() for out in outs]
     assert seen[0] == 69 > seen[1]
 
 
@@ -339,5 +327,5 @@ def test_the_host_is_at_most_sixteen_updates_ahead(monkeypatch):
 
 def test_a_gpu_tests_as_many_pixels_at_a_time_as_2000_images_of_32():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    sizes = [loop.test_batch(cuda, side) for side in (8, 32, 64, 224)]
-    assert sizes == [32000, 2000, 500, 250] and loop.test_batch(cpu, 32) == 250
+    sizes = [loop.test_batch_size(cuda, side) for side in (8, 32, 64, 224)]
+    assert sizes == [32000, 2000, 500, 250] and loop.test_batch_size(cpu, 32) == 250

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from exact import EXACT
+from forks import without_times
 from images import epoch_batches
 from rows import read_rows
 from torch import nn
@@ -392,8 +393,7 @@ MICRO = ["--estimator", "micro-batch", "--batchsize", "64", "--budget", "updates
 
 def timeless(out, *flags: str) -> list[dict]:
     """All rows of a run, without times."""
-    rows = read_rows(run(out, *flags))
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return without_times(read_rows(run(out, *flags)))
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

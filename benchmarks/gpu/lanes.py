@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.cell import words
 from benchmarks.gpu.events import kernels_of, seconds_of
-from benchmarks.timing import Measured, Window
+from benchmarks.timing import Measured, Window, hang_up
 
 
 class Loop(Protocol):
@@ -106,11 +106,7 @@ class Lane:
         return answer
 
     def close(self) -> None:
-        self.pipe.close()
-        self.process.join(timeout=10)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        hang_up(self.pipe, self.process)
 
 
 def serve(pipe: Any) -> None:

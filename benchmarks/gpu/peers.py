@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
 from benchmarks.gpu import product
 from benchmarks.gpu.images import random_images
-from benchmarks.originals import CIFAR100_MEAN, CIFAR100_STD
+from benchmarks.originals import CIFAR100_MEAN, CIFAR100_STD, Images
 from fastsmooth import models
-from fastsmooth.data.images import Split
 
 LR, BETA = 0.01, 0.9
 PAD = 4  # pixels of border that a crop may take in
@@ -72,28 +69,6 @@ class Peer:
         pass
 
 
-class Pictures(Dataset):
-    """As torchvision's CIFAR100: PIL images, one at a time."""
-
-    def __init__(self, split: Split):
-        self.pixels, self.labels = split.pixels, split.labels
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=PAD),
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomRotation(15),
-                transforms.ToTensor(),
-                transforms.Normalize(CIFAR100_MEAN, CIFAR100_STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[i])), int(self.labels[i])
-
-
 class LoaderLoop(Peer):
     """The ordinary recipe: DataLoader, per-sample transforms, eager, autocast, SGD."""
 
@@ -108,7 +83,7 @@ class LoaderLoop(Peer):
     def forever(self) -> Iterator[tuple[Tensor, Tensor]]:
         gpu = self.device.type == "cuda"
         loader = DataLoader(
-            Pictures(self.split),
+            Images(self.split.pixels, self.split.labels),
             self.batch_size,
             shuffle=True,
             num_workers=self.workers,

@@ -115,10 +115,8 @@ EXTRAS = (
 
 
 def examine(c: Config) -> None:
-    """Print what a run of `c` finds here, a line each. Raises ConfigError where no run can be done.
-
-    `check_launch()` refuses as a run does.
-    """
+    """Print what a run of `c` finds here, a line each. Raises ConfigError where no run can be
+    done."""
     bad = []
     for row in rows(c):
         show(f"{row.state:<4}  {row.name:<12} {row.text}", indent=19)

@@ -71,6 +71,10 @@ class Reader(Protocol):
     """The samples of some segments, in order."""
 
     @property
+    def loader(self) -> Loader:
+        """Whose samples they are."""
+
+    @property
     def cursor(self) -> Tensor | None:
         """Where the next samples begin, int64 0-d on the device, if all of them lie there; whoever
         asks for them `ahead` moves it on."""
@@ -80,8 +84,8 @@ class Reader(Protocol):
 
     def take(self, count: int, into: Images | None = None) -> Images:
         """(x, y) of the next `count` samples of the present segment: float32 [count, 3, size, size]
-        in channels-last memory, int64 [count]; or written into what `room` gave. Raises DataError
-        with the file's name where one cannot be read."""
+        in channels-last memory, int64 [count]; or written into what Loader.room gave. Raises
+        DataError with the file's name where one cannot be read."""
         ...
 
     def skip(self, count: int) -> None:
@@ -89,10 +93,6 @@ class Reader(Protocol):
 
     def ahead(self, count: int, dtype: torch.dtype) -> Images:
         """`count` samples from the cursor on, x in this dtype. Only where there is a cursor."""
-        ...
-
-    def room(self, count: int, dtype: torch.dtype) -> Images:
-        """Memory for `count` samples, x in this dtype, float32 or bfloat16."""
         ...
 
     def advance(self) -> None:
@@ -125,8 +125,8 @@ class Loader:
     device: torch.device
     tables: dict[torch.dtype, Tensor]  # of `normalisation`, by the dtype of the images
 
-    def room(self, count: int, dtype: torch.dtype) -> Images:
-        """Memory for `count` samples."""
+    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
+        """Memory for `count` samples, x in this dtype, float32 or bfloat16."""
         x = torch.empty(count, self.size, self.size, 3, dtype=dtype, device=self.device)
         y = torch.empty(count, dtype=torch.int64, device=self.device)
         return x.permute(0, 3, 1, 2), y
@@ -196,7 +196,7 @@ class ChunkReader:
 
     def take(self, count: int, into: Images | None = None) -> Images:
         loader = self.loader
-        x, y = into or self.room(count)
+        x, y = into or loader.room(count)
         stored = x.permute(0, 2, 3, 1)
         for chunk, part, to in self._parts(count):
             pixels, index = (
@@ -216,9 +216,6 @@ class ChunkReader:
 
     def ahead(self, count: int, dtype: torch.dtype) -> Images:
         raise RuntimeError("samples that come in chunks have no cursor")
-
-    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
-        return self.loader.room(count, dtype)
 
     def _parts(self, count: int) -> Iterator[tuple[Chunk, slice, slice]]:
         """(chunk, samples of it, places among the next `count` samples that they have)."""

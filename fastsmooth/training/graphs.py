@@ -7,11 +7,10 @@ the second is captured, which executes nothing, and played. Both end in the same
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,9 +102,9 @@ class CudaRecorder:
     def _mend(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         """After a capture that failed, have allocator and random numbers know that it is over."""
         graph.reset()
-        with contextlib.suppress(RuntimeError):  # it is over already, from PyTorch 2.14 on
+        with suppress(RuntimeError):  # it is over already, from PyTorch 2.14 on
             torch._C._cuda_endAllocateToPool(self.device.index, pool)
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             other = torch.cuda.CUDAGraph()
             self._capture(
                 other, torch.cuda.graph_pool_handle(), lambda: torch.zeros((), device=self.device)
@@ -143,7 +142,7 @@ class Graphs:
     """Does updates, those of `sizes` by replay.
 
     Args: update; sizes, the batch sizes that are worth it, all processes together; world, how many
-    those are; recorder, None to do every update as it is; strict, whether a capture that fails ends
+    those are; recorder, None where there are no sizes; strict, whether a capture that fails ends
     the run; clock, which keeps the seconds of captures apart.
     """
 
@@ -157,7 +156,7 @@ class Graphs:
         clock: Clock,
     ):
         self.update, self.world, self.recorder = update, world, recorder
-        self.sizes = sizes if recorder else frozenset[int]()
+        self.sizes = sizes
         self.strict, self.clock = strict, clock
         self.warm: set[int] = set()
         self.held: dict[int, Held] = {}

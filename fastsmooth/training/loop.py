@@ -53,7 +53,7 @@ class Diverged(Exception):
     """The loss or its gradient is not finite; the message names the update."""
 
 
-def test_batch(device: torch.device, side: int) -> int:
+def test_batch_size(device: torch.device, side: int) -> int:
     """Samples of a test batch of images of side x side pixels."""
     if device.type != "cuda":
         return TEST_BATCH
@@ -135,14 +135,11 @@ class Run:
     def __post_init__(self) -> None:
         c = self.config
         self.updates = Update(self.step, self.device, self.instruments)
-        self.kept, self.meter, self.window = (
-            self.updates.kept,
-            self.updates.meter,
-            self.updates.window,
-        )
+        self.kept = self.updates.kept
+        self.meter, self.window = self.updates.meter, self.updates.window
         strict = c.graphs == "on"
         least, largest = (LEAST_ASKED, self.plan.images) if strict else (LEAST, LARGEST)
-        sizes = self.plan.lasting(least, largest)
+        sizes = self.plan.lasting(least, largest) if self.recorder else frozenset[int]()
         world = self.ranks.world
         self.graphs = Graphs(self.updates, sizes, world, self.recorder, strict, self.clock)
         self.pace = Pace(self.device)
@@ -326,7 +323,7 @@ class Run:
         """This process's share of the test batches: x float32 [B, 3, S, S], y int64 [B]."""
         # the published ImageNet code tests on the training view
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
-        size = test_batch(self.device, self.data.size)
+        size = test_batch_size(self.device, self.data.size)
         batches = itertools.islice(
             in_order(len(self.data.test), size), self.ranks.rank, None, self.ranks.world
         )

@@ -54,7 +54,7 @@ class TrackNoise(Instrument):
 
     def __init__(self, tracker: NoiseTracker):
         self.tracker = tracker
-        self.parts = 0  # those of the update at hand that are measured
+        self.awaited = False  # whether the update at hand leaves what is to be measured
 
     @classmethod
     def of(cls, parts: InstrumentParts) -> TrackNoise | None:
@@ -95,37 +95,45 @@ class TrackNoise(Instrument):
         return self.tracker.due(run.update, run.epoch, run.stream.size)
 
     def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> Values | None:
-        if self.falls_out(run):
-            self.parts = run.step.apart(run.stream.size)
+        self.awaited = self.falls_out(run)
+        if self.awaited:
             return None
-        before = run.clock.read("track")
-        with run.clock.measure("track"):
-            values = self.tracker.measure(x, y, point, run.update, run.epoch, run.stream.size)
-        return values | {"seconds": round(run.clock.read("track") - before, 3)}
+        at = point, run.update, run.epoch
+        return self.timed(run, lambda: self.tracker.measure(x, y, *at, run.stream.size))
 
     def falls_out(self, run: Run) -> bool:
         """Whether the update makes the parts that the estimator wants anyway: --micro-batch cuts
         the batch into as many or more, in the mode that is measured."""
         wanted = self.tracker.estimator == "micro-batch" and self.tracker.bn == "train"
-        return wanted and run.ranks.world == 1 and run.step.apart(run.stream.size) >= GROUPS
+        return wanted and run.step.parts_apart(run.stream.size) >= GROUPS
 
     def after_update(self, run: Run, point: Point) -> Values | None:
-        if not self.parts:
+        if not self.awaited:
             return None
-        size, parts, self.parts = run.stream.size, self.parts, 0
-        before = run.clock.read("track")
-        with run.clock.measure("track"):
+        self.awaited = False
+        size, update = run.stream.size, run.update - 1
+        parts = run.step.parts_apart(size)
+
+        def measured() -> Values:
             deviations = run.step.spread[:parts].tolist()
             square = run.kept.squared_norms[0].item()
-            sizes, update = [size // parts] * parts, run.update - 1
-            try:
-                values = self.tracker.measured(deviations, sizes, square, point, update, run.epoch)
-            except FloatingPointError:
-                return None  # the run has diverged, and says so by itself
-        values |= {"seconds": round(run.clock.read("track") - before, 3)}
+            sizes = [size // parts] * parts
+            return self.tracker.measured(deviations, sizes, square, point, update, run.epoch)
+
+        try:
+            values = self.timed(run, measured)
+        except FloatingPointError:
+            return None  # the run has diverged, and says so by itself
         # where it stood before the update, as for every measurement; made by the training itself
         stood = {"step": update, "samples": run.samples - size}
         return values | stood | {"precision": run.step.precision}
+
+    def timed(self, run: Run, measure: Callable[[], Values]) -> Values:
+        """A measurement, with the seconds that it took, which are no part of the training."""
+        before = run.clock.read("track")
+        with run.clock.measure("track"):
+            values = measure()
+        return values | {"seconds": round(run.clock.read("track") - before, 3)}
 
     def end_epoch(self) -> Values:
         return {"c2_sampled": self.tracker.end_epoch()}

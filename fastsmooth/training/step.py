@@ -58,20 +58,19 @@ class Step:
         self.normalises_batches = bool(norms)
         # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere
         # already
-        params = [p for p in model.parameters() if p.requires_grad]
+        self._params = [p for p in model.parameters() if p.requires_grad]
         kept = [m for m in norms if m.running_mean is not None]
         own = [m for m in kept if not isinstance(m, SyncBatchNorm)]
         names = ("running_mean", "running_var")
         self._statistics = [m.get_buffer(name) for m in own for name in names]
         self._counts = [m.get_buffer("num_batches_tracked") for m in kept]
         self.spread = torch.zeros(MOST_PARTS, dtype=wide_dtype(device), device=device)
-        self._params = params
         self._apart: list[list[Tensor]] = []  # gradients of parts, where the update takes them so
         self.compiled_graphs = 0
         self._exchange: Exchange | None = None
         if self.ranks.world > 1:
             # SyncBatchNorm has exchanges of its own within the backward pass
-            self._exchange = Exchange(params, self._statistics, 2, overlap=not self.joined)
+            self._exchange = Exchange(self._params, self._statistics, 2, overlap=not self.joined)
         self._forward = self._plain_forward
         if compile:
             never_guard_on_sizes()
@@ -90,18 +89,16 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         sums: tuple[Tensor, Tensor] | None = None
         parts, self._apart = list(self.parts(x, y)), []
-        apart = self._exchange is None and self.apart(len(y)) > 1
+        apart = self.parts_apart(len(y)) > 1
         for number, part in enumerate(parts, 1):
             loss, correct = self._mean_loss(*part, self.autocast)
-            own = loss.detach()
             # before the backward pass, in which SyncBatchNorm mixes the processes
-            if len(part[1]) < size:
-                own = own * (len(part[1]) / size)
-                loss = loss if apart else loss * (len(part[1]) / size)
+            weighted = loss * (len(part[1]) / size) if len(part[1]) < size else loss
+            own = weighted.detach()
             sums = (own, correct) if sums is None else (sums[0] + own, sums[1] + correct)
             if number == len(parts):
                 self._expect(len(y) / size, *sums)
-            loss.backward()
+            (loss if apart else weighted).backward()
             if apart:
                 self._apart.append(
                     [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
@@ -113,9 +110,9 @@ class Step:
             self._expect(0.0, *sums)
         return self._add_up(self._exchange, size, len(parts)) if self._exchange else sums
 
-    def apart(self, size: int) -> int:
-        """The parts of a batch of `size` samples whose gradients the update takes as they are."""
-        if not self.micro_batch or size % self.micro_batch:
+    def parts_apart(self, size: int) -> int:
+        """In how many parts the update takes the gradient of a batch of `size` samples."""
+        if self._exchange or not self.micro_batch or size % self.micro_batch:
             return 1
         count = size // self.micro_batch
         return count if count <= MOST_PARTS else 1

@@ -77,16 +77,6 @@ class Prepared:
     given: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-class Held:
-    """Keeps what it is made with until it is called."""
-
-    def __init__(self, what: object):
-        self.what: object | None = what
-
-    def __call__(self) -> None:
-        self.what = None
-
-
 class DaliEngine:
     """Chunks in host memory, or with a CUDA device on that device."""
 
@@ -160,7 +150,7 @@ class DaliEngine:
                 pixels[k] = torch.from_numpy(given)
         ready = self.stream.record_event() if self.stream else None
         # with what DALI was fed, which it may still read on a GPU
-        return pipe, Chunk(prepared.job, pixels, prepared.moves, Held(prepared), ready)
+        return pipe, Chunk(prepared.job, pixels, prepared.moves, prepared.feeds.clear, ready)
 
     def _one_by_one(self, prepared: Prepared) -> Tensor:
         pixels, pipe = [], None

@@ -87,7 +87,7 @@ class ResidentReader:
         self.begin()
         index = self._order[self._at : self._at + count]
         self._at += count
-        return self._look(index, into or self.room(count))
+        return self._look(index, into or self.loader.room(count))
 
     def skip(self, count: int) -> None:
         self.begin()
@@ -95,10 +95,7 @@ class ResidentReader:
 
     def ahead(self, count: int, dtype: torch.dtype) -> Images:
         self.begin()
-        return self._look(self._order, self.room(count, dtype), self.cursor)
-
-    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
-        return self.loader.room(count, dtype)
+        return self._look(self._order, self.loader.room(count, dtype), self.cursor)
 
     def advance(self) -> None:
         self._begun = False
