@@ -81,11 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--runs", action="store_true", help="training at full length, not the check")
     p.add_argument("--dry", action="store_true", help="every cell in a tiny form on the CPU")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
-    p.add_argument("--data", type=Path, default=None, metavar="DIR", help="archives of images")
+    p.add_argument("--data", type=Path, default=ROOT / "data", metavar="DIR", help="image archives")
     p.add_argument("--here", type=Path, metavar="DIR", help="one cell in this process; its scratch")
     p.add_argument("--asked", default="", metavar="WORDS", help="what the header calls the command")
     args = p.parse_args(argv)
-    args.data = (args.data or data_folder()).resolve()
+    args.data = args.data.resolve()
     if args.here:
         # what libraries print is no row
         rows = os.fdopen(os.dup(1), "w")
@@ -100,12 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [ROWS[name] for name in args.cells] or list(RUNS if args.runs else CELLS)
     runs = any(row in RUNS for row in chosen)
     return carry_out(chosen, runs, args.dry, args.data, args.out, shlex.join(argv))
-
-
-def data_folder() -> Path:
-    """shared/data in the checkout or beside it."""
-    inside, beside = (folder / "shared" / "data" for folder in (ROOT, ROOT.parent))
-    return inside if inside.is_dir() else beside
 
 
 def tell(row: dict[str, Any], stream: IO[str]) -> None:

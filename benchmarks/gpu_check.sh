@@ -4,7 +4,7 @@
 # Runs the cells of the check (benchmarks/gpu_cells.py has the table; CELL names some), or with --tests the tests that need a
 # GPU: alone, or after the cells that are named. Needs Linux, an NVIDIA driver, a C compiler (Triton calls it) and Python 3.11 or
 # newer with PyTorch, torchvision and NumPy, for the tests pytest and pytest-xdist too; PYTHON names one, else .venv or python3.
-# Nothing is downloaded. DATA may name the folder with the images' archives, else shared/data in the checkout or beside it.
+# Nothing is downloaded. DATA may name the folder with the images' archives, else it is data in the checkout.
 #
 # Writes <date>_gpu_check.jsonl and .log into ${OUT:-benchmarks/results}, a row as soon as it is known. A cell or a file of tests
 # that fails or takes too long stops no other. Exit code: 0 all passed, 1 something failed, 2 no GPU.
