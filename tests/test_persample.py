@@ -144,27 +144,54 @@ def test_frozen_parameters_take_no_part(frozen):
     assert (found.squares < all_of_it).all()
 
 
-class Refused(nn.Module):
+class Unusual(nn.Module):
+    """Parameters that are used otherwise than by a layer of their own, in the ways that `how`
+    names."""
+
     def __init__(self, how: str):
         super().__init__()
         self.how, self.layer = how, nn.Linear(12, CLASSES)
-        scaled = ("scale", "unused", "listed", "turned")
-        self.scale = (
-            nn.Parameter(torch.ones(CLASSES, CLASSES if how == "turned" else 1))
-            if how in scaled
-            else None
-        )
-        self.attention = (
-            nn.MultiheadAttention(CLASSES, 1, batch_first=True) if how == "attention" else None
-        )
+        shapes = {
+            "scale": (CLASSES, 1), "unused": (1,), "listed": (CLASSES, 1), "cut": (1, CLASSES, 3),
+            "turned": (CLASSES, CLASSES), "tied": (CLASSES, 12), "bias": (CLASSES,),
+            "token": (1, 1, 12), "made": (CLASSES, 12), "table": (5, CLASSES),
+        }  # fmt: skip
+        self.scale = nn.Parameter(torch.randn(shapes[how])) if how in shapes else None
+        self.attention = None
+        if how in ("attention", "cross"):
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.head = nn.Linear(6, CLASSES)
         self.memory = nn.LSTM(CLASSES, CLASSES, batch_first=True) if how == "memory" else None
+        self.slope = nn.PReLU(CLASSES) if how == "prelu" else None
+        if how == "normed":
+            self.layer = nn.utils.parametrizations.weight_norm(self.layer)
 
     def forward(self, x):
         x = x.flatten(1)
+        if self.attention is not None:
+            tokens = x.unflatten(1, (2, 6))
+            query = tokens if self.how == "attention" else tokens[:, :1]
+            return self.head(self.attention(query, tokens, tokens)[0][:, 0]) + self.layer(x)
         if self.how == "twice":
             return self.layer(x) + self.layer(2 * x)
         if self.how == "folded":
             return self.layer(x.repeat(2, 1))[: len(x)]
+        if self.how == "windows":
+            return (
+                self.layer(x.unflatten(1, (4, 3)).repeat(1, 1, 4).flatten(0, 1))
+                .unflatten(0, (len(x), 4))
+                .sum(1)
+            )
+        if self.how == "token":
+            tokens = torch.cat([self.scale.expand(len(x), -1, -1), x[:, None]], dim=1)
+            return self.layer(tokens).tanh().sum(1)
+        if self.how == "tied":
+            return self.layer(x + F.linear(x, self.scale).tanh() @ self.scale)
+        if self.how == "made":
+            weight = (self.scale - self.scale.mean(1, keepdim=True)) / self.scale.std()
+            return F.linear(x, weight) + self.layer(x)
+        if self.how == "bias":
+            return F.linear(x, self.layer.weight, torch.cat([self.scale[:3], self.layer.bias[3:]]))
         y = self.layer(x)
         if self.how == "scale":
             return y * self.scale[:, 0]
@@ -172,31 +199,76 @@ class Refused(nn.Module):
             return y * torch.cat([self.scale])[:, 0]
         if self.how == "turned":
             return y @ self.scale.T
-        if self.how == "attention":
-            return self.attention(*[y[:, None]] * 3)[0][:, 0]
+        if self.how == "cut":
+            return y + y * self.scale.softmax(dim=1)[0, :, 1]
+        if self.how == "table":
+            return y + self.scale[torch.tensor([0, 3, 3])].sum(0) * y.tanh()
+        if self.how == "prelu":
+            return self.slope(y)
         return self.memory(y[:, None])[0][:, 0] if self.how == "memory" else y
 
 
-@pytest.mark.parametrize(
-    "how, words",
-    [
-        ("scale", "scale is used by __getitem__"),
-        ("unused", "scale takes no part"),
-        ("listed", "scale is used by cat, which gives no per-sample norms"),
-        (
-            "turned",
-            "scale is used, but not as it is by batch_norm, conv2d, group_norm, layer_norm, "
-            "linear, which alone",
-        ),
-        ("attention", "attention.in_proj_weight is used by multi_head_attention_forward"),
-        ("memory", "memory.weight_ih_l0 is used by lstm"),
-        ("twice", "layer.weight is used more than once"),
-        ("folded", "layer.weight: its input .* does not have them in its first dimension"),
-    ],
-)
-def test_what_is_not_covered_is_refused_by_name(how, words):
-    with pytest.raises(NotCovered, match=words):
-        sample_norms(Refused(how), torch.randn(3, 3, 2, 2), torch.tensor([0, 1, 2]))
+UNUSUAL = [
+    "scale", "listed", "cut", "turned", "tied", "made", "bias", "token", "table", "prelu",
+    "normed", "attention", "cross", "twice", "folded", "windows", "memory",
+]  # fmt: skip
+
+
+def unusual(how: str):
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64)
+    return Unusual(how).double(), x, torch.tensor([0, 1, 2])
+
+
+def matches(found, rows, rtol=1e-12):
+    mean = rows.mean(dim=0)
+    for value, exact in (
+        (torch.cat([g.flatten() for g in found.grads]), mean),
+        (found.squares, rows.square().sum(1)),
+        (found.noise, (rows - mean).square().sum(1)),
+        (torch.stack(list(found.layers.values())).sum(0)[0], rows.square().sum(1)),
+    ):
+        torch.testing.assert_close(value, exact, rtol=rtol, atol=1e-13)
+
+
+@pytest.mark.parametrize("how", UNUSUAL)
+def test_parameters_may_be_used_in_any_way(how):
+    model, x, y = unusual(how)
+    found = sample_norms(model, x, y)
+    matches(found, rows_of(model, x, y))
+    assert bool(found.how) == (how == "memory")  # else nothing of size B x parameters
+
+
+@pytest.mark.parametrize("how", ["scale", "tied", "cross", "memory", "made"])
+def test_norms_may_be_written_out_a_few_samples_at_a_time(how, monkeypatch):
+    monkeypatch.setattr("fastsmooth.noise.persample.LIFTED_BYTES", 0)
+    monkeypatch.setattr("fastsmooth.noise.persample.alone.ROWS_BYTES", 2000)
+    model, x, y = unusual(how)
+    found = sample_norms(model, x, y)
+    matches(found, rows_of(model, x, y))
+    # by a rule that takes the rows of a weight back to what it is made of, nothing is once a sample
+    assert ("once a sample" in found.how) == (how not in ("memory", "made"))
+
+
+def test_a_parameter_without_a_part_is_refused_by_name():
+    model, x, y = unusual("unused")
+    with pytest.raises(NotCovered, match="scale takes no part in the forward pass: freeze it"):
+        sample_norms(model, x, y)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, CLASSES)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1) - x.flatten(1).mean(dim=0))
+
+
+def test_a_model_that_mixes_its_samples_is_refused():
+    x, y = torch.randn(4, 3, 2, 2), torch.arange(4)
+    with pytest.raises(NotCovered, match="its samples mix"):
+        sample_norms(Mixed(), x, y)
 
 
 def trained(name: str):
@@ -312,12 +384,19 @@ class Transposed(nn.Module):
 
 
 @pytest.mark.parametrize("size", [2, 3, 6])
-@pytest.mark.parametrize("model", [TimeFirst, Transposed])
-def test_a_batch_that_is_not_the_first_dimension_is_refused_where_the_sizes_agree(model, size):
+def test_a_batch_that_is_not_the_first_dimension_is_refused_where_the_sizes_agree(size):
     torch.manual_seed(0)
     x, y = torch.randn(size, size, 4), torch.randint(CLASSES, (size,))
-    with pytest.raises(NotCovered, match="samples"):
-        sample_norms(model(), x, y)
+    with pytest.raises(NotCovered, match="the output for one sample is"):
+        sample_norms(Transposed(), x, y)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_samples_may_be_in_another_dimension_inside(size):
+    torch.manual_seed(0)
+    model, x = TimeFirst().double(), torch.randn(size, size, 4, dtype=torch.float64)
+    y = torch.randint(CLASSES, (size,))
+    matches(sample_norms(model, x, y), rows_of(model, x, y))
 
 
 def test_a_batch_first_model_is_accepted_whatever_its_other_sizes():
@@ -346,12 +425,12 @@ def test_the_look_at_the_layout_leaves_no_trace():
     before, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
     sample_norms(model.eval(), x, y)
     model.train()
-    sample_norms(model, x, y)
+    sample_norms(model, x, y, bn="frozen")
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
     torch.set_rng_state(state)
-    first = sample_norms(model, x, y).loss
+    first = sample_norms(model, x, y, bn="frozen").loss
     torch.set_rng_state(state)
-    assert sample_norms(model, x, y).loss == first
+    assert sample_norms(model, x, y, bn="frozen").loss == first
 
 
 def test_a_model_of_one_output_is_refused():

@@ -1,0 +1,344 @@
+"""The squared gradient norm of every sample of a batch, and its distance from the mean, out of one
+backward pass.
+
+Inside a pass (passes.py) each call of a layer that has a rule (rules.py) is an autograd function
+(layers.py) that reports to a probe of zeros, [2, B]: the probe's gradient is the layer's share of
+[||g_i||^2, ||g_i - g||^2], with g_i the gradient of sample i and g that of the mean loss. No hooks,
+no change of the model, nothing of size B x parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.names import about_value
+from fastsmooth.noise.losses import Loss, NotCovered, is_cross_entropy, mean_loss, other_size
+from fastsmooth.noise.persample.alone import alone_norms
+from fastsmooth.noise.persample.passes import (
+    Batched,
+    Lifted,
+    Names,
+    Plan,
+    Probes,
+    Survey,
+    WithoutParameters,
+    caches_aside,
+)
+
+__all__ = ["BN", "NotCovered", "SampleNorms", "sample_norms", "unchanged"]
+
+BN = ("batch", "frozen")
+LIFTED_BYTES = 1 << 30  # of parameters that are one a sample; beyond, a few samples at a time
+
+
+@dataclass(frozen=True)
+class SampleNorms:
+    """Of a batch of B samples and its mean loss; wide is float64, or float32 on MPS."""
+
+    loss: Tensor  # 0-d
+    grads: list[Tensor]  # g, one tensor a trainable parameter
+    # for each module that owns trainable parameters, by its name and in their order, its share of
+    # the next two: [2, B], wide; the second zeros where the noise was not asked for
+    layers: dict[str, Tensor]
+    squares: Tensor  # [B], wide: ||g_i||^2
+    noise: Tensor | None  # [B], wide: ||g_i - g||^2; None where it was not asked for
+    grad_square: Tensor  # 0-d, wide: ||g||^2
+    how: str  # in words, where the gradients of samples were written out, and why
+
+    @property
+    def inner(self) -> Tensor:
+        """[B], wide: <g_i, g>. Raises ValueError where the noise was not asked for."""
+        if self.noise is None:
+            raise ValueError("<g_i, g> needs the noise: call sample_norms with noise=True")
+        return (self.squares + self.grad_square - self.noise) / 2
+
+
+def sample_norms(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Loss = F.cross_entropy,
+    noise: bool = True,
+    bn: str | None = None,
+) -> SampleNorms:
+    """The squared gradient norm of every sample's loss at the model's parameters, and its squared
+    distance from the mean gradient.
+
+    Any model whose samples do not mix. Out of one backward pass over the batch come the shares of
+    convolutions, linear layers, normalisations and embeddings; other parameters that are small, as
+    position tokens, are one a sample in that pass. Where that cannot be, the gradient of every
+    sample is written out, a few samples at a time, and `how` says so.
+
+    Args:
+        model: in the mode in which it is to be measured; its output is a tensor [B, ...].
+        x: [B, ...], y: [B, ...]: a batch of two or more. Under autocast the model computes in its
+            dtype, the sums in float32 or wider.
+        loss: loss(output, target) as training calls it: F.cross_entropy (also with label_smoothing
+            or class probabilities), F.mse_loss, a module like nn.CrossEntropyLoss(), or any that
+            is the mean over the samples of a value each, or gives these values (losses.mean_loss).
+        noise: whether the distances are wanted too.
+        bn: BatchNorm in training mode mixes the samples, so that no gradient belongs to one of
+            them; this says what to take:
+            batch    the share of the batch's gradient that flows through sample i, times B: the
+                     mean is that gradient
+            frozen   the gradient of sample i with the batch's mean and variance as constants, and
+                     the mean of those
+
+    Raises NotCovered, a ValueError, for a batch of one, BatchNorm in training mode without `bn`,
+    a model that mixes the samples in another way or whose output does not begin with them,
+    parameters that take no part, a loss that is no mean over samples, and cross-entropy of one
+    class, which is 0. Leaves .grad and the buffers alone.
+    """
+    if len(y) < 2:
+        raise NotCovered("a batch of one sample has no noise: use two or more")
+    if bn not in (None, *BN):
+        raise ValueError(f"bn {bn!r}: {about_value('--bn', str(bn), BN)}")
+    if len(x) != len(y):
+        raise NotCovered(
+            f"the input {list(x.shape)} does not begin with the {len(y)} samples of the batch"
+        )
+    names: Names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    with unchanged(list(model.buffers())):
+        way = way_for(model, names, x, bn)
+        if way.written_out:
+            return written_out(model, names, x, y, loss, noise, way)
+        with torch.enable_grad():
+            output, probes = forward(model, names, x, noise, bn, way)
+            mean = loss_of(names, loss, output, y)
+        inputs = [*names, *probes.by_module.values()]
+        # a weight that is made of parameters of several modules reports to the first of them
+        slopes = list(torch.autograd.grad(mean, inputs, allow_unused=True, materialize_grads=True))
+    layers = dict(zip(probes.by_module, slopes[len(names) :], strict=True))
+    return gathered(mean, slopes[: len(names)], layers, noise, "")
+
+
+@contextmanager
+def unchanged(buffers: list[Tensor]) -> Iterator[None]:
+    """Afterwards the buffers, [...] of any shapes and dtypes, hold what they held before.
+
+    In a forward pass BatchNorm counts its calls, and may move its running statistics.
+    """
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for b, value in zip(buffers, before, strict=True):
+            b.copy_(value)
+
+
+def forward(
+    model: nn.Module, names: Names, x: Tensor, noise: bool, bn: str | None, way: Way
+) -> tuple[Tensor, Probes]:
+    """The output [B, ...] of a model for x [B, ...], with its graph, and its probes."""
+    if way.plan is None:
+        with Batched(names, len(x), x.device, noise, bn) as layers, caches_aside(model):
+            return model(x), layers.probes
+    lifted = Lifted(names, len(x), x.device, noise, bn, way.plan)
+    return lifted(uncompiled(model), x), lifted.probes
+
+
+def gathered(
+    mean: Tensor, grads: list[Tensor], layers: dict[str, Tensor], noise: bool, how: str
+) -> SampleNorms:
+    wide = wide_dtype(mean.device)
+    total = torch.stack(list(layers.values())).sum(0)
+    zero = torch.zeros((), dtype=wide, device=mean.device)
+    square = sum((g.to(wide).square().sum() for g in grads), zero)
+    return SampleNorms(
+        mean.detach(), grads, layers, total[0], total[1] if noise else None, square, how
+    )
+
+
+def loss_of(names: Names, loss: Loss, output: Tensor, y: Tensor) -> Tensor:
+    """The mean loss, 0-d, of an output [B, ...] for y [B, ...]. Raises NotCovered."""
+    with WithoutParameters(names):
+        mean = mean_loss(loss, output, y)
+    if is_cross_entropy(loss) and output.ndim > 1 and output.shape[1] < 2:
+        raise NotCovered(
+            f"the model's output {list(output.shape)} is of one class, whose cross-entropy is "
+            "always 0"
+        )
+    return mean
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+# Which way a model goes
+
+
+@dataclass(frozen=True)
+class Way:
+    """Batched without a plan, Lifted with one; or, for a reason, the gradients are written out."""
+
+    plan: Plan | None = None
+    written_out: str = ""
+    by_vmap: bool = True
+
+
+# Of models that were seen, by the shapes of the input and the modes that they were seen in.
+SEEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Way]] = weakref.WeakKeyDictionary()
+
+
+def way_for(model: nn.Module, names: Names, x: Tensor, bn: str | None) -> Way:
+    """The way of a model for batches like x [B, ...], whose trainable parameters are `names`.
+
+    A few samples go through it once for each shape of the input. They are another number than the
+    batch has: where the first dimension is the batch, it has that number in every layer, and in a
+    batch another dimension may have its size by chance. Raises NotCovered where there is none.
+    """
+    model = uncompiled(model)  # the shapes are the same
+    few = other_size(len(x))
+    kind = (x.shape[1:], few, bn, model.training, tuple(names.values()))
+    ways = SEEN.setdefault(model, {})
+    if kind not in ways:
+        devices = [x.device] if x.device.type == "cuda" else []
+        samples = x[torch.arange(few, device=x.device) % len(x)]
+        with torch.random.fork_rng(devices=devices):
+            ways[kind] = find_way(model, names, samples, bn)
+    way = ways[kind]
+    if way.plan and len(x) * bytes_of(way.plan.lifted) > LIFTED_BYTES:
+        large = max(way.plan.lifted, key=Tensor.numel)
+        return Way(written_out=f"{names[large]} is too large to be there once a sample")
+    return way
+
+
+def bytes_of(params: set[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in params)
+
+
+def find_way(model: nn.Module, names: Names, x: Tensor, bn: str | None) -> Way:
+    """As way_for, for a few samples x [few, ...]."""
+    with torch.enable_grad():
+        try:
+            way = Way()
+            output, used = batched_output(model, names, x, bn)
+            check_use(names, used, output)
+        except NotCovered as error:
+            way = lifted_way(model, names, x, bn, str(error))
+        else:
+            if not isinstance(output, Tensor):
+                return way  # mean_loss says so
+    check_apart(model, x, bn)
+    return way
+
+
+def batched_output(
+    model: nn.Module, names: Names, x: Tensor, bn: str | None
+) -> tuple[Tensor, set[Tensor]]:
+    """(output, the parameters that were used) of a Batched pass over x [few, ...]."""
+    with Batched(names, len(x), x.device, False, bn) as layers, caches_aside(model):
+        output = model(x)
+    if isinstance(output, Tensor) and (output.ndim == 0 or len(output) != len(x)):
+        raise NotCovered(
+            f"the output for {len(x)} samples is {list(output.shape)}, not [{len(x)}, ...]"
+        )
+    return output, layers.used
+
+
+class Unused(NotCovered):
+    """A parameter takes no part in the output."""
+
+
+def check_use(names: Names, used: set[Tensor], output: Tensor) -> None:
+    """Raises Unused, or NotCovered for a parameter that is used without having been seen."""
+    for p in names:
+        if p in used:
+            continue
+        slope = None
+        if isinstance(output, Tensor) and output.requires_grad:
+            (slope,) = torch.autograd.grad(output.sum(), p, allow_unused=True, retain_graph=True)
+        if slope is None:
+            raise Unused(
+                f"{names[p]} takes no part in the forward pass: freeze it with "
+                "requires_grad_(False)"
+            )
+        raise NotCovered(f"{names[p]} is used, but not as it is")
+
+
+def lifted_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: str) -> Way:
+    """That of a model which `why` keeps from going as a batch: sample by sample, or else written
+    out."""
+    try:
+        survey = Survey()
+        Lifted(names, len(x), x.device, False, bn, Plan(), survey)(model, x)
+        with caches_aside(model):
+            check_use(names, survey.met, model(x))
+        way = Way(survey.plan())
+        output, probes = forward(model, names, x, True, bn, way)
+        torch.autograd.grad(output.sum(), [*names, *probes.by_module.values()], allow_unused=True)
+        return way
+    except (NotCovered, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever vmap or autograd cannot do with this model
+        why = f"{why}; {first_line(error)}"
+    if bn is not None:
+        raise NotCovered(f"{why}: with --bn {bn} no other way to the gradients of samples is known")
+    params = {name: p for p, name in names.items()}
+    for by_vmap in (True, False):
+        try:
+            alone_norms(model, params, x, x, lambda output, _: output.sum(), None, by_vmap)
+            return Way(written_out=why, by_vmap=by_vmap)
+        except Exception as error:
+            why = f"{why}; {first_line(error)}"
+    raise NotCovered(why)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@torch.no_grad()
+def check_apart(model: nn.Module, x: Tensor, bn: str | None) -> None:
+    """Raises NotCovered for a model that gives one of x [few, ...] another output alone than among
+    the others. What --bn covers, or is random, is left out: then it is in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    with caches_aside(model):
+        try:
+            if bn is not None or not torch.equal(model(x), model(x)):
+                model.eval()
+            whole = model(x)
+            try:
+                alone = torch.cat([model(sample) for sample in x.split(1)])
+            except Exception as error:
+                raise NotCovered(f"the model fails for one sample: {first_line(error)}") from None
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    close = torch.finfo(whole.dtype).eps ** 0.5
+    size = whole.abs().max().item()
+    if alone.shape != whole.shape or not torch.allclose(
+        alone, whole, rtol=close, atol=close * size, equal_nan=True
+    ):
+        raise NotCovered(
+            "the model gives a sample another output in another batch: its samples mix, so that "
+            "no gradient belongs to one of them"
+        )
+
+
+def written_out(
+    model: nn.Module, names: Names, x: Tensor, y: Tensor, loss: Loss, noise: bool, way: Way
+) -> SampleNorms:
+    """sample_norms from the gradients of the samples."""
+    model = uncompiled(model)
+    with torch.enable_grad():
+        output = model(x)
+        mean = loss_of(names, loss, output, y)
+        grads = list(torch.autograd.grad(mean, list(names)))
+        params = {name: p for p, name in names.items()}
+        found = alone_norms(model, params, x, y, loss, grads if noise else None, way.by_vmap)
+    layers: dict[str, Tensor] = {}
+    for name, own in zip(params, found.unbind(1), strict=True):
+        module = name.rpartition(".")[0]
+        layers[module] = layers[module] + own if module in layers else own
+    return gathered(mean, grads, layers, noise, way.written_out)

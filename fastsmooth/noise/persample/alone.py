@@ -1,0 +1,75 @@
+"""The gradient of every sample, written out: for models of which no other way is known.
+
+Rows [c, ...] of every parameter are made for a few samples at a time: by torch.func.vmap, or, where
+that cannot batch the model, by a backward pass a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.noise.losses import Loss
+
+ROWS_BYTES = 256 << 20  # of the rows that are held at a time
+
+
+def alone_norms(
+    model: nn.Module,
+    params: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    mean: list[Tensor] | None,
+    batched: bool,
+) -> Tensor:
+    """[2, parameters, B], wide: ||g_i||^2 and ||g_i - g||^2 of every trainable parameter in
+    `params`, by name, for the samples x [B, ...], y [B, ...].
+
+    mean: g, a tensor a parameter; None where the distances are not wanted, which are zeros then.
+    batched: by torch.func.vmap.
+    """
+    wide = wide_dtype(x.device)
+    found = []
+    for rows in (by_vmap if batched else one_by_one)(model, params, x, y, loss):
+        squares = [norms(g, wide) for g in rows]
+        away = [torch.zeros_like(s) for s in squares]
+        if mean is not None:
+            away = [norms(g - m, wide) for g, m in zip(rows, mean, strict=True)]
+        found.append(torch.stack([torch.stack(squares), torch.stack(away)]))
+    return torch.cat(found, dim=2)
+
+
+def norms(rows: Tensor, wide: torch.dtype) -> Tensor:
+    """[c]: the squared norms of rows [c, ...]."""
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide).square()
+
+
+def by_vmap(
+    model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor, loss: Loss
+) -> Iterator[list[Tensor]]:
+    values = {name: p.detach() for name, p in params.items()}
+
+    def of_one(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, values, (x[None],))
+        return loss(output, y[None]).mean()
+
+    gradients = torch.func.vmap(
+        torch.func.grad(of_one), in_dims=(None, 0, 0), randomness="different"
+    )
+    size = sum(p.numel() * p.element_size() for p in values.values())
+    count = max(1, ROWS_BYTES // max(size, 1))
+    for xs, ys in zip(x.split(count), y.split(count), strict=True):
+        yield list(gradients(values, xs, ys).values())
+
+
+def one_by_one(
+    model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor, loss: Loss
+) -> Iterator[list[Tensor]]:
+    for xs, ys in zip(x.split(1), y.split(1), strict=True):
+        value = loss(model(xs), ys).mean()
+        grads = torch.autograd.grad(value, list(params.values()))
+        yield [g[None] for g in grads]

@@ -1,0 +1,526 @@
+"""Layers whose backward pass knows the gradient of every sample: autograd functions with one more
+input, `probe`.
+
+A probe is [2, B] of zeros, and its gradient the layer's share of [||g_i||^2, ||g_i - g||^2] of the
+mean loss's gradients, g_i that of sample i; autograd adds up what has the same probe. Every layer
+sees its samples as `rows` of its input, one or more in a row each: [B rows, ...].
+
+Deviations are taken from the mean, layer by layer: from ||g_i||^2 - 2 <g_i, g> + ||g||^2 a noise of
+a thousandth of the mean would come out of float32 without a correct digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastsmooth.kernels.affine_grads import affine_grads
+from fastsmooth.kernels.backend import buffer_dtype
+from fastsmooth.kernels.conv_noise import BLOCK_BYTES, conv_noise
+
+
+def shares(g: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
+    """[2, B]: ||g_i||^2 and ||g_i - g||^2 from the rows g [B, ...] of a mean loss's gradient, each
+    g_i / B."""
+    rows = g.flatten(1).to(dtype)
+    squares = rows.square().sum(1)
+    deviations = (rows - rows.mean(0)).square().sum(1) if noise else torch.zeros_like(squares)
+    return torch.stack([squares, deviations]) * len(g) ** 2
+
+
+def by_sample(g: Tensor, samples: int) -> Tensor:
+    """The sums [B, ...] of g [B rows, ...] over the rows of each of the B samples."""
+    return g if len(g) == samples else g.unflatten(0, (samples, -1)).sum(1)
+
+
+class Lift(torch.autograd.Function):
+    """A parameter p [...] as one a sample, [B, ...], whatever these are used for."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, probe: Tensor, noise: bool) -> Tensor:
+        ctx.noise, ctx.wide = noise, probe.dtype
+        return p.expand(probe.shape[1], *p.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return g.sum(0), shares(g, ctx.noise, ctx.wide), None
+
+
+# Convolutions and linear layers
+
+
+class Rule(NamedTuple):
+    """How a convolution of images [B, C, H, W] moves, [height, width] each."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Made(NamedTuple):
+    """A weight that is computed from parameters alone, with its graph: value = f(parents)."""
+
+    value: Tensor
+    parents: list[Tensor]
+
+
+def weight_shares(
+    x: Tensor, dy: Tensor, kernel: list[int], rule: Rule, noise: bool, made: Made | None
+) -> tuple[Tensor, Tensor]:
+    """(the weight's gradient, [p, C / groups, kh, kw], [2, B] as in `shares`) of a convolution of
+    x [B, C, H, W] with output slopes dy [B, p, H', W']. With `made` the shares are those of the
+    parameters that the weight is made of."""
+    if made is not None:
+        return made_shares(x, dy, kernel, rule, noise, made)
+    found = conv_noise(x, dy, kernel, rule.stride, rule.padding, rule.dilation, rule.groups, noise)
+    return found.dw, torch.stack([found.squares, found.noise]) * len(x) ** 2
+
+
+def made_shares(
+    x: Tensor, dy: Tensor, kernel: list[int], rule: Rule, noise: bool, made: Made
+) -> tuple[Tensor, Tensor]:
+    """As weight_shares. The weight's gradients are taken back to the parents block by block, each
+    sample by itself: the way there is linear, so deviations stay deviations."""
+    shape = [dy.shape[1], x.shape[1] // rule.groups, *kernel]
+    slopes = torch.ops.aten.convolution_backward
+    dw = slopes(
+        dy, x, x.new_empty(shape), None, *rule[:3], False, [0, 0], rule.groups, (False, True, False)
+    )[1]
+    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    (mean,) = zip(*pulled(made, dw[None]), strict=True)
+    found = []
+    for rows in weight_rows(x, dy, shape, rule):
+        grads = pulled(made, rows)
+        norms = [g.flatten(1).to(wide).square().sum(1) for g in grads]
+        away = [
+            (g - m / len(x)).flatten(1).to(wide).square().sum(1)
+            for g, m in zip(grads, mean, strict=True)
+        ]
+        squares = torch.stack(norms).sum(0)
+        deviations = torch.stack(away).sum(0) if noise else torch.zeros_like(squares)
+        found.append(torch.stack([squares, deviations]))
+    return dw, torch.cat(found, dim=1) * len(x) ** 2
+
+
+def pulled(made: Made, rows: Tensor) -> tuple[Tensor, ...]:
+    """The gradients [c, ...] of the parents for c gradients of the weight, rows [c, *weight]."""
+    rows = rows.to(made.value.dtype).view(len(rows), *made.value.shape)
+    return torch.autograd.grad(
+        made.value, made.parents, rows, is_grads_batched=True, retain_graph=True
+    )
+
+
+def weight_rows(x: Tensor, dy: Tensor, shape: list[int], rule: Rule) -> Iterator[Tensor]:
+    """The weight gradient of every sample, in blocks [c, *shape]."""
+    p, c, kh, kw = shape
+    d, pixels, groups = c * kh * kw, dy.shape[2] * dy.shape[3], rule.groups
+    size = max(1, BLOCK_BYTES // (x.element_size() * max(groups * d * pixels, p * d)))
+    for xs, dys in zip(x.split(size), dy.split(size), strict=True):
+        columns = F.unfold(xs, (kh, kw), *map(tuple, (rule.dilation, rule.padding, rule.stride)))
+        slopes = dys.reshape(len(xs), groups, p // groups, pixels)
+        g = slopes @ columns.view(len(xs), groups, d, pixels).mT
+        yield g.view(len(xs), *shape)
+
+
+def stacked(
+    x: Tensor, dy: Tensor, samples: int, kernel: list[int], rule: Rule
+) -> tuple[Tensor, Tensor, Rule]:
+    """The same convolution with one tall image a sample in the place of its `rows`, one under the
+    other: x [B rows, C, H, W] and dy [B rows, p, H', W'] become [B, ...]. Between the outputs of
+    two images there are some that belong to neither, whose slopes are 0."""
+    if len(x) == samples:
+        return x, dy, rule
+    (step, across), (top, side), dilation, groups = rule
+    height = -(-(x.shape[2] + 2 * top) // step) * step
+    x = F.pad(x, (0, 0, top, height - x.shape[2] - top))
+    dy = F.pad(dy, (0, 0, 0, height // step - dy.shape[2]))
+    x, dy = (t.unflatten(0, (samples, -1)).movedim(1, 2).flatten(2, 3) for t in (x, dy))
+    outputs = (x.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // step + 1
+    return x, dy[:, :, :outputs], Rule([step, across], [0, side], dilation, groups)
+
+
+class Convolution(torch.autograd.Function):
+    """F.conv2d over x [B rows, C, H, W]; under autocast x comes in its dtype, and the weight in its
+    own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        rule: Rule,
+        made: Made | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.noise, ctx.rule, ctx.made, ctx.like = noise, rule, made, probe
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.conv2d(x, weight.to(x.dtype), bias, *rule)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        rule, samples = ctx.rule, ctx.like.shape[1]
+        dx = dw = db = None
+        total = torch.zeros_like(ctx.like)
+        if need_x:
+            sizes = (*rule[:3], False, [0, 0], rule.groups)
+            dx = torch.ops.aten.convolution_backward(
+                dy, x, weight.to(x.dtype), None, *sizes, (True, False, False)
+            )[0]
+        if need_weight:
+            kernel = list(weight.shape[2:])
+            images, slopes, tall = stacked(x, dy, samples, kernel, rule)
+            dw, found = weight_shares(images, slopes, kernel, tall, ctx.noise, ctx.made)
+            dw = dw.to(weight.dtype)
+            total += found
+        if need_bias:
+            g = by_sample(dy.sum(dim=(2, 3), dtype=buffer_dtype(dy.dtype)), samples)
+            db = g.sum(0)
+            total += shares(g, ctx.noise, total.dtype)
+        return dx, dw, db, total, None, None, None
+
+
+class Convolution3d(torch.autograd.Function):
+    """F.conv3d over x [B rows, C, D, H, W]: for each tap along the depth a convolution of its
+    slices, which are rows of one sample."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.noise, ctx.rule, ctx.like = noise, (stride, padding, dilation, groups), probe
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.conv3d(x, weight.to(x.dtype), bias, *ctx.rule)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        stride, padding, dilation, groups = ctx.rule
+        samples = ctx.like.shape[1]
+        dx = dw = db = None
+        total = torch.zeros_like(ctx.like)
+        if need_x:
+            sizes = (stride, padding, dilation, False, [0, 0, 0], groups)
+            dx = torch.ops.aten.convolution_backward(
+                dy, x, weight.to(x.dtype), None, *sizes, (True, False, False)
+            )[0]
+        if need_weight:
+            kernel = list(weight.shape[3:])
+            rule = Rule(stride[1:], padding[1:], dilation[1:], groups)
+            deep = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
+            slopes = dy.movedim(2, 1).flatten(0, 1)
+            taps = []
+            for tap in range(weight.shape[2]):
+                first = tap * dilation[0]
+                slices = deep[:, :, first : first + (dy.shape[2] - 1) * stride[0] + 1 : stride[0]]
+                images = slices.movedim(2, 1).flatten(0, 1)
+                tall = stacked(images, slopes, samples, kernel, rule)
+                found, shared = weight_shares(*tall[:2], kernel, tall[2], ctx.noise, None)
+                taps.append(found)
+                total += shared
+            dw = torch.stack(taps, dim=2).to(weight.dtype)
+        if need_bias:
+            g = by_sample(dy.sum(dim=(2, 3, 4), dtype=buffer_dtype(dy.dtype)), samples)
+            db = g.sum(0)
+            total += shares(g, ctx.noise, total.dtype)
+        return dx, dw, db, total, None, None, None, None, None
+
+
+class Linear(torch.autograd.Function):
+    """F.linear over x [B, ..., inputs]: a convolution over the tokens, its kernel of one place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        made: Made | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.noise, ctx.made, ctx.like = noise, made, probe
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        slopes = dy.reshape(len(x), -1, dy.shape[-1])
+        dw = db = None
+        total = torch.zeros_like(ctx.like)
+        if need_weight:
+            tokens = x.reshape(len(x), -1, x.shape[-1])
+            image, slope_image = tokens.mT[..., None], slopes.mT[..., None]
+            one = Rule([1, 1], [0, 0], [1, 1], 1)
+            dw, found = weight_shares(image, slope_image, [1, 1], one, ctx.noise, ctx.made)
+            dw = dw.reshape(weight.shape).to(weight.dtype)
+            total += found
+        if need_bias:
+            g = slopes.sum(1, dtype=buffer_dtype(slopes.dtype))
+            db = g.sum(0)
+            total += shares(g, ctx.noise, total.dtype)
+        return dy @ weight.to(dy.dtype) if need_x else None, dw, db, total, None, None
+
+
+# Normalisations
+
+
+class GroupNorm(torch.autograd.Function):
+    """F.group_norm over x [B rows, C, ...]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        count, channels, pixels = len(x), x.shape[1], x[0].numel() // x.shape[1]
+        ctx.sizes = count, channels, pixels, groups
+        # PyTorch 2.11's native functions misread memory that is not contiguous in this order
+        in_order = (
+            x.device.type == "cpu"
+            and x.ndim == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
+        ctx.order = torch.channels_last if in_order else torch.contiguous_format
+        x = x.contiguous(memory_format=ctx.order)
+        y, mean, rstd = torch.native_group_norm(
+            x, weight, bias, count, channels, pixels, groups, eps
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.noise, ctx.like = noise, probe
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            slopes = torch.ops.aten.native_group_norm_backward
+            dx = slopes(
+                dy.contiguous(memory_format=ctx.order),
+                x,
+                mean,
+                rstd,
+                weight,
+                *ctx.sizes,
+                (True, False, False),
+            )[0]
+        return dx, *affine_shares(ctx, x, dy, mean, rstd), None, None, None
+
+
+class BatchNorm(torch.autograd.Function):
+    """F.batch_norm over x [B rows, C, ...]; with no mean and variance given, with those of the
+    batch.
+
+    These are functions of x, through which the gradient goes, or with `frozen` constants as the
+    given ones are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float,
+        frozen: bool,
+    ) -> Tensor:
+        y, center, rstd = torch.native_batch_norm(
+            x, weight, bias, mean, variance, mean is None, 0.0, eps
+        )
+        if mean is not None and variance is not None:
+            center, rstd = mean, (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, center, rstd)
+        ctx.noise, ctx.like, ctx.eps = noise, probe, eps
+        ctx.through = mean is None and not frozen
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, center, rstd = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            slopes = torch.ops.aten.native_batch_norm_backward
+            constants = (None, None) if ctx.through else (center, rstd**-2 - ctx.eps)
+            # CUDA wants mean and rstd in any case
+            dx = slopes(
+                dy, x, weight, *constants, center, rstd, ctx.through, ctx.eps, (True, False, False)
+            )[0]
+        return (
+            dx,
+            *affine_shares(ctx, x, dy, center[None], rstd[None]),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def affine_shares(
+    ctx: Any, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of a normalisation's weight [C] and bias [C], None where not needed, and of the
+    probe [2, B], wide.
+
+    x and dy are [B rows, C, ...], mean and rstd [1, C] or [B rows, groups], in whose dtype the
+    first two are.
+    """
+    total = torch.zeros_like(ctx.like)
+    found: list[Tensor | None] = []
+    for g, needed in zip(affine_grads(x, dy, mean, rstd), ctx.needs_input_grad[1:3], strict=True):
+        found.append(g.sum(0).to(mean.dtype) if needed else None)
+        if needed:
+            total += shares(by_sample(g, total.shape[1]), ctx.noise, total.dtype)
+    weight, bias = found
+    return weight, bias, total
+
+
+def scale_shares(
+    ctx: Any, products: tuple[Callable[[], Tensor], ...], shared: list[int]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of a scale and a shift, None where not needed, and of the probe [2, B], from
+    what each multiplies, [B, ..., *shape], which is summed over the dimensions `shared`."""
+    total = torch.zeros_like(ctx.like)
+    found: list[Tensor | None] = []
+    for needed, product in zip(ctx.needs_input_grad[1:3], products, strict=True):
+        if not needed:
+            found.append(None)
+            continue
+        g = product()
+        g = g.sum(shared, dtype=buffer_dtype(g.dtype)) if shared else g
+        found.append(g.sum(0))
+        total += shares(g, ctx.noise, total.dtype)
+    weight, bias = found
+    return weight, bias, total
+
+
+class LayerNorm(torch.autograd.Function):
+    """F.layer_norm over x [B, ..., *shape]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor,
+        noise: bool,
+        shape: list[int],
+        eps: float,
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.noise, ctx.like, ctx.shape = noise, probe, shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            slopes = torch.ops.aten.native_layer_norm_backward
+            dx = slopes(dy, x, ctx.shape, mean, rstd, weight, bias, (True, False, False))[0]
+        products = (lambda: dy * ((x - mean) * rstd), lambda: dy)
+        weights = scale_shares(ctx, products, list(range(1, x.ndim - len(ctx.shape))))
+        return dx, *weights, None, None, None
+
+
+class Affine(torch.autograd.Function):
+    """x * weight + bias, both broadcast over the leading dimensions of x [B, ...]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor, noise: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.noise, ctx.like = noise, probe
+        y = x if weight is None else x * weight.to(x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        shared = list(range(1, x.ndim - (weight.ndim if weight is not None else 1)))
+        weights = scale_shares(ctx, (lambda: dy * x, lambda: dy), shared)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy if weight is None else dy * weight.to(dy.dtype)
+        return dx, *weights, None
+
+
+# Embeddings
+
+
+class Embedding(torch.autograd.Function):
+    """F.embedding of index [B, ...] int64 in weight [V, D]. A sample's gradient has rows for its
+    own tokens alone, and those are all that is computed of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, index: Tensor, weight: Tensor, probe: Tensor, noise: bool, padding: int
+    ) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.noise, ctx.like, ctx.padding = noise, probe, padding
+        return F.embedding(index, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        index, weight = ctx.saved_tensors
+        batch, (words, width), wide = len(index), weight.shape, ctx.like.dtype
+        index, dy = index.reshape(batch, -1), dy.reshape(-1, width).to(buffer_dtype(dy.dtype))
+        dy = dy.masked_fill((index == ctx.padding).view(-1, 1), 0)
+        of_sample = torch.arange(batch, device=index.device)[:, None] * words
+        pairs, place = torch.unique(index + of_sample, return_inverse=True)
+        g = dy.new_zeros(len(pairs), width).index_add_(0, place.flatten(), dy)
+        owner, word = pairs // words, pairs % words
+        dw = dy.new_zeros(words, width).index_add_(0, word, g)
+
+        def of_samples(values: Tensor) -> Tensor:
+            return torch.zeros_like(ctx.like[0]).index_add_(0, owner, values.to(wide))
+
+        def norms(rows: Tensor) -> Tensor:
+            return rows.to(wide).square().sum(1)
+
+        squares = of_samples(norms(g))
+        noise = torch.zeros_like(squares)
+        if ctx.noise:
+            mean = dw.to(wide) / batch
+            square = norms(mean)
+            # of the words that are not among the sample's the deviation is the mean itself
+            others = (square.sum() - of_samples(square[word])).clamp(min=0)
+            noise = of_samples(norms(g.to(wide) - mean[word])) + others
+        total = torch.stack([squares, noise]) * batch**2
+        return None, dw.to(weight.dtype), total, None, None
