@@ -320,6 +320,62 @@ void outer_products_of(int64_t rows, bool add, int64_t count, const int32_t* xs,
     if constexpr (ROWS > 1) outer_products_of<T, ROWS - 1>(rows, add, count, xs, ys, x, dy, to, stride);
 }
 
+// The sum of all lanes.
+template <class T> inline T sum_of(typename Vector<T>::type v) {
+    T lanes[LANES<T>], sum = 0;
+    std::memcpy(lanes, &v, sizeof v);
+    for (T lane : lanes) sum += lane;
+    return sum;
+}
+
+// The same sums, which stay in registers while they are squared and added to `total`, [rows, stride] as `to`; `to` gets
+// them with KEEP. The result is the sum of the squares.
+template <int ROWS, bool KEEP, class T>
+T squared_products(int64_t count, const int32_t* xs, const int32_t* ys, const T* x, const T* dy, T* to, T* total,
+                   int64_t stride) {
+    using V = typename Vector<T>::type;
+    V sums[ROWS][2] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        V near, far;
+        std::memcpy(&near, x + xs[i], sizeof near);
+        std::memcpy(&far, x + xs[i] + LANES<T>, sizeof far);
+        const T* slopes = dy + ys[i];
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+            V slope = slopes[r] - V{};
+            sums[r][0] = fused(slope, near, sums[r][0]);
+            sums[r][1] = fused(slope, far, sums[r][1]);
+        }
+    }
+    V left = {}, right = {};  // squares
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+        V a, b;
+        std::memcpy(&a, total + r * stride, sizeof a);
+        std::memcpy(&b, total + r * stride + LANES<T>, sizeof b);
+        a += sums[r][0], b += sums[r][1];
+        std::memcpy(total + r * stride, &a, sizeof a);
+        std::memcpy(total + r * stride + LANES<T>, &b, sizeof b);
+        left = fused(sums[r][0], sums[r][0], left);
+        right = fused(sums[r][1], sums[r][1], right);
+        if constexpr (KEEP) {
+            std::memcpy(to + r * stride, &sums[r][0], sizeof a);
+            std::memcpy(to + r * stride + LANES<T>, &sums[r][1], sizeof b);
+        }
+    }
+    return sum_of<T>(left + right);
+}
+
+template <class T, int ROWS = TILE_ROWS>
+T squared_products_of(int64_t rows, int64_t count, const int32_t* xs, const int32_t* ys, const T* x, const T* dy, T* to,
+                      T* total, int64_t stride) {
+    if (rows == ROWS)
+        return to ? squared_products<ROWS, true>(count, xs, ys, x, dy, to, total, stride)
+                  : squared_products<ROWS, false>(count, xs, ys, x, dy, to, total, stride);
+    if constexpr (ROWS > 1) return squared_products_of<T, ROWS - 1>(rows, count, xs, ys, x, dy, to, total, stride);
+    return 0;
+}
+
 struct Convolution {  // x [batch, height, width, groups * inputs], dy [batch, out_height, out_width, groups * outputs]
     int64_t batch, height, width, inputs, out_height, out_width, outputs, groups;
     int64_t kernel[2], stride[2], padding[2], dilation[2];
@@ -356,6 +412,7 @@ struct Piece {
 };
 
 constexpr int64_t PIECE_PLACES = 9, PIECE_ROWS = 18, PIECE_COLUMNS = 32;
+constexpr int64_t SHORT_ROWS = 72;  // of a piece where samples are short: its columns are copied once for all rows
 constexpr int64_t PIECES = 4, CHUNKS = 16;  // fewer pieces than that: threads share a piece, in so many chunks of samples
 constexpr int64_t RUN_BYTES = 20 * 1024;  // of x and dy that a piece needs of a run of pixels: they stay in the L1 cache
 
@@ -364,14 +421,14 @@ template <class Each> void cut(int64_t size, int64_t parts, Each each) {
     for (int64_t i = 0; i < parts; ++i) each(size * i / parts, size * (i + 1) / parts - size * i / parts);
 }
 
-std::vector<Piece> pieces_of(const Convolution& c, int64_t wide) {
+std::vector<Piece> pieces_of(const Convolution& c, int64_t wide, int64_t most_rows) {
     const int64_t tiles = std::max<int64_t>(1, c.inputs / wide);
     std::vector<Piece> pieces;
     for (int64_t g = 0; g < c.groups; ++g)
         cut(c.places(), up(c.places(), PIECE_PLACES), [&](int64_t place, int64_t places) {
             cut(tiles, up(tiles * wide, PIECE_COLUMNS), [&](int64_t tile, int64_t several) {
                 const int64_t column = tile * wide, end = tile + several == tiles ? c.inputs : column + several * wide;
-                cut(c.outputs, up(c.outputs, PIECE_ROWS), [&](int64_t row, int64_t rows) {
+                cut(c.outputs, up(c.outputs, most_rows), [&](int64_t row, int64_t rows) {
                     pieces.push_back({g, place, places, row, rows, column, end - column});
                 });
             });
@@ -390,6 +447,39 @@ Convolution padded(Convolution c) {
         c.kernel[1] = 1;
     }
     return c;
+}
+
+// Adds g to total; returns the sum of its squares.
+template <class T> double add_and_square(const T* g, int64_t values, T* total) {
+    double square = 0;
+    for (int64_t start = 0; start < values; start += SHORT) {
+        T gg = 0;
+#pragma omp simd reduction(+ : gg)
+        for (int64_t v = start; v < std::min(values, start + SHORT); ++v) {
+            total[v] += g[v];
+            gg += g[v] * g[v];
+        }
+        square += double(gg);
+    }
+    return square;
+}
+
+// Of whole tiles: `values` is a multiple of 2 LANES.
+template <class T> double square_distance(const T* g, const T* mean, int64_t values) {
+    using V = typename Vector<T>::type;
+    double square = 0;
+    for (int64_t start = 0; start < values; start += SHORT) {
+        V left = {}, right = {};
+        for (int64_t v = start; v < std::min(values, start + SHORT); v += 2 * LANES<T>) {
+            V a, b, c, d;
+            std::memcpy(&a, g + v, sizeof a), std::memcpy(&b, g + v + LANES<T>, sizeof b);
+            std::memcpy(&c, mean + v, sizeof c), std::memcpy(&d, mean + v + LANES<T>, sizeof d);
+            a -= c, b -= d;
+            left = fused(a, a, left), right = fused(b, b, right);
+        }
+        square += double(sum_of<T>(left + right));
+    }
+    return square;
 }
 
 template <class T> struct ConvNoise {
@@ -448,6 +538,49 @@ template <class T> struct ConvNoise {
         for (int64_t v = junk_at(piece); junk(piece) && v < values(piece); v += width) std::fill_n(g + v, junk(piece), T(0));
     }
 
+    // Whether all pixels of a sample are one run: then a tile of its share is squared before it leaves the registers.
+    bool short_samples() const { return runs == 1 && !narrow; }
+
+    // The columns of a tile that begins at `column`, for all samples side by side, [batch, pixels, wide]; the first
+    // `back` of them, which belong to the tile before, are 0.
+    void pack(const Piece& piece, int64_t column, int64_t back, std::vector<T>& packed) const {
+        packed.resize(c.batch * c.height * c.width * wide);
+        const T* from = x + piece.group * channels + column;
+        for (T *to = packed.data(), *end = to + packed.size(); to < end; to += wide, from += x_row) {
+            std::memcpy(to, from, wide * sizeof(T));  // of a size known here: calls of memmove would take longer
+            for (int64_t v = 0; v < back; ++v) to[v] = T(0);
+        }
+    }
+
+    // The work of a piece where samples are short, tile by tile: all samples' shares of one before the next.
+    void tiles(const Piece& piece, bool with_noise, std::vector<T>& packed, std::vector<T>& shares, T* total,
+               double* squares, double* noise) const {
+        const int64_t width = this->width(piece), last = width - wide, pixels = c.height * c.width;
+        std::vector<int32_t> at_packed;
+        for (int32_t pixel : at.from) at_packed.push_back(int32_t(pixel * wide));
+        shares.resize(with_noise ? c.batch * TILE_ROWS * wide : 0);
+        for (int64_t q = 0; q < width; q += wide) {
+            const int64_t back = q == last ? junk(piece) : 0;
+            pack(piece, piece.column + q - back, back, packed);
+            for (int64_t k = 0; k < piece.places; ++k)
+                cut(piece.rows, up(piece.rows, TILE_ROWS), [&](int64_t top, int64_t rows) {
+                    const int64_t *start = &at.starts[piece.place + k], values = rows * wide;
+                    T sum[TILE_ROWS * wide] = {}, *to = shares.data();
+                    for (int64_t i = 0; i < c.batch; ++i, to += with_noise ? values : 0)
+                        squares[i] += double(squared_products_of(
+                            rows, start[1] - start[0], &at_packed[start[0]], &ys[start[0]], &packed[i * pixels * wide],
+                            dy + i * y_sample + piece.group * c.outputs + piece.row + top, with_noise ? to : nullptr,
+                            sum, wide));
+                    for (int64_t r = 0; r < rows; ++r)
+                        std::copy_n(sum + r * wide, wide, total + (k * piece.rows + top + r) * width + q);
+                    if (!with_noise) return;
+                    for (T& value : sum) value /= T(c.batch);
+                    for (int64_t i = 0; i < c.batch; ++i)
+                        noise[i] += square_distance(shares.data() + i * values, sum, values);
+                });
+        }
+    }
+
     void store(const Piece& piece, const T* total, T* dw) const {
         const int64_t width = this->width(piece), last = width - wide, here = junk_at(piece);
         for (int64_t k = 0; k < piece.places; ++k)
@@ -461,41 +594,12 @@ template <class T> struct ConvNoise {
     }
 };
 
-// Adds g to total; returns the sum of its squares.
-template <class T> double add_and_square(const T* g, int64_t values, T* total) {
-    double square = 0;
-    for (int64_t start = 0; start < values; start += SHORT) {
-        T gg = 0;
-#pragma omp simd reduction(+ : gg)
-        for (int64_t v = start; v < std::min(values, start + SHORT); ++v) {
-            total[v] += g[v];
-            gg += g[v] * g[v];
-        }
-        square += double(gg);
-    }
-    return square;
-}
-
-template <class T> double square_distance(const T* g, const T* mean, int64_t values) {
-    double square = 0;
-    for (int64_t start = 0; start < values; start += SHORT) {
-        T dd = 0;
-#pragma omp simd reduction(+ : dd)
-        for (int64_t v = start; v < std::min(values, start + SHORT); ++v) {
-            T deviation = g[v] - mean[v];
-            dd += deviation * deviation;
-        }
-        square += double(dd);
-    }
-    return square;
-}
-
 template <class T>
 void conv_noise(const Convolution& given, const T* x, const T* dy, bool with_noise, int threads, T* dw, double* squares,
                 double* noise) {
     const ConvNoise<T> of(given, x, dy);
     const int64_t B = given.batch;
-    const std::vector<Piece> pieces = pieces_of(of.c, of.wide);
+    const std::vector<Piece> pieces = pieces_of(of.c, of.wide, of.short_samples() ? SHORT_ROWS : PIECE_ROWS);
     std::vector<double> sums(2 * B * pieces.size(), 0.0);
     // Threads take pieces, and all samples of one; of a weight of few pieces they take samples, one piece after the other.
     const bool by_sample = int64_t(pieces.size()) < PIECES;
@@ -546,8 +650,13 @@ void conv_noise(const Convolution& given, const T* x, const T* dy, bool with_noi
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < (by_sample ? 0 : int64_t(pieces.size())); ++n) {
             const int64_t values = of.values(pieces[n]);
-            own.resize((with_noise ? B : 1) * values);
             total.resize(values);
+            if (of.short_samples()) {
+                of.tiles(pieces[n], with_noise, image, own, total.data(), &sums[2 * B * n], &sums[2 * B * n + B]);
+                of.store(pieces[n], total.data(), dw);
+                continue;
+            }
+            own.resize((with_noise ? B : 1) * values);
             add_shares(n, 0, B, own.data(), total.data());
             of.store(pieces[n], total.data(), dw);
             for (T& value : total) value /= T(B);
