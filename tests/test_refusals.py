@@ -78,6 +78,21 @@ FLAGS = [
     ),
     ("--bn frozen", "needs --track-noise"),
     ("--estimator per-sample", "--estimator has no effect without --track-noise"),
+    ("--quantities snr", "they need --track-noise every=N"),
+    (
+        "--track-noise every=50 --quantities snr --estimator micro-batch",
+        "--quantities are of per-sample gradients",
+    ),
+    ("--track-noise every=50 --quantities snr cbas", "did you mean cabs?"),
+    ("--track-noise every=50 --quantities snr snr", "--quantities names snr more than once"),
+    (
+        "--track-noise every=50 --quantities cabs --optimizer shb",
+        "--quantities cabs is a rule of SGD without momentum",
+    ),
+    (
+        "--track-noise every=50 --quantities snr",
+        "--estimator micro-batch measures any model, without --quantities",
+    ),
     ("--mode train", "fastsmooth calls it normal"),
     ("train", "unexpected 'train'"),
     ("--lr", "expected one argument"),

@@ -52,6 +52,8 @@ FILLED = dataclasses.MISSING  # no default of its own: resolve() takes it from t
 AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
 CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
 FILE_SETS = {"folder", "imagenet"}  # of image files; the others are arrays of pixels
+# the rows of fastsmooth.noise.quantities.QUANTITIES
+QUANTITIES = ("layers", "norm-test", "inner-product", "orthogonality", "cabs", "snr")
 WITH_DATA_DIR = {"cifar10", "cifar100", *FILE_SETS}
 
 
@@ -115,6 +117,7 @@ class Config:
     draws: int = option(FILLED, "measure", "sampling: directions drawn at each point (16; with momentum 8, each after a history of its own)", whole(2, 65535), metavar="N", only=("mode", {"sampling"}))
     track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training batches: every=50 updates, every=2ep", every, metavar="WHEN")
     estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
+    quantities: tuple[str, ...] | None = option(None, "measure", "what else per-sample gradients say, in the rows of --track-noise", choices=QUANTITIES, metavar="NAME", many=True)
     bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen or eval", choices=("train", "eval", "batch", "frozen"))
     measure_augment: bool = option(False, "measure", "measure on augmented images")
     save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, omega-<step>.npy", only=("mode", {"sampling"}))
@@ -212,13 +215,23 @@ def check(c: Config) -> None:
             "--budget has no meaning with --mode sampling, which ends at the last of --steps: use "
             "--epochs"
         )
-    for name, thing in (("steps", "update"), ("eps", "threshold")):
-        values = getattr(c, name)
+    for name, thing in (("steps", "update"), ("eps", "threshold"), ("quantities", "quantity")):
+        values = getattr(c, name) or ()
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise ConfigError(f"--{name} names {twice} more than once: give every {thing} once")
     if c.estimator != "auto" and c.track_noise is None:
         raise ConfigError("--estimator has no effect without --track-noise every=N")
+    if c.quantities and (c.track_noise is None or c.estimator == "micro-batch"):
+        raise ConfigError(
+            "--quantities are of per-sample gradients: they need --track-noise every=N, and not "
+            "--estimator micro-batch"
+        )
+    if "cabs" in (c.quantities or ()) and c.momentum:
+        raise ConfigError(
+            "--quantities cabs is a rule of SGD without momentum: leave cabs out, or use "
+            "--optimizer sgd"
+        )
     if c.bn in ("batch", "frozen"):
         if c.track_noise is None or c.estimator == "micro-batch":
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastsmooth.noise import estimators, gradients
 from fastsmooth.noise.estimators import PARTS, Estimate
 from fastsmooth.noise.losses import Loss
 from fastsmooth.noise.persample import BN, NotCovered, SampleNorms, sample_norms
+from fastsmooth.noise.quantities import PLAIN_SGD, QUANTITIES, measured_of
 from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point, Smoothing
@@ -70,6 +72,8 @@ class NoiseTracker:
             which per-sample gradients in training mode know (sample_norms).
         version: of the bound behind delta, where the form has several (Smoothing).
         ranks: the processes that share every batch, where there are several.
+        quantities: of QUANTITIES (fastsmooth.noise.quantities), whose columns join the row; they
+            come out of the same norms, so that "auto" means per-sample then.
 
     A row has, of the batch of B samples with mean gradient g, squared gradient norms as unit:
     c2_sampled, an unbiased estimate of C2 = E||g_i - grad f||^2; c2_sampled_se, its standard error,
@@ -80,9 +84,10 @@ class NoiseTracker:
     is not positive; delta_measured, the papers' delta (arXiv 2311.08745, 2402.02325) with this
     batch's C2 and this K^2 at the point's lr, batch size and momentum; estimator and bn.
 
-    Raises ValueError for an estimator, bn or `every` that there is not, and for an optimizer of
-    which no noise model is known; NotCovered, a ValueError, at the first batch for a model or loss
-    that cannot be measured so.
+    Raises ValueError for an estimator, bn, `every` or quantity that there is not, for an optimizer
+    of which no noise model is known, and for quantities that cannot be had: with the micro-batch
+    estimator or several processes, and cabs with momentum; NotCovered, a ValueError, at the first
+    batch for a model or loss that cannot be measured so.
     """
 
     def __init__(
@@ -97,8 +102,11 @@ class NoiseTracker:
         bn: str = "train",
         version: str | None = None,
         ranks: Ranks | None = None,
+        quantities: Sequence[str] = (),
     ):
-        for name, value, known in (("estimator", estimator, ESTIMATORS), ("bn", bn, MODES)):
+        given = [("estimator", estimator, ESTIMATORS), ("bn", bn, MODES)]
+        given += [("quantities", name, tuple(QUANTITIES)) for name in quantities]
+        for name, value, known in given:
             if value not in known:
                 raise ValueError(f"{name} {value!r}: {about_value(f'--{name}', str(value), known)}")
         if samples < 1:
@@ -107,6 +115,8 @@ class NoiseTracker:
         self.every, self.estimator, self.why = Every.parse(every), estimator, ""
         self.smoothing, self.n = smoothing_of(optimizer, version), samples
         self.ranks = ranks or Ranks()
+        self.quantities = tuple(quantities)
+        self.check_quantities(optimizer)
         self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
         self.last_period = -1
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
@@ -130,6 +140,23 @@ class NoiseTracker:
             return None
         return self.measure(x, y, point, update, self.epoch)
 
+    def check_quantities(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ValueError where they cannot be had."""
+        if not self.quantities:
+            return
+        asked = f"quantities {' '.join(self.quantities)}"
+        if self.estimator == "micro-batch":
+            raise ValueError(f"{asked}: they need the per-sample estimator, not micro-batch")
+        if self.ranks.world > 1:
+            raise ValueError(
+                f"{asked}: they need every sample's distance from the mean gradient of the whole "
+                f"batch, of which each of {self.ranks.world} processes has a part: use one process"
+            )
+        with_momentum = any(group["momentum"] for group in optimizer.param_groups)
+        for name in self.quantities:
+            if name in PLAIN_SGD and with_momentum:
+                raise ValueError(f"quantities {name}: its rule is that of SGD without momentum")
+
     def settle(self, x: Tensor, y: Tensor) -> None:
         """Decide which estimator "auto" means, by the first two samples of x [B, ...] and y [B,
         ...], B >= 2, which are of the kind that will come.
@@ -137,7 +164,8 @@ class NoiseTracker:
         Raises NotCovered where the estimator that was asked for cannot be had.
         """
         batch = x[:2], y[:2]
-        chosen = choose_estimator(self.model, *batch, self.estimator, self.bn, self.loss)
+        wanted = "per-sample" if self.quantities else self.estimator
+        chosen = choose_estimator(self.model, *batch, wanted, self.bn, self.loss)
         self.estimator, self.why = chosen
 
     def check_size(self, size: int) -> None:
@@ -185,8 +213,13 @@ class NoiseTracker:
         if size > self.n:
             raise ValueError(f"a batch of {size} samples, where the training set has {self.n}")
         with gradients.undisturbed(self.model, self.bn):
-            c2, grad_square = self.estimate(x, y, size)
-        return self.row(c2, grad_square, size, point, update, epoch)
+            c2, grad_square, found = self.estimate(x, y, size)
+        row = self.row(c2, grad_square, size, point, update, epoch)
+        if found is not None and self.quantities:
+            measured = measured_of(found, self.model, self.n, c2, point.lr)
+            for name in self.quantities:
+                row |= QUANTITIES[name](measured)
+        return row
 
     def measured(
         self,
@@ -211,8 +244,11 @@ class NoiseTracker:
         self.last_period = self.every.period(update, epoch)
         return self.take_in(c2, grad_square, size, point)
 
-    def estimate(self, x: Tensor, y: Tensor, size: int) -> tuple[Estimate, float]:
-        """(C2, ||g||^2) of a batch of `size` samples, both in the unit of a squared gradient norm.
+    def estimate(
+        self, x: Tensor, y: Tensor, size: int
+    ) -> tuple[Estimate, float, SampleNorms | None]:
+        """(C2, ||g||^2, the norms they are made of) of a batch of `size` samples, the first two in
+        the unit of a squared gradient norm; norms of parts of a batch are None.
 
         x [B, ...] and y [B, ...] are this process's share of the batch. Call it inside
         gradients.undisturbed. Raises NotCovered for a model, loss or batch that cannot be measured
@@ -223,15 +259,16 @@ class NoiseTracker:
             assert found.noise is not None  # it was asked for
             c2 = estimators.per_sample(self.ranks.gather(found.noise.tolist()), self.n)
             if self.ranks.world == 1:
-                return c2, found.grad_square.item()
-            return c2, gradients.norm(self.over_all(found.grads, len(y) / size)).item() ** 2
+                return c2, found.grad_square.item(), found
+            whole = self.over_all(found.grads, len(y) / size)
+            return c2, gradients.norm(whole).item() ** 2, found
         sizes = [len(part) for part in y.tensor_split(GROUPS)]
         parts = zip(x.split(sizes), y.split(sizes), strict=True)
         objective = gradients.objective_of(self.model, self.loss)
         grads = [gradients.batch_gradient(self.model, *part, objective) for part in parts]
         mean = self.over_all(estimators.weighted_mean(grads, sizes), len(y) / size)
         c2 = estimators.micro_batch(grads, mean, sizes, self.n, self.ranks.gather)
-        return c2, gradients.norm(mean).item() ** 2
+        return c2, gradients.norm(mean).item() ** 2, None
 
     def over_all(self, grads: list[Tensor], share: float) -> list[Tensor]:
         """The mean gradient of the whole batch, the same on every process, from the mean gradient

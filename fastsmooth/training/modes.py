@@ -25,6 +25,7 @@ from fastsmooth.noise import gradients
 from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.noise.online import GROUPS, NoiseTracker
 from fastsmooth.noise.persample import NotCovered
+from fastsmooth.noise.quantities import layers_of
 from fastsmooth.noise.tails import NoiseStatistics
 from fastsmooth.noise.threshold import NormRecord
 from fastsmooth.optim import NoisySGD
@@ -62,22 +63,26 @@ class TrackNoise(Instrument):
         c = parts.plan.config
         if not c.track_noise:
             return None
-        tracker = NoiseTracker(
-            parts.model,
-            parts.optimizer,
-            samples=parts.plan.images,
-            every=c.track_noise,
-            estimator=c.estimator,
-            bn=c.bn,
-            version=c.bound_version,
-            ranks=parts.ranks,
-        )
+        quantities = c.quantities or ()
         try:
+            tracker = NoiseTracker(
+                parts.model,
+                parts.optimizer,
+                samples=parts.plan.images,
+                every=c.track_noise,
+                estimator=c.estimator,
+                bn=c.bn,
+                version=c.bound_version,
+                ranks=parts.ranks,
+                quantities=quantities,
+            )
             tracker.settle(*next(iter(parts.data.test.batches([torch.arange(2)]))))
         except NotCovered as error:
-            raise ConfigError(
-                f"--track-noise: {error}; --estimator micro-batch measures any model"
-            ) from None
+            otherwise = "--estimator micro-batch measures any model"
+            otherwise += ", without --quantities" if quantities else ""
+            raise ConfigError(f"--track-noise: {error}; {otherwise}") from None
+        except ValueError as error:
+            raise ConfigError(f"--track-noise: {error}") from None
         if c.batch_size < tracker.smallest_batch:
             raise ConfigError(
                 f"--track-noise with the {tracker.estimator} estimator needs batches of "
@@ -137,6 +142,14 @@ class TrackNoise(Instrument):
 
     def end_epoch(self) -> Values:
         return {"c2_sampled": self.tracker.end_epoch()}
+
+    def files(self, run: Run) -> dict[str, Any]:
+        """The layers of which rows have lists, with the first measurement: none comes or goes."""
+        if "layers" not in self.tracker.quantities or self.tracker.count != 1:
+            return {}
+        layers = layers_of(self.tracker.model).items()
+        found = [{"name": name, "parameters": count} for name, count in layers]
+        return {"layers.json": {"layers": found}}
 
     def conclusion(self, run: Run) -> list[str]:
         if not self.tracker.count:
