@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsmooth.figures import chart
+from fastsmooth.figures import chart, heat
 from fastsmooth.report import groups, noise, page
 from fastsmooth.report.__main__ import main
 from fastsmooth.runfolder.read import find_runs, read_run
@@ -133,6 +133,21 @@ def noise_folder(path: Path, batch: int, seed: int = 0, **settings) -> Path:
     return run_folder(path, files={"noise.json": {"points": [point]}}, **settings)
 
 
+def layers_folder(path: Path, count: int = 3, updates=(0, 50, 100), **settings) -> Path:
+    """A run of --track-noise with C^2 by layer: that of the last layer is 0 at first."""
+    seed = settings.get("seed", 0)
+    config = CONFIG | {"seed": seed}
+    rows = epoch_rows(config, 3)
+    for i, at in enumerate(updates):
+        c2 = [10.0 ** (k % 4 - i) * (1 + seed) for k in range(count)]
+        c2[-1] *= i > 0
+        row = {"kind": "measure", "step": at, "c2_sampled": sum(c2), "delta_measured": 0.1}
+        rows.append(row | {"delta": 0.02, "estimator": "per-sample", "bn": "train", "layer_c2": c2})
+    names = ["stem", *(f"stages.{k}.0.convolution" for k in range(1, count - 1)), "head"]
+    found = {"layers": [{"name": name, "parameters": 9} for name in names]}
+    return run_folder(path, rows=rows, files={"layers.json": found}, **settings)
+
+
 def sharpness_file(values: dict[float, float]) -> dict:
     setting = {"algorithm": "m_apgd_linf", "adaptive": True, "split": "train", "step": 270}
     return {"results": [setting | {"rho": rho, "value": value} for rho, value in values.items()]}
@@ -167,6 +182,8 @@ def everything(root: Path) -> Path:
         for seed in range(2):
             critical_folder(root / f"critical-{batch}-{seed}", batch, seed, c2=20.0)
         noise_folder(root / f"noise-{batch}", batch)
+    layers_folder(root / "layers", model="resnet18", track_noise="every=50")
+    layers_folder(root / "many-layers", 80, model="resnet50", track_noise="every=50")
     return root
 
 
@@ -240,6 +257,9 @@ class Page(HTMLParser):
         return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
+PNG = "data:image/png;base64,"
+
+
 def checked(markup: str) -> Page:
     """The page, after everything that no page may have was looked for."""
     found = Page(markup)
@@ -254,12 +274,13 @@ def checked(markup: str) -> Page:
             "base",
             "form",
             "foreignobject",
-            "image",
         ), tag
         for name, value in attributes.items():
             assert not name.startswith("on"), name
             assert name not in ("src", "srcset", "xlink:href", "action", "data"), name
-            assert name != "href" or value.startswith("#"), value
+            # a picture is in the page, as what the report itself has drawn
+            begins = PNG if tag == "image" else "#"
+            assert name != "href" or value.startswith(begins), value
             assert "url(" not in (value or "") or name in ("aria-label", "data-name"), value
     assert all(
         "url(" not in s and "@import" not in s
@@ -272,9 +293,10 @@ def checked_svg(path: Path) -> ET.Element:
     root = ET.fromstring(path.read_bytes())
     for element in root.iter():
         tag = element.tag.removeprefix("{http://www.w3.org/2000/svg}")
-        assert tag in ("svg", "style", "rect", "path", "circle", "text", "title"), tag
+        assert tag in ("svg", "style", "rect", "path", "circle", "text", "title", "image"), tag
         for name, value in element.attrib.items():
-            assert not name.startswith("on") and "href" not in name, name
+            assert not name.startswith("on") and name != "xlink:href", name
+            assert name != "href" or (tag == "image" and value.startswith(PNG)), value
             assert "url(" not in value or name == "aria-label", value
     return root
 
@@ -438,6 +460,95 @@ def test_accuracy_against_delta_and_sharpness_has_one_point_a_configuration(tmp_
             assert (y, low, high) == pytest.approx((statistics.fmean(spans[which]), *spans[which]))
     page_ = checked(report(tmp_path, tmp_path)[0])
     assert "Sharpness, ρ 0.01 (adaptive m_apgd_linf, train images)" in page_.words
+
+
+def pictures(figure: heat.HeatMap) -> tuple[chart.Picture, list[chart.Path]]:
+    """(the colours of a map's cells, what covers those that have none)"""
+    shapes = page.drawn(figure).shapes
+    (cells,) = [s for s in shapes if isinstance(s, chart.Picture) and s.columns > 1]
+    covers = [s for s in shapes if isinstance(s, chart.Path) and s.fill and s.opacity == 1]
+    return cells, covers
+
+
+def test_noise_by_layer_is_a_map_of_layers_over_updates(tmp_path):
+    for seed in range(2):
+        layers_folder(tmp_path / str(seed), seed=seed)
+    figure = figures_of(tmp_path)["layers-1"]
+    assert [row.name for row in figure.rows] == ["stem", "stages.1.0.convolution", "head"]
+    assert figure.times == (0, 50, 100) and figure.span == (0, 150)
+    # the mean over seeds of 1 and 2 times 10^(layer - measurement)
+    assert figure.rows[0].values == pytest.approx((1.5, 0.15, 0.015))
+    assert figure.rows[1].values == pytest.approx((15, 1.5, 0.15))
+    assert figure.rows[2].values == pytest.approx((0, 15, 1.5))
+    assert figure.ends == pytest.approx((0.015, 15))
+    cells, covers = pictures(figure)
+    levels = [cells.levels[i : i + cells.columns] for i in range(0, 3 * cells.columns, 240)]
+    third = cells.columns // 3
+    # three powers of ten are the whole ramp
+    assert levels[0] == bytes([170] * third + [85] * third + [0] * third)
+    assert levels[1] == bytes([255] * third + [170] * third + [85] * third)
+    assert levels[2][third:] == bytes([255] * third + [170] * third)
+    (cover,) = covers  # of the last layer, in the first third
+    (left, top), _, (right, bottom), _ = cover.points
+    assert (left, right) == pytest.approx((cells.x, cells.x + cells.width / 3))
+    assert (top, bottom) == pytest.approx((cells.y + cells.height * 2 / 3, cells.y + cells.height))
+    found = checked(report(tmp_path, tmp_path)[0])
+    assert "at update 0: stages.1.0.convolution 91 %, stem 9 %, head 0 %" in found.words
+    assert "at update 100: head 90 %, stages.1.0.convolution 9 %, stem 1 %" in found.words
+    assert "stages.1.0.convolution: C² 15 at update 0, 0.15 at update 100" in found.words
+
+
+def test_maps_of_several_configurations_share_their_colours(tmp_path):
+    for i in range(10):
+        layers_folder(tmp_path / str(i), lr=0.1 * (i + 1), seed=i)
+    found = [f for name, f in figures_of(tmp_path).items() if name.startswith("layers")]
+    assert len(found) == 8
+    assert {f.ends for f in found} == {(0.01, 80.0)}
+    assert [f.heading for f in found][:2] == ["lr 0.1", "lr 0.2"]
+    assert "2 other configurations not drawn." in checked(report(tmp_path, tmp_path)[0]).words
+
+
+def test_time_is_divided_evenly_and_a_measurement_holds_until_the_next():
+    row = heat.Row("a", (1.0, 2.0, None, 4.0, 8.0))
+    # of 400 updates, which end 200 after the last
+    figure = heat.HeatMap("a", "a", "a", "a", (0, 1, 100, 101, 200), (row,), (1.0, 8.0))
+    assert figure.span == (0, 299)
+    values = heat.in_columns(figure, row)
+    assert len(values) == 240
+    expected = []
+    for i in range(240):
+        begins, ends = 299 * i / 240, 299 * (i + 1) / 240
+        within = [v for t, v in zip(figure.times, row.values, strict=True) if begins <= t < ends]
+        if not within:
+            within = [[v for t, v in zip(figure.times, row.values, strict=True) if t < ends][-1]]
+        known = [v for v in within if v is not None]
+        expected.append(sum(known) / len(known) if known else None)
+    assert values == expected
+    assert values[:2] == [1.5, 2.0] and values[80:82] == [None, 4.0] and values[-1] == 8.0
+
+
+@pytest.mark.parametrize("layers", [None, "{", {"layers": 3}, {"layers": [{"name": 1}] * 3}])
+def test_layers_without_names_are_numbered(tmp_path, layers):
+    folder = layers_folder(tmp_path / "r")
+    (folder / "layers.json").unlink()
+    if layers is not None:
+        (folder / "layers.json").write_text(
+            layers if isinstance(layers, str) else json.dumps(layers)
+        )
+    figure = figures_of(tmp_path)["layers-1"]
+    assert [row.name for row in figure.rows] == ["layer 1", "layer 2", "layer 3"]
+
+
+def test_rows_with_other_layers_than_the_first_are_left_out(tmp_path):
+    folder = layers_folder(tmp_path / "r")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for wrong in ([1.0], [], "abc", None, [1.0] * 5):
+            file.write(json.dumps({"kind": "measure", "step": 120, "layer_c2": wrong}) + "\n")
+        words = {"kind": "measure", "step": 150, "layer_c2": ["x", {}, 1e-3]}
+        file.write(json.dumps(words) + "\n")
+    figure = figures_of(tmp_path)["layers-1"]
+    assert figure.times == (0, 50, 100, 150)
+    assert [row.values[-1] for row in figure.rows] == [None, None, 1e-3]
 
 
 def test_the_critical_batch_is_circled_and_theory_squared(tmp_path):
@@ -1097,6 +1208,7 @@ def test_a_browser_shows_the_page_whole_and_asks_for_nothing(tmp_path, browser, 
         for e in events
         if e.get("method") == "Network.requestWillBeSent"
     ]
-    assert asked and set(asked) == {(tmp_path / "out" / "report.html").as_uri()}
+    loaded = {address for address in asked if not address.startswith(PNG)}
+    assert loaded == {(tmp_path / "out" / "report.html").as_uri()}
     complaints = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     assert [e for e in events if e.get("method") in complaints] == []

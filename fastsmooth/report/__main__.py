@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.figures import NO_PDF, files_of, pdf
-from fastsmooth.figures.chart import draw
 from fastsmooth.messages import DONE, command, end_with, exit_code, note, say
 from fastsmooth.report import page
 from fastsmooth.runfolder.files import replace
@@ -53,7 +52,7 @@ def write(out: Path, html: str, figures: list, runs: int) -> None:
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        drawing = draw(figure, page.WIDE, page.WIDE_LABELS, legend=True)
+        drawing = page.drawn(figure, legend=True)
         for suffix, data in files_of(drawing).items():
             replace(folder / f"{figure.name}{suffix}", data)
     replace(out / "report.html", html.encode())

@@ -11,7 +11,8 @@ from pathlib import Path
 from fastsmooth import __version__
 from fastsmooth.figures import svg
 from fastsmooth.figures.chart import COLORS, Drawing, Figure, draw
-from fastsmooth.report import crossings, curves, grid, groups, noise
+from fastsmooth.figures.heat import HeatMap, draw_heat
+from fastsmooth.report import crossings, curves, grid, groups, layers, noise
 from fastsmooth.report.curves import Facet
 from fastsmooth.report.groups import Group, Sample
 from fastsmooth.runfolder.numbers import exact
@@ -31,13 +32,17 @@ class Section:
     title: str
     words: str = ""
     legend: tuple[tuple[str, str, str], ...] = ()  # (colour, key, name)
-    figures: tuple[Figure, ...] = ()
+    figures: tuple[Figure | HeatMap, ...] = ()
     notes: tuple[str, ...] = ()
     table: str = ""
 
 
-def drawn(figure: Figure, narrow: bool = False) -> Drawing:
-    return draw(figure, NARROW if narrow else WIDE, NARROW_LABELS if narrow else WIDE_LABELS)
+def drawn(figure: Figure | HeatMap, narrow: bool = False, legend: bool = False) -> Drawing:
+    """Laid out for the page, or with the `legend` that a file of its own needs."""
+    width, labels = (NARROW, NARROW_LABELS) if narrow else (WIDE, WIDE_LABELS)
+    if isinstance(figure, HeatMap):
+        return draw_heat(figure, width)
+    return draw(figure, width, labels, legend)
 
 
 # Sections
@@ -60,6 +65,7 @@ def sections(runs: list[SavedRun]) -> list[Section]:
         online(
             [g for g in grouped if any(curves.by_measurement("c2_sampled")(run) for run in g.runs)]
         ),
+        by_layer(grouped),
         every_run(grouped),
     ]
     return [part for part in parts if part]
@@ -206,6 +212,22 @@ def online(grouped: list[Group]) -> Section | None:
         "were first measured."
     )
     return Section("online", "Noise while training", words, legend(facets), figures)
+
+
+def by_layer(grouped: list[Group]) -> Section | None:
+    found, left_out = layers.maps(grouped)
+    if not found:
+        return None
+    words = (
+        "The gradient variance C² of each layer, which add up to that of all parameters: "
+        "--track-noise with --quantities layers. Layers from the first at the top to the last; a "
+        "measurement is shown until the next one; without a colour where a layer has no noise. "
+        "Means over the seeds that are done."
+    )
+    words += f" {count(left_out, 'other configuration')} not drawn." if left_out else ""
+    notes = tuple(said for _, said in found)
+    figures = tuple(heat for heat, _ in found)
+    return Section("layers", "Noise by layer", words, (), figures, notes)
 
 
 def every_run(grouped: list[Group]) -> Section:
@@ -433,7 +455,8 @@ def html(runs: list[SavedRun], parts: list[Section]) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8"/>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'; img-src data:"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta name="color-scheme" content="light dark"/>
 <title>{text(title(grouped))}</title>
@@ -490,7 +513,7 @@ def section(part: Section) -> str:
     return f'<section id="{part.name}">\n' + "\n".join([*blocks, part.table]) + "\n</section>"
 
 
-def figure(f: Figure) -> str:
+def figure(f: Figure | HeatMap) -> str:
     """Laid out twice, for wide and narrow screens: scaled down, its text would be too small."""
     both = [
         svg.svg(drawn(f, narrow), f' class="{"narrow" if narrow else "wide"}"')

@@ -37,6 +37,7 @@ class SavedRun:
     critical: dict[str, Any] = field(default_factory=dict)
     noise: dict[str, Any] = field(default_factory=dict)
     sharpness: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl, in order
     torn: int = 0  # lines of metrics.jsonl that are no JSON object
     not_finite: int = 0  # rows with a NaN or an infinity; those values are None
@@ -69,7 +70,7 @@ def read_run(path: Path | str) -> SavedRun:
         )
     files: dict[str, dict[str, Any]] = {}
     damaged = []
-    for name in ("status", "summary", "critical", "noise", "sharpness"):
+    for name in ("status", "summary", "critical", "noise", "sharpness", "layers"):
         value = read_object(path / f"{name}.json")
         if value is None and (path / f"{name}.json").exists():
             damaged.append(f"{name}.json")
