@@ -498,6 +498,19 @@ def test_noise_by_layer_is_a_map_of_layers_over_updates(tmp_path):
     assert "stages.1.0.convolution: C² 15 at update 0, 0.15 at update 100" in found.words
 
 
+def test_a_map_is_of_the_updates_that_all_finished_seeds_have(tmp_path):
+    layers_folder(tmp_path / "0", seed=0)
+    layers_folder(tmp_path / "1", seed=1, updates=(0, 50))
+    layers_folder(tmp_path / "2", seed=2, updates=(0, 50, 100, 150), state="running")
+    figure = figures_of(tmp_path)["layers-1"]
+    assert figure.times == (0, 50) and figure.rows[0].values == pytest.approx((1.5, 0.15))
+    for seed in range(2):
+        shutil.rmtree(tmp_path / str(seed))
+    layers_folder(tmp_path / "3", seed=3, updates=(0,), state="diverged")
+    figure = figures_of(tmp_path)["layers-1"]  # of the one that came furthest
+    assert figure.times == (0, 50, 100, 150) and figure.rows[0].values[0] == 3
+
+
 def test_maps_of_several_configurations_share_their_colours(tmp_path):
     for i in range(10):
         layers_folder(tmp_path / str(i), lr=0.1 * (i + 1), seed=i)
