@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastsmooth import models
 from fastsmooth.cli.config import FIELDS
+from fastsmooth.noise import estimators
 from fastsmooth.noise.online import NoiseTracker
 from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.quantities import (
@@ -21,6 +22,7 @@ from fastsmooth.noise.quantities import (
     QUANTITIES,
     THETA,
     Norms,
+    gradient_variance,
     inner_product_test,
     layers_of,
     norm_test,
@@ -172,13 +174,17 @@ def test_batch_size_of_cabs(pair):
 
 def norms_of(G: torch.Tensor, n: int = N) -> Norms:
     g = G.mean(0)
-    return Norms(G.square().sum(1), (G - g).square().sum(1), g.square().sum().item(), n)
+    return Norms(G.square().sum(1), (G - g).square().sum(1), g.square().sum(), n)
 
 
-TESTS = [(norm_test, THETA), (inner_product_test, THETA), (orthogonality_test, NU)]
+TESTS = [
+    (lambda norms: norm_test(norms).value, THETA),
+    (inner_product_test, THETA),
+    (orthogonality_test, NU),
+]
 
 
-@pytest.mark.parametrize("test, bound", TESTS, ids=[test.__name__ for test, _ in TESTS])
+@pytest.mark.parametrize("test, bound", TESTS, ids=["norm", "inner product", "orthogonality"])
 def test_the_batch_size_that_is_proposed_just_passes(test, bound):
     """Of the same samples as often as it says, and so with the same gradient and variance."""
     torch.manual_seed(0)
@@ -187,9 +193,23 @@ def test_the_batch_size_that_is_proposed_just_passes(test, bound):
     times = 25
     again = test(norms_of(G.repeat(times, 1)))
     # S2 has b - 1 below it
-    drawn = found.value**2 / times * (1 - 1 / 40) / (1 - 1 / (40 * times))
-    assert again.value**2 == pytest.approx(drawn, rel=1e-9)
-    assert found.value * math.sqrt(40 / passing_batch_size(found, bound)) == pytest.approx(bound)
+    drawn = found**2 / times * (1 - 1 / 40) / (1 - 1 / (40 * times))
+    assert again.item() ** 2 == pytest.approx(drawn.item(), rel=1e-9)
+    size = passing_batch_size(found, 40, bound)
+    assert (found * (40 / size).sqrt()).item() == pytest.approx(bound)
+
+
+@pytest.mark.parametrize("size, n", [(2, 90), (3, 90), (40, 90), (90, 90)])
+def test_the_variance_is_that_of_the_estimators(size, n):
+    torch.manual_seed(0)
+    norms = norms_of(torch.randn(size, 3, dtype=torch.float64), n)
+    value, error = gradient_variance(norms)
+    expected = estimators.per_sample(norms.noise, n)
+    assert value.item() == pytest.approx(expected.value, rel=1e-12)
+    if expected.error is None:
+        assert error.isnan()
+    else:
+        assert error.item() == pytest.approx(expected.error, rel=1e-9)
 
 
 def test_errors_are_the_spread_over_batches():
@@ -198,29 +218,28 @@ def test_errors_are_the_spread_over_batches():
     population = torch.randn(400, 6, dtype=torch.float64) * 0.7 + 1
     batches = [norms_of(population[torch.randperm(400)[:60]], 400) for _ in range(400)]
     for quantity in (norm_test, total_snr):
-        found = [quantity(batch) for batch in batches]
-        values = torch.tensor([f.value for f in found])
-        error = sum(f.error for f in found) / len(found)
-        assert error == pytest.approx(values.std().item(), rel=0.12), quantity.__name__
+        values, errors = map(torch.stack, zip(*map(quantity, batches), strict=True))
+        assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.12), quantity
     whole = norms_of(population, 400)
     mean = population.mean(0)
     exact = mean.square().sum() / (population - mean).square().sum(1).mean()
-    assert total_snr(whole).value == pytest.approx(exact.item(), rel=1e-12)
+    assert total_snr(whole).value.item() == pytest.approx(exact.item(), rel=1e-12)
     assert total_snr(whole).error == norm_test(whole).error == 0
-    # the numerator is right on average, where ||g||^2 would be 1.6 % too large
-    average = sum(total_snr(batch).value for batch in batches) / len(batches)
+    # the numerator is right on average, where ||g||^2 would be too large
+    average = torch.stack([total_snr(batch).value for batch in batches]).mean().item()
     assert average == pytest.approx(exact.item(), rel=0.03)
 
 
-def test_what_has_no_value_is_none():
+def test_what_is_not_defined_is_nan():
     zero = norms_of(torch.zeros(4, 3, dtype=torch.float64))
-    assert [test(zero) for test, _ in TESTS] == [None] * 3 and total_snr(zero) is None
+    assert all(test(zero).isnan() for test, _ in TESTS)
+    assert all(v.isnan() for v in (*total_snr(zero), norm_test(zero).error))
     cancelled = norms_of(torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
-    assert [test(cancelled) for test, _ in TESTS] == [None] * 3
-    assert total_snr(cancelled).value < 0 and total_snr(cancelled).error is None
+    assert all(test(cancelled).isnan() for test, _ in TESTS)
+    assert total_snr(cancelled).value < 0 and total_snr(cancelled).error.isnan()
     # without one of them nothing varies any more
     alike = norms_of(torch.tensor([[1.0], [1.0], [2.0]], dtype=torch.float64))
-    assert total_snr(alike).value > 0 and total_snr(alike).error is None
+    assert total_snr(alike).value > 0 and not total_snr(alike).error.isfinite()
 
 
 def test_a_layer_that_learns_nothing_has_no_ratio():
@@ -232,6 +251,8 @@ def test_a_layer_that_learns_nothing_has_no_ratio():
     )
     assert row["layer_c2"][0] == 0 and row["layer_snr"][0] is None
     assert row["layer_c2"][1] > 0 and row["layer_snr"][1] is not None
+    assert row["layer_snr_se"][0] is None and row["layer_snr_se"][1] > 0
+    json.dumps(row, allow_nan=False)
 
 
 def test_a_loss_that_is_not_above_0_has_no_batch_size_of_cabs():

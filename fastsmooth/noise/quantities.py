@@ -9,7 +9,8 @@ with mean gradient grad f, the norms give
 
 The functions are named for what they give, and QUANTITIES has a row a name of --quantities. Errors
 are standard errors, the jackknife's over the samples (Efron and Stein 1981), with sqrt(1 - b / n)
-of them left (Cochran 1977, 2.9): what another batch would give at the same parameters.
+of them left (Cochran 1977, 2.9): what another batch would give at the same parameters. What is not
+defined is NaN, and None in a row.
 """
 
 from __future__ import annotations
@@ -17,16 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastsmooth.noise import estimators
-from fastsmooth.noise.estimators import Estimate, jackknife_error
+from fastsmooth.noise.estimators import Estimate
 from fastsmooth.noise.persample import SampleNorms
 
-OVER = "the samples of one batch"
 # Bounds of the tests for which a batch size is proposed: those of the norm and the orthogonality
 # test are what cockpit quotes from arXiv 1710.11258, where 5.84 is tan 80 degrees; the inner
 # product test has the norm test's.
@@ -35,141 +34,154 @@ THETA, NU = 0.9, 5.84
 
 @dataclass(frozen=True)
 class Norms:
-    """Squared gradient norms of a batch of b samples, of all parameters or of one layer's."""
+    """Squared gradient norms of a batch of b >= 2 samples: of all parameters, or of the parameters
+    of several layers, by which "..." runs then. float64, on the CPU."""
 
-    squares: Tensor  # [b], float64: ||g_i||^2
-    noise: Tensor  # [b], float64: ||g_i - g||^2
-    grad_square: float  # ||g||^2
+    squares: Tensor  # [..., b]: ||g_i||^2
+    noise: Tensor  # [..., b]: ||g_i - g||^2
+    grad_square: Tensor  # [...]: ||g||^2
     population: int  # n, of which the samples were drawn without replacement
 
     @property
     def size(self) -> int:
-        """b, at least 2."""
-        return len(self.noise)
+        """b."""
+        return self.noise.shape[-1]
 
     @property
     def projections(self) -> Tensor:
-        """[b], float64: p_i = <g_i - g, g>."""
-        return (self.squares - self.noise - self.grad_square) / 2
+        """[..., b]: p_i = <g_i - g, g>."""
+        return (self.squares - self.noise - self.grad_square[..., None]) / 2
 
     @property
-    def variance(self) -> float:
-        """S2, in the unit of a squared gradient norm."""
-        return self.noise.sum().item() / (self.size - 1)
+    def variance(self) -> Tensor:
+        """[...]: S2, in the unit of a squared gradient norm."""
+        return self.noise.sum(-1) / (self.size - 1)
 
     def without(self) -> tuple[Tensor, Tensor]:
-        """(S2, ||g||^2) of the batch without each of its samples in turn, [b] float64 each; b >= 3.
+        """(S2, ||g||^2) of the batch without each of its samples in turn, [..., b] each; NaN for a
+        batch of two.
 
         Without sample j the mean is g - (g_j - g) / (b - 1), and the sum of squared deviations
         falls by ||g_j - g||^2 b / (b - 1).
         """
         rest = self.size - 1
-        left = self.noise.sum() - self.noise * self.size / rest
-        grad_squares = self.grad_square - 2 * self.projections / rest + self.noise / rest**2
-        return left.clamp(min=0) / (rest - 1), grad_squares
+        left = self.noise.sum(-1, keepdim=True) - self.noise * self.size / rest
+        change = (self.noise / rest - 2 * self.projections) / rest
+        variances = left.clamp(min=0) / (rest - 1 or math.nan)
+        return variances, self.grad_square[..., None] + change
 
-    def error(self, values: Tensor) -> float | None:
-        """The standard error of an estimate from its values [b] without each sample in turn; None
-        where one of them is not finite."""
-        if not bool(values.isfinite().all()):
-            return None
+    def error(self, values: Tensor) -> Tensor:
+        """[...]: the standard error of an estimate from its values [..., b] without each sample in
+        turn, as estimators.jackknife_error has it of a list; NaN where one of them is not finite.
+        """
         left = max(1 - self.size / self.population, 0.0)
-        return math.sqrt(left) * jackknife_error(values.tolist())
+        return (left * (self.size - 1) * values.var(-1, correction=0)).sqrt()
 
 
-def norm_test(norms: Norms) -> Estimate | None:
+class Estimated(NamedTuple):
+    """Values, NaN where they are not defined, and their errors, NaN where the samples are too few
+    to tell."""
+
+    value: Tensor  # [...], float64
+    error: Tensor  # [...], float64
+
+
+def gradient_variance(norms: Norms) -> Estimated:
+    """C2, in the unit of a squared gradient norm: estimators.per_sample of `norms.noise`."""
+    finite = (norms.population - 1) / norms.population
+    return Estimated(finite * norms.variance, norms.error(finite * norms.without()[0]))
+
+
+def norm_test(norms: Norms) -> Estimated:
     """sqrt(S2 / (b ||g||^2)): the noise of g over its own norm. The norm test with theta is passed
     where it is at most theta (Byrd, Chin, Nocedal and Wu 2012, eq. 3.9, doi
     10.1007/s10107-012-0572-5; cockpit's NormTest, which gives the same number).
 
-    Without a unit; None where g is 0. ||g||^2 is the batch's, as in the source, and has the noise
-    of the batch in it: where noise is all that there is, the value is near 1 for every b. Their
+    Without a unit; NaN where g is 0. ||g||^2 is the batch's, as in the source, and has the noise of
+    the batch in it: where noise is all that there is, the value is near 1 for every b. Their
     finite-population factor (n - b) / (n - 1), which they drop, is not in it.
     """
-    if not norms.grad_square > 0:
-        return None
-    scale, error = norms.size, None
-    if norms.size > 2:
-        variances, grad_squares = norms.without()
-        # a batch of the same size b is meant, so b stays as a sample is left out
-        error = norms.error((variances / (scale * grad_squares)).sqrt())
-    value = math.sqrt(norms.variance / (scale * norms.grad_square))
-    return Estimate(value, error, norms.size, OVER)
+    # a batch of the same size b is meant, so b stays as a sample is left out
+    variances, grad_squares = norms.without()
+    error = norms.error((variances / (norms.size * grad_squares)).sqrt())
+    value = (norms.variance / (norms.size * norms.grad_square)).sqrt()
+    return Estimated(defined(value, norms.grad_square), error)
 
 
-def inner_product_test(norms: Norms) -> Estimate | None:
-    """sqrt(sum_i p_i^2 / ((b - 1) b)) / ||g||^2: how far g's length along itself is uncertain. The
-    inner product test with theta is passed where it is at most theta (Bollapragada, Byrd and
-    Nocedal 2018, arXiv 1710.11258, eq. 2.6; cockpit's InnerTest, which gives the same number).
+def inner_product_test(norms: Norms) -> Tensor:
+    """[...]: sqrt(sum_i p_i^2 / ((b - 1) b)) / ||g||^2, how far g's length along itself is
+    uncertain. The inner product test with theta is passed where it is at most theta (Bollapragada,
+    Byrd and Nocedal 2018, arXiv 1710.11258, eq. 2.6; cockpit's InnerTest, which gives the same
+    number).
 
-    Without a unit; None where g is 0. Without an error: without a sample g points elsewhere, and
+    Without a unit; NaN where g is 0. Without an error: without a sample g points elsewhere, and
     <g_i, g_j>, which would say where, is no norm.
     """
-    if not norms.grad_square > 0:
-        return None
     b = norms.size
-    projected = norms.projections.square().sum().item() / (b - 1)
-    return Estimate(math.sqrt(projected / b) / norms.grad_square, None, b, OVER)
+    projected = norms.projections.square().sum(-1) / ((b - 1) * b)
+    return defined(projected.sqrt() / norms.grad_square, norms.grad_square)
 
 
-def orthogonality_test(norms: Norms) -> Estimate | None:
-    """sqrt(sum_i ||g_i - <g_i, g> g / ||g||^2||^2 / ((b - 1) b ||g||^2)): the noise of g across
-    itself. The orthogonality test with nu is passed where it is at most nu (arXiv 1710.11258,
-    eq. 3.3; cockpit's OrthoTest, which gives the same number).
+def orthogonality_test(norms: Norms) -> Tensor:
+    """[...]: sqrt(sum_i ||g_i - <g_i, g> g / ||g||^2||^2 / ((b - 1) b ||g||^2)), the noise of g
+    across itself. The orthogonality test with nu is passed where it is at most nu (arXiv
+    1710.11258, eq. 3.3; cockpit's OrthoTest, which gives the same number).
 
-    Without a unit; None where g is 0. Without an error, for the same reason as that of
+    Without a unit; NaN where g is 0. Without an error, for the same reason as
     `inner_product_test`. The squares of both add up to that of `norm_test`.
     """
-    if not norms.grad_square > 0:
-        return None
-    b = norms.size
-    across = (norms.noise - norms.projections.square() / norms.grad_square).sum().item() / (b - 1)
-    value = math.sqrt(max(across, 0.0) / (b * norms.grad_square))
-    return Estimate(value, None, b, OVER)
+    b, square = norms.size, norms.grad_square
+    across = (norms.noise - norms.projections.square() / square[..., None]).sum(-1).clamp(min=0)
+    return defined((across / ((b - 1) * b * square)).sqrt(), square)
 
 
-def passing_batch_size(test: Estimate, bound: float) -> float:
-    """The batch size at which a test that has this value of b samples would just be passed with
-    this bound: b (value / bound)^2, in samples, not rounded (Byrd et al. 2012, eq. 3.12).
+def passing_batch_size(value: Tensor, size: int, bound: float) -> Tensor:
+    """[...]: the batch size at which a test that has these values [...] of `size` samples would
+    just be passed with this bound: size (value / bound)^2, in samples, not rounded (Byrd et al.
+    2012, eq. 3.12).
 
     It takes ||g||^2 of the batch for that of every batch, so that a test that fails by noise alone
     proposes too few.
     """
-    return test.count * (test.value / bound) ** 2
+    return size * (value / bound).square()
 
 
-def cabs_batch_size(c2: float, loss: float, lr: float) -> float | None:
+def cabs_batch_size(c2: float, loss: float, lr: float) -> float:
     """lr C2 / loss, in samples, not rounded: the batch size that CABS proposes for plain SGD
     (Balles, Romero and Hennig 2017, arXiv 1612.05086, eq. 22; cockpit's CABS).
 
     `c2` is of one batch, and `loss` its mean loss, of which the least possible is taken to be 0;
-    `lr` the learning rate. None where the loss is not above 0. cockpit divides the deviations by b
-    where C2 divides by b - 1, and leaves (n - 1) / n out. Without an error: the loss of each sample
-    would be needed.
+    `lr` the learning rate. NaN where the loss is not above 0. cockpit divides the squared
+    deviations by b where C2 divides by b - 1, and leaves (n - 1) / n out. Without an error: the
+    loss of each sample would be needed.
     """
-    return lr * c2 / loss if loss > 0 else None
+    return lr * c2 / loss if loss > 0 else math.nan
 
 
-def total_snr(norms: Norms) -> Estimate | None:
+def total_snr(norms: Norms) -> Estimated:
     """||grad f||^2 / C2: the squared norm of the full gradient over the variance of one sample's,
     each summed over the parameters first; the reciprocal of the simple noise scale (McCandlish et
     al. 2018, arXiv 1812.06162), of one batch.
 
     It is no mean of the ratios that Liu et al. 2020 (arXiv 2001.07384) define for each parameter,
     nor cockpit's MeanGSNR, which is such a mean: norms do not tell parameters apart. Without a
-    unit; None where C2 is 0. The numerator is unbiased, ||g||^2 - C2 / b (n - b) / (n - 1), and so
-    negative at times; the ratio is biased by what the quotient of two estimates is.
+    unit; NaN where C2 is 0. The numerator is unbiased, ||g||^2 - C2 / b (n - b) / (n - 1), and so
+    negative at times; the ratio is biased as a quotient of two estimates is.
     """
     b, n = norms.size, norms.population
-    finite = (n - 1) / n
 
-    def ratio(variance: Any, grad_square: Any, size: int) -> Any:
-        return grad_square / (finite * variance) - (n - size) / (size * (n - 1))
+    def ratio(variance: Tensor, grad_square: Tensor, size: int) -> Tensor:
+        noise_of_mean = (n - size) / (size * (n - 1))
+        return grad_square / ((n - 1) / n * variance) - noise_of_mean
 
-    if not norms.variance > 0:
-        return None
-    error = norms.error(ratio(*norms.without(), b - 1)) if b > 2 else None
-    return Estimate(ratio(norms.variance, norms.grad_square, b), error, b, OVER)
+    value = ratio(norms.variance, norms.grad_square, b)
+    error = norms.error(ratio(*norms.without(), b - 1))
+    return Estimated(defined(value, norms.variance), error)
+
+
+def defined(values: Tensor, divisor: Tensor) -> Tensor:
+    """The values [...], NaN where what they were divided by is not above 0."""
+    return torch.where(divisor > 0, values, math.nan)
 
 
 # What a row of metrics.jsonl has of them
@@ -179,9 +191,9 @@ def total_snr(norms: Norms) -> Estimate | None:
 class Measured:
     """What the quantities of one measurement are made of."""
 
-    whole: Norms
-    layers: list[Norms]  # in the order of `layers_of`
-    c2: Estimate
+    whole: Norms  # of all parameters, [b]
+    layers: Norms  # [layers, b], in the order of `layers_of`
+    c2: float  # of the batch
     loss: float  # the mean over the batch
     lr: float
 
@@ -190,41 +202,51 @@ Columns = dict[str, Any]  # numbers, lists of numbers and None
 Quantity = Callable[[Measured], Columns]
 
 
-def valued(name: str, estimate: Estimate | None) -> Columns:
+def plain(value: Any) -> Any:
+    """A number, or a list of numbers, with None for what is not finite."""
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value if math.isfinite(value) else None
+
+
+def valued(name: str, estimated: Estimated) -> Columns:
     """The columns of an estimate and its error."""
-    return {name: estimate and estimate.value, f"{name}_se": estimate and estimate.error}
+    return {name: plain(estimated.value.tolist()), f"{name}_se": plain(estimated.error.tolist())}
 
 
-def proposed(name: str, test: Estimate | None, bound: float) -> Columns:
-    """The columns of a test: its value, and the batch size that would pass it with the bound."""
-    size = test and passing_batch_size(test, bound)
-    return {name: test and test.value, f"{name}_batch_size": size}
+def tested(name: str, value: Tensor, size: int, bound: float) -> Columns:
+    """The columns of a test of `size` samples: its value, and the batch size that would pass it."""
+    proposed = passing_batch_size(value, size, bound)
+    return {name: plain(value.item()), f"{name}_batch_size": plain(proposed.item())}
 
 
-def of_norm_test(measured: Measured) -> Columns:
+def of_norm_test(m: Measured) -> Columns:
     """The same of the norm test, which has an error."""
-    test = norm_test(measured.whole)
-    return valued("norm_test", test) | proposed("norm_test", test, THETA)
+    found = norm_test(m.whole)
+    return valued("norm_test", found) | tested("norm_test", found.value, m.whole.size, THETA)
 
 
-def by_layer(measured: Measured) -> Columns:
+def of_inner_product_test(m: Measured) -> Columns:
+    return tested("inner_product_test", inner_product_test(m.whole), m.whole.size, THETA)
+
+
+def of_orthogonality_test(m: Measured) -> Columns:
+    return tested("orthogonality_test", orthogonality_test(m.whole), m.whole.size, NU)
+
+
+def of_layers(m: Measured) -> Columns:
     """C2 and the signal-to-noise ratio of every layer: its C2 add up to that of all parameters."""
-    c2 = [estimators.per_sample(layer.noise, layer.population) for layer in measured.layers]
-    ratios = [total_snr(layer) for layer in measured.layers]
-    return {
-        "layer_c2": [estimate.value for estimate in c2],
-        "layer_c2_se": [estimate.error for estimate in c2],
-        "layer_snr": [ratio and ratio.value for ratio in ratios],
-        "layer_snr_se": [ratio and ratio.error for ratio in ratios],
-    }
+    return valued("layer_c2", gradient_variance(m.layers)) | valued(
+        "layer_snr", total_snr(m.layers)
+    )
 
 
 QUANTITIES: dict[str, Quantity] = {
-    "layers": by_layer,
+    "layers": of_layers,
     "norm-test": of_norm_test,
-    "inner-product": lambda m: proposed("inner_product_test", inner_product_test(m.whole), THETA),
-    "orthogonality": lambda m: proposed("orthogonality_test", orthogonality_test(m.whole), NU),
-    "cabs": lambda m: {"cabs_batch_size": cabs_batch_size(m.c2.value, m.loss, m.lr)},
+    "inner-product": of_inner_product_test,
+    "orthogonality": of_orthogonality_test,
+    "cabs": lambda m: {"cabs_batch_size": plain(cabs_batch_size(m.c2, m.loss, m.lr))},
     "snr": lambda m: valued("total_snr", total_snr(m.whole)),
 }
 PLAIN_SGD = {"cabs"}  # quantities of the theory of SGD without momentum
@@ -250,17 +272,18 @@ def measured_of(
     population: n, the samples of the training set. c2: of this batch. lr: in force for it.
     """
     assert found.noise is not None  # it was asked for
-    owners = [n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad]
-    grad_squares = torch.stack([g.to(found.squares.dtype).square().sum() for g in found.grads])
     names = list(layers_of(model))
-    shares = torch.stack([found.layers[name] for name in names]).cpu().double()  # [layers, 2, b]
-    square_of = dict.fromkeys(names, 0.0)
-    for owner, square in zip(owners, grad_squares.tolist(), strict=True):
-        square_of[owner] += square
-    layers = [
-        Norms(squares, noise, square_of[name], population)
-        for name, (squares, noise) in zip(names, shares, strict=True)
-    ]
-    both = found.squares.cpu().double(), found.noise.cpu().double()
-    whole = Norms(*both, found.grad_square.item(), population)
-    return Measured(whole, layers, c2, found.loss.item(), lr)
+    owners = [n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad]
+    own = torch.stack([g.to(found.squares.dtype).square().sum() for g in found.grads])
+    grad_squares = torch.zeros(len(names), dtype=torch.float64).index_add(
+        0, torch.tensor([names.index(owner) for owner in owners]), own.cpu().double()
+    )
+    shares = torch.stack([found.layers[name] for name in names], 1).cpu().double()
+    whole = [t.cpu().double() for t in (found.squares, found.noise, found.grad_square)]
+    return Measured(
+        Norms(whole[0], whole[1], whole[2], population),
+        Norms(shares[0], shares[1], grad_squares, population),
+        c2.value,
+        found.loss.item(),
+        lr,
+    )
