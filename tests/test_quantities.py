@@ -237,6 +237,8 @@ def test_what_is_not_defined_is_nan():
     cancelled = norms_of(torch.tensor([[1.0], [-1.0]], dtype=torch.float64))
     assert all(test(cancelled).isnan() for test, _ in TESTS)
     assert total_snr(cancelled).value < 0 and total_snr(cancelled).error.isnan()
+    same = norms_of(torch.ones(3, 2, dtype=torch.float64))
+    assert total_snr(same).value.isnan() and norm_test(same).value == 0
     # without one of them nothing varies any more
     alike = norms_of(torch.tensor([[1.0], [1.0], [2.0]], dtype=torch.float64))
     assert total_snr(alike).value > 0 and not total_snr(alike).error.isfinite()
