@@ -8,7 +8,13 @@ from torch.nn import functional as F
 from fastsmooth.kernels import backend
 from fastsmooth.kernels import conv_noise as module
 from fastsmooth.kernels.affine_grads import _affine_grads_native, affine_grads, affine_grads_ref
-from fastsmooth.kernels.conv_noise import _conv_noise_native, conv_noise, conv_noise_ref
+from fastsmooth.kernels.conv_noise import (
+    _conv_noise_native,
+    conv_noise,
+    conv_noise_ref,
+    conv_spread,
+    conv_spread_ref,
+)
 
 native = pytest.mark.skipif(
     backend.choose(torch.device("cpu"), torch.float32) != "native",
@@ -118,16 +124,36 @@ def test_the_reference_in_blocks_of_one_sample_is_the_same(monkeypatch, noise):
         assert torch.allclose(a, b, rtol=1e-12)
 
 
-def test_bfloat16_goes_through_the_reference():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_products_of_bfloat16_are_exact_and_their_sums_not_rounded_to_it(implementation):
     x, dy, rule, groups = case(SHAPES["groups"], torch.bfloat16)
-    found, rows = conv_noise(x, dy, *rule, groups), exact(x, dy, rule, groups)
-    assert torch.allclose(found.squares, rows.square().sum(1), rtol=0.02)
+    found, rows = implementation(x, dy, *rule, groups, True), exact(x, dy, rule, groups)
+    assert found.dw.dtype == torch.float32
+    dw = rows.sum(0)
+    assert (found.dw.double().flatten() - dw).norm() <= 1e-6 * dw.norm()
+    assert torch.allclose(found.squares, rows.square().sum(1), rtol=1e-6)
+    assert torch.allclose(found.noise, (rows - rows.mean(0)).square().sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["groups", "few pixels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_spread_is_the_sum_of_the_deviations(dtype, shape):
+    x, dy, rule, groups = case(SHAPES[shape], dtype)
+    rows = exact(x, dy, rule, groups)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    for function in (conv_spread, conv_spread_ref):
+        dw, total = function(x, dy, *rule, groups)
+        assert dw.dtype == backend.buffer_dtype(dtype) and total.shape == ()
+        assert (dw.double().flatten() - rows.sum(0)).norm() <= tolerance * rows.sum(0).norm()
+        assert torch.allclose(total, (rows - rows.mean(0)).square().sum(), rtol=tolerance)
 
 
 @pytest.mark.parametrize("shape", ["groups", "few pixels"])
 def test_the_operator_is_registered_as_it_behaves(shape):
     x, dy, rule, groups = case(SHAPES[shape], torch.float32)
-    torch.library.opcheck(torch.ops.fastsmooth.conv_noise.default, (x, dy, *rule, groups, True))
+    given = (x, dy, *rule, groups)
+    torch.library.opcheck(torch.ops.fastsmooth.conv_noise.default, (*given, True, "ieee"))
+    torch.library.opcheck(torch.ops.fastsmooth.conv_spread.default, (*given, "ieee"))
 
 
 # affine_grads
