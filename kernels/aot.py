@@ -1,11 +1,12 @@
 """The machine code of the Triton kernels, compiled and read without a GPU.
 
-    python -m fastsmooth.kernels.aot [--json] [--arch 80 90 100]
+    python -m fastsmooth.kernels.aot [--json] [--arch 80 90 100] [--kernel NAME ...]
 
 For each architecture and configuration: compile what a launch would compile, disassemble it, and
 print its registers, spills, shared memory and occupancy, the widths of its global accesses, and the
 bytes that its hot loop moves a parameter (update) or a column of G (persample_noise) beside the
-least possible. Nothing runs, and no figure is a time.
+least possible; for the kernels of per-sample shares, how many of its instructions are of tensor
+cores. Nothing runs, and no figure is a time.
 
 How the bytes are counted. The hot loop is the longest loop that accesses the tensors. A trip moves
 one tile, BLOCK parameters with their K gradients or COLUMNS columns, and counts as a whole one with
@@ -41,7 +42,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from fastsmooth.kernels import persample_noise, update
+from fastsmooth.kernels import aot_shares, persample_noise, update
+from fastsmooth.kernels.aot_shares import ShareCase
 from fastsmooth.messages import BAD_INPUT, DONE, end_with, note, show
 
 try:
@@ -169,14 +171,16 @@ def launch(case: Case) -> Launch:
     )
 
 
-def compiled(case: Case, arch: int) -> Any:
+def compiled(case: Case | ShareCase, arch: int) -> Any:
     """As Triton's launcher does it, which marks the arguments that are divisible by 16, unless the
     kernel asks it not to."""
-    kernel, types, constants, warps, *_ = launch(case)
+    if isinstance(case, ShareCase):
+        kernel, types, constants, warps, _, numbers = aot_shares.launch(case)
+    else:
+        kernel, types, constants, warps, *_ = launch(case)
+        numbers = ["B"] if "B" in types and case.rows % 16 == 0 else []
     marked = [p.name for p in kernel.params if not p.do_not_specialize_on_alignment]
-    divisible = [name for name in marked if types.get(name, "").startswith("*")]
-    if "B" in types and case.rows % 16 == 0:
-        divisible.append("B")
+    divisible = [name for name in marked if types.get(name, "").startswith("*")] + numbers
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
@@ -203,6 +207,10 @@ CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
 WIDTH = re.compile(r"\.[US]?(8|16|32|64|128|256)\b")
 KINDS = {"BAR": "barriers", "LDL": "spills", "STL": "spills"}
 KINDS |= dict.fromkeys(["ATOM", "ATOMG", "ATOMS", "RED", "REDG"], "atomics")
+# a tensor core's product on sm_80, sm_90 and sm_100
+KINDS |= dict.fromkeys(["HMMA", "HGMMA", "UTCHMMA"], "products")
+# by which sm_100 notes in shared memory which tensor memory is taken: no sums
+BOOKKEEPING = {("ATOMS", ".OR"), ("ATOMS", ".AND")}
 # where update's table of tensors has them in a row, in bytes; its gradients follow
 ADDRESSES = {8: "p", 16: "m"}
 ENTRY = re.compile(r"\+(0x[0-9a-f]+)$")
@@ -277,17 +285,17 @@ def parse(sass: str, pointers: Sequence[str], base: int) -> Code:
             )
             if target[0] in labels:
                 code.loops.append((labels[target[0]], line))
-        elif name in KINDS:
+        elif name in KINDS and (name, suffix) not in BOOKKEEPING:
             code.others[KINDS[name]].append(line)
             if name == "STL":  # a pointer may be among what is spilled
                 origins.held[first] = origins.of(others)
             elif name == "LDL":
                 origin = origins.held.get(others.strip(), set())
-        elif name in ("LDG", "STG"):
+        elif name in ("LDG", "LDGSTS", "STG"):  # the second goes to shared memory
             # after the descriptor, which sm_80 has not
             address = re.findall(r"\[(.*?)\]", operands)[-1]
             tensor = "|".join(sorted(origins.of(address)))
-            code.accesses.append(Access(line, name == "LDG", bool(predicate), width, tensor))
+            code.accesses.append(Access(line, name != "STG", bool(predicate), width, tensor))
             if tensor == "rows" and (entry := ENTRY.search(address)):
                 origin = {ADDRESSES.get(int(entry[1], 16), "g")}
         if name != "STG" and REGISTER.fullmatch(first):
@@ -392,10 +400,14 @@ def tool(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def examine(case: Case, arch: int) -> dict[str, Any]:
+def examine(case: Case | ShareCase, arch: int) -> dict[str, Any]:
     """One configuration, a line of --json: `stack` and `shared` in bytes, `spills` and `atomics` in
     instructions."""
-    cut, binary = launch(case), compiled(case, arch)
+    binary = compiled(case, arch)
+    if isinstance(case, ShareCase):
+        _, types, constants, warps, tile, _ = aot_shares.launch(case)
+    else:
+        _, types, constants, warps, *tile = launch(case)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
@@ -403,34 +415,38 @@ def examine(case: Case, arch: int) -> dict[str, Any]:
         sass = tool("nvdisasm", "-c", "-ndf", str(path))
     registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[0]) for word in ("REG", "STACK"))
     shared = binary.metadata.shared
-    pointers = [name for name, kind in cut.types.items() if kind.startswith("*")]
+    pointers = [name for name, kind in types.items() if kind.startswith("*")]
     code = parse(sass, pointers, LIMITS[arch].arguments)
-    share, scarce = occupancy(arch, cut.warps, registers, shared)
-    return {
-        "arch": arch, "kernel": case.kernel, "case": str(case), "rows": case.rows,
-        "aligned": case.aligned,
-        "tile": [cut.rows, cut.columns], "warps": cut.warps, "registers": registers, "stack": stack,
+    share, scarce = occupancy(arch, warps, registers, shared)
+    row = {
+        "arch": arch, "kernel": case.kernel, "case": str(case),
+        "tile": tile, "warps": warps, "registers": registers, "stack": stack,
         "spills": len(code.others["spills"]), "atomics": len(code.others["atomics"]),
-        "shared": shared,
-        "occupancy": share, "occupancy_limit": scarce, **traffic(case, code),
+        "shared": shared, "occupancy": share, "occupancy_limit": scarce,
     }  # fmt: skip
+    if not isinstance(case, ShareCase):
+        return row | {"rows": case.rows, "aligned": case.aligned} | traffic(case, code)
+    row |= {"stages": constants.get("stages", ""), "multiplies": case.multiplies}
+    return row | {"products": len(code.others["products"]), "widths": widths(code.accesses)}
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown."""
+    """Markdown, of rows that all have bytes or all have products."""
     heads = ["kernel", "case", "tile", "warps", "registers", "stack", "spills", "shared"]
-    heads += ["occupancy", "widths", "replicas", "issued", "bytes", "minimum"]
+    heads += ["occupancy", "widths"]
+    counted = ["issued", "bytes", "minimum"] if "bytes" in rows[0] else []
+    heads += ["replicas", *counted] if counted else ["stages", "products"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
-        cells = row | {key: f"{row[key]:g}" for key in ("issued", "bytes", "minimum")}
+        cells = row | {key: f"{row[key]:g}" for key in counted}
         cells["tile"] = "x".join(map(str, row["tile"]))
         cells["occupancy"] = f"{100 * row['occupancy']:.3g} % ({row['occupancy_limit']})"
         cells["widths"] = short(row["widths"])
-        if row["ragged_widths"]:
+        if row.get("ragged_widths"):
             cells["widths"] += f"; ragged {short(row['ragged_widths'])}"
-        cells["replicas"] = " ".join(
-            [*row["replicated"], *(["unordered"] if not row["ordered"] else [])]
-        )
+        if counted:
+            unordered = ["unordered"] if not row["ordered"] else []
+            cells["replicas"] = " ".join([*row["replicated"], *unordered])
         lines.append(f"| {' | '.join(str(cells[key]) for key in heads)} |")
     return lines
 
@@ -455,7 +471,12 @@ def report(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=list(LIMITS), metavar="N", help="sm_N: %(default)s"
     )
+    families: list[Sequence[Case | ShareCase]] = [CASES, aot_shares.CASES]
+    names = list(dict.fromkeys(case.kernel for family in families for case in family))
+    parser.add_argument("--kernel", nargs="+", default=names, metavar="NAME", help="all of them")
     args = parser.parse_args(argv)
+    if unknown := [name for name in args.kernel if name not in names]:
+        raise Refusal(f"--kernel {unknown[0]}: choose from {', '.join(names)}")
     if unknown := [arch for arch in args.arch if arch not in LIMITS]:
         raise Refusal(f"--arch {unknown[0]}: choose from {', '.join(map(str, LIMITS))}")
     if triton is None:
@@ -475,11 +496,14 @@ def report(argv: Sequence[str] | None) -> None:
             )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for arch in args.arch:
-            rows = list(pool.map(examine, CASES, itertools.repeat(arch)))
-            if args.json:
-                lines = [json.dumps(row) for row in rows]
-            else:
-                lines = [f"### sm_{arch}, Triton {triton.__version__}", "", *table(rows), ""]
+            lines = [] if args.json else [f"### sm_{arch}, Triton {triton.__version__}", ""]
+            for family in families:
+                chosen = [case for case in family if case.kernel in args.kernel]
+                rows = list(pool.map(examine, chosen, itertools.repeat(arch)))
+                if args.json:
+                    lines += [json.dumps(row) for row in rows]
+                elif rows:
+                    lines += [*table(rows), ""]
             show(*lines, whole=True)
 
 

@@ -41,9 +41,9 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")  # of products of float32, by tl.dot's n
 
 JOINED = 256  # weights of a program that joins what splits have summed
 LEAST = 16  # channels of a tap, or pixels, for which tl.dot is worth its padding
-# What a device has in its queue at a time: two programs on each of 132 multiprocessors. It is not
-# asked for its own number, by which sums would differ between devices.
-PROGRAMS = 264
+# Of an H100. A device is not asked for its own number, by which sums would differ between devices.
+MULTIPROCESSORS = 132
+WAVES = 4  # how many times all of them are filled, at most
 ROW_PIXELS, ROW_BYTES = 512, 64 << 20
 PARTIAL_BYTES = 10 << 20  # of sums over samples, of all programs together
 
@@ -168,13 +168,17 @@ def tile(layer: Layer, dtype: torch.dtype, precision: str, mode: int) -> Tile:
 
 
 def splits(layer: Layer, cut: Tile, samples: int, mode: int) -> int:
-    """Into how many ranges a launch divides the samples."""
-    wanted = PROGRAMS // (cut.count(layer) * layer.groups)
-    if mode != ROWS:
-        wanted = min(wanted, PARTIAL_BYTES // (4 * layer.weights))
+    """Into how many ranges a launch divides the samples: the fewest with which multiprocessors are
+    hardly ever without a program, of the large tiles one at a time, of the others two."""
+    tiles = cut.count(layer) * layer.groups
+    places = MULTIPROCESSORS * (1 if cut.BP * cut.BD > 64 * 64 else 2)
     # of two samples at least, one is what the other is counted from
     most = samples // 2 if mode == SPREAD else samples
-    return max(1, min(wanted, most))
+    if mode != ROWS:
+        most = min(most, PARTIAL_BYTES // (4 * layer.weights))
+    most = max(1, min(most, WAVES * places // tiles))
+    times = {parts: -(-tiles * parts // places) / parts for parts in range(1, most + 1)}
+    return next(parts for parts, time in times.items() if time <= 1.05 * min(times.values()))
 
 
 if triton:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsmooth.kernels import aot
+from fastsmooth.kernels import aot, aot_shares
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_INTERPRETER = {
@@ -19,15 +19,31 @@ WITHOUT_INTERPRETER = {
 needs_triton = pytest.mark.skipif(aot.triton is None, reason="triton is not installed")
 
 
-@pytest.fixture(scope="session")
-def rows():
-    """Every configuration for every architecture, compiled once."""
-    command = [sys.executable, "-m", "fastsmooth.kernels.aot", "--json"]
+STEPS, SHARES = (
+    list(dict.fromkeys(case.kernel for case in cases)) for cases in (aot.CASES, aot_shares.CASES)
+)
+
+
+def examined(*flags):
+    command = [sys.executable, "-m", "fastsmooth.kernels.aot", "--json", *flags]
     done = subprocess.run(
         command, cwd=ROOT, env=WITHOUT_INTERPRETER, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Every configuration of a step's kernels for every architecture, compiled once."""
+    return examined("--kernel", *STEPS)
+
+
+@pytest.fixture(scope="session")
+def shares(request):
+    """Those of per-sample shares: for every architecture with --full, else for sm_90."""
+    full = request.config.getoption("--full")
+    return examined("--kernel", *SHARES, "--arch", *(map(str, aot.LIMITS) if full else ["90"]))
 
 
 def failing(rows, holds):
@@ -47,8 +63,9 @@ def test_every_kernel_is_compiled_for_every_architecture(rows):
         # no loop of theirs has bytes to be counted; test_kernels_augment.py and
         # test_kernels_tally.py compile them
     } - {"augment", "tally"}
+    assert kernels == {*STEPS, *SHARES}
     assert {(row["kernel"], row["arch"]) for row in rows} == {
-        (k, arch) for k in kernels for arch in (80, 90, 100)
+        (k, arch) for k in STEPS for arch in (80, 90, 100)
     }
     assert (
         len({(row["arch"], row["kernel"], row["case"]) for row in rows})
@@ -120,15 +137,52 @@ def test_nothing_is_summed_by_atomics(rows):
 
 
 @needs_triton
-def test_the_readme_has_the_table_that_the_program_prints(rows):
+def test_the_readme_has_the_tables_that_the_program_prints(rows, shares):
     readme = (ROOT / "kernels" / "README.md").read_text()
     if f"Triton {aot.triton.__version__}\n" not in readme:
-        pytest.skip("the table is of another version of Triton")
-    for arch in aot.LIMITS:
-        lines = aot.table([row for row in rows if row["arch"] == arch])
-        assert "\n".join(lines) in readme, (
-            f"sm_{arch}: put what python -m fastsmooth.kernels.aot prints into the README"
-        )
+        pytest.skip("the tables are of another version of Triton")
+    for family in (rows, shares):
+        for arch in {row["arch"] for row in family}:
+            lines = aot.table([row for row in family if row["arch"] == arch])
+            assert "\n".join(lines) in readme, (
+                f"sm_{arch}: put what python -m fastsmooth.kernels.aot prints into the README"
+            )
+
+
+# Per-sample shares
+
+
+@needs_triton
+def test_every_configuration_of_shares_is_compiled(shares):
+    assert len({(row["arch"], row["kernel"], row["case"]) for row in shares}) == len(shares)
+    assert len(shares) % len(aot_shares.CASES) == 0 and shares
+
+
+@needs_triton
+def test_no_share_is_spilt_or_summed_by_atomics(shares):
+    assert not failing(shares, lambda row: row["stack"] == row["spills"] == row["atomics"] == 0)
+
+
+@needs_triton
+def test_products_are_those_of_tensor_cores_but_of_plain_float32_and_few_pixels(shares):
+    assert {
+        row["case"] for row in shares if row["kernel"] == "conv_tile" and not row["products"]
+    } == {"512-100 1x1 norms bf16", "128-128 16x16 noise fp32"}
+    assert not failing(shares, lambda row: bool(row["products"]) == row["multiplies"])
+
+
+@needs_triton
+def test_operands_of_whole_tiles_are_loaded_64_bits_at_a_time_or_more(shares):
+    """But TF32, which sm_90 and sm_100 want transposed: it goes to shared memory by the value."""
+
+    def wide(row):
+        least = 32 if "tf32" in row["case"].split() else 64
+        return all(min(row["widths"][name][0]) >= least for name in ("x", "dy"))
+
+    whole = [row for row in shares if row["multiplies"] and "3-64" not in row["case"]]
+    assert whole and not failing(whole, wide)
+    sums = [row for row in shares if row["kernel"] == "affine_grads"]
+    assert sums and not failing(sums, lambda row: row["widths"]["x"] == [[128], []])
 
 
 # Reading it
@@ -151,6 +205,7 @@ LOOP = """
         /*00c0*/                   STL [R1+0x10], R18 ;
 .L_x_2:
         /*00d0*/              @P3  BRA `(.L_x_1) ;
+        /*00d8*/                   ATOMS.OR RZ, [UR6+0x14], R3 ;
         /*00e0*/                   RED.E.ADD.F32 desc[UR8][R18.64], R16 ;
         /*00f0*/                   LDL R20, [R1+0x10] ;
         /*0100*/                   STG.E desc[UR8][R20.64], R16 ;
@@ -223,6 +278,7 @@ def refused(capsys, *argv):
         (["--arch", "42"], "42"),
         (["--arch", "90", "75"], "75"),
         (["--arch", "h"], "'h'"),
+        (["--kernel", "updat"], "choose from update, persample_noise, conv_tile"),
         (["-x"], "-x"),
     ],
 )

@@ -14,6 +14,7 @@ from test_conv_noise import exact
 from torch.nn import functional as F
 
 from fastsmooth.kernels import backend, conv_noise, conv_tile
+from fastsmooth.kernels.aot_shares import LAYERS
 from fastsmooth.kernels.row_noise import row_noise, row_noise_ref
 
 try:
@@ -43,6 +44,9 @@ SHAPES = {
     "13 tokens": (3, 24, 13, 1, 10, (1, 1), (1, 1), (0, 0), (1, 1), 1),
     "one sample": (1, 16, 4, 4, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1),
 }
+
+
+SPLITS = conv_tile.splits
 
 
 @pytest.fixture(autouse=True)
@@ -274,6 +278,23 @@ def test_the_precision_that_is_asked_for_is_that_of_the_products(precision, prod
         products.clear()
     conv_noise._conv_spread_triton(x, dy, *rule, groups, precision)
     assert products == {precision}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7, 128, 1000])
+@pytest.mark.parametrize("mode", [conv_tile.NORMS, conv_tile.NOISE, conv_tile.SPREAD])
+@pytest.mark.parametrize("name", LAYERS)
+def test_samples_are_split_as_memory_allows_and_programs_are_enough(name, mode, samples):
+    layer = LAYERS[name]
+    cut = conv_tile.tile(layer, torch.bfloat16, "ieee", mode)
+    found, tiles = SPLITS(layer, cut, samples, mode), cut.count(layer)
+    assert 1 <= found <= samples
+    if found > 1:
+        assert 4 * found * layer.weights <= conv_tile.PARTIAL_BYTES
+        assert mode != conv_tile.SPREAD or 2 * found <= samples
+        assert tiles * found <= 4 * 264
+    most = samples // 2 if mode == conv_tile.SPREAD else samples
+    if most >= 2 * found and 8 * found * layer.weights <= conv_tile.PARTIAL_BYTES:
+        assert tiles * found >= 100
 
 
 # Rows
