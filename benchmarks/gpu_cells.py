@@ -56,11 +56,11 @@ class CellRow(NamedTuple):
 
 CELLS = (
     CellRow("ceilings", 30, "machine:ceilings", "what bandwidth, products and launches reach"),
-    CellRow("kernels", 75, "kernels:right", "whether every kernel is right"),
+    CellRow("kernels", 120, "kernels:right", "whether every kernel is right"),
     CellRow("update", 40, "kernels:update_times", "the optimizer's step beside torch.optim.SGD"),
     CellRow("step", 150, "steps:training_steps", "what precision, compiling and graphs are worth"),
     CellRow("bits", 80, "runs:bits", "whether captured updates are the eager ones, bit for bit"),
-    CellRow("convolutions", 45, "kernels:convolutions", "what a kernel with norms must reach"),
+    CellRow("convolutions", 120, "kernels:convolutions", "what per-sample norms and noise cost"),
     CellRow("persample", 75, "steps:per_sample", "what norms, deviations and measuring cost"),
     CellRow("peers", 110, "steps:peers", "our loop beside others' of the same network"),
     CellRow("runs", 90, "runs:whole_runs", "seconds of epochs, of compiling and of capturing"),

@@ -148,9 +148,10 @@ def test_the_spread_is_the_sum_of_the_deviations(dtype, shape):
         assert torch.allclose(total, (rows - rows.mean(0)).square().sum(), rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["groups", "few pixels"])
-def test_the_operator_is_registered_as_it_behaves(shape):
-    x, dy, rule, groups = case(SHAPES[shape], torch.float32)
+def test_the_operator_is_registered_as_it_behaves(shape, dtype):
+    x, dy, rule, groups = case(SHAPES[shape], dtype)
     given = (x, dy, *rule, groups)
     torch.library.opcheck(torch.ops.fastsmooth.conv_noise.default, (*given, True, "ieee"))
     torch.library.opcheck(torch.ops.fastsmooth.conv_spread.default, (*given, "ieee"))

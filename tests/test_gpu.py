@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastsmooth import models
+from fastsmooth.kernels.affine_grads import affine_grads
+from fastsmooth.kernels.conv_noise import conv_noise, conv_noise_ref, conv_spread
 from fastsmooth.noise import estimators, gradients
 from fastsmooth.noise.persample import sample_norms
 from fastsmooth.noise.tails import BLOCK, NoiseStatistics
@@ -107,6 +109,71 @@ def test_a_compiled_model_gives_the_same_norms():
             found = sample_norms(compiled, x, y)
             close(found.squares, exact.squares, 1e-4)
             close(found.noise, exact.noise, 1e-4)
+
+
+# Shares of samples
+
+
+def operands(dtype: torch.dtype, pixels: int) -> tuple[Tensor, Tensor, tuple[list[int], ...]]:
+    """(x, dy, kernel, stride, padding, dilation) of a convolution of 64 channels."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(2, 9, 64, pixels, pixels, generator=generator)
+    on = {"device": DEVICE, "dtype": dtype, "memory_format": torch.channels_last}
+    return x.to(**on), dy.to(**on), ([3, 3], [1, 1], [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("pixels", [4, 16, 32])  # two samples a trip, tiles, stored rows
+@pytest.mark.parametrize(
+    "dtype, precision, rtol",
+    [
+        (torch.float32, "ieee", 1e-5),
+        (torch.float32, "tf32x3", 1e-5),
+        (torch.float32, "tf32", 5e-3),
+        (torch.bfloat16, "ieee", 1e-5),
+    ],
+)
+def test_shares_are_as_exact_as_their_operands(dtype, precision, rtol, pixels):
+    x, dy, rule = operands(dtype, pixels)
+    exact = conv_noise_ref(x.double(), dy.double(), *rule, 1, True)
+    norms, found = (conv_noise(x, dy, *rule, 1, noise, precision) for noise in (False, True))
+    dw, spread = conv_spread(x, dy, *rule, 1, precision)
+    for some in (norms.dw, found.dw, dw):
+        assert some.dtype == torch.float32
+        assert (some - exact.dw).norm() <= rtol * exact.dw.norm()
+    for squares in (norms.squares, found.squares):
+        close(squares, exact.squares, rtol)
+    close(spread, exact.noise.sum(), rtol)
+    close(found.noise.sum(), exact.noise.sum(), rtol)
+    # the mean that deviations begin from is rounded to bfloat16
+    close(found.noise, exact.noise, max(rtol, 1e-3 if dtype == torch.bfloat16 else 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_shares_have_the_bits_of_eager_ones(dtype):
+    torch.use_deterministic_algorithms(True)  # cuDNN's weight gradient is what deviations begin at
+    for pixels in (4, 16, 32):
+        x, dy, rule = operands(dtype, pixels)
+        mean, rstd = torch.rand(2, 9, 8, device=DEVICE)
+
+        def step(given=(x, dy, *rule), norm=(x, dy, mean, rstd)) -> list[Tensor]:
+            found = [conv_noise(*given, 1, noise, "tf32") for noise in (False, True)]
+            return tree_leaves([found, conv_spread(*given, 1, "tf32"), affine_grads(*norm)])
+
+        eager = step()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for _ in range(2):
+            for tensor in captured:
+                tensor.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
 
 
 # Estimators, statistics, full gradients

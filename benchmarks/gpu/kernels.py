@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,7 @@ from fastsmooth.forms import FORMS
 from fastsmooth.kernels import backend, tally
 from fastsmooth.kernels.affine_grads import affine_grads
 from fastsmooth.kernels.augment import augment, augment_ref
-from fastsmooth.kernels.conv_noise import conv_noise
+from fastsmooth.kernels.conv_noise import conv_noise, conv_spread
 from fastsmooth.kernels.persample_noise import persample_noise
 from fastsmooth.kernels.update import Plan, Rule, update
 from fastsmooth.optim import NoisySGD, coefficients
@@ -47,7 +49,11 @@ def right(cell: Cell) -> None:
         ),
         *((f"persample_noise/B{rows}", check_noise) for rows in (4, 8, 37, 300)),
         *((f"conv_noise/{case}", check_conv) for case in CONVOLUTIONS),
-        *((f"affine_grads/{kind}", check_affine) for kind in ("batch", "group")),
+        *(
+            (f"affine_grads/{kind}/{order}", check_affine)
+            for kind in ("batch", "group")
+            for order in ("channels last", "pixels last")
+        ),
         *((f"augment/{kind}", check_augment) for kind in ("none", "crop-flip-rotate")),
         *((f"update/K{K}", check_parts) for K in (4, 8)),
         ("augment/cursor", check_cursor),
@@ -184,13 +190,17 @@ def check_noise(cell: Cell, case: str) -> None:
     )
 
 
+# In float32 (ieee, tf32, tf32x3) or bfloat16; of `first` deviations are taken of stored rows.
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
-    "first": {"x": (6, 3, 32, 32), "p": 64, "k": 3, "stride": 1},
-    "64": {"x": (4, 64, 16, 16), "p": 64, "k": 3, "stride": 1},
-    "128/2": {"x": (5, 64, 16, 16), "p": 128, "k": 3, "stride": 2},
-    "1x1/2": {"x": (4, 64, 16, 16), "p": 128, "k": 1, "stride": 2},
-    "512": {"x": (3, 512, 4, 4), "p": 512, "k": 3, "stride": 1},
+    "first": {"x": (6, 3, 32, 32), "p": 64, "k": 3, "stride": 1, "in": ("ieee", "bf16")},
+    "64": {"x": (4, 64, 16, 16), "p": 64, "k": 3, "stride": 1, "in": ("tf32x3", "tf32", "bf16")},
+    "128/2": {"x": (5, 64, 16, 16), "p": 128, "k": 3, "stride": 2, "in": ("ieee", "bf16")},
+    "1x1/2": {"x": (4, 64, 16, 16), "p": 128, "k": 1, "stride": 2, "in": ("tf32x3", "bf16")},
+    "512": {"x": (3, 512, 4, 4), "p": 512, "k": 3, "stride": 1, "in": ("tf32x3", "bf16")},
+    "linear": {"x": (7, 512, 1, 1), "p": 100, "k": 1, "stride": 1, "in": ("ieee",)},
 }
+# of a sum of products whose operands are rounded: to 24, about 21, 11 and 8 bits
+BOUNDS = {"ieee": 1e-5, "tf32x3": 2e-5, "tf32": 5e-3, "bf16": 2e-2}
 
 
 def check_conv(cell: Cell, case: str) -> None:
@@ -210,33 +220,45 @@ def check_conv(cell: Cell, case: str) -> None:
     )
     on = {"device": cell.device, "memory_format": torch.channels_last}
     sizes = [[shape["k"]] * 2, [rule["stride"]] * 2, [rule["padding"]] * 2, [1, 1]]
-    for precision, bound in (("float32", 1e-5), ("bfloat16", 2e-2)):
-        dtype = getattr(torch, precision)
-        if cell.dry and dtype != torch.float32 and case != "conv_noise/1x1/2":
-            continue  # which takes seconds on a CPU
-        found = conv_noise(x.to(dtype).to(**on), dy.to(dtype).to(**on), *sizes)
+    dw, squares = rows.sum(0).view_as(weight), rows.square().sum(1)
+    away = (rows - rows.mean(0)).square().sum(1)
+    for precision in shape["in"]:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        how = "ieee" if precision == "bf16" else precision
+        given = x.to(dtype).to(**on), dy.to(dtype).to(**on), *sizes, 1
+        norms, found = (conv_noise(*given, noise, how) for noise in (False, True))
+        of_spread, spread = conv_spread(*given, how)
         errors = {
-            "dw": relative(found.dw, rows.sum(0).view_as(weight)),
-            "squares": relative(found.squares, rows.square().sum(1)),
-            "noise": relative(found.noise, (rows - rows.mean(0)).square().sum(1)),
+            "dw": max(relative(g, dw) for g in (norms.dw, found.dw, of_spread)),
+            "squares": max(relative(s.squares, squares) for s in (norms, found)),
+            "noise": relative(found.noise, away),
+            "spread": relative(spread, away.sum()),
         }
-        verdict(cell, f"{case}/{precision}", errors, bound)
+        verdict(cell, f"{case}/{precision}", errors, BOUNDS[precision])
 
 
 def check_affine(cell: Cell, case: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, dy = torch.randn(2, 9, 64, 8, 8, generator=generator)
-    shape = (1, 64) if case.endswith("batch") else (9, 8)
+    kind, order = case.split("/")[1:]
+    shape = (1, 64) if kind == "batch" else (9, 8)
     mean = torch.randn(shape, generator=generator)
     rstd = torch.rand(shape, generator=generator) + 0.5
     center, scale = (
         t.double().repeat_interleave(64 // shape[1], 1)[..., None, None] for t in (mean, rstd)
     )
-    wide = dy.double()
-    exact = (wide * (x.double() - center) * scale).sum((2, 3)), wide.sum((2, 3))
-    found = affine_grads(*(t.to(cell.device) for t in (x, dy, mean, rstd)))
-    errors = {name: relative(f, e) for name, f, e in zip(("dw", "db"), found, exact, strict=True)}
-    verdict(cell, case, errors, 1e-5)
+    last = torch.channels_last if order == "channels last" else torch.contiguous_format
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dy = x.to(dtype), dy.to(dtype)
+        wide = dy.double()
+        exact = (wide * (x.double() - center) * scale).sum((2, 3)), wide.sum((2, 3))
+        operands = [t.to(cell.device, memory_format=last) for t in (x, dy)]
+        found = affine_grads(*operands, mean.to(cell.device), rstd.to(cell.device))
+        pairs = zip(("dw", "db"), found, exact, strict=True)
+        errors = {name: relative(f, e) for name, f, e in pairs}
+        # plain PyTorch, which a CPU has for bfloat16, rounds a sum's terms
+        bound = 1e-5 if dtype == torch.float32 or not cell.dry else 1e-2
+        verdict(cell, f"{case}/{str(dtype).removeprefix('torch.')}", errors, bound)
 
 
 def check_augment(cell: Cell, case: str) -> None:
@@ -393,56 +415,68 @@ def parts_times(cell: Cell, model: str) -> None:
 
 # What convolutions take
 
+# of operands: their dtype, and what float32 products are made in
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
     "tf32": (torch.float32, "tf32"),
     "fp32": (torch.float32, "ieee"),
 }
+SHARED = ("bf16", "tf32")  # in which per-sample shares are measured
 
 
 def convolutions(cell: Cell) -> None:
-    """The weight gradient of every convolution of ResNet-18 in cuDNN: the ceilings that kernels
-    with per-sample norms have."""
+    """The weight gradient of every convolution of ResNet-18 in cuDNN, and with per-sample norms,
+    deviations and their sum beside it."""
     model, batch = ("resnet18", 128) if not cell.dry else ("resnet8", 2)
     torch.backends.cudnn.benchmark = True
-    shapes = bench_train.convolutions(model)
-    totals = dict.fromkeys(PRECISIONS, 0.0)
-    flop = 0
-    for shape, count in shapes.items():
+    layers = []
+    for shape, count in bench_train.convolutions(model).items():
         side = (shape.size - 1) // shape.stride + 1
         kernel = f"{shape.kernel}x{shape.kernel}/{shape.stride}"
         case = f"dw/{shape.inputs}-{shape.outputs}/{kernel}/{side}x{side}"
         work = 2 * batch * side**2 * shape.outputs * shape.inputs * shape.kernel**2
-        flop += count * work
+        variants = {}
+        for precision in PRECISIONS:
+            made = weight_gradients(cell, shape, batch, side, precision)
+            variants |= {f"{name}, {precision}": step for name, step in made.items()}
+        layers.append((case, count, work, variants))
+    with cell.part("dw/compiled"):
+        began = time.perf_counter()
+        compile_in_threads(
+            step
+            for *_, variants in layers
+            for name, step in variants.items()
+            if not name.startswith("cudnn")
+        )
+        cell.tell("dw/compiled", seconds=rounded(time.perf_counter() - began))
+    totals: dict[str, float] = {}
+    for case, count, work, variants in layers:
         with cell.part(case):
-            variants = {}
-            for precision, (dtype, how) in PRECISIONS.items():
-                made = weight_gradients(cell, shape, batch, side, dtype, how)
-                variants |= {f"{name}, {precision}": step for name, step in made.items()}
             clock = {"clock": device_seconds, "seconds": 0.02, "rounds": 5, "most": 20}
             found = cell.measure(variants, **clock)
             about = {"layers": count, "batch": batch, "per": "FLOP"}
             cell.tell_times(case, found, "cudnn, bf16", work, **about)
-            for precision in PRECISIONS:
-                totals[precision] += count * found[f"cudnn, {precision}"].seconds()
-    for precision, seconds in totals.items():
-        cell.tell(
-            "dw/all",
-            variant=f"cudnn, {precision}",
-            median_s=rounded(seconds),
-            per_s=rounded(flop / seconds),
-            per="FLOP",
-            batch=batch,
-        )
-    if not product.HAS_CONV_KERNEL:
-        cell.tell("dw/all", skipped="kernels: not there yet")
+            for name, measured in found.items():
+                totals[name] = totals.get(name, 0.0) + count * measured.seconds()
+    flop = sum(count * work for _, count, work, _ in layers)
+    for name, seconds in totals.items():
+        about = {"per_s": rounded(flop / seconds), "per": "FLOP", "batch": batch}
+        cell.tell("dw/all", variant=name, median_s=rounded(seconds), **about)
+
+
+def compile_in_threads(steps: Iterable[Callable[[], Any]]) -> None:
+    """Call each once: a kernel takes a second or two to be compiled, most of it outside Python."""
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(lambda step: step(), steps):
+            pass
 
 
 def weight_gradients(
-    cell: Cell, shape: bench_train.ConvShape, batch: int, side: int, dtype: torch.dtype, how: str
+    cell: Cell, shape: bench_train.ConvShape, batch: int, side: int, precision: str
 ) -> dict[str, Callable[[], Any]]:
-    """cuDNN's, and with norms and deviations where there is a kernel; float32 products `how` the
-    process is told at each call, since precisions take turns."""
+    """cuDNN's, and those with norms, deviations and spread; the process is told at each call how
+    float32 is multiplied, since precisions take turns."""
+    dtype, how = PRECISIONS[precision]
     pad, k = shape.kernel // 2, shape.kernel
     on = {"device": cell.device, "dtype": dtype}
     x, dy, weight = (
@@ -460,9 +494,15 @@ def weight_gradients(
         product.multiply_in(how)
         torch.ops.aten.convolution_backward(dy, x, weight, None, *rule, (False, True, False))
 
-    def with_norms(noise: bool) -> None:
+    def with_shares(noise: bool) -> None:
         product.multiply_in(how)
-        conv_noise(x, dy, *sizes, noise)
+        conv_noise(x, dy, *sizes, noise, how)
 
-    ours = {"norms": partial(with_norms, False), "deviations": partial(with_norms, True)}
-    return {"cudnn": cudnn} | (ours if product.HAS_CONV_KERNEL else {})
+    if precision not in SHARED:
+        return {"cudnn": cudnn}
+    return {
+        "cudnn": cudnn,
+        "norms": partial(with_shares, False),
+        "deviations": partial(with_shares, True),
+        "spread": partial(conv_spread, x, dy, *sizes, how),
+    }

@@ -18,12 +18,9 @@ import torch
 from fastsmooth import data, train
 from fastsmooth.cli.device import compute_float32
 from fastsmooth.data.images import ImageSet
-from fastsmooth.kernels import conv_noise as conv_noise_module
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.training import build
-
-HAS_CONV_KERNEL = "triton" in getattr(conv_noise_module, "IMPLEMENTATIONS", {})
 
 
 def multiply_in(how: str) -> None:
