@@ -4,7 +4,8 @@ and its slopes.
     dw_ic = sum_t dy_ict (x_ict - mean) rstd,   db_ic = sum_t dy_ict
 
 for y = (x - mean) rstd w + b: BatchNorm with its running statistics or with those of the batch
-(mean and rstd [1, C]), and GroupNorm (mean and rstd [B, groups]).
+(mean and rstd [1, C]), GroupNorm (mean and rstd [B, groups]), and LayerNorm over the channels,
+where every pixel, or token, has its own (mean and rstd [B, 1, T]).
 
 On a GPU a program owns some channels of a sample and up to SPAN of its pixels, whatever the order
 of memory is, and writes sums of its own, in float64: no atomics, the same bits on every run.
@@ -30,8 +31,10 @@ except ImportError:  # no triton outside Linux: backend.choose never names it th
 def affine_grads_ref(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """As `affine_grads`, in plain PyTorch: (dw, db), each [B, C] and wide."""
     B, C = x.shape[:2]
-    each = C // mean.shape[1]
-    center, scale = (t.repeat_interleave(each, 1).view(-1, C, 1) for t in (mean, rstd))
+    center, scale = mean, rstd
+    if mean.ndim == 2:
+        each = C // mean.shape[1]
+        center, scale = (t.repeat_interleave(each, 1).view(-1, C, 1) for t in (mean, rstd))
     pixels, slopes = x.reshape(B, C, -1), dy.reshape(B, C, -1)
     wide = backend.wide_dtype(x.device)
     return (slopes * ((pixels - center) * scale)).sum(2, dtype=wide), slopes.sum(2, dtype=wide)
@@ -64,10 +67,10 @@ if triton:
     @no_type_check
     def _affine_grads_kernel(
         x, dy,  # [B, T, C] where `channels_last`, else [B, C, T]
-        mean, rstd,  # float32 [B or 1, G]
+        mean, rstd,  # float32 [1, G], [B, G] with of_samples, [B, 1, T] with of_pixels
         sums,  # float64 [2, parts, B, C]: of dy (x - mean) rstd, of dy
         T, C, G,
-        of_samples: tl.constexpr, channels_last: tl.constexpr,
+        of_samples: tl.constexpr, of_pixels: tl.constexpr, channels_last: tl.constexpr,
         BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
     ):  # fmt: skip
         i = tl.program_id(0).to(tl.int64)
@@ -77,7 +80,8 @@ if triton:
         at = c // (C // G)
         if of_samples:
             at += i * G
-        center = tl.load(mean + at, mask=inside, other=0.0)
+        if not of_pixels:
+            center = tl.load(mean + at, mask=inside, other=0.0)[None, :]
         x += i * T * C
         dy += i * T * C
         scale = tl.zeros([BT, BC], tl.float32)
@@ -92,11 +96,18 @@ if triton:
                 offset = c[None, :] * T + t[:, None]
             value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
             slope = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
-            scale += slope * (value - center[None, :])
+            if of_pixels:
+                center = tl.load(mean + i * T + t, mask=t < T, other=0.0)[:, None]
+                over = tl.load(rstd + i * T + t, mask=t < T, other=0.0)[:, None]
+                scale += slope * ((value - center) * over)
+            else:
+                scale += slope * (value - center)
             shift += slope
-        wide = tl.load(rstd + at, mask=inside, other=0.0).to(tl.float64)
+        total = tl.sum(scale.to(tl.float64), axis=0)
+        if not of_pixels:
+            total *= tl.load(rstd + at, mask=inside, other=0.0).to(tl.float64)
         to = sums + (part * samples + i) * C + c
-        tl.store(to, tl.sum(scale.to(tl.float64), axis=0) * wide, mask=inside)
+        tl.store(to, total, mask=inside)
         half = i * 0 + parts
         tl.store(to + half * samples * C, tl.sum(shift.to(tl.float64), axis=0), mask=inside)
 
@@ -112,8 +123,8 @@ def _affine_grads_triton(
     sums = torch.empty(2, parts, B, C, dtype=torch.float64, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _affine_grads_kernel[(B, -(-C // cut.BC), parts)](
-            x, dy, mean, rstd, sums, T, C, G, len(mean) > 1, channels_last, *cut, SPAN,
-            num_warps=WARPS,
+            x, dy, mean, rstd, sums, T, C, G, len(mean) > 1, mean.ndim == 3, channels_last, *cut,
+            SPAN, num_warps=WARPS,
         )  # fmt: skip
     dw, db = sums.sum(dim=1)
     return dw, db
@@ -129,7 +140,9 @@ def _affine_grads_native(
     x, dy = (t.movedim(1, -1).contiguous() for t in (x, dy))
     mean, rstd = mean.contiguous(), rstd.contiguous()
     dw, db = torch.empty(B, C, dtype=torch.float64), torch.empty(B, C, dtype=torch.float64)
-    sizes = [B, x[0].numel() // C, C, C // mean.shape[1], mean.shape[1] if len(mean) > 1 else 0]
+    pixels, step = x[0].numel() // C, mean[0].numel() if len(mean) > 1 else 0
+    each = 0 if mean.ndim == 3 else C // mean.shape[1]
+    sizes = [B, pixels, C, each, step]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, dy, mean, rstd, dw, db)]
     threads = torch.get_num_threads()
     native.function("affine_grads", x.dtype)(
@@ -146,7 +159,7 @@ IMPLEMENTATIONS = {
 
 
 def fits(implementation: str, x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> bool:
-    """Whether it takes x and dy [B, C, ...] and mean and rstd [1 or B, groups]: one dtype of the
+    """Whether it takes x and dy [B, C, ...] and mean and rstd as `affine_grads`: one dtype of the
     first two and one of the others, and for Triton offsets within a sample of 32 bits."""
     if x.dtype != dy.dtype or mean.dtype != rstd.dtype:
         return False
@@ -181,9 +194,10 @@ def affine_grads(x: Tensor, dy: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Ten
     Args:
         x: [B, C, ...], what was normalised: float32, float64 or bfloat16.
         dy: [B, C, ...], the gradient of the layer's output.
-        mean, rstd: [1 or B, groups of equal size], by which x was normalised. In float32 with x and
-            dy in float32 or bfloat16 they go through Triton on a GPU; of one dtype with x and dy,
-            float32 or float64, through C++ on a CPU; else through plain PyTorch.
+        mean, rstd: [1 or B, groups of equal size], or [B, 1, T], by which x was normalised. In
+            float32 with x and dy in float32 or bfloat16 they go through Triton on a GPU; of one
+            dtype with x and dy, float32 or float64, through C++ on a CPU; else through plain
+            PyTorch.
 
     Returns:
         (dw, db): each [B, C], float64 (float32 where the device has no wider).

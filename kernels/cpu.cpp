@@ -675,20 +675,30 @@ void conv_noise(const Convolution& given, const T* x, const T* dy, bool with_noi
 // affine_grads -------------------------------------------------------------------------------------------------------
 
 // dw[i][c] = sum over pixels of dy (x - mean) rstd and db[i][c] = sum of dy; x and dy are [batch, pixels, channels], and
-// mean and rstd belong to `shared` neighbouring channels, those of sample i `step` further on.
+// mean and rstd belong to `shared` neighbouring channels, those of sample i `step` further on; or, with `shared` 0, to a
+// pixel each.
 template <class T>
 void affine_grads(int64_t batch, int64_t pixels, int64_t channels, int64_t shared, int64_t step, const T* x, const T* dy,
                   const T* mean, const T* rstd, int threads, double* dw, double* db) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < batch; ++i) {
         std::vector<T> center(channels), scaled(channels), plain(channels);
-        for (int64_t c = 0; c < channels; ++c) center[c] = mean[i * step + c / shared];
+        for (int64_t c = 0; shared && c < channels; ++c) center[c] = mean[i * step + c / shared];
         std::vector<double> totals(2 * channels, 0.0);
         for (int64_t start = 0; start < pixels; start += SHORT) {
             std::fill(scaled.begin(), scaled.end(), T(0));
             std::fill(plain.begin(), plain.end(), T(0));
             for (int64_t t = start; t < std::min(pixels, start + SHORT); ++t) {
                 const T *xt = x + (i * pixels + t) * channels, *yt = dy + (i * pixels + t) * channels;
+                if (!shared) {
+                    const T middle = mean[i * step + t], scale = rstd[i * step + t];
+#pragma omp simd
+                    for (int64_t c = 0; c < channels; ++c) {
+                        scaled[c] += yt[c] * ((xt[c] - middle) * scale);
+                        plain[c] += yt[c];
+                    }
+                    continue;
+                }
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
                     scaled[c] += yt[c] * (xt[c] - center[c]);
@@ -701,9 +711,25 @@ void affine_grads(int64_t batch, int64_t pixels, int64_t channels, int64_t share
             }
         }
         for (int64_t c = 0; c < channels; ++c) {
-            dw[i * channels + c] = totals[c] * double(rstd[i * step + c / shared]);
+            dw[i * channels + c] = totals[c] * (shared ? double(rstd[i * step + c / shared]) : 1.0);
             db[i * channels + c] = totals[channels + c];
         }
+    }
+}
+
+// row_noise ----------------------------------------------------------------------------------------------------------
+
+// Of G [rows, columns] the sum of the rows, and of each its square and its squared distance from the mean.
+template <class T>
+void row_noise(int64_t rows, int64_t columns, bool with_noise, const T* G, T* total, double* squares, double* noise) {
+    std::vector<double> sums(columns);
+    std::vector<T> near(columns), rest(columns);
+    block_mean([&](int64_t i) { return G + i * columns; }, rows, columns, sums.data(), near.data(), rest.data());
+    for (int64_t k = 0; k < columns; ++k) total[k] = T(sums[k]);
+    for (int64_t i = 0; i < rows; ++i) {
+        squares[i] = noise[i] = 0;
+        row_sums(G + i * columns, near.data(), rest.data(), columns, noise + i, squares + i);
+        if (!with_noise) noise[i] = 0;
     }
 }
 
@@ -806,6 +832,14 @@ CONV(conv_noise_float64, double)
     }
 AFFINE(affine_grads_float32, float)
 AFFINE(affine_grads_float64, double)
+
+#define ROWS(NAME, T)                                                                                             \
+    extern "C" void NAME(int64_t rows, int64_t columns, int with_noise, const void* g, void* total,               \
+                         double* squares, double* noise) {                                                        \
+        row_noise<T>(rows, columns, with_noise, static_cast<const T*>(g), static_cast<T*>(total), squares, noise); \
+    }
+ROWS(row_noise_float32, float)
+ROWS(row_noise_float64, double)
 
 #define AUGMENT(NAME, T)                                                                                             \
     extern "C" void NAME(int64_t count, int64_t size, int threads, const void* pixels, const int64_t* rows,           \

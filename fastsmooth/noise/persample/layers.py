@@ -11,7 +11,7 @@ a thousandth of the mean would come out of float32 without a correct digit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsmooth.kernels.affine_grads import affine_grads
-from fastsmooth.kernels.backend import buffer_dtype
+from fastsmooth.kernels.backend import buffer_dtype, wide_dtype
 from fastsmooth.kernels.conv_noise import BLOCK_BYTES, conv_noise
+from fastsmooth.kernels.row_noise import row_noise
 
 
-def shares(g: Tensor, noise: bool, dtype: torch.dtype) -> Tensor:
-    """[2, B]: ||g_i||^2 and ||g_i - g||^2 from the rows g [B, ...] of a mean loss's gradient, each
-    g_i / B."""
-    rows = g.flatten(1).to(dtype)
-    squares = rows.square().sum(1)
-    deviations = (rows - rows.mean(0)).square().sum(1) if noise else torch.zeros_like(squares)
-    return torch.stack([squares, deviations]) * len(g) ** 2
+def shares(g: Tensor, noise: bool) -> tuple[Tensor, Tensor]:
+    """(sum, [2, B]: ||g_i||^2 and ||g_i - g||^2) of the rows g [B, ...] of a mean loss's gradient,
+    each g_i / B."""
+    found = row_noise(g.flatten(1), noise)
+    total = found.total.view(g.shape[1:])
+    return total, torch.stack([found.squares, found.noise]) * len(g) ** 2
 
 
 def by_sample(g: Tensor, samples: int) -> Tensor:
@@ -42,12 +42,12 @@ class Lift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, probe: Tensor, noise: bool) -> Tensor:
-        ctx.noise, ctx.wide = noise, probe.dtype
+        ctx.noise = noise
         return p.expand(probe.shape[1], *p.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return g.sum(0), shares(g, ctx.noise, ctx.wide), None
+        return *shares(g, ctx.noise), None
 
 
 # Convolutions and linear layers
@@ -91,7 +91,7 @@ def made_shares(
     dw = slopes(
         dy, x, x.new_empty(shape), None, *rule[:3], False, [0, 0], rule.groups, (False, True, False)
     )[1]
-    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    wide = wide_dtype(x.device)
     (mean,) = zip(*pulled(made, dw[None]), strict=True)
     found = []
     for rows in weight_rows(x, dy, shape, rule):
@@ -184,8 +184,8 @@ class Convolution(torch.autograd.Function):
             total += found
         if need_bias:
             g = by_sample(dy.sum(dim=(2, 3), dtype=buffer_dtype(dy.dtype)), samples)
-            db = g.sum(0)
-            total += shares(g, ctx.noise, total.dtype)
+            db, found = shares(g, ctx.noise)
+            total += found
         return dx, dw, db, total, None, None, None
 
 
@@ -241,8 +241,8 @@ class Convolution3d(torch.autograd.Function):
             dw = torch.stack(taps, dim=2).to(weight.dtype)
         if need_bias:
             g = by_sample(dy.sum(dim=(2, 3, 4), dtype=buffer_dtype(dy.dtype)), samples)
-            db = g.sum(0)
-            total += shares(g, ctx.noise, total.dtype)
+            db, found = shares(g, ctx.noise)
+            total += found
         return dx, dw, db, total, None, None, None, None, None
 
 
@@ -278,9 +278,8 @@ class Linear(torch.autograd.Function):
             dw = dw.reshape(weight.shape).to(weight.dtype)
             total += found
         if need_bias:
-            g = slopes.sum(1, dtype=buffer_dtype(slopes.dtype))
-            db = g.sum(0)
-            total += shares(g, ctx.noise, total.dtype)
+            db, found = shares(slopes.sum(1, dtype=buffer_dtype(slopes.dtype)), ctx.noise)
+            total += found
         return dy @ weight.to(dy.dtype) if need_x else None, dw, db, total, None, None
 
 
@@ -395,34 +394,18 @@ def affine_shares(
     """The gradients of a normalisation's weight [C] and bias [C], None where not needed, and of the
     probe [2, B], wide.
 
-    x and dy are [B rows, C, ...], mean and rstd [1, C] or [B rows, groups], in whose dtype the
-    first two are.
+    x and dy are [B rows, C, ...], mean and rstd [1, C], [B rows, groups] or [B, 1, T], in whose
+    dtype the first two are.
     """
     total = torch.zeros_like(ctx.like)
     found: list[Tensor | None] = []
     for g, needed in zip(affine_grads(x, dy, mean, rstd), ctx.needs_input_grad[1:3], strict=True):
-        found.append(g.sum(0).to(mean.dtype) if needed else None)
-        if needed:
-            total += shares(by_sample(g, total.shape[1]), ctx.noise, total.dtype)
-    weight, bias = found
-    return weight, bias, total
-
-
-def scale_shares(
-    ctx: Any, products: tuple[Callable[[], Tensor], ...], shared: list[int]
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The gradients of a scale and a shift, None where not needed, and of the probe [2, B], from
-    what each multiplies, [B, ..., *shape], which is summed over the dimensions `shared`."""
-    total = torch.zeros_like(ctx.like)
-    found: list[Tensor | None] = []
-    for needed, product in zip(ctx.needs_input_grad[1:3], products, strict=True):
         if not needed:
             found.append(None)
             continue
-        g = product()
-        g = g.sum(shared, dtype=buffer_dtype(g.dtype)) if shared else g
-        found.append(g.sum(0))
-        total += shares(g, ctx.noise, total.dtype)
+        all_of_it, share = shares(by_sample(g, total.shape[1]), ctx.noise)
+        found.append(all_of_it.to(mean.dtype))
+        total += share
     weight, bias = found
     return weight, bias, total
 
@@ -451,34 +434,33 @@ class LayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            slopes = torch.ops.aten.native_layer_norm_backward
-            dx = slopes(dy, x, ctx.shape, mean, rstd, weight, bias, (True, False, False))[0]
-        products = (lambda: dy * ((x - mean) * rstd), lambda: dy)
-        weights = scale_shares(ctx, products, list(range(1, x.ndim - len(ctx.shape))))
-        return dx, *weights, None, None, None
+            backward = torch.ops.aten.native_layer_norm_backward
+            dx = backward(dy, x, ctx.shape, mean, rstd, weight, bias, (True, False, False))[0]
+        # channels are what is normalised over, and tokens the rest
+        tokens = mean.view(len(x), 1, -1)
+        slopes, inputs = (t.reshape(len(x), tokens.shape[2], -1).mT for t in (dy, x))
+        weight_grad, bias_grad, total = affine_shares(
+            ctx, inputs, slopes, tokens, rstd.view_as(tokens)
+        )
+        shaped = [None if g is None else g.view(ctx.shape) for g in (weight_grad, bias_grad)]
+        return dx, *shaped, total, None, None, None
 
 
-class Affine(torch.autograd.Function):
-    """x * weight + bias, both broadcast over the leading dimensions of x [B, ...]."""
+class Scale(torch.autograd.Function):
+    """x * weight, broadcast over the leading dimensions of x [B, ...]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor, noise: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, probe: Tensor, noise: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.noise, ctx.like = noise, probe
-        y = x if weight is None else x * weight.to(x.dtype)
-        return y if bias is None else y + bias.to(x.dtype)
+        ctx.noise = noise
+        return x * weight.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        shared = list(range(1, x.ndim - (weight.ndim if weight is not None else 1)))
-        weights = scale_shares(ctx, (lambda: dy * x, lambda: dy), shared)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy if weight is None else dy * weight.to(dy.dtype)
-        return dx, *weights, None
+        g = (dy * x).reshape(len(x), -1, weight.numel()).sum(1, dtype=buffer_dtype(dy.dtype))
+        dw, total = shares(g, ctx.noise)
+        return dy * weight.to(dy.dtype), dw.view_as(weight), total, None
 
 
 # Embeddings

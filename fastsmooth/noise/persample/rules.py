@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.persample.layers import (
-    Affine,
     BatchNorm,
     Convolution,
     Convolution3d,
@@ -27,6 +26,7 @@ from fastsmooth.noise.persample.layers import (
     Linear,
     Made,
     Rule,
+    Scale,
 )
 
 
@@ -223,7 +223,9 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     normal = F.rms_norm(autocast(input, single=True), list(normalized_shape), None, eps)
-    return Affine.apply(normal, weight, None, report.probe, report.noise)
+    if weight is None:
+        return normal
+    return Scale.apply(normal, weight, report.probe, report.noise)
 
 
 def embedding(
