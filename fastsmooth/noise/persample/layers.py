@@ -62,6 +62,9 @@ class Rule(NamedTuple):
     groups: int
 
 
+ONE = [1, 1]
+
+
 class Made(NamedTuple):
     """A weight that is computed from parameters alone, with its graph: value = f(parents)."""
 
@@ -77,8 +80,20 @@ def weight_shares(
     parameters that the weight is made of."""
     if made is not None:
         return made_shares(x, dy, kernel, rule, noise, made)
+    shape = [dy.shape[1], x.shape[1] // rule.groups, *kernel]
+    if kernel != ONE and rule == Rule(kernel, [0, 0], ONE, 1):
+        x, dy, kernel, rule = patches(x, dy, kernel)
     found = conv_noise(x, dy, kernel, rule.stride, rule.padding, rule.dilation, rule.groups, noise)
-    return found.dw, torch.stack([found.squares, found.noise]) * len(x) ** 2
+    return found.dw.reshape(shape), torch.stack([found.squares, found.noise]) * len(x) ** 2
+
+
+def patches(x: Tensor, dy: Tensor, kernel: list[int]) -> tuple[Tensor, Tensor, list[int], Rule]:
+    """A convolution whose windows lie side by side, as a linear layer over the windows."""
+    (kh, kw), (batch, _, height, width) = kernel, dy.shape
+    x = x[:, :, : height * kh, : width * kw].unflatten(3, (width, kw)).unflatten(2, (height, kh))
+    tokens = x.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width, -1)
+    slopes = dy.flatten(2)[..., None]
+    return tokens.mT[..., None], slopes, ONE, Rule(ONE, [0, 0], ONE, 1)
 
 
 def made_shares(
@@ -273,8 +288,8 @@ class Linear(torch.autograd.Function):
         if need_weight:
             tokens = x.reshape(len(x), -1, x.shape[-1])
             image, slope_image = tokens.mT[..., None], slopes.mT[..., None]
-            one = Rule([1, 1], [0, 0], [1, 1], 1)
-            dw, found = weight_shares(image, slope_image, [1, 1], one, ctx.noise, ctx.made)
+            rule = Rule(ONE, [0, 0], ONE, 1)
+            dw, found = weight_shares(image, slope_image, ONE, rule, ctx.noise, ctx.made)
             dw = dw.reshape(weight.shape).to(weight.dtype)
             total += found
         if need_bias:
