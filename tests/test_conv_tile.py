@@ -14,7 +14,7 @@ from test_conv_noise import exact
 from torch.nn import functional as F
 
 from fastsmooth.kernels import backend, conv_noise, conv_tile
-from fastsmooth.kernels.aot_shares import LAYERS
+from fastsmooth.kernels.aot_shares import LAYERS, layer
 from fastsmooth.kernels.row_noise import row_noise, row_noise_ref
 
 try:
@@ -282,9 +282,8 @@ def test_the_precision_that_is_asked_for_is_that_of_the_products(precision, prod
 
 @pytest.mark.parametrize("samples", [1, 2, 7, 128, 1000])
 @pytest.mark.parametrize("mode", [conv_tile.NORMS, conv_tile.NOISE, conv_tile.SPREAD])
-@pytest.mark.parametrize("name", LAYERS)
-def test_samples_are_split_as_memory_allows_and_programs_are_enough(name, mode, samples):
-    layer = LAYERS[name]
+@pytest.mark.parametrize("layer", [*LAYERS.values(), layer(256, 256, 8)])
+def test_samples_are_split_as_memory_allows_and_programs_are_enough(layer, mode, samples):
     cut = conv_tile.tile(layer, torch.bfloat16, "ieee", mode)
     found, tiles = SPLITS(layer, cut, samples, mode), cut.count(layer)
     assert 1 <= found <= samples
