@@ -37,6 +37,7 @@ except ImportError:  # no triton outside Linux: backend.choose never names it th
     triton = None
 
 NORMS, NOISE, ROWS, SPREAD = range(4)
+OLDEST = (8, 0)  # compute capability
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # of products of float32, by tl.dot's names
 
 JOINED = 256  # weights of a program that joins what splits have summed
@@ -112,6 +113,8 @@ def unfit(x: Tensor, dy: Tensor, kernel: list[int], groups: int) -> str:
         return "no values"
     if max(x[0].numel(), dy[0].numel(), weights) >= 2**31:
         return "2^31 values of a sample or weights"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < OLDEST:
+        return "a GPU without bfloat16 and TF32"
     return ""
 
 
@@ -152,13 +155,16 @@ def width(size: int, most: int) -> int:
 def tile(layer: Layer, dtype: torch.dtype, precision: str, mode: int) -> Tile:
     """For operands of this dtype. In registers together are an accumulator, what it begins at and
     the sum over samples, with 8 warps 32 values a thread of each where a tile is 64 x 128; NORMS,
-    which begins at zero, has room for 128 x 128."""
+    which begins at zero, has room for 128 x 128. Columns of any taps each have an address of their
+    own."""
     low, T = dtype == torch.bfloat16, layer.T
     plain = T < LEAST or (not low and precision == "ieee")  # no tensor cores
     decoded = layer.C < LEAST
     side = 128 if not plain and (low or precision == "tf32") else 64
-    BK = power_of_two(T, 64 if low else 32)
-    BD = power_of_two(layer.d, 64) if decoded else width(layer.C, side)
+    # three products of TF32 have both parts of their operands in registers
+    few = not low and precision == "tf32x3" and mode in (NOISE, SPREAD)
+    BK = power_of_two(T, 64 if low else 16 if few else 32)
+    BD = power_of_two(layer.d, 32) if decoded else width(layer.C, side)
     large = mode == NORMS and BD == 128 and BK >= 32
     BP = width(layer.p, 128) if large else power_of_two(layer.p, 64)
     many = 2 if low and BK == T == 16 and mode != SPREAD else 1
