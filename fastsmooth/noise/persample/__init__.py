@@ -26,11 +26,13 @@ from fastsmooth.noise.persample.passes import (
     Batched,
     Lifted,
     Names,
+    OtherSize,
     Plan,
     Probes,
     Survey,
     WithoutParameters,
     caches_aside,
+    keeps_tensors,
 )
 
 __all__ = ["BN", "NotCovered", "SampleNorms", "sample_norms", "unchanged"]
@@ -93,13 +95,18 @@ def sample_norms(
             frozen   the gradient of sample i with the batch's mean and variance as constants, and
                      the mean of those
 
-    Raises NotCovered, a ValueError, for a batch of one, BatchNorm in training mode without `bn`,
-    a model that mixes the samples in another way or whose output does not begin with them,
+    Raises NotCovered, a ValueError, for fewer than two samples, BatchNorm in training mode without
+    `bn`, a model that mixes the samples in another way or whose output does not begin with them,
     parameters that take no part, a loss that is no mean over samples, and cross-entropy of one
     class, which is 0. Leaves .grad and the buffers alone.
     """
+    if not isinstance(x, Tensor):
+        raise NotCovered(
+            f"the input is a {type(x).__name__}, not a tensor [B, ...]: wrap the model in one that "
+            "makes what it takes from one, as sequences that are filled up to one length"
+        )
     if len(y) < 2:
-        raise NotCovered("a batch of one sample has no noise: use two or more")
+        raise NotCovered("a batch of fewer than two samples has no noise: use two or more")
     if bn not in (None, *BN):
         raise ValueError(f"bn {bn!r}: {about_value('--bn', str(bn), BN)}")
     if len(x) != len(y):
@@ -112,7 +119,13 @@ def sample_norms(
         if way.written_out:
             return written_out(model, names, x, y, loss, noise, way)
         with torch.enable_grad():
-            output, probes = forward(model, names, x, noise, bn, way)
+            try:
+                output, probes = forward(model, names, x, noise, bn, way)
+            except OtherSize as error:
+                way = way_for(model, names, x, bn, str(error))
+                if way.written_out:
+                    return written_out(model, names, x, y, loss, noise, way)
+                output, probes = forward(model, names, x, noise, bn, way)
             mean = loss_of(names, loss, output, y)
         inputs = [*names, *probes.by_module.values()]
         # a weight that is made of parameters of several modules reports to the first of them
@@ -190,8 +203,11 @@ class Way:
 SEEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Way]] = weakref.WeakKeyDictionary()
 
 
-def way_for(model: nn.Module, names: Names, x: Tensor, bn: str | None) -> Way:
+def way_for(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: str = "") -> Way:
     """The way of a model for batches like x [B, ...], whose trainable parameters are `names`.
+
+    why: what kept this batch from going in one, though the few samples had: in them another
+    dimension had their number by chance.
 
     A few samples go through it once for each shape of the input. They are another number than the
     batch has: where the first dimension is the batch, it has that number in every layer, and in a
@@ -199,13 +215,16 @@ def way_for(model: nn.Module, names: Names, x: Tensor, bn: str | None) -> Way:
     """
     model = uncompiled(model)  # the shapes are the same
     few = other_size(len(x))
-    kind = (x.shape[1:], few, bn, model.training, tuple(names.values()))
+    modes = tuple(module.training for module in model.modules())
+    # parameters may be replaced by others of the same names; what a way holds of them is not freed,
+    # so that an id is not given to another
+    kind = (x.shape[1:], x.dtype, few, bn, modes, tuple(names.values()), tuple(map(id, names)))
     ways = SEEN.setdefault(model, {})
-    if kind not in ways:
+    if kind not in ways or why:
         devices = [x.device] if x.device.type == "cuda" else []
         samples = x[torch.arange(few, device=x.device) % len(x)]
         with torch.random.fork_rng(devices=devices):
-            ways[kind] = find_way(model, names, samples, bn)
+            ways[kind] = find_way(model, names, samples, bn, why)
     way = ways[kind]
     if way.plan and len(x) * bytes_of(way.plan.lifted) > LIFTED_BYTES:
         large = max(way.plan.lifted, key=Tensor.numel)
@@ -217,20 +236,42 @@ def bytes_of(params: set[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in params)
 
 
-def find_way(model: nn.Module, names: Names, x: Tensor, bn: str | None) -> Way:
+def find_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: str) -> Way:
     """As way_for, for a few samples x [few, ...]."""
+    random = bn is not None or is_random(model, x)
     with torch.enable_grad():
-        try:
-            way = Way()
-            output, used = batched_output(model, names, x, bn)
-            check_use(names, used, output)
-        except NotCovered as error:
-            way = lifted_way(model, names, x, bn, str(error))
-        else:
-            if not isinstance(output, Tensor):
-                return way  # mean_loss says so
-    check_apart(model, x, bn)
-    return way
+        if not why:
+            try:
+                output, used = batched_output(model, names, x, bn)
+                check_use(model, names, used, output)
+            except Unused:
+                raise
+            except NotCovered as error:
+                why = str(error)
+            else:
+                if not isinstance(output, Tensor):
+                    return Way()  # mean_loss says so
+                check_apart(model, x, random)
+                if random or same_norms(model, names, x, Way()):
+                    return Way()
+                why = OTHERWISE
+        way = lifted_way(model, names, x, bn, why)
+        check_apart(model, x, random)
+        if way.plan and not random and not same_norms(model, names, x, way):
+            way = alone_way(model, names, x, bn, f"{why}; {OTHERWISE}")
+        return way
+
+
+# of a use that no TorchFunctionMode sees, or of samples in another order inside
+OTHERWISE = "its parameters are used in a way that the pass does not see"
+
+
+@torch.no_grad()
+def is_random(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model gives x [few, ...] another output the second time."""
+    with caches_aside(model):
+        first, second = model(x), model(x)
+    return isinstance(first, Tensor) and not torch.equal(first, second)
 
 
 def batched_output(
@@ -250,8 +291,12 @@ class Unused(NotCovered):
     """A parameter takes no part in the output."""
 
 
-def check_use(names: Names, used: set[Tensor], output: Tensor) -> None:
-    """Raises Unused, or NotCovered for a parameter that is used without having been seen."""
+class Unseen(NotCovered):
+    """A parameter does, though no function that a TorchFunctionMode sees takes it."""
+
+
+def check_use(model: nn.Module, names: Names, used: set[Tensor], output: Tensor) -> None:
+    """Raises Unused or Unseen where a parameter was not used in a pass."""
     for p in names:
         if p in used:
             continue
@@ -259,11 +304,14 @@ def check_use(names: Names, used: set[Tensor], output: Tensor) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
             (slope,) = torch.autograd.grad(output.sum(), p, allow_unused=True, retain_graph=True)
         if slope is None:
-            raise Unused(
-                f"{names[p]} takes no part in the forward pass: freeze it with "
-                "requires_grad_(False)"
-            )
-        raise NotCovered(f"{names[p]} is used, but not as it is")
+            remedy = "freeze it with requires_grad_(False)"
+            if keeps_tensors(model):
+                remedy += (
+                    ", or, where a module keeps what it made of it in an earlier call, call "
+                    "model.train() and model.eval() first"
+                )
+            raise Unused(f"{names[p]} takes no part in the forward pass: {remedy}")
+        raise Unseen(f"{names[p]} is used, but not as it is")
 
 
 def lifted_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: str) -> Way:
@@ -273,15 +321,22 @@ def lifted_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: s
         survey = Survey()
         Lifted(names, len(x), x.device, False, bn, Plan(), survey)(model, x)
         with caches_aside(model):
-            check_use(names, survey.met, model(x))
+            check_use(model, names, survey.met, model(x))
         way = Way(survey.plan())
         output, probes = forward(model, names, x, True, bn, way)
         torch.autograd.grad(output.sum(), [*names, *probes.by_module.values()], allow_unused=True)
         return way
+    except Unseen as error:
+        why = f"{why}; {error}"
     except (NotCovered, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of whatever vmap or autograd cannot do with this model
         why = f"{why}; {first_line(error)}"
+    return alone_way(model, names, x, bn, why)
+
+
+def alone_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: str) -> Way:
+    """That of a model whose gradients are to be written out, because of `why`."""
     if bn is not None:
         raise NotCovered(f"{why}: with --bn {bn} no other way to the gradients of samples is known")
     params = {name: p for p, name in names.items()}
@@ -299,14 +354,14 @@ def first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def check_apart(model: nn.Module, x: Tensor, bn: str | None) -> None:
+def check_apart(model: nn.Module, x: Tensor, random: bool) -> None:
     """Raises NotCovered for a model that gives one of x [few, ...] another output alone than among
-    the others. What --bn covers, or is random, is left out: then it is in evaluation mode."""
+    the others. What --bn covers, or is `random`, is left out: then it is in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
     with caches_aside(model):
         try:
-            if bn is not None or not torch.equal(model(x), model(x)):
-                model.eval()
+            for module in modes if random else ():
+                module.training = False  # model.eval() would call what a model does in its place
             whole = model(x)
             try:
                 alone = torch.cat([model(sample) for sample in x.split(1)])
@@ -315,6 +370,8 @@ def check_apart(model: nn.Module, x: Tensor, bn: str | None) -> None:
         finally:
             for module, training in modes.items():
                 module.training = training
+    if not whole.numel():
+        raise NotCovered(f"the output {list(whole.shape)} has no values")
     close = torch.finfo(whole.dtype).eps ** 0.5
     size = whole.abs().max().item()
     if alone.shape != whole.shape or not torch.allclose(
@@ -324,6 +381,34 @@ def check_apart(model: nn.Module, x: Tensor, bn: str | None) -> None:
             "the model gives a sample another output in another batch: its samples mix, so that "
             "no gradient belongs to one of them"
         )
+
+
+def same_norms(model: nn.Module, names: Names, x: Tensor, way: Way) -> bool:
+    """Whether the norms of x [few, ...] by `way`, under a loss of weighted sums of the output, are
+    those of one backward pass a sample; the passes share a forward pass, and so its rounding.
+
+    It bounds what rounding can do in float32 to a network of ReLUs, and finds uses that are not
+    reported, or reported twice, or for another sample.
+    """
+
+    def values(output: Tensor) -> Tensor:  # [few]
+        rows = output.flatten(1)
+        return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device).cos().to(rows.dtype)
+
+    output, probes = forward(model, names, x, False, None, way)
+    found = torch.autograd.grad(
+        values(output).mean(), list(probes.by_module.values()), allow_unused=True
+    )
+    with caches_aside(model):
+        losses = values(model(x))
+    exact = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(names), allow_unused=True, retain_graph=True)
+        squares = [g.to(wide_dtype(x.device)).square().sum() for g in grads if g is not None]
+        exact.append(torch.stack(squares).sum())
+    total, expected = torch.stack([s for s in found if s is not None]).sum(0)[0], torch.stack(exact)
+    close = min(32 * torch.finfo(output.dtype).eps ** 0.5, 0.5)
+    return torch.allclose(total, expected, rtol=close, atol=close * expected.max().item())
 
 
 def written_out(

@@ -498,7 +498,7 @@ class Embedding(torch.autograd.Function):
         index, weight = ctx.saved_tensors
         batch, (words, width), wide = len(index), weight.shape, ctx.like.dtype
         index, dy = index.reshape(batch, -1), dy.reshape(-1, width).to(buffer_dtype(dy.dtype))
-        dy = dy.masked_fill((index == ctx.padding).view(-1, 1), 0)
+        dy = dy.masked_fill((index == ctx.padding).reshape(-1, 1), 0)
         of_sample = torch.arange(batch, device=index.device)[:, None] * words
         pairs, place = torch.unique(index + of_sample, return_inverse=True)
         g = dy.new_zeros(len(pairs), width).index_add_(0, place.flatten(), dy)

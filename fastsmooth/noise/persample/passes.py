@@ -65,18 +65,47 @@ class WithoutParameters(TorchFunctionMode):
 @contextmanager
 def caches_aside(model: nn.Module) -> Iterator[None]:
     """Have what the modules keep from one call to the next as it was: tensors of one pass, with its
-    graph, are of no use in another."""
+    graph, are of no use in another. Those of a pass before are not there meanwhile."""
     kept = [
         (module, name, value.copy() if isinstance(value, dict | list) else value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if not name.startswith("_") and isinstance(value, dict | list | Tensor | None)
+        for module, name, value in attributes(model)
     ]
+    for _, _, value in attributes(model):
+        if isinstance(value, dict):
+            for key in [key for key, v in value.items() if of_a_pass(v)]:
+                del value[key]
     try:
         yield
     finally:
         for module, name, value in kept:
             vars(module)[name] = value
+
+
+def attributes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(module, name, value) of what modules have beside parameters, buffers and modules, and may
+    keep tensors in."""
+    return [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, dict | list | Tensor | None)
+    ]
+
+
+def of_a_pass(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
+
+
+def keeps_tensors(model: nn.Module) -> bool:
+    """Whether a module has tensors by some key, as those have that keep them for the next call."""
+    return any(
+        isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values())
+        for _, _, value in attributes(model)
+    )
+
+
+class OtherSize(NotCovered):
+    """An input of a layer does not have the samples in its first dimension."""
 
 
 class Probes:
@@ -116,20 +145,15 @@ class Batched(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         held = [p for p in tensors_in((*args, *kwargs.values())) if p in self.names]
-        # without a gradient: compiled code, whose layers reported when it was traced; __get__ asks
-        # for a shape, a dtype
-        if (
-            not (held or function is F.batch_norm)
-            or not torch.is_grad_enabled()
-            or getattr(function, "__name__", "") == "__get__"
-        ):
+        # without a gradient: compiled code, whose layers reported when it was traced
+        if not (held or function is F.batch_norm) or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         covered = RULES.get(function)
         if covered is None:
             result = function(*args, **kwargs)
-            if list(tensors_in([result])):
-                raise NotCovered(f"{self.names[held[0]]} is used by {function.__name__}")
-            return result  # a fact about the parameter: a tracing compiler asks for some
+            if any(t.requires_grad for t in tensors_in([result])):
+                raise NotCovered(f"{self.names[held[0]]} is used by {name_of(function)}")
+            return result  # a fact about the parameter, as its shape, or its value without a graph
         for p in held:
             if p in self.used:
                 raise NotCovered(f"{self.names[p]} is used more than once")
@@ -137,19 +161,26 @@ class Batched(TorchFunctionMode):
         try:
             return self.call(covered, held, *args, **kwargs)
         except NotCovered as error:
-            raise NotCovered(f"{named(self.names, held)}{error}") from None
+            raise type(error)(f"{named(self.names, held)}{error}") from None
 
     def call(
         self, covered: Covered, held: list[Tensor], input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """A rule for an input [B, ...], each of whose samples is a batch of one."""
         if input.shape[0] != self.batch:
-            raise NotCovered(
+            raise OtherSize(
                 f"its input {list(input.shape)} for {self.batch} samples does not have them in its "
                 "first dimension"
             )
         report = Report(self.probes.of(held), self.noise, self.bn)
         return covered.rule(report, input[:, None], *args, **kwargs).flatten(0, 1)
+
+
+def name_of(function: Function) -> str:
+    """As it is written: that of an attribute is T, for Tensor.T.__get__."""
+    if function.__name__ == "__get__":
+        return getattr(function, "__self__", function).__name__
+    return function.__name__
 
 
 def named(names: Names, held: list[Tensor]) -> str:
@@ -250,6 +281,7 @@ class Lifted(TorchFunctionMode):
         self.names, self.noise, self.bn, self.plan, self.survey = names, noise, bn, plan, survey
         self.probes = Probes(names, batch, device)
         self.inside: dict[Tensor, Tensor] = {}  # the lifted parameters, of one sample
+        self.reported: set[Tensor] = set()
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         """The outputs [B, ...] of the model for x [B, ...]."""
@@ -287,10 +319,13 @@ class Lifted(TorchFunctionMode):
                 if found is not None:
                     return found
         args, kwargs = self.lift(args), {key: self.lift(v) for key, v in kwargs.items()}
-        if self.survey is not None:
-            held = list(tensors_in((*args, *kwargs.values())))
-            if any(map(is_batched, held)):
-                self.survey.others += [self.parents(t) for t in held if not is_batched(t)]
+        held = list(tensors_in((*args, *kwargs.values())))
+        if any(map(is_batched, held)):
+            others = [self.parents(t) for t in held if not is_batched(t)]
+            if self.survey is not None:
+                self.survey.others += others
+            elif any(others):
+                self.refuse(set().union(*others))
         return FOLDED.get(function, function)(*args, **kwargs)
 
     def by_rule(self, covered: Covered, given: dict[str, Any]) -> Tensor | None:
@@ -307,11 +342,14 @@ class Lifted(TorchFunctionMode):
                 return None
             late = self.lift(bias)[(..., *[None] * covered.behind_bias)]
             given |= {"bias": None}
+        taken = set() if late is not None else of_bias
         if self.survey is not None:
-            taken = set() if late is not None else of_bias
             self.survey.calls.append(Call(covered, of_weight, taken, by_itself))
             self.survey.others += [of_bias] if late is not None else []
-        held = [p for p in self.names if p in of_weight | of_bias]
+        elif self.reported & (of_weight | taken):
+            self.refuse(self.reported & (of_weight | taken))
+        self.reported |= of_weight | taken
+        held = [p for p in self.names if p in of_weight | taken]
         made = None
         if weight is not None and not by_itself:
             made = Made(weight, [p for p in self.names if p in of_weight])
@@ -322,6 +360,11 @@ class Lifted(TorchFunctionMode):
         except NotCovered as error:
             raise NotCovered(f"{named(self.names, held)}{error}") from None
         return y if late is None else y + late
+
+    def refuse(self, params: set[Tensor]) -> None:
+        """As when a model takes another path than it took when it was looked at."""
+        name = next(name for p, name in self.names.items() if p in params)
+        raise NotCovered(f"{name} is used in another way than in the call before")
 
     def lift(self, value: Any) -> Any:
         """An argument with the lifted parameters in the place of those that they are."""
