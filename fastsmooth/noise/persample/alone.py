@@ -6,10 +6,13 @@ that cannot batch the model, by a backward pass a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise.losses import Loss
@@ -70,6 +73,29 @@ def one_by_one(
     model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor, loss: Loss
 ) -> Iterator[list[Tensor]]:
     for xs, ys in zip(x.split(1), y.split(1), strict=True):
-        value = loss(model(xs), ys).mean()
+        with PairedBatchNorm():
+            output = model(xs)
+        value = loss(output, ys).mean()
         grads = torch.autograd.grad(value, list(params.values()))
         yield [g[None] for g in grads]
+
+
+class PairedBatchNorm(TorchFunctionMode):
+    """Has F.batch_norm take a sample alone twice, on a CPU: of a batch of one the backward pass of
+    PyTorch 2.14 takes the layout of the slopes for that of the input, and is wrong where they are
+    transposed."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if function is F.batch_norm:
+            x, *others = args or (given.pop("input"),)
+            if len(x) == 1 and x.device.type == "cpu":
+                return function(torch.cat([x, x]), *others, **given)[:1]
+            args = (x, *others)
+        return function(*args, **given)
