@@ -3,8 +3,10 @@
 
 Case persample/<model>/<norm>/b<batch> is a training step, forward, backward and an update of
 torch.optim.SGD with momentum, that also finds the squared gradient norm of every sample. <norm> is
-group (GroupNorm) or batch (BatchNorm in evaluation mode, with the batch's own statistics as running
-statistics). Every variant has the same weights and images, in channels-last order but for Opacus
+group (GroupNorm), batch (BatchNorm in evaluation mode, with the batch's own statistics as running
+statistics) or timm (a network of timm at 64 pixels, whose class tokens, positions and layer scales
+are parameters of no layer, its weights disturbed by 0.02 so that no layer scale is nearly 0). Every
+variant has the same weights and images, in channels-last order but for Opacus
 and vmap, and must find in float64 what one backward pass a sample does. Variants:
 
     plain            the step alone
@@ -52,6 +54,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -85,8 +88,9 @@ NORM_FLOP, NOISE_FLOP = 2, 5
 # differently, and where a ReLU's input is that near to zero its gradient jumps: up to 1e-3 of a
 # squared norm, in whichever way it is computed.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
-PEERS = ("opacus", "backpack-for-pytorch")  # the extra "bench"
-TESTS = ("test_persample.py", "test_conv_noise.py", "test_modes.py")
+# the extra "bench", and the networks of the cases timm
+PEERS = ("opacus", "backpack-for-pytorch", "timm")
+TESTS = ("test_persample.py", "test_persample_layers.py", "test_conv_noise.py", "test_modes.py")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class NormCase:
     batch_size: int
     steps: int
     names: tuple[str, ...] = ()  # of its variants; empty: all
+    size: int = SIZE  # pixels a side
+    options: tuple[tuple[str, Any], ...] = ()  # of a network of timm
     rounds: int = 6
     budget: float = 240.0  # seconds for all rounds
     lead: int = 1
@@ -152,10 +158,22 @@ class FullCase:
         return [Variant(name, FULLS[name], (self,)) for name in kept]
 
 
+# BackPACK extends the layers of torch.nn that a model is a sequence of, and these are none
+TIMM = ("plain", "ours", "ours_inner", "opacus", "opacus_ghost", "vmap", "loop")
 CASES = (
     *(NormCase("resnet18", norm, 32, steps=1) for norm in ("group", "batch")),
     *(NormCase("resnet20", norm, 32, steps=5) for norm in ("group", "batch")),
     NormCase("resnet18", "group", 128, steps=1, names=("plain", "ours", "ours_inner")),
+    NormCase(
+        "vit_tiny_patch16_224",
+        "timm",
+        32,
+        steps=2,
+        size=64,
+        options=(("img_size", 64),),
+        names=TIMM,
+    ),
+    NormCase("convnext_atto", "timm", 32, steps=2, size=64, names=TIMM),
     FullCase("resnet20"),
 )
 QUICK = (
@@ -187,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def versions_of_peers() -> dict[str, str | None]:
-    """Of each library of the extra "bench"; None where it is not installed."""
+    """Of each library; None where it is not installed."""
     found: dict[str, str | None] = {}
     for name in PEERS:
         try:
@@ -199,6 +217,9 @@ def versions_of_peers() -> dict[str, str | None]:
 
 def bench(case: NormCase | FullCase, names: set[str], report: timing.Report) -> None:
     report.say(case.name)
+    if isinstance(case, NormCase) and case.norm == "timm" and not find_spec("timm"):
+        report.say("  not measured: timm is not installed")
+        return
     variants = case.variants(names | {case.ratio_to})
     needed = {case.ratio_to, *(v.name for v in variants if v.name.startswith("ours"))}
     about: dict[str, Any] = {"not_measured": [], "variants": {v.name: {} for v in variants}}
@@ -218,7 +239,7 @@ def bench(case: NormCase | FullCase, names: set[str], report: timing.Report) -> 
     lines = timing.table(result, "images", found)
     if isinstance(case, NormCase):
         add_allocations(case, [v for v in variants if v.name in found], result, about["variants"])
-        about["floor"] = floor(case.model, case.norm, case.batch_size)
+        about["floor"] = floor(case)
         lines += describe(result, about)
     for line in lines:
         report.say(line)
@@ -277,13 +298,25 @@ def model_and_batch(
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
         backend.fp32_precision = "ieee"  # as fastsmooth.train has it
     torch.manual_seed(0)
-    model = models.build(case.model, CLASSES, case.norm)
-    x = torch.randn(case.batch_size, 3, SIZE, SIZE)
+    model = built(case)
+    x = torch.randn(case.batch_size, 3, case.size, case.size)
     y = torch.randint(CLASSES, (case.batch_size,))
     if case.norm == "batch":
         set_running_statistics(model, x)
     form = {"device": case.device, "dtype": dtype, "memory_format": memory_format}
     return model.to(**form), x[:count].to(**form), y[:count].to(case.device)
+
+
+def built(case: NormCase) -> nn.Module:
+    if case.norm != "timm":
+        return models.build(case.model, CLASSES, case.norm)
+    import timm
+
+    model = timm.create_model(case.model, num_classes=CLASSES, **dict(case.options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
 
 
 @torch.no_grad()
@@ -429,6 +462,7 @@ def backpack(s: NormStep) -> Gradient:
 
 
 def vmapped(s: NormStep) -> Gradient:
+    ignore_warnings()  # of what it does sample by sample
     # the optimizer changes them in place
     params = {name: p.detach() for name, p in s.model.named_parameters()}
 
@@ -456,7 +490,8 @@ def loop(s: NormStep) -> Gradient:
         for x, y in zip(s.x.split(1), s.y.split(1), strict=True):
             grads = torch.autograd.grad(F.cross_entropy(s.model(x), y), s.params)
             squares.append(torch.stack(torch._foreach_norm(grads)).square().sum())
-            total = add(total, grads)
+            # cloned, since one may be a part of another's memory, as a class token's of positions'
+            total = [g.clone() for g in grads] if total is None else add(total, grads)
             del grads  # before there are others
         s.keep(torch._foreach_div(total, len(s.y)))
         return {"squares": torch.stack(squares)}
@@ -667,7 +702,7 @@ def allocated_bytes_on_gpu(variant: Variant) -> tuple[int, int]:
 # The least that a step must compute
 
 
-def floor(model: str, norm: str, batch_size: int) -> dict[str, Any]:
+def floor(case: NormCase) -> dict[str, Any]:
     """FLOPs of a training step, and of norms beside it where a sample's weight gradient is a step's
     own intermediate.
 
@@ -676,8 +711,8 @@ def floor(model: str, norm: str, batch_size: int) -> dict[str, Any]:
     Convolutions and linear layers alone: the rest of a step is not arithmetic that counts.
     """
     layers = [
-        {"layer": name, "step_flop": step * batch_size, "values": values * batch_size}
-        for name, step, values in counted_layers(model, norm)
+        {"layer": name, "step_flop": step * case.batch_size, "values": values * case.batch_size}
+        for name, step, values in counted_layers(case)
     ]
     step, values = (sum(layer[key] for layer in layers) for key in ("step_flop", "values"))
     total = {"layer": "all", "step_flop": step, "values": values}
@@ -692,22 +727,23 @@ def shares(layer: dict[str, Any], step: int) -> dict[str, Any]:
     }
 
 
-def counted_layers(name: str, norm: str) -> list[tuple[str, int, int]]:
+def counted_layers(case: NormCase) -> list[tuple[str, int, int]]:
     """(name, FLOPs of a step, parameters) of each convolution and linear layer, for one sample;
     nothing is computed."""
     found: list[tuple[str, int, int]] = []
 
     def note(label: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        macs = output.numel() // output.shape[1] * layer.weight.numel()
+        outputs = output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+        macs = output.numel() // outputs * layer.weight.numel()
         passes = 3 if inputs[0].requires_grad else 2  # the images need no gradient
         found.append((label, passes * 2 * macs, sum(p.numel() for p in layer.parameters())))
 
     with torch.device("meta"):
-        model = models.build(name, CLASSES, norm)
+        model = built(case)
         for label, layer in model.named_modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.register_forward_hook(partial(note, label))
-        model(torch.empty(1, 3, SIZE, SIZE))
+        model(torch.empty(1, 3, case.size, case.size))
     return found
 
 

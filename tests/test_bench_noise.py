@@ -59,6 +59,8 @@ def test_the_cases_are_those_that_are_documented(monkeypatch):
         "persample/resnet20/group/b32": everything,
         "persample/resnet20/batch/b32": everything,
         "persample/resnet18/group/b128": ["plain", "ours", "ours_inner"],
+        "persample/vit_tiny_patch16_224/timm/b32": [n for n in everything if n != "backpack"],
+        "persample/convnext_atto/timm/b32": [n for n in everything if n != "backpack"],
         "fullgrad/resnet20": fulls,
     }
     for case in bench_noise.CASES:
@@ -91,6 +93,31 @@ def test_every_variant_finds_the_norms_of_one_backward_pass_a_sample_and_makes_t
     assert set(step.first) == expected and step.error() < 1e-10
     for p, q in zip(step.params, base.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+VIT = NormCase(
+    "vit_tiny_patch16_224", "timm", 3, 1, size=32, options=(("img_size", 32), ("depth", 1))
+)
+
+
+@pytest.mark.parametrize("variant", bench_noise.TIMM)
+def test_variants_find_the_norms_of_a_network_with_tokens_or_say_that_they_cannot(variant):
+    pytest.importorskip("timm")
+    if variant in PEERS:
+        pytest.importorskip(PEERS[variant])
+    step = NormStep(VIT, variant, bench_noise.one_by_one(VIT, torch.float64, 3), torch.float64)
+    step()
+    step.check()
+    assert step.error() < 1e-10
+
+
+def test_the_floor_of_a_linear_layer_over_tokens_is_what_a_hand_counts():
+    pytest.importorskip("timm")
+    layers = {layer["layer"]: layer for layer in bench_noise.floor(VIT)["layers"]}
+    stem, mix = layers["patch_embed.proj"], layers["blocks.0.mlp.fc1"]
+    assert stem["step_flop"] == 3 * 2 * 2 * (2 * 2 * 192 * 3 * 16 * 16)
+    assert mix["step_flop"] == 3 * 3 * 2 * (5 * 192 * 768)  # four patches and the class token
+    assert mix["values"] == 3 * (192 * 768 + 768)
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.norm)
@@ -212,7 +239,7 @@ def test_allocations_are_those_at_the_peak_of_a_step():
 
 
 def test_the_floor_is_what_a_hand_counts():
-    found = bench_noise.floor("resnet8", "group", 32)
+    found = bench_noise.floor(NormCase("resnet8", "group", 32, steps=1))
     layers = {layer["layer"]: layer for layer in found["layers"]}
     stem, conv, head = layers["stem"], layers["stages.1.0.conv1"], layers["head"]
     # images need no gradient: forward pass and weight gradient alone

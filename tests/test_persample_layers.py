@@ -568,3 +568,58 @@ def test_one_sample_at_a_time_is_not_met_by_the_fault_of_batch_norm(monkeypatch)
     found = norms_of(model, x)
     check(found, rows)
     assert found.how
+
+
+# What the first look at a model must not be misled by, or change
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_dimension_may_have_the_size_of_the_few_samples_that_are_looked_at(size):
+    class Second(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = Second().double()
+    x = torch.randn(size, 5 - size, 4, dtype=torch.float64)  # 3 samples look at 2, 2 at 3
+    for _ in range(2):
+        check(norms_of(model, x), rows_of(model, x))
+
+
+class Merging(nn.Module):
+    """Folds a part of its weight into another in evaluation mode, as adapters do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.merged = nn.Linear(3, 3), False
+
+    def train(self, mode: bool = True) -> "Merging":
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.dropout(x, training=self.training)) * (2 if self.merged else 1)
+
+
+def test_what_a_model_does_when_its_mode_changes_is_not_done():
+    torch.manual_seed(0)
+    model, x = Merging().double().train(), normal(3)
+    norms_of(model, x)
+    assert not model.merged and model.training
+
+
+def test_what_is_no_batch_of_tensors_is_refused():
+    model, x = nn.Linear(3, 3).double(), normal(3)
+    packed = nn.utils.rnn.pack_sequence([x, x[:2]])
+    for given, why in (
+        (packed, "the input is a PackedSequence, not a tensor"),
+        (x[:1], "fewer than two samples"),
+        (x[:0], "fewer than two samples"),
+        (x[:, None][:, :0], r"the output \[2, 0, 3\] has no values"),
+    ):
+        with pytest.raises(NotCovered, match=why):
+            sample_norms(model, given, torch.zeros(len(given)), loss=F.mse_loss)
