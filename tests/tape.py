@@ -21,7 +21,10 @@ from torch.utils._pytree import tree_leaves
 from fastsmooth.kernels import augment, tally, update
 from fastsmooth.training import build, device
 
-HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero"}
+HOST_READS = {
+    f"aten::{name}"
+    for name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_unique2")
+}
 KERNELS = (augment, tally, update)  # whose launches are recorded
 
 

@@ -950,6 +950,7 @@ def test_what_auto_chose_before_is_chosen_again(tmp_path):
         "compile": "on",
         "kernels": "triton",
         "estimator": "micro-batch",
+        "measure": "apart",
     }
     c = config("--track-noise", "every=9", "--loader", "threads")
     again = as_before(c, before | {"torch": "2.10"}, "checkpoints")

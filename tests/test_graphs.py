@@ -4,6 +4,7 @@ ones. What a GPU does with them is in test_gpu.py."""
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -23,9 +24,10 @@ from fastsmooth.train import main
 from fastsmooth.training import build, graphs, loop, modes
 from fastsmooth.training import device as machine
 from fastsmooth.training.clock import Clock
-from fastsmooth.training.graphs import Graphs, Pace
+from fastsmooth.training.graphs import Graphs, Kind, Pace
 from fastsmooth.training.plan import make_plan
 
+STEP = ["--measure", "step", "--track-noise"]
 HYBRID = ["--method", "hybrid", "--decay-epoch", "1"]
 RUNS = {
     "sgd, exp": ["--method", "exp"],
@@ -59,6 +61,19 @@ RUNS = {
     ],
     "per-sample": ["--track-noise", "every=7", "--norm", "group", *HYBRID],
     "parts of a batch": ["--track-noise", "every=7", "--optimizer", "qhm", *HYBRID],
+    "measured steps": [*STEP, "every=2", "--norm", "group", "--optimizer", "shb", *HYBRID],
+    "measured steps, batch statistics": [*STEP, "every=3", "--bn", "batch", *HYBRID],
+    "measured steps alone": [*STEP, "every=1", "--norm", "group", "--method", "exp"],
+    "measured steps, dropout": [*STEP, "every=2", "--bn", "batch", "--model", "with dropout"],
+    "measured steps, bf16": [
+        *(*STEP, "every=2", "--bn", "batch", "--precision", "bf16", "--budget", "updates=16"),
+        *("--optimizer", "nshb", "--batchsize", "32"),
+    ],
+    "measured steps, threads": [
+        *(*STEP, "every=2", "--norm", "group", "--loader", "threads", "--augment", "crop-flip"),
+        *("--chunk", "100"),
+    ],
+    "measured steps, tokens": [*STEP, "every=2", "--model", "of tokens"],
 }
 
 
@@ -73,6 +88,7 @@ def recorders(monkeypatch) -> list[TapeRecorder]:
 
     monkeypatch.setattr(build, "CudaRecorder", recorder)
     monkeypatch.setitem(models.BUILDERS, "with dropout", with_dropout)
+    monkeypatch.setitem(models.BUILDERS, "of tokens", of_tokens)
     monkeypatch.setattr(machine, "choose_graphs", lambda c, *others: c.graphs)
     return made
 
@@ -81,6 +97,23 @@ def with_dropout(classes: int) -> nn.Module:
     model = models.build("resnet8", classes)
     model.head = nn.Sequential(nn.Dropout(0.3), model.head)
     return model
+
+
+class Tokens(nn.Module):
+    """Patches with places, whose parameters are one a sample while it is measured."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.patch, self.place = nn.Conv2d(3, 8, 4, 4), nn.Parameter(0.1 * torch.randn(1, 4, 8))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, classes)
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).mT + self.place
+        return self.head(self.norm(tokens.tanh()).mean(dim=1))
+
+
+def of_tokens(classes: int) -> nn.Module:
+    return Tokens(classes)
 
 
 def run(out: Path, *flags: str, code: int = 0) -> Path:
@@ -100,6 +133,11 @@ def test_replayed_updates_end_in_the_bits_of_ordinary_ones(name, tmp_path, recor
     summary = json.loads((replayed / "summary.json").read_text())
     assert summary["captured_graphs"] == len(recorder.tapes) > 0
     assert sum(tape.replays for tape in recorder.tapes) >= 9
+    if name.startswith("measured steps"):
+        every = int(RUNS[name][len(STEP)].removeprefix("every="))
+        measured = [row for row in read_rows(replayed) if row["kind"] == "measure"]
+        # at 64 samples, or all at one size: the first measured update as it is, the others replayed
+        assert len(measured) > 7 and len(recorder.tapes) >= (2 if every > 1 else 1)
 
 
 def test_every_size_that_lasts_is_captured_once_and_two_are_kept(tmp_path, recorders):
@@ -111,8 +149,11 @@ def test_every_size_that_lasts_is_captured_once_and_two_are_kept(tmp_path, recor
     assert recorder.most_alive == 2
 
 
-def test_an_interrupted_run_goes_on_in_the_same_bits(tmp_path, recorders):
-    flags = [*RUNS["shb, hybrid"], "--graphs", "on", "--checkpoint-every", "5"]
+@pytest.mark.parametrize(
+    "name", ["shb, hybrid", "measured steps", "measured steps, batch statistics"]
+)
+def test_an_interrupted_run_goes_on_in_the_same_bits(name, tmp_path, recorders):
+    flags = [*RUNS[name], "--graphs", "on", "--checkpoint-every", "5"]
     whole = run(tmp_path / "whole", *flags)
     parted = run(tmp_path / "parted", *flags, "--max-time", "0.8", code=75)
     assert main(["--resume", "--out", str(parted), "--max-time", "1h"]) == 0
@@ -204,15 +245,16 @@ def test_a_number_kept_in_python_shows(tmp_path, recorders, monkeypatch):
 class Counting:
     """An update that is counted, and a recorder that may have no room."""
 
-    class step:
-        dtype = torch.float32
-
-    def __init__(self, room: bool = True, fails: bool = False):
+    def __init__(self, room: bool = True, fails: str = ""):
         self.room, self.fails, self.done = room, fails, []
+        self.step = SimpleNamespace(dtype=torch.float32, norms=None)
 
-    def __call__(self, images, size, cursor=None, before_update=lambda: None) -> None:
+    def __call__(
+        self, images, size, cursor=None, before_update=lambda: None, measured=False
+    ) -> None:
         before_update()
-        self.done.append(size)
+        self.step.norms = object() if measured else None
+        self.done.append((size, "measured") if measured else size)
 
     def warm(self, update) -> None:
         self.done.append("warm")
@@ -222,7 +264,10 @@ class Counting:
         return self.room
 
     def record(self, update):
-        if self.fails:
+        done, self.done = self.done, []
+        update()  # captured, so not done
+        (captured,), self.done = self.done, done
+        if self.fails == "all" or (self.fails and isinstance(captured, tuple)):
             raise RuntimeError("operation not permitted when stream is capturing")
         self.done.append("record")
         return self
@@ -242,9 +287,12 @@ class Source:
 
 
 def doing(fake: Counting, sizes: list[int], wanted: set[int], strict: bool = False) -> list:
-    does = Graphs(fake, frozenset(wanted), 1, fake, strict, Clock())
+    """What is done of updates of these sizes, of which negative ones are measured."""
+    kinds = frozenset(Kind(abs(size), size < 0) for size in wanted)
+    does = Graphs(fake, kinds, 1, fake, strict, Clock())
     for size in sizes:
-        does(Batch(Source(), size, size))
+        does(Batch(Source(), abs(size), abs(size)), measured=size < 0)
+        assert (fake.step.norms is not None) == (size < 0)
     return fake.done
 
 
@@ -259,7 +307,62 @@ def test_the_graph_that_the_schedule_has_left_is_given_back_first():
     ]
 
 
-@pytest.mark.parametrize("fake", [Counting(room=False), Counting(fails=True)])
+def test_measured_updates_have_graphs_of_their_own_and_two_are_kept_in_all():
+    """One a size of each kind; those of the size before are given back first, in their order."""
+    assert doing(Counting(), [-8, 8, 8, -8, 8, -8], {8, -8}) == [
+        *("warm", (8, "measured"), "warm", 8, "record", "replay", "record", "replay"),
+        *("replay", "replay"),
+    ]
+    done = doing(Counting(), [-1, -1, 1, 1, -2, 2, 2, -2, 2, -2], {1, -1, 2, -2})
+    assert [word for word in done if word in ("record", "reset", "replay")] == [
+        *("record", "replay", "record", "replay"),
+        *("reset", "record", "replay", "reset", "record", "replay", "replay", "replay"),
+    ]
+    # where none lasts, they are done as they are
+    assert doing(Counting(), [-8, -8, 8, 8], {8})[:2] == [(8, "measured")] * 2
+
+
+def test_measured_updates_are_captured_where_enough_of_them_last(tmp_path, recorders):
+    """Of 66 updates of 64 samples 22 are measured, or two; three are asked for."""
+    for every, captured in ((3, 2), (40, 1)):
+        flags = [*STEP, f"every={every}", "--norm", "group", "--graphs", "on"]
+        out = run(tmp_path / str(every), *flags)
+        assert json.loads((out / "summary.json").read_text())["captured_graphs"] == captured
+
+
+def test_room_is_left_for_the_update_that_takes_most(monkeypatch):
+    peaks = iter([700, 300])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    recorder = graphs.CudaRecorder(torch.device("cuda"), lambda: None)
+    for _ in range(2):
+        recorder.warm(lambda: None)
+    assert recorder.needed == 600
+
+
+def test_what_a_replay_leaves_is_what_its_capture_left():
+    fake = Counting()
+    does = Graphs(fake, frozenset({Kind(4, True), Kind(8, True)}), 1, fake, False, Clock())
+    left: dict[int, list] = {4: [], 8: []}
+    for size in (4, 4, 8, 8, 4, 8):
+        does(Batch(Source(), size, size), measured=True)
+        left[size].append(fake.step.norms)
+    assert left[4][1] is left[4][2] and left[8][1] is left[8][2]
+    assert left[4][1] is not left[8][1] and left[4][0] is not left[4][1]
+
+
+def test_a_measured_update_that_cannot_be_captured_leaves_the_others_captured(capsys):
+    fake = Counting(fails="measured")
+    assert doing(fake, [-8, -8, -8, 8, 8], {8, -8}) == [
+        *("warm", (8, "measured"), (8, "measured"), (8, "measured")),
+        *("warm", 8, "record", "replay"),
+    ]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no more measured updates are captured as CUDA graphs: at 8 samples, " in line
+
+
+@pytest.mark.parametrize("fake", [Counting(room=False), Counting(fails="all")])
 def test_without_room_or_where_a_capture_fails_updates_are_done_as_they_are(fake, capsys):
     assert doing(fake, [8, 8, 8], {8}) == ["warm", 8, 8, 8]
     said = capsys.readouterr().err.splitlines()
@@ -270,7 +373,7 @@ def test_without_room_or_where_a_capture_fails_updates_are_done_as_they_are(fake
 
 def test_shares_of_unequal_size_are_done_as_they_are():
     fake = Counting()
-    does = Graphs(fake, frozenset({9}), 2, fake, False, Clock())
+    does = Graphs(fake, frozenset({Kind(9, False)}), 2, fake, False, Clock())
     for _ in range(3):
         does(Batch(Source(), 5, 9))
     assert fake.done == [9, 9, 9]

@@ -1,5 +1,7 @@
 """Per-sample gradient norms beside the obvious: one backward pass a sample, in float64."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from fastsmooth import models
 from fastsmooth.kernels.persample_noise import persample_noise_ref
 from fastsmooth.kernels.update import Rule
-from fastsmooth.noise.persample import NotCovered, sample_norms
+from fastsmooth.noise.persample import NotCovered, layers, sample_norms, training_norms
 
 CLASSES = 7
 
@@ -437,3 +439,172 @@ def test_a_model_of_one_output_is_refused():
     x, y = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
     with pytest.raises(NotCovered, match="one class"):
         sample_norms(nn.Linear(4, 1), x, y)
+
+
+# Precision
+
+
+class Tokens(nn.Module):
+    """A small vision transformer: patches, a token of its own, places, two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.own = nn.Parameter(torch.zeros(1, 1, 16))
+        self.place = nn.Parameter(0.02 * torch.randn(1, 5, 16))
+        block = nn.TransformerEncoderLayer(
+            16, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.ModuleList([copy.deepcopy(block) for _ in range(2)])
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).mT
+        x = torch.cat([self.own.expand(len(x), -1, -1), x], dim=1) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+MIXED = {
+    "GroupNorm": lambda: models.build("resnet8", CLASSES, "group").train(),
+    "BatchNorm, evaluation mode": lambda: models.build("resnet8", CLASSES).eval(),
+    "tokens": lambda: Tokens().train(),
+}
+
+
+def of_samples(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """||g_i||^2 and ||g_i - g||^2 of the rows g_i [B, P]."""
+    return rows.square().sum(1), (rows - rows.mean(0)).square().sum(1)
+
+
+def errors(found, exact) -> list[float]:
+    """Root mean squares over the samples of the relative errors of norms and deviations, and the
+    relative error of the sum of squared deviations, of which C2 is made."""
+    roots = [((a / b).sqrt() - 1).square().mean().sqrt() for a, b in zip(found, exact, strict=True)]
+    return [e.item() for e in (*roots, (found[1].sum() / exact[1].sum() - 1).abs())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_under_autocast_norms_are_as_right_as_those_of_one_pass_a_sample(name, dtype):
+    """Beside float64: no further off than plain PyTorch's, which are some 1e-2."""
+    torch.manual_seed(0)
+    model, x, y = MIXED[name](), torch.randn(16, 3, 8, 8), torch.randint(CLASSES, (16,))
+    exact = of_samples(rows_of(copy.deepcopy(model).double(), x.double(), y))
+    x = x.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample_norms(model, x, y)
+        plain = of_samples(rows_of(model, x, y).double())
+    assert {g.dtype for g in found.grads} == {torch.float32} and not found.how
+    own, theirs = errors((found.squares, found.noise), exact), errors(plain, exact)
+    assert all(1e-4 < e < 2e-2 for e in own)
+    assert all(a < 1.05 * b + 1e-4 for a, b in zip(own, theirs, strict=True))
+
+
+@pytest.mark.parametrize("bn", ["batch", "frozen"])
+def test_shares_of_a_batch_with_statistics_are_measured_under_autocast(bn):
+    torch.manual_seed(0)
+    model = models.build("resnet8", CLASSES)
+    x, y = torch.randn(24, 3, 16, 16), torch.randint(CLASSES, (24,))
+    exact = sample_norms(copy.deepcopy(model).double(), x.double(), y, bn=bn)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample_norms(model, x, y, bn=bn)
+    own = errors((found.squares, found.noise), (exact.squares, exact.noise))
+    assert 1e-4 < own[0] < 1e-2 and own[1] < 1e-2 and own[2] < 1e-2
+
+
+def test_a_float64_model_is_measured_in_float64_under_autocast():
+    model, x, y = model_and_batch("resnet8, GroupNorm", torch.float64)
+    exact = sample_norms(model, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample_norms(model, x, y)
+    torch.testing.assert_close(found.noise, exact.noise, rtol=1e-12, atol=0)
+
+
+class LeavesAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 20), nn.Linear(20, CLASSES)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.b(self.a(x.flatten(1)).tanh())
+
+
+def test_what_leaves_autocast_is_measured_in_float32():
+    torch.manual_seed(0)
+    model, x, y = LeavesAutocast(), torch.randn(6, 3, 2, 2), torch.randint(CLASSES, (6,))
+    exact = sample_norms(copy.deepcopy(model).double(), x.double(), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample_norms(model, x, y)
+    torch.testing.assert_close(found.noise, exact.noise, rtol=1e-5, atol=0)
+    for own, theirs in zip(found.grads, exact.grads, strict=True):
+        torch.testing.assert_close(own, theirs.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_precision_reaches_every_product_of_weights(monkeypatch):
+    given, shares = [], layers.weight_shares
+    monkeypatch.setattr(layers, "weight_shares", lambda *a: (given.append(a[-1]), shares(*a))[1])
+    x, y = torch.randn(3, 3, 9, 9), torch.arange(3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(196, CLASSES))
+    volume = nn.Sequential(
+        nn.Unflatten(1, (1, 3)),
+        nn.Conv3d(1, 2, 3),
+        nn.Flatten(2),
+        nn.Conv1d(2, 2, 1),
+        nn.Flatten(),
+        nn.Linear(98, CLASSES),
+    )
+    for net in (model, volume):
+        for how in ({}, {"precision": "tf32"}, {"precision": "ieee"}):
+            given.clear()
+            sample_norms(net, x, y, **how)
+            # two convolutions or three, the linear layer; the deep one a product a tap
+            assert set(given) == {how.get("precision", "tf32x3")}
+            assert len(given) == (2 if net is model else 5)
+        given.clear()
+        training_norms(net, x, y, precision="tf32")
+        assert set(given) == {"tf32"}
+    with pytest.raises(ValueError, match="precision 'bf16': choose from ieee, tf32, tf32x3"):
+        sample_norms(model, x, y, precision="bf16")
+
+
+# As a pass of training
+
+
+def test_a_pass_that_trains_moves_the_statistics_and_draws_as_an_ordinary_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4, momentum=0.3),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, CLASSES),
+    )
+    x, y = 2 + torch.randn(6, 3, 8, 8), torch.randint(CLASSES, (6,))
+    plain = copy.deepcopy(model)
+    for _ in range(3):
+        state = torch.get_rng_state()
+        expected = plain(x)
+        loss = F.cross_entropy(expected, y)
+        grads = torch.autograd.grad(loss, list(plain.parameters()))
+        drawn = torch.get_rng_state()
+        torch.set_rng_state(state)
+        found, output = training_norms(model, x, y, bn="batch")
+        assert torch.equal(torch.get_rng_state(), drawn)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(found.loss, loss)
+        for own, theirs in zip(found.grads, grads, strict=True):
+            torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
+        for (key, own), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
+            assert torch.equal(own, theirs), key
+    assert model[1].num_batches_tracked == 3
+
+
+def test_gradients_that_are_written_out_are_no_pass_of_training():
+    model, x, y = unusual("memory")
+    with pytest.raises(NotCovered, match="the gradients of samples are written out: "):
+        training_norms(model, x, y)

@@ -118,6 +118,7 @@ class Config:
     track_noise: str | None = option(None, "measure", "C2, noise scale and delta of training batches: every=50 updates, every=2ep", every, metavar="WHEN")
     estimator: str = option("auto", "measure", "of --track-noise; auto: per-sample where BatchNorm allows it", choices=("auto", "per-sample", "micro-batch"))
     quantities: tuple[str, ...] | None = option(None, "measure", "what else per-sample gradients say, in the rows of --track-noise", choices=QUANTITIES, metavar="NAME", many=True)
+    measure: str = option("auto", "measure", "per-sample: apart from the update, or as its step; auto: as the step on a GPU", choices=("auto", "apart", "step"))
     bn: str = option("train", "measure", "BatchNorm while measuring; per-sample: batch, frozen or eval", choices=("train", "eval", "batch", "frozen"))
     measure_augment: bool = option(False, "measure", "measure on augmented images")
     save_omega: bool = option(False, "measure", "sampling: keep the noise vectors, omega-<step>.npy", only=("mode", {"sampling"}))
@@ -183,7 +184,7 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it
 # again.
-RESOLVED_ONCE = ("device", "loader", "compile", "precision", "kernels", "estimator")
+RESOLVED_ONCE = ("device", "loader", "compile", "precision", "kernels", "estimator", "measure")
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its
 # result.
 FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity"}
@@ -220,8 +221,9 @@ def check(c: Config) -> None:
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
             raise ConfigError(f"--{name} names {twice} more than once: give every {thing} once")
-    if c.estimator != "auto" and c.track_noise is None:
-        raise ConfigError("--estimator has no effect without --track-noise every=N")
+    for name in ("estimator", "measure"):
+        if getattr(c, name) != "auto" and c.track_noise is None:
+            raise ConfigError(f"--{name} has no effect without --track-noise every=N")
     if c.quantities and (c.track_noise is None or c.estimator == "micro-batch"):
         raise ConfigError(
             "--quantities are of per-sample gradients: they need --track-noise every=N, and not "

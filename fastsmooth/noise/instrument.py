@@ -1,6 +1,7 @@
 """What measures while a run trains: one form for --track-noise, crossings and sampling.
 
-A run asks its instruments around every update, and none of them changes a bit of the training. An
+A run asks its instruments around every update, and none of them changes a bit of the training, but
+for one that has the norms of samples left by the update itself: its sums are in another order. An
 instrument is made for one run and keeps what it has seen, also over an interruption. A new one is
 a class of this form and a row in fastsmooth.training.modes.INSTRUMENTS.
 """
@@ -33,6 +34,8 @@ class Instrument:
 
     name: str  # of its state in a checkpoint
     wants_gradient = False  # whether it has a before_update, which no captured update calls
+    # updates from one that is to leave the norms of its samples, step.norms, to the next; 0: none
+    norms_every = 0
 
     def introduction(self) -> list[str]:
         """Lines for the beginning of the run."""
@@ -48,6 +51,11 @@ class Instrument:
 
         One that is not due costs nothing; one that is may take as long as it needs.
         """
+        return False
+
+    def falls_out(self, run: Any) -> bool:
+        """Whether what is due comes out of the update itself: after_update has it then, and
+        before_gradient is not asked."""
         return False
 
     def before_gradient(self, run: Any, x: Tensor, y: Tensor, point: Point) -> Values | None:

@@ -74,6 +74,7 @@ class NoiseTracker:
         ranks: the processes that share every batch, where there are several.
         quantities: of QUANTITIES (fastsmooth.noise.quantities), whose columns join the row; they
             come out of the same norms, so that "auto" means per-sample then.
+        precision: of per-sample products of float32 on a GPU, as sample_norms takes it.
 
     A row has, of the batch of B samples with mean gradient g, squared gradient norms as unit:
     c2_sampled, an unbiased estimate of C2 = E||g_i - grad f||^2; c2_sampled_se, its standard error,
@@ -103,6 +104,7 @@ class NoiseTracker:
         version: str | None = None,
         ranks: Ranks | None = None,
         quantities: Sequence[str] = (),
+        precision: str = "tf32x3",
     ):
         given = [("estimator", estimator, ESTIMATORS), ("bn", bn, MODES)]
         given += [("quantities", name, tuple(QUANTITIES)) for name in quantities]
@@ -114,7 +116,7 @@ class NoiseTracker:
         self.model, self.loss, self.bn = model, loss, bn
         self.every, self.estimator, self.why = Every.parse(every), estimator, ""
         self.smoothing, self.n = smoothing_of(optimizer, version), samples
-        self.ranks = ranks or Ranks()
+        self.ranks, self.precision = ranks or Ranks(), precision
         self.quantities = tuple(quantities)
         self.check_quantities(optimizer)
         self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
@@ -215,11 +217,22 @@ class NoiseTracker:
         with gradients.undisturbed(self.model, self.bn):
             c2, grad_square, found = self.estimate(x, y, size)
         row = self.row(c2, grad_square, size, point, update, epoch)
-        if found is not None and self.quantities:
-            measured = measured_of(found, self.model, self.n, c2, point.lr)
-            for name in self.quantities:
-                row |= QUANTITIES[name](measured)
-        return row
+        return row | self.more_of(found, c2, point)
+
+    def more_of(self, found: SampleNorms | None, c2: Estimate, point: Point) -> dict[str, Any]:
+        """The columns of the quantities, from the norms that C2 was estimated from."""
+        if found is None or not self.quantities:
+            return {}
+        measured = measured_of(found, self.model, self.n, c2, point.lr)
+        return {key: v for name in self.quantities for key, v in QUANTITIES[name](measured).items()}
+
+    def of_norms(self, found: SampleNorms, point: Point, update: int, epoch: int) -> dict[str, Any]:
+        """The row of a measurement that update number `update` has made itself, from the norms of
+        its batch, that of a single process. Raises as `measure`."""
+        assert found.noise is not None  # the distances from the mean were asked for
+        c2 = estimators.per_sample([found.noise.tolist()], self.n)
+        row = self.row(c2, found.grad_square.item(), c2.count, point, update, epoch)
+        return row | self.more_of(found, c2, point)
 
     def measured(
         self,
@@ -255,7 +268,7 @@ class NoiseTracker:
         so, and RankLost.
         """
         if self.estimator == "per-sample":
-            found = norms(self.model, x, y, self.bn, self.loss)
+            found = norms(self.model, x, y, self.bn, self.loss, self.precision)
             assert found.noise is not None  # it was asked for
             c2 = estimators.per_sample(self.ranks.gather(found.noise.tolist()), self.n)
             if self.ranks.world == 1:
@@ -371,12 +384,15 @@ def smoothing_of(optimizer: torch.optim.Optimizer, version: str | None) -> Smoot
     return Smoothing("shb", version=version)  # which without momentum is sgd
 
 
-def norms(model: nn.Module, x: Tensor, y: Tensor, bn: str, loss: Loss) -> SampleNorms:
+def norms(
+    model: nn.Module, x: Tensor, y: Tensor, bn: str, loss: Loss, precision: str = "tf32x3"
+) -> SampleNorms:
     """sample_norms of x [B, ...] and y [B, ...] for a value of --bn.
 
     train and eval are modes of the model, and leave sample_norms its bn=None. Raises NotCovered.
     """
-    return sample_norms(model, x, y, loss=loss, bn=bn if bn in BN else None)
+    kind = bn if bn in BN else None
+    return sample_norms(model, x, y, loss=loss, bn=kind, precision=precision)
 
 
 def choose_estimator(

@@ -34,8 +34,8 @@ WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
 NO_RESULT = {
     "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir",
     "workers", "chunk", "loader",
-    "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "device", "kernels",
-    "graphs",
+    "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "measure", "device",
+    "kernels", "graphs",
     "decay_epoch", "epochs", "budget",
 }  # fmt: skip
 # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published
@@ -361,7 +361,7 @@ def sampling_runs(curves: list[Analysis], done: list[SavedRun]) -> list[tuple[An
 def sampling_run(run: SavedRun, step: int) -> Planned:
     """The run again up to where update `step` was made, where the noise is sampled."""
     left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget"}
-    left_out |= {"out", "resume", "max_time", "track_noise", "estimator"}
+    left_out |= {"out", "resume", "max_time", "track_noise", "estimator", "measure"}
     saved = parsing.read_saved(run.path)
     if saved.bn != "eval" or saved.momentum:  # a direction has no other mode than training then
         left_out.add("bn")

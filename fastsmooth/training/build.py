@@ -98,13 +98,13 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         optimizer = NoisySGD(
             model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
         )
-        parts = InstrumentParts(plan, model, optimizer, images, ranks)
+        # SyncBatchNorm's exchange would cut the graph at every layer
+        compiled = c.compile == "on" or (
+            c.compile == "auto" and device.type == "cuda" and not c.sync_bn
+        )
+        parts = InstrumentParts(plan, model, optimizer, images, ranks, precision, compiled)
         made = [make(parts) for make in INSTRUMENTS]
         instruments = [instrument for instrument in made if instrument is not None]
-    # SyncBatchNorm's exchange would cut the graph at every layer
-    compiled = c.compile == "on" or (
-        c.compile == "auto" and device.type == "cuda" and not c.sync_bn
-    )
     chosen = {
         "device": device.type,
         "loader": images.loader,
@@ -115,7 +115,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     for instrument in instruments:
         chosen |= instrument.chosen()
     check_alike(images, model, chosen, ranks)
-    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks)
+    bn = "batch" if c.bn == "batch" else None
+    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks, bn)
     recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
 
     with ranks.together(REFUSALS, ConfigError):
@@ -126,6 +127,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         if ranks.leader and not held:
             about = environment() | {"kernels": kernels, "processes": ranks.world}
             about |= {"precision": precision, "graphs": graphs}
+            about |= {"measure": chosen.get("measure")}
             about["data_dir"] = os.path.abspath(c.data_dir)
             folder = RunFolder.create(out, c.to_json(), about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)

@@ -2,7 +2,8 @@
 
 What Python spends on an update, some hundreds of launches, is spent once then: a replay is one
 call. The first update of a size is done as it is, which loads its kernels and fills the allocator;
-the second is captured, which executes nothing, and played. Both end in the same bits.
+the second is captured, which executes nothing, and played. Both end in the same bits. Updates that
+leave the norms of their samples are a kind of their own, with graphs of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data.chunks import Images
 from fastsmooth.data.stream import Batch
 from fastsmooth.messages import one_line, warn
+from fastsmooth.noise.persample import SampleNorms
 from fastsmooth.ranks import RankLost
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.update import Update
@@ -27,7 +29,7 @@ from fastsmooth.training.update import Update
 # costs some tens of milliseconds, and a GPU that is busy with a large batch anyway gains nothing.
 LEAST, LARGEST = 200, 256
 LEAST_ASKED = 3  # updates of a size, where --graphs on asks for it
-ALIVE = 2  # graphs at a time: each holds the memory of a whole step
+ALIVE = 2  # graphs at a time, of whatever kind: each holds the memory of a whole step
 PERIOD = 8  # updates: the host is at most two of these ahead of the device
 
 
@@ -60,13 +62,14 @@ class CudaRecorder:
     def __init__(self, device: torch.device, settle: Callable[[], None]):
         """`settle` is called after each capture, to write what could not be written within."""
         self.device, self.settle = device, settle
-        self.needed = 0  # bytes that an update takes beside what stays
+        self.needed = 0  # bytes that an update takes at most beside what stays
 
     def warm(self, update: Callable[[], None]) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         update()
-        self.needed = torch.cuda.max_memory_allocated(self.device) - before
+        needed = torch.cuda.max_memory_allocated(self.device) - before
+        self.needed = max(self.needed, needed)  # of plain and measured updates, whose turns mix
 
     def fits(self) -> bool:
         # its own pool, and as much again for the updates that are done as they are
@@ -131,68 +134,83 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+class Kind(NamedTuple):
+    """What one recording serves."""
+
+    size: int  # of the batch, all processes together
+    measured: bool  # whether the norms of its samples are left
+
+
 class Held(NamedTuple):
-    """A recording, and where it reads images that do not come by a cursor."""
+    """A recording; where it reads images that do not come by a cursor, and leaves norms."""
 
     recording: Recording
     images: Images | None
+    norms: SampleNorms | None
 
 
 class Graphs:
-    """Does updates, those of `sizes` by replay.
+    """Does updates, those of `kinds` by replay.
 
-    Args: update; sizes, the batch sizes that are worth it, all processes together; world, how many
-    those are; recorder, None where there are no sizes; strict, whether a capture that fails ends
-    the run; clock, which keeps the seconds of captures apart.
+    Args: update; kinds, those that are worth it; world, how many processes there are; recorder,
+    None where there are no kinds; strict, whether a capture that fails ends the run; clock, which
+    keeps the seconds of captures apart.
     """
 
     def __init__(
         self,
         update: Update,
-        sizes: frozenset[int],
+        kinds: frozenset[Kind],
         world: int,
         recorder: Recorder | None,
         strict: bool,
         clock: Clock,
     ):
         self.update, self.world, self.recorder = update, world, recorder
-        self.sizes = sizes
+        self.kinds = kinds
         self.strict, self.clock = strict, clock
-        self.warm: set[int] = set()
-        self.held: dict[int, Held] = {}
+        self.warm: set[Kind] = set()
+        self.held: dict[Kind, Held] = {}
         self.captured = 0  # in all
 
-    def __call__(self, batch: Batch, before_update: Callable[[], None] | None = None) -> None:
+    def __call__(
+        self, batch: Batch, before_update: Callable[[], None] | None = None, measured: bool = False
+    ) -> None:
         """Do the update of a batch; as it is, where something is to be done before the optimizer
-        moves the parameters."""
+        moves the parameters. Where it is `measured`, it leaves step.norms."""
+        kind = Kind(batch.size, measured)
         if before_update is not None:
-            self.eager(batch, before_update)
-        elif batch.size not in self.sizes or batch.count * self.world != batch.size:
-            self.eager(batch)
-        elif batch.size not in self.warm:
-            assert self.recorder is not None  # without one there are no sizes
-            self.recorder.warm(lambda: self.eager(batch))
-            self.warm.add(batch.size)
+            self.eager(batch, measured, before_update)
+        elif kind not in self.kinds or batch.count * self.world != batch.size:
+            self.eager(batch, measured)
+        elif kind not in self.warm:
+            assert self.recorder is not None  # without one there are no kinds
+            self.recorder.warm(lambda: self.eager(batch, measured))
+            self.warm.add(kind)
         else:
-            self.replay(batch)
+            self.replay(batch, kind)
 
-    def eager(self, batch: Batch, before_update: Callable[[], None] = lambda: None) -> None:
-        self.update(batch.ahead(self.update.step.dtype), batch.size, batch.cursor, before_update)
+    def eager(
+        self, batch: Batch, measured: bool, before_update: Callable[[], None] = lambda: None
+    ) -> None:
+        images = batch.ahead(self.update.step.dtype)
+        self.update(images, batch.size, batch.cursor, before_update, measured)
 
-    def replay(self, batch: Batch) -> None:
-        held = self.held.get(batch.size)
+    def replay(self, batch: Batch, kind: Kind) -> None:
+        held = self.held.get(kind)
         if held is None:
             with self.clock.measure("capture"):
-                held = self.capture(batch)
+                held = self.capture(batch, kind)
         elif held.images is not None:
             batch.put(held.images)
         if held is None:
-            self.eager(batch)
+            self.eager(batch, kind.measured)
         else:
             held.recording.replay()
+            self.update.step.norms = held.norms
 
-    def capture(self, batch: Batch) -> Held | None:
-        """A recording of an update of this size, with the images of this one in place; None where
+    def capture(self, batch: Batch, kind: Kind) -> Held | None:
+        """A recording of an update of this kind, with the images of this one in place; None where
         none can be had."""
         assert self.recorder is not None
         while len(self.held) >= ALIVE:  # first the one that the schedule has left
@@ -203,24 +221,32 @@ class Graphs:
             images = None if batch.cursor is not None else batch.ahead(self.update.step.dtype)
             recording = self.recorder.record(
                 lambda: self.update(
-                    images or batch.ahead(self.update.step.dtype), batch.size, batch.cursor
+                    images or batch.ahead(self.update.step.dtype),
+                    batch.size,
+                    batch.cursor,
+                    measured=kind.measured,
                 )
             )
         except RankLost:
             raise
         except RuntimeError as error:
             why = one_line(error)[:200]
+            one, more = ("a measured", "measured ") if kind.measured else ("an", "")
             if self.strict:
                 raise ConfigError(
-                    f"--graphs on: an update of {batch.size} samples cannot be captured ({why}): "
-                    "use --graphs auto or off"
+                    f"--graphs on: {one} update of {batch.size} samples cannot be captured "
+                    f"({why}): use --graphs auto or off"
                 ) from None
-            warn(f"no more updates are captured as CUDA graphs: at {batch.size} samples, {why}")
-            self.sizes = frozenset()  # the others would fail likewise
+            warn(
+                f"no more {more}updates are captured as CUDA graphs: at {batch.size} samples, {why}"
+            )
+            # the others would fail likewise; those that are not measured do less
+            self.kinds = frozenset(k for k in self.kinds if kind.measured and not k.measured)
             return None
         self.captured += 1
-        self.held[batch.size] = Held(recording, images)
-        return self.held[batch.size]
+        norms = self.update.step.norms if kind.measured else None
+        self.held[kind] = Held(recording, images, norms)
+        return self.held[kind]
 
     def drop(self) -> None:
         """Give up what was captured."""

@@ -30,7 +30,7 @@ from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.ending import OUT_OF_TIME
-from fastsmooth.training.graphs import LARGEST, LEAST, LEAST_ASKED, Graphs, Pace, Recorder
+from fastsmooth.training.graphs import LARGEST, LEAST, LEAST_ASKED, Graphs, Kind, Pace, Recorder
 from fastsmooth.training.plan import Plan
 from fastsmooth.training.step import Step
 from fastsmooth.training.update import Update
@@ -139,9 +139,16 @@ class Run:
         self.meter, self.window = self.updates.meter, self.updates.window
         strict = c.graphs == "on"
         least, largest = (LEAST_ASKED, self.plan.images) if strict else (LEAST, LARGEST)
-        sizes = self.plan.lasting(least, largest) if self.recorder else frozenset[int]()
+        kinds: set[Kind] = set()
+        if self.recorder:
+            kinds = {Kind(size, False) for size in self.plan.lasting(least, largest)}
+            for every in {i.norms_every for i in self.instruments} - {0}:
+                sizes = self.plan.lasting(least * every, largest)
+                kinds |= {Kind(size, True) for size in sizes}
         world = self.ranks.world
-        self.graphs = Graphs(self.updates, sizes, world, self.recorder, strict, self.clock)
+        self.graphs = Graphs(
+            self.updates, frozenset(kinds), world, self.recorder, strict, self.clock
+        )
         self.pace = Pace(self.device)
         place = {"rank": self.ranks.rank, "world": self.ranks.world}
         data = self.data
@@ -191,7 +198,7 @@ class Run:
         """
         self.due = [instrument for instrument in self.instruments if instrument.due(self)]
         for instrument in self.due:
-            if instrument.name in self.asked:
+            if instrument.name in self.asked or instrument.falls_out(self):
                 continue
             try:
                 values = instrument.before_gradient(self, *batch.images(), point)
@@ -218,7 +225,8 @@ class Run:
                 values = instrument.before_update(self, *batch.images(), point)
                 self.measured(instrument, point, values)
 
-        self.graphs(batch, before_update if due else None)
+        measured = any(i.norms_every for i in self.due)
+        self.graphs(batch, before_update if due else None, measured)
 
     def count(self, point: Point) -> None:
         """One more update is done: measure what is of every one."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
 from fastsmooth.kernels.tally import State
+from fastsmooth.messages import warn
 from fastsmooth.noise import gradients
 from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.noise.online import GROUPS, NoiseTracker
@@ -34,8 +35,10 @@ from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
 from fastsmooth.schedule import Point, memory
 from fastsmooth.training import measuring
+from fastsmooth.training.joining import Facts, choose_measure
 from fastsmooth.training.loop import Diverged, Run
 from fastsmooth.training.plan import Plan
+from fastsmooth.training.step import casting, operands
 
 
 class InstrumentParts(NamedTuple):
@@ -46,6 +49,16 @@ class InstrumentParts(NamedTuple):
     optimizer: NoisySGD
     data: Data
     ranks: Ranks
+    precision: str  # of training: fp32, tf32 or bf16
+    compiled: bool  # whether the model is trained through torch.compile
+
+
+# Of noise and mean gradient, both squared: below, products of bfloat16 or TF32 lose the noise in
+# their rounding. Errors of C2 over operands of 32 samples, at 2e-3: 2e-3 and 7e-5; at 2e-6: 1.7 and
+# 0.04 (relative, beside float64).
+LEAST_NOISE = 1e-3
+ROUNDED = ("bf16", "tf32")
+SAMPLES_LOOKED_AT = 16  # test images by which it is seen what a measuring pass does
 
 
 class TrackNoise(Instrument):
@@ -53,9 +66,12 @@ class TrackNoise(Instrument):
 
     name = "track"
 
-    def __init__(self, tracker: NoiseTracker):
-        self.tracker = tracker
-        self.awaited = False  # whether the update at hand leaves what is to be measured
+    def __init__(self, tracker: NoiseTracker, measure: str, why: str, norms_every: int):
+        """`measure`: apart or step; `why` not as the step, if something is in the way; norms_every:
+        updates from one measurement to the next."""
+        self.tracker, self.measure, self.why = tracker, measure, why
+        self.norms_every = norms_every if measure == "step" else 0
+        self.warned = False  # of a precision that does not suffice
 
     @classmethod
     def of(cls, parts: InstrumentParts) -> TrackNoise | None:
@@ -63,6 +79,8 @@ class TrackNoise(Instrument):
         c = parts.plan.config
         if not c.track_noise:
             return None
+        few = torch.arange(min(SAMPLES_LOOKED_AT, len(parts.data.test)))
+        x, y = next(iter(parts.data.test.batches([few])))
         quantities = c.quantities or ()
         try:
             tracker = NoiseTracker(
@@ -75,8 +93,10 @@ class TrackNoise(Instrument):
                 version=c.bound_version,
                 ranks=parts.ranks,
                 quantities=quantities,
+                precision=operands(parts.precision),
             )
-            tracker.settle(*next(iter(parts.data.test.batches([torch.arange(2)]))))
+            with casting(x.device, parts.precision):
+                tracker.settle(x, y)
         except NotCovered as error:
             otherwise = "--estimator micro-batch measures any model"
             otherwise += ", without --quantities" if quantities else ""
@@ -88,50 +108,87 @@ class TrackNoise(Instrument):
                 f"--track-noise with the {tracker.estimator} estimator needs batches of "
                 f"{tracker.smallest_batch} or more, not --batchsize {c.batch_size}"
             )
-        return cls(tracker)
+        facts = Facts(c, tracker.estimator, parts.ranks.world)
+        measure, why = choose_measure(facts, parts.model, x, y, parts.compiled)
+        every = tracker.every
+        updates = every.count * (parts.plan.updates_at_first if every.epochs else 1)
+        return cls(tracker, measure, why, updates)
 
     def introduction(self) -> list[str]:
-        return [f"noise measured {self.tracker.described()}"]
+        line = f"noise measured {self.tracker.described()}"
+        if self.measure == "step":
+            line += (
+                "; by the update itself, whose sums are in another order than without it: training "
+                "ends in other bits (--measure step)"
+            )
+        elif self.why:
+            line += f"; apart from the update: {self.why}"
+        return [line]
 
     def chosen(self) -> dict[str, str]:
-        return {"estimator": self.tracker.estimator}
+        return {"estimator": self.tracker.estimator, "measure": self.measure}
 
     def due(self, run: Run) -> bool:
         return self.tracker.due(run.update, run.epoch, run.stream.size)
 
     def before_gradient(self, run: Run, x: Tensor, y: Tensor, point: Point) -> Values | None:
-        self.awaited = self.falls_out(run)
-        if self.awaited:
-            return None
-        at = point, run.update, run.epoch
-        return self.timed(run, lambda: self.tracker.measure(x, y, *at, run.stream.size))
+        at, step, size = (point, run.update, run.epoch), run.step, run.stream.size
+
+        def measured() -> Values:
+            with casting(run.device, step.precision):
+                return self.tracker.measure(x, y, *at, size)
+
+        values = self.timed(run, measured)
+        if self.tracker.estimator == "per-sample":
+            return self.judged(run, values, step.norms_in, 1)
+        return self.judged(run, values, step.precision, size // GROUPS)
 
     def falls_out(self, run: Run) -> bool:
-        """Whether the update makes the parts that the estimator wants anyway: --micro-batch cuts
-        the batch into as many or more, in the mode that is measured."""
+        """Whether the update measures by itself, or makes the parts that the estimator wants
+        anyway: --micro-batch cuts the batch into as many or more, in the mode that is measured."""
+        if self.norms_every:
+            return True
         wanted = self.tracker.estimator == "micro-batch" and self.tracker.bn == "train"
         return wanted and run.step.parts_apart(run.stream.size) >= GROUPS
 
     def after_update(self, run: Run, point: Point) -> Values | None:
-        if not self.awaited:
+        if self not in run.due or not self.falls_out(run):
             return None
-        self.awaited = False
-        size, update = run.stream.size, run.update - 1
-        parts = run.step.parts_apart(size)
+        step, size, update = run.step, run.stream.size, run.update - 1
+        at, parts = (point, update, run.epoch), step.parts_apart(size)
+        norms, step.norms = step.norms, None
 
         def measured() -> Values:
-            deviations = run.step.spread[:parts].tolist()
+            if norms is not None:
+                return self.tracker.of_norms(norms, *at)
+            deviations = step.spread[:parts].tolist()
             square = run.kept.squared_norms[0].item()
-            sizes = [size // parts] * parts
-            return self.tracker.measured(deviations, sizes, square, point, update, run.epoch)
+            return self.tracker.measured(deviations, [size // parts] * parts, square, *at)
 
         try:
             values = self.timed(run, measured)
         except FloatingPointError:
             return None  # the run has diverged, and says so by itself
-        # where it stood before the update, as for every measurement; made by the training itself
-        stood = {"step": update, "samples": run.samples - size}
-        return values | stood | {"precision": run.step.precision}
+        # where it stood before the update, as for every measurement
+        values |= {"step": update, "samples": run.samples - size}
+        if norms is not None:
+            return self.judged(run, values, step.norms_in, 1)
+        return self.judged(run, values, step.precision, size // parts)
+
+    def judged(self, run: Run, values: Values, precision: str, samples: int) -> Values:
+        """A measurement with the precision that it was made in, and whether that suffices; what was
+        compared are gradients of so many samples each."""
+        noise, square = values["c2_sampled"] / samples, values["grad_norm"] ** 2
+        suffices = precision not in ROUNDED or noise >= LEAST_NOISE * square
+        if not suffices and not self.warned and run.ranks.leader:
+            self.warned = True
+            step = values.get("step", run.update)
+            warn(
+                f"the noise measured at update {step} is {noise / square:.1g} of the squared "
+                f"gradient norm, less than {precision} products resolve ({LEAST_NOISE:g}): measure "
+                "it with --precision fp32 (precision_suffices says of which rows this is so)"
+            )
+        return values | {"precision": precision, "precision_suffices": suffices}
 
     def timed(self, run: Run, measure: Callable[[], Values]) -> Values:
         """A measurement, with the seconds that it took, which are no part of the training."""
@@ -154,6 +211,8 @@ class TrackNoise(Instrument):
     def conclusion(self, run: Run) -> list[str]:
         if not self.tracker.count:
             return []
+        if self.measure == "step":
+            return [f"noise measured {self.tracker.count} times, each by the update itself"]
         tracked, trained = run.clock.read("track"), run.train_seconds + run.clock.read("train")
         share = tracked / max(trained, 1e-9)
         return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch.fx.experimental import _config as fx
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastsmooth.kernels import backend
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.update import MOST_PARTS
+from fastsmooth.noise.persample import SampleNorms, training_norms
 from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Exchange, Ranks
 from fastsmooth.training.syncnorm import SyncBatchNorm
@@ -28,6 +30,9 @@ class Step:
     With compile=True the model goes through torch.compile, with the batch dimension marked dynamic,
     so that a schedule never compiles again; the update is one kernel either way. `compiled_graphs`
     counts what was compiled.
+
+    measured_gradient(x, y) does as gradient(x, y), with sums in another order, and keeps
+    the norms of the samples in `norms`; `bn` is what they are of BatchNorm in training mode.
 
     `micro_batch`: at most so many samples go through the model together. Where that makes few parts
     of one size, the update takes their gradients as they are, and `spread`, float64 [parts], has
@@ -45,12 +50,18 @@ class Step:
         compile: bool,
         micro_batch: int | None = None,
         ranks: Ranks | None = None,
+        bn: str | None = None,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.precision, self.autocast, self.compile = precision, precision == "bf16", compile
-        # what a measurement computes in, which leaves autocast
+        # what full gradients are computed in, which leave autocast
         beside = "tf32" if device.type == "cuda" else "fp32"
         self.measures_in = beside if self.autocast else precision
+        # of what products norms of samples are made: float32 is three of TF32 on a GPU
+        thrice = precision == "fp32" and backend.choose(device, torch.float32) == "triton"
+        self.norms_in = "tf32x3" if thrice else precision
+        self.bn = bn
+        self.norms: SampleNorms | None = None
         self.dtype = torch.bfloat16 if self.autocast else torch.float32  # of the images
         self.micro_batch, self.ranks = micro_batch, ranks or Ranks()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -110,6 +121,20 @@ class Step:
             self._expect(0.0, *sums)
         return self._add_up(self._exchange, size, len(parts)) if self._exchange else sums
 
+    def measured_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """As `gradient`, of a whole batch of a single process in one part.
+
+        `norms` are those of its samples; the host reads none of their values. A batch whose kind is
+        new is looked at first (sample_norms). Raises NotCovered.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with casting(self.device, self.precision):
+            precision = operands(self.precision)
+            self.norms, logits = training_norms(self.model, x, y, bn=self.bn, precision=precision)
+        for p, g in zip(self._params, self.norms.grads, strict=True):
+            p.grad = g
+        return self.norms.loss, (logits.argmax(dim=1) == y).sum()
+
     def parts_apart(self, size: int) -> int:
         """In how many parts the update takes the gradient of a batch of `size` samples."""
         if self._exchange or not self.micro_batch or size % self.micro_batch:
@@ -125,11 +150,11 @@ class Step:
         return iter([(x, y)] if len(y) or self.joined else [])
 
     def measured_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of a batch with its graph, 0-d, in the mode the model is in: what a
-        measurement differentiates.
+        """The mean loss of a batch with its graph, 0-d, in the mode the model is in: what full
+        gradients, and the draws that are compared with them, differentiate.
 
-        Never under autocast: with --precision bf16 rounding would add its own noise to that of the
-        mini-batch.
+        Never under autocast: over all images the noise of the mini-batch falls, that of rounding to
+        bfloat16 does not.
         """
         return self._mean_loss(x, y, False)[0]
 
@@ -221,6 +246,16 @@ class Step:
         compiled = compile_fx(graph, inputs)
         self.compiled_graphs += 1  # only now: Dynamo may call a backend again after it has failed
         return compiled
+
+
+def casting(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Inside, the forward pass of a model computes in what --precision names."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def operands(precision: str) -> str:
+    """What sample_norms, under --precision, makes its products of float32 of."""
+    return "tf32" if precision == "tf32" else "tf32x3"
 
 
 def never_guard_on_sizes() -> None:

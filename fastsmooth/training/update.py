@@ -71,14 +71,18 @@ class Update:
         size: int,
         cursor: Tensor | None = None,
         before_update: Callable[[], None] = lambda: None,
+        measured: bool = False,
     ) -> None:
         """The update of a batch of `size` samples, of which this process has the share `images`.
 
         `cursor`, int64 0-d, is the place in the order of the images, which is moved on; None where
-        they do not come by one.
+        they do not come by one. Where it is `measured`, the norms of the samples are in step.norms.
         """
         x, y = images
-        loss, correct = self.step.gradient(x, y, size)
+        if measured:
+            loss, correct = self.step.measured_gradient(x, y)
+        else:
+            loss, correct = self.step.gradient(x, y, size)
         before_update()
         self.step.update()
         norms = self.step.optimizer.partial_norms

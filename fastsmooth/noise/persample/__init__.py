@@ -10,7 +10,7 @@ no change of the model, nothing of size B x parameters.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,10 +34,22 @@ from fastsmooth.noise.persample.passes import (
     caches_aside,
     keeps_tensors,
 )
+from fastsmooth.noise.persample.rules import Wanted
 
-__all__ = ["BN", "NotCovered", "SampleNorms", "sample_norms", "unchanged"]
+__all__ = [
+    "BN",
+    "PRECISIONS",
+    "NotCovered",
+    "SampleNorms",
+    "sample_norms",
+    "training_norms",
+    "unchanged",
+]
 
 BN = ("batch", "frozen")
+# Of products of float32 on a GPU. tf32 keeps 11 bits of each operand, too few for a noise that is
+# small beside the mean; tf32x3 makes three products of two such parts.
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 LIFTED_BYTES = 1 << 30  # of parameters that are one a sample; beyond, a few samples at a time
 
 
@@ -71,6 +83,7 @@ def sample_norms(
     loss: Loss = F.cross_entropy,
     noise: bool = True,
     bn: str | None = None,
+    precision: str = "tf32x3",
 ) -> SampleNorms:
     """The squared gradient norm of every sample's loss at the model's parameters, and its squared
     distance from the mean gradient.
@@ -83,7 +96,9 @@ def sample_norms(
     Args:
         model: in the mode in which it is to be measured; its output is a tensor [B, ...].
         x: [B, ...], y: [B, ...]: a batch of two or more. Under autocast the model computes in its
-            dtype, the sums in float32 or wider.
+            dtype, in which the operands are of which norms are made; their sums are in float32 or
+            wider. In bfloat16 norms and distances are as far from those of float64 as plain
+            PyTorch's are, some 1e-2; a noise below a thousandth of ||g||^2 is lost in its rounding.
         loss: loss(output, target) as training calls it: F.cross_entropy (also with label_smoothing
             or class probabilities), F.mse_loss, a module like nn.CrossEntropyLoss(), or any that
             is the mean over the samples of a value each, or gives these values (losses.mean_loss).
@@ -94,11 +109,15 @@ def sample_norms(
                      mean is that gradient
             frozen   the gradient of sample i with the batch's mean and variance as constants, and
                      the mean of those
+        precision: of the products of float32 that norms are made of, on a GPU: ieee; tf32, whose 10
+            bits lose a noise below a thousandth of ||g||^2 as bfloat16 does; or tf32x3, products
+            of two TF32 parts of each operand. Everywhere else they are ieee.
 
-    Raises NotCovered, a ValueError, for fewer than two samples, BatchNorm in training mode without
-    `bn`, a model that mixes the samples in another way or whose output does not begin with them,
-    parameters that take no part, a loss that is no mean over samples, and cross-entropy of one
-    class, which is 0. Leaves .grad and the buffers alone.
+    Raises ValueError for a precision that there is not; NotCovered, a ValueError, for fewer than
+    two samples, BatchNorm in training mode without `bn`, a model that mixes the samples in another
+    way or whose output does not begin with them, parameters that take no part, a loss that is no
+    mean over samples, and cross-entropy of one class, which is 0. Leaves .grad and the buffers
+    alone.
     """
     if not isinstance(x, Tensor):
         raise NotCovered(
@@ -109,29 +128,80 @@ def sample_norms(
         raise NotCovered("a batch of fewer than two samples has no noise: use two or more")
     if bn not in (None, *BN):
         raise ValueError(f"bn {bn!r}: {about_value('--bn', str(bn), BN)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
     if len(x) != len(y):
         raise NotCovered(
             f"the input {list(x.shape)} does not begin with the {len(y)} samples of the batch"
         )
-    names: Names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    names = named(model)
+    wanted = Wanted(noise, bn, precision)
+
+    def mean_of(output: Tensor) -> Tensor:
+        return loss_of(names, loss, output, y)
+
     with unchanged(list(model.buffers())):
         way = way_for(model, names, x, bn)
         if way.written_out:
             return written_out(model, names, x, y, loss, noise, way)
-        with torch.enable_grad():
-            try:
-                output, probes = forward(model, names, x, noise, bn, way)
-            except OtherSize as error:
-                way = way_for(model, names, x, bn, str(error))
-                if way.written_out:
-                    return written_out(model, names, x, y, loss, noise, way)
-                output, probes = forward(model, names, x, noise, bn, way)
-            mean = loss_of(names, loss, output, y)
-        inputs = [*names, *probes.by_module.values()]
+        try:
+            return measured(model, names, x, mean_of, wanted, way)[0]
+        except OtherSize as error:
+            way = way_for(model, names, x, bn, str(error))
+            if way.written_out:
+                return written_out(model, names, x, y, loss, noise, way)
+            return measured(model, names, x, mean_of, wanted, way)[0]
+
+
+def training_norms(
+    model: nn.Module, x: Tensor, y: Tensor, *, bn: str | None = None, precision: str = "tf32x3"
+) -> tuple[SampleNorms, Tensor]:
+    """As sample_norms of mean cross-entropy with its noise, by a pass that trains: (norms, output
+    [B, classes]).
+
+    Buffers move, BatchNorm's running statistics among them, and random numbers are drawn as in an
+    ordinary pass over x [B, ...] and y [B], int64; with bn None or batch the gradient is that
+    pass's too. Once the kind of x is known to sample_norms or to this, the host reads no value of
+    the device, so that a CUDA graph can hold the pass, unless the gradients are written out.
+
+    Raises NotCovered for what sample_norms does not cover, but does not look at the loss.
+    """
+    names = named(model)
+    wanted = Wanted(True, bn, precision, trains=True)
+
+    def mean_of(output: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), y)
+
+    way = way_for(model, names, x, bn)
+    if not way.written_out:
+        return measured(model, names, x, mean_of, wanted, way)
+    raise NotCovered(f"the gradients of samples are written out: {way.written_out}")
+
+
+def named(model: nn.Module) -> Names:
+    return {p: n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def measured(
+    model: nn.Module,
+    names: Names,
+    x: Tensor,
+    mean_of: Callable[[Tensor], Tensor],
+    wanted: Wanted,
+    way: Way,
+) -> tuple[SampleNorms, Tensor]:
+    """The norms of mean_of(output), the mean loss of the batch, and the output [B, ...]."""
+    with torch.enable_grad():
+        output, probes = forward(model, names, x, wanted, way)
+        mean = mean_of(output)
+    inputs = [*names, *probes.by_module.values()]
+    # as in training: autocast, where it is on, has chosen the dtypes in the forward pass
+    with torch.autocast(x.device.type, enabled=False):
         # a weight that is made of parameters of several modules reports to the first of them
         slopes = list(torch.autograd.grad(mean, inputs, allow_unused=True, materialize_grads=True))
     layers = dict(zip(probes.by_module, slopes[len(names) :], strict=True))
-    return gathered(mean, slopes[: len(names)], layers, noise, "")
+    found = gathered(mean, slopes[: len(names)], layers, wanted.noise, "")
+    return found, output.detach()
 
 
 @contextmanager
@@ -149,13 +219,13 @@ def unchanged(buffers: list[Tensor]) -> Iterator[None]:
 
 
 def forward(
-    model: nn.Module, names: Names, x: Tensor, noise: bool, bn: str | None, way: Way
+    model: nn.Module, names: Names, x: Tensor, wanted: Wanted, way: Way
 ) -> tuple[Tensor, Probes]:
     """The output [B, ...] of a model for x [B, ...], with its graph, and its probes."""
     if way.plan is None:
-        with Batched(names, len(x), x.device, noise, bn) as layers, caches_aside(model):
+        with Batched(names, len(x), x.device, wanted) as layers, caches_aside(model):
             return model(x), layers.probes
-    lifted = Lifted(names, len(x), x.device, noise, bn, way.plan)
+    lifted = Lifted(names, len(x), x.device, wanted, way.plan)
     return lifted(uncompiled(model), x), lifted.probes
 
 
@@ -223,7 +293,7 @@ def way_for(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: str 
     if kind not in ways or why:
         devices = [x.device] if x.device.type == "cuda" else []
         samples = x[torch.arange(few, device=x.device) % len(x)]
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), unchanged(list(model.buffers())):
             ways[kind] = find_way(model, names, samples, bn, why)
     way = ways[kind]
     if way.plan and len(x) * bytes_of(way.plan.lifted) > LIFTED_BYTES:
@@ -278,7 +348,8 @@ def batched_output(
     model: nn.Module, names: Names, x: Tensor, bn: str | None
 ) -> tuple[Tensor, set[Tensor]]:
     """(output, the parameters that were used) of a Batched pass over x [few, ...]."""
-    with Batched(names, len(x), x.device, False, bn) as layers, caches_aside(model):
+    wanted = Wanted(False, bn)
+    with Batched(names, len(x), x.device, wanted) as layers, caches_aside(model):
         output = model(x)
     if isinstance(output, Tensor) and (output.ndim == 0 or len(output) != len(x)):
         raise NotCovered(
@@ -319,11 +390,11 @@ def lifted_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: s
     out."""
     try:
         survey = Survey()
-        Lifted(names, len(x), x.device, False, bn, Plan(), survey)(model, x)
+        Lifted(names, len(x), x.device, Wanted(False, bn), Plan(), survey)(model, x)
         with caches_aside(model):
             check_use(model, names, survey.met, model(x))
         way = Way(survey.plan())
-        output, probes = forward(model, names, x, True, bn, way)
+        output, probes = forward(model, names, x, Wanted(True, bn), way)
         torch.autograd.grad(output.sum(), [*names, *probes.by_module.values()], allow_unused=True)
         return way
     except Unseen as error:

@@ -73,17 +73,23 @@ class Made(NamedTuple):
 
 
 def weight_shares(
-    x: Tensor, dy: Tensor, kernel: list[int], rule: Rule, noise: bool, made: Made | None
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    rule: Rule,
+    noise: bool,
+    made: Made | None,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """(the weight's gradient, [p, C / groups, kh, kw], [2, B] as in `shares`) of a convolution of
     x [B, C, H, W] with output slopes dy [B, p, H', W']. With `made` the shares are those of the
-    parameters that the weight is made of."""
+    parameters that the weight is made of. `precision` is that of products of float32."""
     if made is not None:
         return made_shares(x, dy, kernel, rule, noise, made)
     shape = [dy.shape[1], x.shape[1] // rule.groups, *kernel]
     if kernel != ONE and rule == Rule(kernel, [0, 0], ONE, 1):
         x, dy, kernel, rule = patches(x, dy, kernel)
-    found = conv_noise(x, dy, kernel, rule.stride, rule.padding, rule.dilation, rule.groups, noise)
+    found = conv_noise(x, dy, kernel, *rule, noise, precision)
     return found.dw.reshape(shape), torch.stack([found.squares, found.noise]) * len(x) ** 2
 
 
@@ -173,9 +179,11 @@ class Convolution(torch.autograd.Function):
         noise: bool,
         rule: Rule,
         made: Made | None,
+        precision: str,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.noise, ctx.rule, ctx.made, ctx.like = noise, rule, made, probe
+        ctx.precision = precision
         bias = None if bias is None else bias.to(x.dtype)
         return F.conv2d(x, weight.to(x.dtype), bias, *rule)
 
@@ -194,14 +202,15 @@ class Convolution(torch.autograd.Function):
         if need_weight:
             kernel = list(weight.shape[2:])
             images, slopes, tall = stacked(x, dy, samples, kernel, rule)
-            dw, found = weight_shares(images, slopes, kernel, tall, ctx.noise, ctx.made)
+            how = ctx.noise, ctx.made, ctx.precision
+            dw, found = weight_shares(images, slopes, kernel, tall, *how)
             dw = dw.to(weight.dtype)
             total += found
         if need_bias:
             g = by_sample(dy.sum(dim=(2, 3), dtype=buffer_dtype(dy.dtype)), samples)
             db, found = shares(g, ctx.noise)
             total += found
-        return dx, dw, db, total, None, None, None
+        return dx, dw, db, total, None, None, None, None
 
 
 class Convolution3d(torch.autograd.Function):
@@ -220,9 +229,11 @@ class Convolution3d(torch.autograd.Function):
         padding: list[int],
         dilation: list[int],
         groups: int,
+        precision: str,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.noise, ctx.rule, ctx.like = noise, (stride, padding, dilation, groups), probe
+        ctx.precision = precision
         bias = None if bias is None else bias.to(x.dtype)
         return F.conv3d(x, weight.to(x.dtype), bias, *ctx.rule)
 
@@ -250,7 +261,9 @@ class Convolution3d(torch.autograd.Function):
                 slices = deep[:, :, first : first + (dy.shape[2] - 1) * stride[0] + 1 : stride[0]]
                 images = slices.movedim(2, 1).flatten(0, 1)
                 tall = stacked(images, slopes, samples, kernel, rule)
-                found, shared = weight_shares(*tall[:2], kernel, tall[2], ctx.noise, None)
+                found, shared = weight_shares(
+                    *tall[:2], kernel, tall[2], ctx.noise, None, ctx.precision
+                )
                 taps.append(found)
                 total += shared
             dw = torch.stack(taps, dim=2).to(weight.dtype)
@@ -258,7 +271,7 @@ class Convolution3d(torch.autograd.Function):
             g = by_sample(dy.sum(dim=(2, 3, 4), dtype=buffer_dtype(dy.dtype)), samples)
             db, found = shares(g, ctx.noise)
             total += found
-        return dx, dw, db, total, None, None, None, None, None
+        return dx, dw, db, total, None, None, None, None, None, None
 
 
 class Linear(torch.autograd.Function):
@@ -273,9 +286,10 @@ class Linear(torch.autograd.Function):
         probe: Tensor,
         noise: bool,
         made: Made | None,
+        precision: str,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.noise, ctx.made, ctx.like = noise, made, probe
+        ctx.noise, ctx.made, ctx.like, ctx.precision = noise, made, probe, precision
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -288,14 +302,15 @@ class Linear(torch.autograd.Function):
         if need_weight:
             tokens = x.reshape(len(x), -1, x.shape[-1])
             image, slope_image = tokens.mT[..., None], slopes.mT[..., None]
+            how = ctx.noise, ctx.made, ctx.precision
             rule = Rule(ONE, [0, 0], ONE, 1)
-            dw, found = weight_shares(image, slope_image, ONE, rule, ctx.noise, ctx.made)
+            dw, found = weight_shares(image, slope_image, ONE, rule, *how)
             dw = dw.reshape(weight.shape).to(weight.dtype)
             total += found
         if need_bias:
             db, found = shares(slopes.sum(1, dtype=buffer_dtype(slopes.dtype)), ctx.noise)
             total += found
-        return dy @ weight.to(dy.dtype) if need_x else None, dw, db, total, None, None
+        return dy @ weight.to(dy.dtype) if need_x else None, dw, db, total, None, None, None
 
 
 # Normalisations

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.persample.layers import Lift, Made
-from fastsmooth.noise.persample.rules import COMPOSED, RULES, Covered, Report
+from fastsmooth.noise.persample.rules import COMPOSED, RULES, Covered, Report, Wanted
 
 Function = Callable[..., Any]
 Names = dict[Tensor, str]  # of the trainable parameters, in the order of named_parameters
@@ -130,9 +130,9 @@ class Batched(TorchFunctionMode):
     `used` are the parameters that were seen.
     """
 
-    def __init__(self, names: Names, batch: int, device: torch.device, noise: bool, bn: str | None):
+    def __init__(self, names: Names, batch: int, device: torch.device, wanted: Wanted):
         super().__init__()
-        self.names, self.batch, self.noise, self.bn = names, batch, noise, bn
+        self.names, self.batch, self.wanted = names, batch, wanted
         self.probes = Probes(names, batch, device)
         self.used: set[Tensor] = set()
 
@@ -172,7 +172,7 @@ class Batched(TorchFunctionMode):
                 f"its input {list(input.shape)} for {self.batch} samples does not have them in its "
                 "first dimension"
             )
-        report = Report(self.probes.of(held), self.noise, self.bn)
+        report = Report(self.probes.of(held), self.wanted)
         return covered.rule(report, input[:, None], *args, **kwargs).flatten(0, 1)
 
 
@@ -272,13 +272,12 @@ class Lifted(TorchFunctionMode):
         names: Names,
         batch: int,
         device: torch.device,
-        noise: bool,
-        bn: str | None,
+        wanted: Wanted,
         plan: Plan,
         survey: Survey | None = None,
     ):
         super().__init__()
-        self.names, self.noise, self.bn, self.plan, self.survey = names, noise, bn, plan, survey
+        self.names, self.wanted, self.plan, self.survey = names, wanted, plan, survey
         self.probes = Probes(names, batch, device)
         self.inside: dict[Tensor, Tensor] = {}  # the lifted parameters, of one sample
         self.reported: set[Tensor] = set()
@@ -286,7 +285,7 @@ class Lifted(TorchFunctionMode):
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         """The outputs [B, ...] of the model for x [B, ...]."""
         order = [p for p in self.names if p in self.plan.lifted]
-        lifted = [Lift.apply(p, self.probes.of([p]), self.noise) for p in order]
+        lifted = [Lift.apply(p, self.probes.of([p]), self.wanted.noise) for p in order]
 
         def one(x: Tensor, *lifted: Tensor) -> Tensor:
             self.inside = dict(zip(order, lifted, strict=True))
@@ -353,7 +352,7 @@ class Lifted(TorchFunctionMode):
         made = None
         if weight is not None and not by_itself:
             made = Made(weight, [p for p in self.names if p in of_weight])
-        report = Report(self.probes.of(held), self.noise, self.bn, made)
+        report = Report(self.probes.of(held), self.wanted, made)
         input = given.pop("input")
         try:
             y = Fold.apply(lambda x: covered.rule(report, x, **given), input)

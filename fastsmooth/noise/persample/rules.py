@@ -30,12 +30,20 @@ from fastsmooth.noise.persample.layers import (
 )
 
 
+class Wanted(NamedTuple):
+    """What a pass measures, and how."""
+
+    noise: bool  # the distances from the mean too
+    bn: str | None = None  # of BatchNorm in training mode: batch or frozen
+    precision: str = "tf32x3"  # of products of float32 on a GPU: ieee, tf32 or tf32x3
+    trains: bool = False  # BatchNorm's running statistics move, as in a pass of training
+
+
 class Report(NamedTuple):
     """What a rule reports to, and how."""
 
     probe: Tensor  # [2, B], wide: of the module whose parameters are used
-    noise: bool
-    bn: str | None
+    wanted: Wanted
     made: Made | None = None  # where the weight is computed from parameters
 
 
@@ -97,7 +105,8 @@ def conv2d(
     padding = 0 if padding == "valid" else padding
     assert not isinstance(padding, str)
     rule = Rule(pair(stride), pair(padding), pair(dilation), groups)
-    y = Convolution.apply(x, weight, bias, report.probe, report.noise, rule, report.made)
+    how = report.wanted.noise, rule, report.made, report.wanted.precision
+    y = Convolution.apply(x, weight, bias, report.probe, *how)
     return split_as(y, input)
 
 
@@ -140,12 +149,14 @@ def conv3d(
         x, padding = same_padding(x, weight.shape[2:], triple(dilation))
     padding = 0 if padding == "valid" else padding
     assert not isinstance(padding, str)
-    rule = triple(stride), triple(padding), triple(dilation), groups
-    return split_as(Convolution3d.apply(x, weight, bias, report.probe, report.noise, *rule), input)
+    rule = triple(stride), triple(padding), triple(dilation), groups, report.wanted.precision
+    y = Convolution3d.apply(x, weight, bias, report.probe, report.wanted.noise, *rule)
+    return split_as(y, input)
 
 
 def linear(report: Report, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return Linear.apply(autocast(input), weight, bias, report.probe, report.noise, report.made)
+    how = report.wanted.noise, report.made, report.wanted.precision
+    return Linear.apply(autocast(input), weight, bias, report.probe, *how)
 
 
 def batch_norm(
@@ -159,16 +170,19 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The running statistics do not move. Raises NotCovered in training mode where no bn is
-    chosen."""
-    if training and report.bn is None:
+    """The running statistics move in a pass of training alone. Raises NotCovered in training mode
+    where no bn is chosen."""
+    if training and report.wanted.bn is None:
         raise NotCovered(
             "BatchNorm with batch statistics mixes the samples: choose bn batch, frozen or eval, "
             "or GroupNorm"
         )
     given = (None, None) if training else (running_mean, running_var)
     x, _ = merged(input)
-    how = (report.probe, report.noise, *given, eps, report.bn == "frozen")
+    if training and report.wanted.trains and running_mean is not None:
+        with torch.no_grad():
+            torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
+    how = (report.probe, report.wanted.noise, *given, eps, report.wanted.bn == "frozen")
     return split_as(BatchNorm.apply(x, weight, bias, *how), input)
 
 
@@ -181,7 +195,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     x, _ = merged(autocast(input, single=True))
-    y = GroupNorm.apply(x, weight, bias, report.probe, report.noise, num_groups, eps)
+    y = GroupNorm.apply(x, weight, bias, report.probe, report.wanted.noise, num_groups, eps)
     return split_as(y, input)
 
 
@@ -211,7 +225,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     x = autocast(input, single=True)
-    how = report.probe, report.noise, list(normalized_shape), eps
+    how = report.probe, report.wanted.noise, list(normalized_shape), eps
     return LayerNorm.apply(x, weight, bias, *how)
 
 
@@ -225,7 +239,7 @@ def rms_norm(
     normal = F.rms_norm(autocast(input, single=True), list(normalized_shape), None, eps)
     if weight is None:
         return normal
-    return Scale.apply(normal, weight, report.probe, report.noise)
+    return Scale.apply(normal, weight, report.probe, report.wanted.noise)
 
 
 def embedding(
@@ -241,7 +255,7 @@ def embedding(
     if max_norm is not None or scale_grad_by_freq:
         raise NotCovered("embeddings with max_norm or scale_grad_by_freq mix the samples")
     padding = -1 if padding_idx is None else padding_idx % len(weight)
-    return Embedding.apply(input, weight, report.probe, report.noise, padding)
+    return Embedding.apply(input, weight, report.probe, report.wanted.noise, padding)
 
 
 class Covered(NamedTuple):
