@@ -217,15 +217,15 @@ def norm_steps(
 
 
 def measured_updates(cell: Cell) -> None:
-    """Updates of a run that measures at each of them, beside those of one that never does; both
-    eager, since a measurement is."""
+    """Updates of a run that measures at each of them, apart and as the step, beside those of one
+    that never does; all eager."""
     size = 128 if not cell.dry else 4
     common = ["--norm", "group", *form_flags("bf16", "off", "off")]
     images = IMAGES // 2 if not cell.dry else 3000
-    loops = {
-        "plain": (Ours, flags_for(cell, size, *common), images),
-        "measured": (Ours, flags_for(cell, size, *common, "--track-noise", "every=1"), images),
-    }
+    loops = {"plain": (Ours, flags_for(cell, size, *common), images)}
+    for name in ("apart", "step"):
+        flags = flags_for(cell, size, *common, "--track-noise", "every=1", "--measure", name)
+        loops[f"measured, {name}"] = (Ours, flags, images)
     with Lanes(cell) as lanes:
         case = f"measured/b{size}"
         firsts = lanes.begin(dict.fromkeys(loops, case), loops)
