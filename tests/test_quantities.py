@@ -293,7 +293,7 @@ def test_the_flag_has_the_names_of_the_table():
         ({"quantities": ["snr"], "estimator": "micro-batch"}, "need the per-sample estimator"),
         ({"quantities": ["layers", "snr"], "ranks": Ranks(0, 2)}, "layers snr: .* use one process"),
     ],
-    ids=str,
+    ids=["unknown", "micro-batch", "processes"],
 )
 def test_what_cannot_be_had_is_refused(more, words):
     with pytest.raises(ValueError, match=words):

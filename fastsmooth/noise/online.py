@@ -399,7 +399,7 @@ def choose_estimator(
     model: nn.Module, x: Tensor, y: Tensor, wanted: str, bn: str, loss: Loss = F.cross_entropy
 ) -> tuple[str, str]:
     """(per-sample or micro-batch, why) for `wanted`, which may be "auto": per-sample wherever it
-    has a clear meaning.
+    has a clear meaning. Why not per-sample, or not out of one backward pass; empty where it is.
 
     x [B, ...] and y [B, ...] are a few samples of the kind that will come. Raises NotCovered where
     per-sample is wanted and cannot be.
@@ -408,9 +408,9 @@ def choose_estimator(
         return wanted, ""
     try:
         with gradients.undisturbed(model, bn):
-            norms(model, x, y, bn, loss)
+            found = norms(model, x, y, bn, loss)
     except NotCovered as error:
         if wanted == "per-sample" or bn in BN:
             raise
         return "micro-batch", str(error)
-    return "per-sample", ""
+    return "per-sample", f"gradients written out: {found.how}" if found.how else ""

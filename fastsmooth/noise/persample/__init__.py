@@ -466,7 +466,7 @@ def same_norms(model: nn.Module, names: Names, x: Tensor, way: Way) -> bool:
         rows = output.flatten(1)
         return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device).cos().to(rows.dtype)
 
-    output, probes = forward(model, names, x, False, None, way)
+    output, probes = forward(model, names, x, Wanted(False), way)
     found = torch.autograd.grad(
         values(output).mean(), list(probes.by_module.values()), allow_unused=True
     )
