@@ -55,7 +55,8 @@ def built(name: str, **given) -> tuple[nn.Module, int]:
         try:
             with torch.no_grad():
                 model(torch.zeros(1, 3, side, side, dtype=torch.float64))
-            return model, side
+            # LeViT keeps tensors from one call in evaluation mode to the next, and drops them here
+            return model.train().eval(), side
         except (AssertionError, RuntimeError):  # too small, or built for another size
             continue
     raise AssertionError(f"{name} takes no images of {native} pixels")
@@ -64,7 +65,7 @@ def built(name: str, **given) -> tuple[nn.Module, int]:
 def one_backward_pass_a_sample(model: nn.Module, x: Tensor, y: Tensor) -> list[list[Tensor]]:
     """The gradients of each sample, out of one forward pass of them all: PyTorch's backward pass of
     BatchNorm in evaluation mode can be wrong for a batch of one on a CPU (LOG.md)."""
-    model.train().eval()  # LeViT keeps tensors from one call to the next, and drops them in train()
+    model.train().eval()  # LeViT
     losses = F.cross_entropy(model(x), y, reduction="none")
     params = list(model.parameters())
     return [list(torch.autograd.grad(loss, params, retain_graph=True)) for loss in losses]

@@ -367,6 +367,8 @@ class Placed(nn.Module):
             return self.other(self.layer(x.flip(0)).tanh().flip(0))
         if self.how == "own function":
             return self.other(Twice.apply(x, w) + self.layer(x))
+        if self.how == "own function under vmap":
+            return self.other(TwiceUnderVmap.apply(x, w) + self.layer.bias)
         if self.how == "own function alone":
             return self.other(Twice.apply(x, w) + self.layer.bias)
         if self.how == "a bias of two":
@@ -404,10 +406,22 @@ class Twice(torch.autograd.Function):
         return 2 * dy @ w, 2 * dy.T @ x
 
 
+class TwiceUnderVmap(Twice):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return 2 * x @ w.T
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+
 PLACES = {
     "turned and as it is": True, "turned by an attribute": True, "another order": True,
-    "own function": False, "own function alone": False, "a bias of two": True, "set": True,
-    "standardised": True, "fact": True,
+    "own function": False, "own function alone": False, "own function under vmap": True,
+    "a bias of two": True, "set": True, "standardised": True, "fact": True,
 }  # fmt: skip
 
 
@@ -573,8 +587,11 @@ def test_one_sample_at_a_time_is_not_met_by_the_fault_of_batch_norm(monkeypatch)
 # What the first look at a model must not be misled by, or change
 
 
+@pytest.mark.parametrize("bn", [None, "frozen"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_dimension_may_have_the_size_of_the_few_samples_that_are_looked_at(size):
+def test_a_dimension_may_have_the_size_of_the_few_samples_that_are_looked_at(size, bn):
+    """Without bn their norms are looked at too, and are not those of samples."""
+
     class Second(nn.Module):
         def __init__(self):
             super().__init__()
@@ -587,7 +604,7 @@ def test_a_dimension_may_have_the_size_of_the_few_samples_that_are_looked_at(siz
     model = Second().double()
     x = torch.randn(size, 5 - size, 4, dtype=torch.float64)  # 3 samples look at 2, 2 at 3
     for _ in range(2):
-        check(norms_of(model, x), rows_of(model, x))
+        check(norms_of(model, x, bn=bn), rows_of(model, x))
 
 
 class Merging(nn.Module):
