@@ -85,7 +85,7 @@ CASES = [
     ShareCase("row_noise", "fp32"),
     *(
         ShareCase("affine_grads", operands, mode=order)
-        for order in ("channels last", "pixels last")
+        for order in ("channels last", "pixels last", "tokens")
         for operands in ("bf16", "fp32")
     ),
 ]
@@ -121,15 +121,17 @@ def launch(case: ShareCase) -> Compiled:
         kernel = conv_tile._conv_join_kernel
         return Compiled(kernel, types, constants, 4, [conv_tile.JOINED], [])
     if case.kernel == "row_noise":
-        types = {"G": "*fp32", "total": "*fp32", "sums": "*fp64", "B": "i32"}
+        types = {"G": "*fp32", "total": "*fp32", "sums": "*fp64", "B": "i32", "P": "i32"}
         tile = [row_noise.ROWS, row_noise.COLUMNS]
-        constants = {"P": LAYERS["64-64 32x32"].weights, "ROWS": tile[0], "COLUMNS": tile[1]}
-        return Compiled(row_noise._row_noise_kernel, types, constants, row_noise.WARPS, tile, [])
+        constants = {"ROWS": tile[0], "COLUMNS": tile[1]}
+        kernel = row_noise._row_noise_kernel
+        return Compiled(kernel, types, constants, row_noise.WARPS, tile, ["P"])
     types = {"x": operand, "dy": operand, "mean": "*fp32", "rstd": "*fp32", "sums": "*fp64"}
     numbers = ["T", "C", "G"]
-    last = case.mode == "channels last"
+    tokens = case.mode == "tokens"  # whose statistics are their own
+    last = tokens or case.mode == "channels last"
     shape = affine_grads.tile(1024, 64, last)
-    constants = {"of_samples": False, "channels_last": last}
+    constants = {"of_samples": tokens, "of_pixels": tokens, "channels_last": last}
     constants |= {"BT": shape.BT, "BC": shape.BC, "SPAN": affine_grads.SPAN}
     types |= dict.fromkeys(numbers, "i32")
     kernel = affine_grads._affine_grads_kernel

@@ -52,8 +52,8 @@ if triton:
         G,
         total,  # [P], as G
         sums,  # float64 [2, programs, B]: of G^2, of deviation^2
-        B,
-        P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        B, P,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0), tl.num_programs(0)
         columns = program * COLUMNS + tl.arange(0, COLUMNS)
@@ -88,13 +88,13 @@ def _row_noise_triton(G: Tensor, noise: bool) -> RowNoise:
     sums = torch.empty(2, programs, B, dtype=torch.float64, device=G.device)
     with torch.cuda.device_of(G):  # Triton launches on the current device
         _row_noise_kernel[(programs,)](G, total, sums, B, P, ROWS, COLUMNS, num_warps=WARPS)
-    squares, away = sums.sum(dim=1)
+    squares, away = (t.sum(0) for t in sums)  # an operator's outputs share no memory
     return RowNoise(total, squares, away if noise else torch.zeros_like(away))
 
 
 def _row_noise_native(G: Tensor, noise: bool) -> RowNoise:
     total = G.new_empty(G.shape[1])
-    squares, away = torch.empty(2, len(G), dtype=torch.float64).unbind()
+    squares, away = (torch.empty(len(G), dtype=torch.float64) for _ in range(2))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (G, total, squares, away)]
     sizes = map(ctypes.c_int64, G.shape)
     native.function("row_noise", G.dtype)(*sizes, noise, *pointers)

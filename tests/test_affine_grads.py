@@ -76,6 +76,21 @@ def test_many_pixels_are_shared_by_programs(channels_last, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 12, 30), (3, 70, 33), (2, 5, 1), (2, 3, 1500)], ids=str)
+def test_tokens_may_have_statistics_of_their_own(size, dtype, channels_last):
+    """As LayerNorm's."""
+    x, dy, *_ = case(size, True, dtype, (channels_last, channels_last))
+    generator = torch.Generator().manual_seed(1)
+    mean, rstd = torch.rand(2, size[0], 1, size[2], generator=generator).to(DEVICE)
+    found = kernel._affine_grads_triton(x, dy, mean, rstd)
+    wide = [t.cpu().double() for t in (x, dy, mean, rstd)]
+    products = wide[1] * (wide[0] - wide[2]) * wide[3]
+    for ours, terms in zip(found, (products, wide[1]), strict=True):
+        assert ((ours.cpu() - terms.sum(2)).abs() <= 16 * EPS * terms.abs().sum(2)).all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_is_seen_in_its_sample_and_channel(value):
     given = case((3, 6, 5, 4), False)

@@ -15,6 +15,7 @@ from fastsmooth.kernels.conv_noise import (
     conv_spread,
     conv_spread_ref,
 )
+from fastsmooth.kernels.row_noise import _row_noise_native, row_noise, row_noise_ref
 
 native = pytest.mark.skipif(
     backend.choose(torch.device("cpu"), torch.float32) != "native",
@@ -193,6 +194,50 @@ def test_scale_and_shift_have_the_gradients_of_autograd(implementation, dtype, o
     for found, value in zip(implementation(x, dy, mean, rstd), expected, strict=True):
         assert found.dtype == torch.float64
         assert torch.allclose(found, value.view(B, C), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("implementation", AFFINE)
+def test_scale_and_shift_of_layer_norm_have_the_gradients_of_autograd(implementation, dtype):
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 3, 5, 7, dtype=torch.float64).add_(3).to(dtype).unbind()
+    _, mean, rstd = torch.native_layer_norm(x, [7], None, None, 1e-5)
+    weight, bias = (torch.ones(3, 1, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y = F.layer_norm(x.double(), [7]) * weight + bias
+    expected = torch.autograd.grad(y, (weight, bias), dy.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for found, value in zip(implementation(x.mT, dy.mT, mean.mT, rstd.mT), expected, strict=True):
+        torch.testing.assert_close(found, value.view(3, 7), rtol=tolerance, atol=tolerance)
+
+
+# row_noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(2, 1), (5, 300), (33, 7), (64, 1030)], ids=str)
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(_row_noise_native, id="native", marks=native), pytest.param(row_noise_ref)],
+)
+def test_rows_have_sum_squares_and_noise_of_float64(implementation, size, dtype):
+    """Of a noise that is a thousandth of the mean."""
+    torch.manual_seed(0)
+    G = (torch.randn(size[1]) + 1e-3 * torch.randn(size)).to(dtype)
+    total, squares, noise = implementation(G, True)
+    wide = G.double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(total, wide.sum(0).to(dtype), rtol=2 * eps, atol=0)
+    torch.testing.assert_close(squares, wide.square().sum(1), rtol=64 * eps, atol=0)
+    away = (wide - wide.mean(0)).square().sum(1)
+    torch.testing.assert_close(noise, away, rtol=64 * eps, atol=1e-30)
+    assert not implementation(G, False).noise.any()
+
+
+def test_the_operator_of_rows_is_registered_as_it_behaves():
+    torch.library.opcheck(torch.ops.fastsmooth.row_noise.default, (torch.randn(4, 9), True))
+    found = row_noise(torch.randn(9, 4).mT)  # in another order of memory
+    assert found.total.shape == (9,) and found.noise.shape == (4,)
+    assert row_noise(torch.ones(3, 0)).squares.tolist() == [0, 0, 0]
 
 
 def test_the_operator_of_scale_and_shift_is_registered_as_it_behaves():

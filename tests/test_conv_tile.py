@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastsmooth.kernels import backend, conv_noise, conv_tile
 from fastsmooth.kernels.aot_shares import LAYERS, layer
-from fastsmooth.kernels.row_noise import row_noise, row_noise_ref
+from fastsmooth.kernels.row_noise import _row_noise_triton, row_noise_ref
 
 try:
     import triton
@@ -299,14 +299,16 @@ def test_samples_are_split_as_memory_allows_and_programs_are_enough(layer, mode,
 # Rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(1, 1), (2, 65), (33, 7), (64, 130), (100, 64)], ids=str)
-def test_rows_have_the_noise_of_float64(size):
+def test_rows_have_the_noise_of_float64(size, dtype):
     generator = torch.Generator().manual_seed(0)
-    memory = torch.full((size[0] + 2, size[1]), math.nan, device=DEVICE)
+    memory = torch.full((size[0] + 2, size[1]), math.nan, dtype=dtype, device=DEVICE)
     mean, noise = (torch.randn(n, generator=generator) for n in ((1, size[1]), size))
     memory[1:-1] = (mean + 1e-3 * noise).to(DEVICE)
     G = memory[1:-1]
-    found, expected = row_noise(G), row_noise_ref(G.cpu())
+    found, expected = _row_noise_triton(G, True), row_noise_ref(G.cpu())
+    assert not _row_noise_triton(G, False).noise.any()
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         # a deviation of 1e-3 is exact to one rounding; a row has 64 of them a program
