@@ -75,6 +75,12 @@ RUNS = {
     ],
     "measured steps, tokens": [*STEP, "every=2", "--model", "of tokens"],
 }
+# of which each has what no other here has; the rest with --full
+QUICK = [
+    "shb, hybrid", "micro-batches", "threads", "dropout", "bf16", "critical", "sampling",
+    "per-sample", "measured steps", "measured steps, batch statistics", "measured steps, tokens",
+]  # fmt: skip
+full = pytest.mark.full
 
 
 @pytest.fixture
@@ -123,7 +129,7 @@ def run(out: Path, *flags: str, code: int = 0) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=full) for n in RUNS])
 def test_replayed_updates_end_in_the_bits_of_ordinary_ones(name, tmp_path, recorders):
     ordinary = run(tmp_path / "off", *RUNS[name], "--graphs", "off")
     assert not recorders
@@ -150,7 +156,11 @@ def test_every_size_that_lasts_is_captured_once_and_two_are_kept(tmp_path, recor
 
 
 @pytest.mark.parametrize(
-    "name", ["shb, hybrid", "measured steps", "measured steps, batch statistics"]
+    "name",
+    [
+        "measured steps",
+        *(pytest.param(n, marks=full) for n in ("shb, hybrid", "measured steps, batch statistics")),
+    ],
 )
 def test_an_interrupted_run_goes_on_in_the_same_bits(name, tmp_path, recorders):
     flags = [*RUNS[name], "--graphs", "on", "--checkpoint-every", "5"]
@@ -160,7 +170,13 @@ def test_an_interrupted_run_goes_on_in_the_same_bits(name, tmp_path, recorders):
     assert_same_run(parted, whole)
 
 
-@pytest.mark.parametrize("flags", [[], ["--norm", "group", "--micro-batch", "8"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], id="one part"),
+        pytest.param(["--norm", "group", "--micro-batch", "8"], id="parts", marks=full),
+    ],
+)
 def test_two_processes_replay_their_exchange(flags, tmp_path):
     """Shares of 32; the last batch of an epoch has unequal ones and is done as it is."""
     argv = ["--batchsize", "64", "--epochs", "2", "--device", "cpu", "--optimizer", "shb"]
