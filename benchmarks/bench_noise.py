@@ -158,7 +158,9 @@ class FullCase:
         return [Variant(name, FULLS[name], (self,)) for name in kept]
 
 
-# BackPACK extends the layers of torch.nn that a model is a sequence of, and these are none
+# BackPACK extends the layers of torch.nn that a model is a sequence of, and these are none. Opacus
+# 1.6 is left out for ConvNeXt: its convolutions after a LayerNorm have channels-last activations
+# whatever the model's memory format, and their norms are wrong as below, some gradients 140 % off.
 TIMM = ("plain", "ours", "ours_inner", "opacus", "opacus_ghost", "vmap", "loop")
 CASES = (
     *(NormCase("resnet18", norm, 32, steps=1) for norm in ("group", "batch")),
@@ -173,7 +175,7 @@ CASES = (
         options=(("img_size", 64),),
         names=TIMM,
     ),
-    NormCase("convnext_atto", "timm", 32, steps=2, size=64, names=TIMM),
+    NormCase("convnext_atto", "timm", 32, steps=2, size=64, names=(*TIMM[:3], *TIMM[-2:])),
     FullCase("resnet20"),
 )
 QUICK = (
