@@ -463,7 +463,7 @@ def same_norms(model: nn.Module, names: Names, x: Tensor, way: Way) -> bool:
     """
 
     def values(output: Tensor) -> Tensor:  # [few]
-        rows = output.flatten(1)
+        rows = output.reshape(len(output), -1)
         return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device).cos().to(rows.dtype)
 
     output, probes = forward(model, names, x, Wanted(False), way)
