@@ -81,6 +81,10 @@ def caches_aside(model: nn.Module) -> Iterator[None]:
             vars(module)[name] = value
 
 
+PLAIN = {bool, int, float, str, tuple}
+KEEPERS = (dict, list, Tensor, type(None))
+
+
 def attributes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """(module, name, value) of what modules have beside parameters, buffers and modules, and may
     keep tensors in."""
@@ -88,7 +92,8 @@ def attributes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
         (module, name, value)
         for module in model.modules()
         for name, value in vars(module).items()
-        if not name.startswith("_") and isinstance(value, dict | list | Tensor | None)
+        # the first is asked of every attribute of a network at every pass
+        if type(value) not in PLAIN and name[0] != "_" and isinstance(value, KEEPERS)
     ]
 
 
