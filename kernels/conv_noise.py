@@ -23,6 +23,7 @@ x(t)) (Goodfellow 2015, arXiv 1510.01799; Rochette et al. 2019, arXiv 1912.06015
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,28 @@ def weight_gradient(
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *rule, (False, True, False))[1]
 
 
+def unfolded(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    held: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few samples at a time (the inputs of each output pixel, [b, groups, d, T], its slopes, [b,
+    groups, p / groups, T]): the gradients of a sample's weight are slopes @ columns.mT.
+
+    `held`: values that will be held of a sample and group, by which BLOCK_BYTES are kept to.
+    """
+    size = max(1, BLOCK_BYTES // (x.element_size() * groups * held))
+    window = (tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    for xs, dys in zip(x.split(size), dy.split(size), strict=True):
+        columns = F.unfold(xs, *window).unflatten(1, (groups, -1))
+        yield columns, dys.reshape(len(xs), groups, -1, columns.shape[-1])
+
+
 def conv_noise_ref(
     x: Tensor,
     dy: Tensor,
@@ -82,12 +105,9 @@ def conv_noise_ref(
     dw = weight_gradient(x, dy, kernel, stride, padding, dilation, groups)
     mean = (dw.to(wide) / B).to(x.dtype).reshape(groups, p, d) if noise else None
     gram = not noise and T * (d + p) < d * p
-    size = max(1, BLOCK_BYTES // (x.element_size() * groups * max(d * T, T * T if gram else d * p)))
-    window = (tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    held = max(d * T, T * T if gram else d * p)  # values of a sample and group
     norms, deviations = [], []  # of each block: wide [samples]
-    for xs, dys in zip(x.split(size), dy.split(size), strict=True):
-        columns = F.unfold(xs, *window).view(len(xs), groups, d, T)
-        slopes = dys.reshape(len(xs), groups, p, T)
+    for columns, slopes in unfolded(x, dy, kernel, stride, padding, dilation, groups, held):
         if gram:
             pairs = (columns.mT @ columns) * (slopes.mT @ slopes)
             norms.append(pairs.flatten(1).to(wide).sum(1))
@@ -254,11 +274,11 @@ def conv_noise(
     Raises:
         ValueError: for another precision.
     """
-    check(precision)
+    check_precision(precision)
     return Shares(*_OP(x, dy, kernel, stride, padding, dilation, groups, noise, precision))
 
 
-def check(precision: str) -> None:
+def check_precision(precision: str) -> None:
     """Raises ValueError for one that is not known."""
     if precision not in conv_tile.PRECISIONS:
         raise ValueError(f"precision {precision!r}: choose from {', '.join(conv_tile.PRECISIONS)}")
@@ -282,20 +302,6 @@ def conv_spread_ref(
     return found.dw, found.noise.sum()
 
 
-def _conv_spread_native(
-    x: Tensor,
-    dy: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor]:
-    found = _conv_noise_native(x, dy, kernel, stride, padding, dilation, groups, True)
-    return found.dw, found.noise.sum()
-
-
 def _conv_spread_triton(
     x: Tensor,
     dy: Tensor,
@@ -311,13 +317,6 @@ def _conv_spread_triton(
     return dw.permute(0, 3, 1, 2), total
 
 
-SPREADS = {
-    "triton": _conv_spread_triton,
-    "native": _conv_spread_native,
-    "reference": conv_spread_ref,
-}
-
-
 def _dispatch_spread(
     x: Tensor,
     dy: Tensor,
@@ -328,8 +327,11 @@ def _dispatch_spread(
     groups: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    run = SPREADS[implementation(x, dy, kernel, groups)]
-    return run(x, dy, kernel, stride, padding, dilation, groups, precision)
+    rule = (kernel, stride, padding, dilation, groups)
+    if implementation(x, dy, kernel, groups) == "triton":
+        return _conv_spread_triton(x, dy, *rule, precision)
+    found = _dispatch(x, dy, *rule, True, precision)
+    return found.dw, found.noise.sum()
 
 
 def _fake_spread(
@@ -383,5 +385,5 @@ def conv_spread(
     Raises:
         ValueError: for another precision.
     """
-    check(precision)
+    check_precision(precision)
     return _SPREAD(x, dy, kernel, stride, padding, dilation, groups, precision)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.kernels.conv_noise import check_precision
 from fastsmooth.names import about_value
 from fastsmooth.noise.losses import Loss, NotCovered, is_cross_entropy, mean_loss, other_size
 from fastsmooth.noise.persample.alone import alone_norms
@@ -36,20 +37,9 @@ from fastsmooth.noise.persample.passes import (
 )
 from fastsmooth.noise.persample.rules import Wanted
 
-__all__ = [
-    "BN",
-    "PRECISIONS",
-    "NotCovered",
-    "SampleNorms",
-    "sample_norms",
-    "training_norms",
-    "unchanged",
-]
+__all__ = ["BN", "NotCovered", "SampleNorms", "sample_norms", "training_norms", "unchanged"]
 
 BN = ("batch", "frozen")
-# Of products of float32 on a GPU. tf32 keeps 11 bits of each operand, too few for a noise that is
-# small beside the mean; tf32x3 makes three products of two such parts.
-PRECISIONS = ("ieee", "tf32", "tf32x3")
 LIFTED_BYTES = 1 << 30  # of parameters that are one a sample; beyond, a few samples at a time
 
 
@@ -128,13 +118,12 @@ def sample_norms(
         raise NotCovered("a batch of fewer than two samples has no noise: use two or more")
     if bn not in (None, *BN):
         raise ValueError(f"bn {bn!r}: {about_value('--bn', str(bn), BN)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    check_precision(precision)
     if len(x) != len(y):
         raise NotCovered(
             f"the input {list(x.shape)} does not begin with the {len(y)} samples of the batch"
         )
-    names = named(model)
+    names = trainable_names(model)
     wanted = Wanted(noise, bn, precision)
 
     def mean_of(output: Tensor) -> Tensor:
@@ -166,7 +155,7 @@ def training_norms(
 
     Raises NotCovered for what sample_norms does not cover, but does not look at the loss.
     """
-    names = named(model)
+    names = trainable_names(model)
     wanted = Wanted(True, bn, precision, trains=True)
 
     def mean_of(output: Tensor) -> Tensor:
@@ -178,7 +167,7 @@ def training_norms(
     raise NotCovered(f"the gradients of samples are written out: {way.written_out}")
 
 
-def named(model: nn.Module) -> Names:
+def trainable_names(model: nn.Module) -> Names:
     return {p: n for n, p in model.named_parameters() if p.requires_grad}
 
 

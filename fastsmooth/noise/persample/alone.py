@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise.losses import Loss
+from fastsmooth.noise.persample.layers import norms
 
 ROWS_BYTES = 256 << 20  # of the rows that are held at a time
 
@@ -35,20 +35,14 @@ def alone_norms(
     mean: g, a tensor a parameter; None where the distances are not wanted, which are zeros then.
     batched: by torch.func.vmap.
     """
-    wide = wide_dtype(x.device)
     found = []
     for rows in (by_vmap if batched else one_by_one)(model, params, x, y, loss):
-        squares = [norms(g, wide) for g in rows]
+        squares = [norms(g) for g in rows]
         away = [torch.zeros_like(s) for s in squares]
         if mean is not None:
-            away = [norms(g - m, wide) for g, m in zip(rows, mean, strict=True)]
+            away = [norms(g - m) for g, m in zip(rows, mean, strict=True)]
         found.append(torch.stack([torch.stack(squares), torch.stack(away)]))
     return torch.cat(found, dim=2)
-
-
-def norms(rows: Tensor, wide: torch.dtype) -> Tensor:
-    """[c]: the squared norms of rows [c, ...]."""
-    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide).square()
 
 
 def by_vmap(

@@ -11,7 +11,6 @@ a thousandth of the mean would come out of float32 without a correct digit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from fastsmooth.kernels.affine_grads import affine_grads
 from fastsmooth.kernels.backend import buffer_dtype, wide_dtype
-from fastsmooth.kernels.conv_noise import BLOCK_BYTES, conv_noise
+from fastsmooth.kernels.conv_noise import conv_noise, unfolded, weight_gradient
 from fastsmooth.kernels.row_noise import row_noise
 
 
@@ -30,6 +29,27 @@ def shares(g: Tensor, noise: bool) -> tuple[Tensor, Tensor]:
     found = row_noise(g.flatten(1), noise)
     total = found.total.view(g.shape[1:])
     return total, torch.stack([found.squares, found.noise]) * len(g) ** 2
+
+
+def norms(rows: Tensor) -> Tensor:
+    """[c], wide: the squared norms of rows [c, ...]."""
+    wide = wide_dtype(rows.device)
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide).square()
+
+
+def bias_shares(dy: Tensor, samples: int, noise: bool) -> tuple[Tensor, Tensor]:
+    """As `shares`, of a bias, for the slopes dy [B rows, p, ...] of an output."""
+    g = dy.sum(dim=tuple(range(2, dy.ndim)), dtype=buffer_dtype(dy.dtype))
+    return shares(by_sample(g, samples), noise)
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """That of a convolution, as x [B, C, ...]."""
+    rule = (stride, padding, dilation, False, [0] * len(stride), groups)
+    slopes = torch.ops.aten.convolution_backward
+    return slopes(dy, x, weight.to(x.dtype), None, *rule, (True, False, False))[0]
 
 
 def by_sample(g: Tensor, samples: int) -> Tensor:
@@ -107,45 +127,28 @@ def made_shares(
 ) -> tuple[Tensor, Tensor]:
     """As weight_shares. The weight's gradients are taken back to the parents block by block, each
     sample by itself: the way there is linear, so deviations stay deviations."""
-    shape = [dy.shape[1], x.shape[1] // rule.groups, *kernel]
-    slopes = torch.ops.aten.convolution_backward
-    dw = slopes(
-        dy, x, x.new_empty(shape), None, *rule[:3], False, [0, 0], rule.groups, (False, True, False)
-    )[1]
-    wide = wide_dtype(x.device)
-    (mean,) = zip(*pulled(made, dw[None]), strict=True)
+    dw = weight_gradient(x, dy, kernel, *rule)
+    means = [g / len(x) for g in pulled(made, dw[None])]
+    d, pixels = dw[0].numel(), dy.shape[2] * dy.shape[3]
+    held = max(d * pixels, d * dy.shape[1] // rule.groups)
     found = []
-    for rows in weight_rows(x, dy, shape, rule):
-        grads = pulled(made, rows)
-        norms = [g.flatten(1).to(wide).square().sum(1) for g in grads]
-        away = [
-            (g - m / len(x)).flatten(1).to(wide).square().sum(1)
-            for g, m in zip(grads, mean, strict=True)
-        ]
-        squares = torch.stack(norms).sum(0)
-        deviations = torch.stack(away).sum(0) if noise else torch.zeros_like(squares)
+    for columns, slopes in unfolded(x, dy, kernel, *rule, held):
+        grads = pulled(made, slopes @ columns.mT)
+        squares = torch.stack([norms(g) for g in grads]).sum(0)
+        deviations = torch.zeros_like(squares)
+        if noise:
+            away = [norms(g - m) for g, m in zip(grads, means, strict=True)]
+            deviations = torch.stack(away).sum(0)
         found.append(torch.stack([squares, deviations]))
     return dw, torch.cat(found, dim=1) * len(x) ** 2
 
 
 def pulled(made: Made, rows: Tensor) -> tuple[Tensor, ...]:
-    """The gradients [c, ...] of the parents for c gradients of the weight, rows [c, *weight]."""
-    rows = rows.to(made.value.dtype).view(len(rows), *made.value.shape)
+    """The gradients [c, ...] of the parents for c gradients of the weight, rows [c, ...]."""
+    rows = rows.to(made.value.dtype).reshape(len(rows), *made.value.shape)
     return torch.autograd.grad(
         made.value, made.parents, rows, is_grads_batched=True, retain_graph=True
     )
-
-
-def weight_rows(x: Tensor, dy: Tensor, shape: list[int], rule: Rule) -> Iterator[Tensor]:
-    """The weight gradient of every sample, in blocks [c, *shape]."""
-    p, c, kh, kw = shape
-    d, pixels, groups = c * kh * kw, dy.shape[2] * dy.shape[3], rule.groups
-    size = max(1, BLOCK_BYTES // (x.element_size() * max(groups * d * pixels, p * d)))
-    for xs, dys in zip(x.split(size), dy.split(size), strict=True):
-        columns = F.unfold(xs, (kh, kw), *map(tuple, (rule.dilation, rule.padding, rule.stride)))
-        slopes = dys.reshape(len(xs), groups, p // groups, pixels)
-        g = slopes @ columns.view(len(xs), groups, d, pixels).mT
-        yield g.view(len(xs), *shape)
 
 
 def stacked(
@@ -195,10 +198,7 @@ class Convolution(torch.autograd.Function):
         dx = dw = db = None
         total = torch.zeros_like(ctx.like)
         if need_x:
-            sizes = (*rule[:3], False, [0, 0], rule.groups)
-            dx = torch.ops.aten.convolution_backward(
-                dy, x, weight.to(x.dtype), None, *sizes, (True, False, False)
-            )[0]
+            dx = input_gradient(dy, x, weight, *rule)
         if need_weight:
             kernel = list(weight.shape[2:])
             images, slopes, tall = stacked(x, dy, samples, kernel, rule)
@@ -207,8 +207,7 @@ class Convolution(torch.autograd.Function):
             dw = dw.to(weight.dtype)
             total += found
         if need_bias:
-            g = by_sample(dy.sum(dim=(2, 3), dtype=buffer_dtype(dy.dtype)), samples)
-            db, found = shares(g, ctx.noise)
+            db, found = bias_shares(dy, samples, ctx.noise)
             total += found
         return dx, dw, db, total, None, None, None, None
 
@@ -246,10 +245,7 @@ class Convolution3d(torch.autograd.Function):
         dx = dw = db = None
         total = torch.zeros_like(ctx.like)
         if need_x:
-            sizes = (stride, padding, dilation, False, [0, 0, 0], groups)
-            dx = torch.ops.aten.convolution_backward(
-                dy, x, weight.to(x.dtype), None, *sizes, (True, False, False)
-            )[0]
+            dx = input_gradient(dy, x, weight, *ctx.rule)
         if need_weight:
             kernel = list(weight.shape[3:])
             rule = Rule(stride[1:], padding[1:], dilation[1:], groups)
@@ -268,8 +264,7 @@ class Convolution3d(torch.autograd.Function):
                 total += shared
             dw = torch.stack(taps, dim=2).to(weight.dtype)
         if need_bias:
-            g = by_sample(dy.sum(dim=(2, 3, 4), dtype=buffer_dtype(dy.dtype)), samples)
-            db, found = shares(g, ctx.noise)
+            db, found = bias_shares(dy, samples, ctx.noise)
             total += found
         return dx, dw, db, total, None, None, None, None, None, None
 
@@ -522,9 +517,6 @@ class Embedding(torch.autograd.Function):
 
         def of_samples(values: Tensor) -> Tensor:
             return torch.zeros_like(ctx.like[0]).index_add_(0, owner, values.to(wide))
-
-        def norms(rows: Tensor) -> Tensor:
-            return rows.to(wide).square().sum(1)
 
         squares = of_samples(norms(g))
         noise = torch.zeros_like(squares)

@@ -47,22 +47,9 @@ class Report(NamedTuple):
     made: Made | None = None  # where the weight is computed from parameters
 
 
-def merged(x: Tensor) -> tuple[Tensor, int]:
-    """(x [B rows, ...], rows) of x [B, rows, ...]: a view, but for what is not in its order."""
-    return x.flatten(0, 1), x.shape[1]
-
-
 def split_as(y: Tensor, x: Tensor) -> Tensor:
     """y [B rows, ...] as [B, rows, ...], as x is."""
     return y.unflatten(0, x.shape[:2])
-
-
-def pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def triple(value: int | Sequence[int]) -> list[int]:
-    return [value] * 3 if isinstance(value, int) else list(value)
 
 
 def autocast(x: Tensor, single: bool = False) -> Tensor:
@@ -76,14 +63,27 @@ def autocast(x: Tensor, single: bool = False) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if x.dtype != torch.float64 else x
 
 
-def same_padding(x: Tensor, kernel: Sequence[int], dilation: list[int]) -> tuple[Tensor, list[int]]:
-    """(x [..., *sizes], what is left to pad) for padding "same": where it is not the same on both
-    sides x is padded."""
-    sizes = [step * (k - 1) for step, k in zip(dilation, kernel, strict=True)]
-    if any(s % 2 for s in sizes):
-        x = F.pad(x, [side for s in reversed(sizes) for side in (s // 2, s - s // 2)])
-        return x, [0] * len(sizes)
-    return x, [s // 2 for s in sizes]
+Size = int | str | Sequence[int]
+
+
+def moves(
+    x: Tensor, weight: Tensor, stride: Size, padding: Size, dilation: Size
+) -> tuple[Tensor, list[int], list[int], list[int]]:
+    """(x, stride, padding, dilation) of a convolution of x [B, C, ...], a number a dimension; for
+    padding "same", where it is not the same on both sides, x is padded."""
+    kernel = weight.shape[2:]
+
+    def each(value: Any) -> list[int]:
+        return [value] * len(kernel) if isinstance(value, int) else list(value)
+
+    sizes = [0] * len(kernel)
+    if padding == "same":
+        sizes = [step * (k - 1) for step, k in zip(each(dilation), kernel, strict=True)]
+        if any(s % 2 for s in sizes):
+            x = F.pad(x, [side for s in reversed(sizes) for side in (s // 2, s - s // 2)])
+            sizes = [0] * len(kernel)
+    left = [s // 2 for s in sizes] if isinstance(padding, str) else each(padding)
+    return x, each(stride), left, each(dilation)
 
 
 def conv2d(
@@ -99,12 +99,8 @@ def conv2d(
     if input.ndim == 4:  # of one image, as it is in a call without a batch
         one = conv2d(report, input[:, None], weight, bias, stride, padding, dilation, groups)
         return one[:, 0]
-    x, _ = merged(autocast(input))
-    if padding == "same":
-        x, padding = same_padding(x, weight.shape[2:], pair(dilation))
-    padding = 0 if padding == "valid" else padding
-    assert not isinstance(padding, str)
-    rule = Rule(pair(stride), pair(padding), pair(dilation), groups)
+    x, *sizes = moves(autocast(input).flatten(0, 1), weight, stride, padding, dilation)
+    rule = Rule(sizes[0], sizes[1], sizes[2], groups)
     how = report.wanted.noise, rule, report.made, report.wanted.precision
     y = Convolution.apply(x, weight, bias, report.probe, *how)
     return split_as(y, input)
@@ -144,13 +140,9 @@ def conv3d(
     if input.ndim == 5:
         one = conv3d(report, input[:, None], weight, bias, stride, padding, dilation, groups)
         return one[:, 0]
-    x, _ = merged(autocast(input))
-    if padding == "same":
-        x, padding = same_padding(x, weight.shape[2:], triple(dilation))
-    padding = 0 if padding == "valid" else padding
-    assert not isinstance(padding, str)
-    rule = triple(stride), triple(padding), triple(dilation), groups, report.wanted.precision
-    y = Convolution3d.apply(x, weight, bias, report.probe, report.wanted.noise, *rule)
+    x, *sizes = moves(autocast(input).flatten(0, 1), weight, stride, padding, dilation)
+    how = report.wanted.noise, *sizes, groups, report.wanted.precision
+    y = Convolution3d.apply(x, weight, bias, report.probe, *how)
     return split_as(y, input)
 
 
@@ -178,7 +170,7 @@ def batch_norm(
             "or GroupNorm"
         )
     given = (None, None) if training else (running_mean, running_var)
-    x, _ = merged(input)
+    x = input.flatten(0, 1)
     if training and report.wanted.trains and running_mean is not None:
         with torch.no_grad():
             torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
@@ -194,7 +186,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    x, _ = merged(autocast(input, single=True))
+    x = autocast(input, single=True).flatten(0, 1)
     y = GroupNorm.apply(x, weight, bias, report.probe, report.wanted.noise, num_groups, eps)
     return split_as(y, input)
 
