@@ -57,8 +57,9 @@ from fastsmooth.cli import config as configs
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli import parse as parsing
 from fastsmooth.data.engines import dali
+from fastsmooth.data.files import Paths
 from fastsmooth.data.images import DataError, ImageSet, Split
-from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
+from fastsmooth.data.layouts.common import IMAGENET_MEAN, IMAGENET_STD
 from fastsmooth.training.step import keep_freed_memory
 
 WORKERS = 2  # of every variant: processes or threads
@@ -298,7 +299,8 @@ def image_set(
         return ImageSet(split, test, classes, originals.CIFAR100_MEAN, originals.CIFAR100_STD)
     files = reader(config)
     train = Split(
-        np.tile(files.train.labels, images.copies), paths=files.train.paths * images.copies
+        np.tile(files.train.labels, images.copies),
+        files=Paths(tuple(files.train.files.names) * images.copies),
     )
     return replace(files, train=train)
 

@@ -31,10 +31,11 @@ from benchmarks import timing
 from fastsmooth.data.chunks import ChunkedLoader, Segment
 from fastsmooth.data.engines.dali import DaliEngine, Decoder
 from fastsmooth.data.engines.threads import ThreadsEngine
+from fastsmooth.data.files import Paths
 from fastsmooth.data.images import Split
 from fastsmooth.data.index import Index, read_index
+from fastsmooth.data.layouts.common import IMAGENET_MEAN, IMAGENET_STD
 from fastsmooth.data.order import permutation
-from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.processors import processors
 
@@ -53,7 +54,7 @@ VARIANTS = {
 def source(directory: Path) -> Source:
     paths = sorted(str(p) for p in (directory / "train").rglob("*.JPEG"))
     repeats = -(-FILES // len(paths))
-    index = read_index(paths, str(directory / "train"))
+    index = read_index(Paths(paths))
     tiled = Index(
         *(
             np.tile(v, repeats)[:FILES]
@@ -61,7 +62,7 @@ def source(directory: Path) -> Source:
         ),
         {},
     )
-    split = Split(np.zeros(FILES, dtype=np.int64), paths=tuple(paths * repeats)[:FILES])
+    split = Split(np.zeros(FILES, dtype=np.int64), files=Paths((paths * repeats)[:FILES]))
     return Source(split, tiled, "resized-crop-flip", SIZE, 0, BadImages("raise", print))
 
 

@@ -92,7 +92,7 @@ def __dir__() -> list[str]:
 
 
 def open_data(
-    dataset: str = "digits",
+    dataset: str | None = None,
     data_dir: "str | _PathLike[str] | None" = None,
     *,
     image_size: int | None = None,
@@ -108,8 +108,10 @@ def open_data(
         x, y = next(data.train.batches(torch.randperm(len(data.train)).split(128), epoch=0))
 
     Args:
-        dataset: digits (shipped), cifar10, cifar100 (downloaded to data_dir if absent), imagenet or
-            folder (train/CLASS/IMAGE and val/CLASS/IMAGE in data_dir).
+        dataset: digits (shipped), cifar10, cifar100 (downloaded to data_dir if absent),
+            torchvision/NAME, or the form of what lies in data_dir: imagenet, tiny-imagenet, folder,
+            table, webdataset, parquet, arrow or npz (docs/data.md). None recognises it; without a
+            data_dir it is digits.
         image_size: pixels a side; None: the data set's, of a folder what its images call for.
         augment: none, crop-flip, crop-flip-rotate or resized-crop-flip; None: the data set's.
         loader: auto, resident, dali, threads or torch.
@@ -122,6 +124,8 @@ def open_data(
     ValueError: ConfigError for values that no flag takes, with what may have been meant, DataError
     for images that cannot be read.
     """
+    import dataclasses
+
     import torch
 
     from fastsmooth import data
@@ -139,6 +143,8 @@ def open_data(
     given = {name: value for name, value in named.items() if value is not None}
     c = config.resolve(parse.from_table(parse.parser(), given, "open_data"))
     images = data.read_set(c)
+    if c.dataset == "auto":
+        c = dataclasses.replace(c, dataset=images.layout)
     if not c.image_size:
         c = config.fitted(c, data.usual_side(images))
     return data.open_data(c, pick_device(c.device, torch), images=images)

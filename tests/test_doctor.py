@@ -441,11 +441,11 @@ def test_all_threads_decode_and_each_image_is_decoded_once(tmp_path, check, monk
     )
     meeting, seen, real = threading.Barrier(3), [], images.open_image
 
-    def open_image(path):
-        seen.append(path)
+    def open_image(files, i):
+        seen.append(files.names[i])
         if len(seen) <= 3:
             meeting.wait(timeout=10)
-        return real(path)
+        return real(files, i)
 
     monkeypatch.setattr(images, "open_image", open_image)
     assert check(*folder(tmp_path), "--workers", "3")[0] == 0
@@ -464,8 +464,8 @@ def test_ctrl_c_ends_it_without_a_word(tmp_path, check, monkeypatch):
     )
     seen = []
 
-    def open_image(path):
-        seen.append(path)
+    def open_image(files, i):
+        seen.append(i)
         time.sleep(0.001)
         raise KeyboardInterrupt
 

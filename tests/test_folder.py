@@ -21,6 +21,8 @@ from torchvision.transforms import functional as TF
 
 from fastsmooth.cli.config import resolve
 from fastsmooth.data import DataError, augment, images, open_data, sets
+from fastsmooth.data.files import Paths
+from fastsmooth.data.layouts import trees
 from fastsmooth.data.order import in_order, permutation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -185,8 +187,10 @@ def test_linked_folders_are_followed_as_torchvision_follows_them(tmp_path):
     for split in ("train", "val"):
         (root / split / "fox").symlink_to(tmp_path / "fox")
     expected = ImageFolder(str(root / "train"))
-    found = sets.folder(SimpleNamespace(data_dir=str(root), dataset="folder")).train
-    assert sorted(zip(found.paths, found.labels.tolist(), strict=True)) == sorted(expected.samples)
+    found = trees.split_tree(SimpleNamespace(data_dir=str(root), dataset="folder")).train
+    assert sorted(zip(found.files.names, found.labels.tolist(), strict=True)) == sorted(
+        expected.samples
+    )
     assert len(found) == 11 and found.labels.tolist() == sorted(expected.targets)
 
 
@@ -383,7 +387,7 @@ def test_reading_files_in_threads_leaves_the_list_of_warning_filters_alone(cifar
     paths = tuple(map(str, sorted(cifar_folder.glob("train/*/*.png"))))
     before = list(warnings.filters)
     images.decode_all(
-        images.Split(np.zeros(len(paths), np.int64), paths=paths),
+        images.Split(np.zeros(len(paths), np.int64), files=Paths(paths)),
         32,
         lambda image: image,
         pytest.fail,

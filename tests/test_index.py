@@ -16,6 +16,7 @@ from images import encoded, noise, solid, tree
 from PIL import Image
 
 from fastsmooth.data import images, index
+from fastsmooth.data.files import Paths
 from fastsmooth.data.index import read_index
 
 SIZE = (40, 24)
@@ -47,8 +48,18 @@ def listed(root: Path) -> tuple[str, ...]:
     )
 
 
+class Below(Paths):
+    """Files, their root given, as that of a few may lie further down."""
+
+    root = ""  # in place of the property
+
+    def __init__(self, paths, root: Path | str):
+        super().__init__(paths)
+        self.root = str(root)
+
+
 def indexed(root: Path, *given):
-    return read_index(listed(root), str(root), *given)
+    return read_index(Below(listed(root), root), *given)
 
 
 def sizes(found) -> list[tuple[int, int]]:
@@ -134,7 +145,7 @@ def test_a_header_gives_the_stored_size_and_whether_the_file_is_plain(
     tmp_path, name, content, plain
 ):
     root = tree(tmp_path / "tree", {name: content})
-    assert images.open_image(str(root / name)).size == SIZE
+    assert images.open_image(Paths([str(root / name)]), 0).size == SIZE
     for _ in range(2):  # read, then kept
         found = indexed(root)
         assert sizes(found) == [SIZE] and found.size.tolist() == [len(content)]
@@ -149,7 +160,7 @@ def test_the_index_is_made_of_arrays_in_the_order_of_the_paths(tmp_path):
     }
     paths = listed(tree(tmp_path / "tree", files))
     for order in (paths, paths[::-1], paths[5:] + paths[:5]):
-        found = read_index(order, str(tmp_path / "tree"))
+        found = read_index(Below(order, tmp_path / "tree"))
         assert sizes(found) == [
             (9 + int(Path(path).stem), 30 + int(Path(path).stem)) for path in order
         ]
@@ -160,7 +171,7 @@ def test_the_index_is_made_of_arrays_in_the_order_of_the_paths(tmp_path):
 
 def test_no_images_make_an_empty_index(tmp_path):
     for _ in range(2):
-        found = read_index((), str(tmp_path))
+        found = read_index(Below((), tmp_path))
         assert (
             len(found.width)
             == len(found.height)
@@ -173,7 +184,7 @@ def test_no_images_make_an_empty_index(tmp_path):
 
 def test_imagenets_sizes_are_pillows(imagenet_folder):
     paths = listed(imagenet_folder / "train")
-    found = read_index(paths, str(imagenet_folder))
+    found = read_index(Below(paths, imagenet_folder))
     assert len(paths) == 128 and sizes(found) == [Image.open(path).size for path in paths]
     assert found.size.tolist() == [os.path.getsize(path) for path in paths]
     assert found.plain.all() and found.bad == {}
@@ -191,11 +202,10 @@ def refused(root: Path, name: str, reason: str) -> None:
     """The file is bad, its neighbours are not, and open_image would say the same."""
     tree(root, {"a-good-one.png": solid(), "z-good-one.png": solid()})
     with pytest.raises(images.DataError) as error:
-        images.open_image(str(root / name))
+        images.open_image(Paths([str(root / name)]), 0)
+    three = [str(root / n) for n in ("a-good-one.png", name, "z-good-one.png")]
     for _ in range(2):  # read, then kept
-        found = read_index(
-            [str(root / n) for n in ("a-good-one.png", name, "z-good-one.png")], str(root)
-        )
+        found = read_index(Below(three, root))
         assert found.bad == {1: str(error.value)}
         assert found.bad[1].startswith(f"{root / name}: ") and reason in found.bad[1]
         assert sizes(found) == [(32, 32), (0, 0), (32, 32)] and found.plain.tolist() == [
@@ -391,7 +401,7 @@ def test_a_tree_is_the_same_by_its_relative_path(tmp_path, monkeypatch, read):
         (root, "../tree/", "../tree/"),
     ]:
         monkeypatch.chdir(folder)
-        assert sizes(read_index([f"{prefix}{k}.png" for k in (1, 2, 3)], relative)) == THREE
+        assert sizes(read_index(Below([f"{prefix}{k}.png" for k in (1, 2, 3)], relative))) == THREE
     assert read == []
 
 
@@ -472,9 +482,9 @@ def test_a_record_of_a_file_that_is_gone_is_not_believed(tmp_path, cache):
     root = three_images(tmp_path / "tree")
     paths = listed(root)
     (root / "2.png").unlink()
-    read_index(paths, str(root))
+    read_index(Below(paths, root))
     tampered(cache, table=with_field(width=12, height=22))
-    found = read_index(paths, str(root))
+    found = read_index(Below(paths, root))
     assert list(found.bad) == [1] and sizes(found)[1] == (0, 0) and found.size[1] == 0
 
 
@@ -616,12 +626,12 @@ def test_odd_file_names_are_read_kept_and_named_on_one_line(tmp_path, read, name
         else [os.fsdecode(path), str(root / "1.png")]
     )
     at = paths.index(os.fsdecode(path))
-    assert sizes(read_index(paths, str(root)))[at] == (7, 5)
+    assert sizes(read_index(Below(paths, root)))[at] == (7, 5)
     read.clear()
-    assert sizes(read_index(paths, str(root)))[at] == (7, 5) and read == []
+    assert sizes(read_index(Below(paths, root)))[at] == (7, 5) and read == []
     with open(path, "wb"):
         pass  # now it is empty
-    message = read_index(paths, str(root)).bad[at]
+    message = read_index(Below(paths, root)).bad[at]
     assert message == " ".join(
         f"{os.fsdecode(path)}: not an image that can be read: remove it".splitlines()
     )

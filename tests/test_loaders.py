@@ -31,11 +31,12 @@ from fastsmooth.data import (
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Job, Segment, jobs, normalisation
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.index import NO_FILES
+from fastsmooth.data.layouts import common
 from fastsmooth.data.order import permutation
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.train import main
 
-MEAN, STD = sets.IMAGENET_MEAN, sets.IMAGENET_STD
+MEAN, STD = common.IMAGENET_MEAN, common.IMAGENET_STD
 # mean difference from PIL's pixels of a set of photographs, of 255
 TOLERANCE = {"torch": 0, "threads": 0.05, "dali": 0.3}
 DECODERS = [name for name in TOLERANCE if name != "dali" or HAS_DALI]

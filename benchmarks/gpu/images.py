@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.originals import CIFAR100_MEAN, CIFAR100_STD
+from fastsmooth.data.files import Paths
 from fastsmooth.data.images import ImageSet, Split
-from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
+from fastsmooth.data.layouts.common import IMAGENET_MEAN, IMAGENET_STD
 
 AT_ONCE = 500  # images that a thread decodes
 DRAWN = 20_000  # random images at the most, repeated where more are wanted
@@ -97,5 +98,5 @@ def photographs(data: Path, scratch: Path, count: int) -> ImageSet | None:
     for part, wanted in (("train", count), ("val", 1)):
         paths = sorted(str(path) for path in (root / part).rglob("*.JPEG"))
         paths = (paths * -(-wanted // len(paths)))[: max(wanted, len(paths))]
-        splits.append(Split(np.zeros(len(paths), dtype=np.int64), paths=tuple(paths)))
+        splits.append(Split(np.zeros(len(paths), dtype=np.int64), files=Paths(paths)))
     return ImageSet(*splits, tuple(map(str, range(1000))), IMAGENET_MEAN, IMAGENET_STD)

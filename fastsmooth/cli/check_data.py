@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastsmooth.cli.config import Config
@@ -16,6 +17,8 @@ from fastsmooth.processors import processors
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fastsmooth.data.files import Files
 
 # files that a thread takes at a time: few, so that progress is seen and Ctrl-C soon heeded
 CHUNK = 16
@@ -41,20 +44,22 @@ def check(c: Config) -> None:
     total, bad = sum(map(len, splits.values())), 0
     sizes: set[tuple[int, int]] = set()  # width, height
     for name, split in splits.items():
-        if split.pixels is not None:
-            sizes.add((split.pixels.shape[2], split.pixels.shape[1]))
+        if split.files is None:
+            sizes.update([split.pixels.shape[2:0:-1]] if split.pixels is not None else [])
             continue
-        for path, width, height, wrong in looked_at(name, split.paths, c.workers or processors()):
+        for path, width, height, wrong in looked_at(name, split.files, c.workers or processors()):
             if wrong:
                 bad += 1
                 show(f"{printable_path(path)}: {wrong}")
             else:
                 sizes.add((width, height))
+    if images.about:
+        show(images.about)
     classes = len(images.classes)
     counted = [f"{len(split):,} {name}" for name, split in splits.items()]
     by_class = [f"{name} {spread(split.labels, classes)}" for name, split in splits.items()]
     show(
-        f"{c.dataset}: {' and '.join(counted)} images, {classes} classes, {bad:,} bad; "
+        f"{images.layout}: {' and '.join(counted)} images, {classes} classes, {bad:,} bad; "
         f"{extent(sizes)}; images a class: {', '.join(by_class)}; "
         f"{time.perf_counter() - started:.1f} s"
     )
@@ -65,27 +70,27 @@ def check(c: Config) -> None:
         )
 
 
-def looked_at(
-    name: str, paths: tuple[str, ...], threads: int
-) -> Iterator[tuple[str, int, int, str]]:
+def looked_at(name: str, files: Files, threads: int) -> Iterator[tuple[str, int, int, str]]:
     """(path, width, height, what is wrong) of each file, in order; says on stderr how far it is."""
     from fastsmooth.data.index import in_threads, load_formats  # as in check
 
     load_formats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about images that it reads all the same
-        for part, seen in in_threads(look, paths, f"decoding {name}", note, threads, CHUNK):
-            for path, (width, height, wrong) in zip(paths[part], seen, strict=True):
-                yield path, width, height, wrong
+        every = range(len(files))
+        work = partial(look, files)
+        for part, seen in in_threads(work, every, f"decoding {name}", note, threads, CHUNK):
+            for i, (width, height, wrong) in zip(every[part], seen, strict=True):
+                yield files.names[i], width, height, wrong
 
 
-def look(path: str) -> tuple[int, int, str]:
-    """Width and height in pixels, and what is wrong with the file, in words: nothing, or why it
-    cannot be read."""
+def look(files: Files, i: int) -> tuple[int, int, str]:
+    """Width and height of image i in pixels, and what is wrong with it, in words: nothing, or why
+    it cannot be read."""
     from fastsmooth.data.images import DataError, open_image  # as in check
 
     try:
-        return *open_image(path).size, ""
+        return *open_image(files, i).size, ""
     except DataError as error:
         return 0, 0, error.reason
 

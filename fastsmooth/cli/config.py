@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastsmooth.cli.facts import (
+    ARRAY_SETS,
+    FILE_SETS,
     LARGEST_IMAGE,
     NETWORKS,
     PUBLISHED,
@@ -21,7 +23,10 @@ from fastsmooth.cli.facts import (
     SMALL,
     SMALLEST_IMAGE,
     STEP,
+    UNSPLIT_SETS,
     USUAL,
+    DataSets,
+    row_of,
 )
 from fastsmooth.cli.flags import (
     ConfigError,
@@ -51,10 +56,9 @@ MODES = ("normal", "critical", "sampling")
 FILLED = dataclasses.MISSING  # no default of its own: resolve() takes it from the data set
 AUGMENTS = ("none", "crop-flip", "crop-flip-rotate", "resized-crop-flip")
 CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
-FILE_SETS = {"folder", "imagenet"}  # of image files; the others are arrays of pixels
 # the rows of fastsmooth.noise.quantities.QUANTITIES
 QUANTITIES = ("layers", "norm-test", "inner-product", "orthogonality", "cabs", "snr")
-WITH_DATA_DIR = {"cifar10", "cifar100", *FILE_SETS}
+WITH_DATA_DIR = SETS.keys() - {"digits"}
 
 
 def using(name: str) -> set[str]:
@@ -72,9 +76,11 @@ class Config:
     """
 
     # fmt: off
-    dataset: str = option("digits", "data", "what to train on", choices=SETS)
+    dataset: str = option("digits", "data", "what to train on (with --data-dir: auto)", choices=DataSets(SETS), metavar="NAME")
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", WITH_DATA_DIR))
-    image_size: int = option(FILLED, "data", "pixels a side (folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", FILE_SETS))
+    image_size: int = option(FILLED, "data", "pixels a side (of a folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", FILE_SETS | ARRAY_SETS))
+    val_share: float | None = option(None, "data", "share of the images held out as test set, where there is no split", real(0, 1, open_low=True, open_high=True), metavar="X", only=("dataset", UNSPLIT_SETS))
+    labels: str | None = option(None, "data", "table: the csv or json of names and labels, where there are several", text, metavar="FILE", only=("dataset", {"auto", "table"}))
     augment: str = option(FILLED, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
     loader: str = option("auto", "data", "resident: all images on the device; dali, threads: decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
@@ -156,7 +162,7 @@ class Config:
     @property
     def images(self) -> int | None:
         """Training images, where that is known before the data set is opened."""
-        return SETS[self.dataset].train
+        return SETS[row_of(self.dataset)].train
 
     @property
     def limit(self) -> tuple[str, int] | None:
@@ -264,7 +270,7 @@ def check(c: Config) -> None:
         )
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
-    if c.dataset not in FILE_SETS and c.augment == "resized-crop-flip":
+    if row_of(c.dataset) not in FILE_SETS and c.augment == "resized-crop-flip":
         raise ConfigError(f"--augment resized-crop-flip needs image files: {c.dataset} has none")
 
 
@@ -290,7 +296,9 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
                 f"--method sampling means --mode sampling, but --mode is {given['mode']}"
             )
         given["method"] = "constant"
-    facts = SETS[given.get("dataset", "digits")]
+    if "data_dir" in given:
+        given.setdefault("dataset", "auto")
+    facts = SETS[row_of(given.get("dataset", "digits"))]
     values = facts.defaults | given
     if values["image_size"]:
         values = suited(values)
@@ -325,7 +333,9 @@ def fitted(c: Config, side: int) -> Config:
     """
     small = side <= SMALL or (c.model != "" and "/" not in c.model)
     size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
-    values = suited({"image_size": size, "model": c.model, "augment": c.augment})
+    # what is an array of pixels has no more of them to crop
+    asked = c.augment or ("crop-flip" if row_of(c.dataset) in ARRAY_SETS else "")
+    values = suited({"image_size": size, "model": c.model, "augment": asked})
     follows = follows_augmentation(c.mode, c.momentum, values["augment"])
     return dataclasses.replace(c, **values, measure_augment=c.measure_augment or follows)
 
@@ -384,7 +394,7 @@ def idle(given: dict[str, Any], c: Config) -> list[str]:
     """The names of what was given without effect."""
     limits = {name: FIELDS[name].metadata["only"] for name in given}
     limited = [(name, *only) for name, only in limits.items() if only is not None]
-    return [name for name, other, values in limited if getattr(c, other) not in values]
+    return [name for name, other, values in limited if row_of(str(getattr(c, other))) not in values]
 
 
 HINTS = {  # where a flag has no effect with this value of the flag that it hangs on

@@ -34,13 +34,41 @@ IMAGENET |= {"augment": "resized-crop-flip", "batch_size": 256, "steps": (1000,)
 # what is empty the images say, once they are there
 FOLDER = PAPER | {"model": "", "image_size": 0, "augment": ""}
 FOLDER |= {"epochs": 20, "min_epochs": 1, "steps": (200,)}
+ARRAYS = FOLDER | {"augment": "crop-flip"}
+TORCHVISION = "torchvision/NAME"  # the row of all data sets of torchvision
 SETS = {
+    "auto": SetFacts(None, None, None, FOLDER),  # what lies in --data-dir
     "digits": SetFacts(1437, 360, 10, DIGITS),
     "cifar10": SetFacts(50_000, 10_000, 10, CIFAR | {"augment": "crop-flip"}),
     "cifar100": SetFacts(50_000, 10_000, 100, CIFAR | {"augment": "crop-flip-rotate"}),
     "imagenet": SetFacts(1_281_167, 50_000, 1000, IMAGENET),
+    "tiny-imagenet": SetFacts(100_000, 10_000, 200, FOLDER | {"image_size": 64}),
     "folder": SetFacts(None, None, None, FOLDER),
+    "table": SetFacts(None, None, None, FOLDER),
+    "webdataset": SetFacts(None, None, None, FOLDER),
+    "parquet": SetFacts(None, None, None, FOLDER),
+    "arrow": SetFacts(None, None, None, FOLDER),
+    "npz": SetFacts(None, None, None, ARRAYS),
+    TORCHVISION: SetFacts(None, None, None, ARRAYS),
 }
+ARRAY_SETS = {"npz", TORCHVISION}  # of pixels, of any size
+FILE_SETS = SETS.keys() - ARRAY_SETS - {"digits", "cifar10", "cifar100"}  # of encoded images
+# which may come without a split into training and test images
+UNSPLIT_SETS = {"auto", "folder", "table", "webdataset", "parquet", "arrow", "npz"}
+
+
+class DataSets(tuple[str, ...]):
+    """The names that --dataset takes."""
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and row_of(name) in tuple(self)
+
+
+def row_of(dataset: str) -> str:
+    """The row of SETS for what --dataset says."""
+    return TORCHVISION if dataset.startswith("torchvision/") else dataset
+
+
 # The networks that images call for, by the largest size each is for, in pixels a side.
 NETWORKS = {16: "resnet20", 64: "resnet18", LARGEST_IMAGE: "torchvision/resnet34"}
 # images up to SMALL are taken as they are, others in steps of STEP up to USUAL

@@ -142,7 +142,8 @@ def option(
         "help": help,
         "parse": parse,
         "names": tuple(names),
-        "choices": tuple(choices) if choices else None,
+        # a tuple may know more than what it lists
+        "choices": choices if isinstance(choices, tuple) else choices and tuple(choices),
         "metavar": metavar,
         "many": many,
         "only": only,
@@ -201,10 +202,7 @@ class Parser(argparse.ArgumentParser):
             takes = f"no value: {before.help}" if before.nargs == 0 else f"one value{self.several}"
             return f"unexpected {word!r}: {before.option_strings[0]} takes {takes}"
         if "--data-dir" in known and os.path.isdir(word):
-            return (
-                f"unexpected {word!r}: a folder of images is given as --dataset folder --data-dir "
-                f"{word}"
-            )
+            return f"unexpected {word!r}: a folder of images is given as --data-dir {word}"
         return f"unexpected {word!r}: {hint(name, known) or '--help lists the flags'}"
 
     def flag_before(self, word: str, args: list[str]) -> argparse.Action | None:

@@ -218,6 +218,7 @@ def flags_of(c: Config) -> dict[str, Any]:
     can be told."""
     left = {name: getattr(c, name) for name, f in FIELDS.items() if getattr(c, name) != f.default}
     left = {name: value for name, value in left.items() if name not in ("out", "resume")}
+    left["dataset"] = c.dataset  # else --data-dir would say to recognise it
     if c.budget is not None:  # the images said how many epochs that is
         steps = {"decay_epoch"} if c.decay_epoch == max(1, c.epochs // 5) else set()
         left = {name: value for name, value in left.items() if name not in {"epochs"} | steps}
@@ -241,6 +242,8 @@ def resumed(given: dict[str, Any]) -> Config:
     if given.get("method") == "sampling":
         given = {key: value for key, value in given.items() if key != "method"}
         given["mode"] = "sampling"
+    if given.get("dataset") == "auto":  # as what it was recognised
+        given = {key: value for key, value in given.items() if key != "dataset"}
     # what auto chose may give way to what is asked for
     free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
     for name, value in given.items():

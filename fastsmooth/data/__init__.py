@@ -6,11 +6,12 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from fastsmooth.data import augment
+from fastsmooth.data import augment, sets
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Loader
 from fastsmooth.data.engines import dali
 from fastsmooth.data.engines.dali import DaliEngine, Decoder
@@ -34,7 +35,7 @@ CHUNK_OF_FILES = {"cuda": 128}
 
 SAMPLE = 256  # image headers that say what size the others have
 
-__all__ = ["Data", "DataError", "Stream", "open_data", "read_set", "usual_side"]
+__all__ = ["READERS", "Data", "DataError", "Stream", "open_data", "read_set", "usual_side"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Data:
     fingerprint: str
     loader: str
     choice: str  # one line: which loader was picked and why
+    about: str  # one line: in which form the images were found; "" where there is but one
+    class_names: tuple[str, ...]  # as people call the classes
     bad: BadImages
 
 
@@ -93,13 +96,17 @@ def open_data(
     if name != "resident":
         workers = "process" if name == "torch" else "thread"
         choice += f", {threads} {workers}{'s' * (threads != 1)}, chunks of {chunk}"
-    return Data(train, test, len(images.classes), size, images.fingerprint(), name, choice, bad)
+    names = images.names or images.classes
+    identity = images.fingerprint()
+    return Data(
+        train, test, len(images.classes), size, identity, name, choice, images.about, names, bad
+    )
 
 
 def read_set(config: DataConfig) -> ImageSet:
     """The data set of `config`, a run's resolved Config. Raises DataError."""
     try:
-        return READERS[config.dataset](config)
+        return sets.read(config)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise DataError(
@@ -109,11 +116,14 @@ def read_set(config: DataConfig) -> ImageSet:
 
 
 def usual_side(images: ImageSet) -> int:
-    """The median of the shorter sides of the training images, in pixels, from the headers of SAMPLE
-    of them. Raises DataError."""
-    paths = images.train.paths[:: max(1, len(images.train) // SAMPLE)]
+    """The median of the shorter sides of the training images, in pixels, of files from the headers
+    of SAMPLE of them. Raises DataError."""
+    files, pixels = images.train.files, images.train.pixels
+    if files is None:
+        return 0 if pixels is None else min(pixels.shape[1:3])
+    some = range(0, len(files), max(1, len(files) // SAMPLE))
     load_formats()
-    parts = in_threads(header_of, paths, "", None, THREADS, 1)
+    parts = in_threads(partial(header_of, files), some, "", None, THREADS, 1)
     headers = [header for _, part in parts for header in part]
     sides = sorted(min(width, height) for width, height, _, wrong in headers if not wrong)
     if not sides:
@@ -190,15 +200,14 @@ def chunk_size(split: Split, device: torch.device) -> int:
 
 def indexed(split: Split, bad: BadImages, say: Callable[[str], None]) -> Index:
     """The index of a split of files; its bad headers are reported now."""
-    if split.pixels is not None:
+    if split.files is None:
         return NO_FILES
-    root = os.path.commonpath([os.path.dirname(path) for path in split.paths])
-    index = read_index(split.paths, root, say)
+    index = read_index(split.files, say)
     for count, (i, reason) in enumerate(index.bad.items()):
         more = len(index.bad) - 1 - count
         if bad.policy == "raise" and more:
             reason = f"{reason} ({more} more cannot be read)"
-        bad.report(split.paths[i], reason)
+        bad.report(split.files.names[i], reason)
     return index
 
 

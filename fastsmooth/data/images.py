@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,8 +13,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastsmooth.data.files import Files
 from fastsmooth.processors import processors
-from fastsmooth.runfolder.files import size_of
 
 # times its width: what a height may be, since a row of pixels grows thick when it is resized
 LONGEST = 4000
@@ -30,7 +29,13 @@ class DataConfig(Protocol):
     @property
     def data_dir(self) -> str: ...
     @property
+    def val_share(self) -> float | None: ...
+    @property
+    def labels(self) -> str | None: ...
+    @property
     def image_size(self) -> int: ...  # pixels a side
+    @property
+    def model(self) -> str: ...
     @property
     def augment(self) -> str: ...
     @property
@@ -66,14 +71,20 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images with labels: either pixels or the paths of image files."""
+    """Images with labels: either pixels or encoded."""
 
     labels: np.ndarray  # int64 [n]
-    pixels: np.ndarray | None = None  # uint8 [n, size, size, 3]
-    paths: tuple[str, ...] = ()  # n where there are no pixels
+    pixels: np.ndarray | None = None  # uint8 [n, size, size, C], C 1 or 3
+    files: Files | None = None  # n where there are no pixels
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, at: np.ndarray) -> Split:
+        """The images at these positions, int64 [m], in this order."""
+        if self.files is not None:
+            return Split(self.labels[at], files=self.files.take(at))
+        return Split(self.labels[at], None if self.pixels is None else self.pixels[at])
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,9 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     remarks: tuple[str, ...] = ()  # lines about what was found and may not be meant
+    about: str = ""  # one line: the form it was found in, and where its labels are from
+    names: tuple[str, ...] = ()  # of the classes, for people, where others than `classes`
+    layout: str = ""  # what --dataset calls it
 
     def fingerprint(self) -> str:
         """A hash of the labels, and of the pixels or file names, so that a run is not resumed on
@@ -95,18 +109,17 @@ class ImageSet:
             digest.update(split.labels.tobytes())
             if split.pixels is not None:
                 digest.update(np.ascontiguousarray(split.pixels).data)
-            else:
-                root = os.path.commonpath(split.paths)
-                names = "\0".join(os.path.relpath(path, root) for path in split.paths)
-                digest.update(names.encode("utf-8", "surrogateescape"))
+            elif split.files is not None:
+                digest.update(split.files.identity())
         return digest.hexdigest()
 
 
-def open_image(path: str) -> Image.Image:
-    """The image as RGB. Raises DataError that names the file, also for decompression bombs."""
+def open_image(files: Files, i: int) -> Image.Image:
+    """Image i as RGB. Raises DataError that names the file, also for decompression bombs."""
+    path = files.names[i]
     try:
-        with opened(path) as file:
-            return file.convert("RGB")
+        with opened(files, i) as image:
+            return image.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         reason = "the image is too large to decode safely"
         raise DataError(f"{path}: {reason}: remove it or make it smaller", reason) from None
@@ -124,21 +137,22 @@ def most_pixels() -> float:
     return math.inf if Image.MAX_IMAGE_PIXELS is None else Image.MAX_IMAGE_PIXELS
 
 
-def opened(path: str) -> Image.Image:
-    """The image with its header read. Raises whatever open_image has words for."""
-    size_of(path)
-    file = Image.open(path)
-    with contextlib.ExitStack() as wrong:
-        wrong.callback(file.close)
-        if file.width * file.height > most_pixels():
+@contextlib.contextmanager
+def opened(files: Files, i: int) -> Iterator[Image.Image]:
+    """Image i with its header read. Raises whatever open_image has words for."""
+    with contextlib.ExitStack() as held:
+        file = files.open(i)
+        if not isinstance(file, str):
+            held.enter_context(file)
+        image = held.enter_context(Image.open(file))
+        if image.width * image.height > most_pixels():
             raise Image.DecompressionBombError
-        if max(file.size) > LONGEST * min(file.size):
+        if max(image.size) > LONGEST * min(image.size):
             raise ValueError(
-                f"it is {file.width} x {file.height} pixels, one side over {LONGEST} times the "
+                f"it is {image.width} x {image.height} pixels, one side over {LONGEST} times the "
                 "other"
             )
-        wrong.pop_all()
-    return file
+        yield image
 
 
 def decode_all(
@@ -149,15 +163,16 @@ def decode_all(
 ) -> Split:
     """The split with its images decoded and brought to size x size; bad files are black, and
     report(path, reason) may raise."""
-    if split.pixels is not None:
+    files = split.files
+    if files is None:
         return split
     pixels = np.zeros((len(split), size, size, 3), dtype=np.uint8)
 
     def decode(i: int) -> None:
         try:
-            pixels[i] = np.asarray(view(open_image(split.paths[i])))
+            pixels[i] = np.asarray(view(open_image(files, i)))
         except DataError as error:
-            report(split.paths[i], str(error))
+            report(files.names[i], str(error))
 
     with ThreadPoolExecutor(processors()) as pool:
         for _ in pool.map(decode, range(len(split)), chunksize=64):

@@ -1,12 +1,13 @@
-"""What the headers of a tree's image files say, read before training begins, so that a bad file is
+"""What the headers of a split's image files say, read before training begins, so that a bad file is
 found then.
 
 What was read is kept in $XDG_CACHE_HOME/fastsmooth (~/.cache/fastsmooth) under a name that holds a
-hash of the tree's path, and holds for a file as long as its name, size, time of modification and
-time of change stay; the last is the system's own, which nobody sets back as `touch`, `cp -p` and
-rsync do the other. The cache may be damaged or another user's work: nothing in it is unpickled, and
-what does not fit, or what another user owns or may write, is read again from the images. A file
-that is replaced after its header was read is found when it is decoded (Index.check).
+hash of the path that all lie below, and holds for a file as long as its name, size, time of
+modification and time of change stay; the last is the system's own, which nobody sets back as
+`touch`, `cp -p` and rsync do the other. An image inside an archive has the archive's times. The
+cache may be damaged or another user's work: nothing in it is unpickled, and what does not fit, or
+what another user owns or may write, is read again from the images. A file that is replaced after
+its header was read is found when it is decoded (Index.check).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +29,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from fastsmooth.data.files import Files, Names
 from fastsmooth.data.images import DataError, most_pixels, open_image, opened
 from fastsmooth.runfolder.files import cache_folder, only_mine, read_file, replace
 
@@ -69,17 +72,17 @@ NONE = np.zeros(0, np.int32)
 NO_FILES = Index(NONE, NONE, NONE.astype(np.int64), NONE.astype(bool), {})  # of a split of pixels
 
 
-def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | None = None) -> Index:
-    """The index of all image files below `root`, as sets.images_of lists them: what is not in
-    `paths` leaves the cache.
+def read_index(files: Files, say: Callable[[str], None] | None = None) -> Index:
+    """The index of all image files below a root: what is not among `files` leaves the cache.
 
     `say` gets a line now and then once it has taken 2 seconds. Bad files raise nothing and are read
     again each time.
     """
-    names = relative(paths, root)
-    table = np.zeros(len(paths), RECORD)
+    root, every = files.root, range(len(files))
+    names = relative(files)
+    table = np.zeros(len(files), RECORD)
     for part, stats in in_threads(
-        stat, paths, "looking for changed image files", say, THREADS, CHUNK
+        files.stat, every, "looking for changed image files", say, THREADS, CHUNK
     ):
         for field, values in zip(STAT, zip(*stats, strict=True), strict=True):
             table[field][part] = values
@@ -96,8 +99,9 @@ def read_index(paths: Sequence[str], root: str, say: Callable[[str], None] | Non
     bad: dict[int, str] = {}
     if len(unknown):
         load_formats()
-    unread = [paths[i] for i in unknown.tolist()]
-    for part, headers in in_threads(header, unread, "reading image headers", say, THREADS, CHUNK):
+    for part, headers in in_threads(
+        partial(header, files), unknown.tolist(), "reading image headers", say, THREADS, CHUNK
+    ):
         rows = unknown[part]
         width, height, plain, wrong = zip(*headers, strict=True)
         table["width"][rows], table["height"][rows], table["plain"][rows] = width, height, plain
@@ -115,47 +119,39 @@ def load_formats() -> None:
 
 
 def in_threads(
-    work: Callable[[str], T],
-    paths: Sequence[str],
+    work: Callable[[int], T],
+    positions: Sequence[int],
     what: str,
     say: Callable[[str], None] | None,
     threads: int,
     chunk: int,
 ) -> Iterator[tuple[slice, list[T]]]:
-    """Slices of `paths`, in order, each with what `work` says of its paths."""
+    """Slices of `positions`, in order, each with what `work` says of its positions."""
     due = time.monotonic() + 2
-    starts = range(0, len(paths), chunk)
+    starts = range(0, len(positions), chunk)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            chunks = pool.map(lambda start: list(map(work, paths[start : start + chunk])), starts)
+            chunks = pool.map(
+                lambda start: list(map(work, positions[start : start + chunk])), starts
+            )
             for start, results in zip(starts, chunks, strict=True):
                 yield slice(start, start + chunk), results
                 if say and time.monotonic() > due:
-                    say(f"{what}: {100 * (start + len(results)) // len(paths)} %")
+                    say(f"{what}: {100 * (start + len(results)) // len(positions)} %")
                     due = time.monotonic() + 10
         finally:  # whoever looks no further waits for no more than what is being done
             pool.shutdown(cancel_futures=True)
 
 
-def stat(path: str) -> tuple[int, int, int]:
-    """STAT: bytes, and times in ns; zeros for a file that open_image will then refuse."""
-    try:
-        result = os.stat(path)
-    except OSError:
-        return 0, 0, 0
-    most = 2**63 - 1  # a time in the far future would not fit
-    return result.st_size, result.st_mtime_ns & most, result.st_ctime_ns & most
-
-
-def header(path: str) -> tuple[int, int, bool, str]:
-    """Width and height in pixels, whether the file is plain, and what is wrong with it: nothing, or
-    one line."""
+def header(files: Files, i: int) -> tuple[int, int, bool, str]:
+    """Width and height of image i in pixels, whether its file is plain, and what is wrong with it:
+    nothing, or one line."""
     # open_image finds the words for whatever is raised
-    with suppress(Exception), opened(path) as image:
+    with suppress(Exception), opened(files, i) as image:
         return *image.size, is_plain(image), ""
     try:
-        open_image(path)
-        raise DataError(f"{path}: it changed while it was read: start again")
+        open_image(files, i)
+        raise DataError(f"{files.names[i]}: it changed while it was read: start again")
     except DataError as error:
         return 0, 0, False, str(error)
 
@@ -168,10 +164,12 @@ def is_plain(image: Image.Image) -> bool:
     return image.format == "JPEG" and image.mode in ("RGB", "L", "CMYK")
 
 
-def relative(paths: Sequence[str], root: str) -> bytes:
-    """The paths below `root`, each behind a zero byte."""
-    prefix = str(Path(root, "_"))[:-1]
-    return os.fsencode("\0".join(("", *paths)).replace("\0" + prefix, "\0"))
+def relative(files: Files) -> bytes:
+    """The names below the root, each behind a zero byte."""
+    if isinstance(files.names, Names):
+        return files.names.joined
+    prefix = str(Path(files.root, "_"))[:-1]
+    return os.fsencode("\0".join(("", *files.names)).replace("\0" + prefix, "\0"))
 
 
 def positions(names: bytes, kept_names: bytes) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsmooth.data import augment
 from fastsmooth.data.augment import View, Views
 from fastsmooth.data.chunks import Job
+from fastsmooth.data.files import Files
 from fastsmooth.data.images import DataError, Split, open_image
 from fastsmooth.data.index import Index
 
@@ -47,6 +48,13 @@ class Source:
     seed: int
     bad: BadImages
 
+    @property
+    def files(self) -> Files:
+        """Of a split of files."""
+        if self.split.files is None:
+            raise ValueError("a split of pixels has no files")
+        return self.split.files
+
     def drawn(self, job: Job) -> Tensor | None:
         """augment.draw's rows for the m samples of the job: float64 [m, 4], of resized-crop-flip
         [m, 1 + 4 ATTEMPTS]. None where nothing is drawn."""
@@ -75,7 +83,7 @@ class Source:
         Black where the header was bad, or an earlier decoding, once that is reported; PIL's where
         others would differ.
         """
-        path = self.split.paths[i]
+        path = self.files.names[i]
         if i in self.index.bad:
             self.bad.report(path, self.index.bad[i])
         if i in self.index.bad or path in self.bad.reasons:
@@ -85,10 +93,10 @@ class Source:
     def by_pil(self, i: int, view: View) -> np.ndarray:
         """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where
         there is none."""
-        path = self.split.paths[i]
+        path = self.files.names[i]
         (top, left, height, width), (tall, wide), (down, right) = view
         try:
-            image = open_image(path)
+            image = open_image(self.files, i)
             self.index.check(i, path, image.size)
             image = image.crop((left, top, left + width, top + height))
         except DataError as error:

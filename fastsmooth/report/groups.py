@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsmooth.cli.config import FIELDS, MODES
+from fastsmooth.cli.facts import FILE_SETS
 from fastsmooth.forms import FORMS
 from fastsmooth.runfolder.numbers import SMALLEST, deviation, mean, number
 from fastsmooth.runfolder.read import SavedRun
@@ -114,7 +115,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a configuration consists of; a folder of images by its last name, wherever
     it lies."""
     kept = {name: value for name, value in config.items() if name not in REPETITION}
-    if config.get("dataset") == "folder" and isinstance(config.get("data_dir"), str):
+    if config.get("dataset") in FILE_SETS | {"npz"} and isinstance(config.get("data_dir"), str):
         kept["data"] = Path(config["data_dir"]).name
     return kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -74,6 +75,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         precision = machine.choose_precision(c, device)
         graphs = machine.choose_graphs(c, device, kernels, ranks.world)
         read, decided = data.read_set(c), ""
+        if c.dataset == "auto":
+            c = dataclasses.replace(c, dataset=read.layout)
         if not c.image_size:
             side = data.usual_side(read)
             c, asked = configs.fitted(c, side), c
@@ -372,6 +375,8 @@ def introduce(run: Run, decided: str) -> None:
     )
     augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
     size = run.data.size
+    if run.data.about:
+        say(run.data.about)
     if decided:
         say(decided)
     say(f"{run.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")

@@ -17,8 +17,8 @@ from torchvision import transforms as T
 
 from fastsmooth.cli.config import resolve
 from fastsmooth.data import DataError, open_data
+from fastsmooth.data.layouts.common import IMAGENET_MEAN, IMAGENET_STD
 from fastsmooth.data.order import permutation
-from fastsmooth.data.sets import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 32
 # mean difference from PIL's pixels, of 255

@@ -202,7 +202,7 @@ class DaliEngine:
         if pixels is not None:
             return pixels
         with contextlib.suppress(OSError):
-            encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
+            encoded = self.source.files.read(i)
             index = self.source.index
             if plain_size(encoded.data) == (index.width[i], index.height[i]):
                 return encoded

@@ -84,7 +84,7 @@ class ThreadsEngine:
         does, or finds the words."""
         (top, left, height, width), scaled, (down, right) = view
         try:
-            encoded = np.fromfile(self.source.split.paths[i], dtype=np.uint8)
+            encoded = self.source.files.read(i)
             # a damaged PNG would end the process (torchvision 0.29.1)
             if encoded[: len(JPEG)].tobytes() != JPEG:
                 return None

@@ -53,7 +53,7 @@ class Images(Dataset):
     """
 
     def __init__(self, source: Source):
-        self.split, self.index = source.split, source.index
+        self.source, self.split, self.index = source, source.split, source.index
         self.kind, self.size = source.kind, source.size
 
     def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
@@ -72,8 +72,9 @@ class Images(Dataset):
     def open(self, index: int) -> Image.Image:
         if self.split.pixels is not None:
             return Image.fromarray(self.split.pixels[index])
-        image = open_image(self.split.paths[index])
-        self.index.check(index, self.split.paths[index], image.size)
+        files = self.source.files
+        image = open_image(files, index)
+        self.index.check(index, files.names[index], image.size)
         return image
 
 
@@ -217,7 +218,7 @@ class TorchEngine:
                 pixels, reasons = made
                 job = waiting.pop(0)
                 for k, reason in reasons.items():
-                    self.source.bad.report(self.source.split.paths[job.index[k]], reason)
+                    self.source.bad.report(self.source.files.names[int(job.index[k])], reason)
                 yield Chunk(job, pixels, None)
         finally:
             # suspended, it and the kept DataLoader hold each other, which stalls the garbage

@@ -1,0 +1,1 @@
+"""The forms in which image folders come, a reader each."""
