@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # the least similarity of a guess, by difflib: a wrong one misleads more than none helps
 CLOSE = 0.8
@@ -58,7 +58,9 @@ FLAGS = spread({
     # data
     "--data --data-path --data-root --dataset-dir --dataset-root --data-folder --train-data-dir --root --dataroot --train-dir --train-path --traindir --image-folder": "--data-dir",
     "-d --dataset-name --data-type --task": "--dataset",
-    "--val-dir --val-path --valdir --validation-dir --validation-data-dir --test-dir --train-split --val-split --valid-split --test-split --val-fraction --train-val-split --split": "--data-dir holds train/ and val/ (or test/), one folder a class",
+    "--val-dir --val-path --valdir --validation-dir --validation-data-dir --test-dir --train-split --test-split --split": "--data-dir holds train/ and val/ (or test/), one folder a class",
+    "--val-split --valid-split --val-fraction --train-val-split --validation-split --val-ratio --val-pct --val-size --valid-size --holdout": "--val-share",
+    "--label-file --labels-file --label-csv --labels-csv --annotations --annotation-file --ann-file --csv-file --csv-path --metadata": "--labels",
     "--num-classes --nb-classes --n-classes --classes --class-num --num-labels --class-map": "the classes are the folders of the data set",
     "--image --imgsz --img-size --im-size --imsize --input-size --resolution --crop-size --train-crop-size --val-crop-size --val-resize-size --resize-size --crop --train-size --size": "--image-size",
     "--crop-pct --train-crop-mode --interpolation --train-interpolation --val-interpolation --mean --std --in-chans --center-crop": "test images are resized and cropped, and normalised, as --dataset and --augment say",
@@ -164,7 +166,17 @@ VALUES = {
     "--dataset": spread({
         "imagefolder image-folder custom dir directory": "folder",
         "imagenet1k imagenet-1k ilsvrc ilsvrc2012 ilsvrc-2012 imagenet2012": "imagenet",
-        "mnist fashionmnist fashion-mnist svhn stl10 tiny-imagenet tinyimagenet": "folder reads any tree train/CLASS/IMAGE and val/CLASS/IMAGE",
+        "tinyimagenet tiny-imagenet-200 tinyimagenet200": "tiny-imagenet",
+        "mnist": "torchvision/MNIST",
+        "fashionmnist fashion-mnist fmnist": "torchvision/FashionMNIST",
+        "svhn": "torchvision/SVHN",
+        "stl10 stl-10": "torchvision/STL10",
+        "flowers102 flowers oxfordflowers": "torchvision/Flowers102",
+        "food101": "torchvision/Food101",
+        "medmnist numpy": "npz",
+        "wds tar tars shards": "webdataset",
+        "csv json dataframe": "table",
+        "hf huggingface hugging-face": "arrow reads what datasets saved to disk, and parquet its files",
     }),
     "--norm": spread({"bn batchnorm batch-norm": "batch", "gn groupnorm group-norm": "group"}),
     "--precision": spread({
@@ -195,9 +207,8 @@ def about_flag(word: str, known: Iterable[str]) -> str:
     return f"unknown flag {word}: {hint(word, known) or '--help lists the flags'}"
 
 
-def about_value(flag: str, word: str, known: Iterable[str]) -> str:
+def about_value(flag: str, word: str, known: Collection[str]) -> str:
     """What to say about a value that is none of those known of the flag."""
-    known = list(known)
     choices = f"choose from {', '.join(known)}"
     answer = VALUES.get(flag, {}).get(word.casefold())
     if answer in known or (answer and answer.startswith("--")):

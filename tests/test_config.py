@@ -22,7 +22,7 @@ from fastsmooth.cli.config import (
     resolve,
     shown,
 )
-from fastsmooth.cli.facts import SETS
+from fastsmooth.cli.facts import SETS, TORCHVISION
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.parse import as_before, parse, parser, read_saved, resumed
 from fastsmooth.runfolder.numbers import exact
@@ -204,6 +204,7 @@ def test_the_real_valued_flags_are_all_there():
         "eps",
         "max_time",
         "hw_decoder_load",
+        "val_share",
     }
     assert set(REALS) == {"lr"} | others
 
@@ -232,6 +233,7 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--batchsize": (["0", "-1"], ["1"]),
     "--decay-epoch": (["0"], ["1"]),
     "--image-size": (["7", "1025"], ["8", "1024"]),
+    "--val-share": (["0", "1", "-0.1"], ["0.1", "0.999"]),
     "--micro-batch": (["0", "-3"], ["1", "4096"]),
     "--workers": (["-1", "257"], ["0", "256"]),
     "--chunk": (["0", "65537"], ["1", "65536"]),
@@ -355,7 +357,8 @@ def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
     choices = FIELDS[needs].metadata["choices"]
     others = (
         {}
-        if FIELDS[needs].default not in values
+        # with --data-dir alone the data set is recognised
+        if FIELDS[needs].default not in values and name != "data_dir"
         else {needs: next(c for c in choices if c not in values)}
     )
     message = refusal(resolve, others | {name: value})
@@ -380,7 +383,13 @@ DEFAULTS = {
     "cifar10": ("resnet18", 200, 0.1, 32, "crop-flip", 32, (10_000,), 11, 40),
     "cifar100": ("resnet18", 200, 0.1, 32, "crop-flip-rotate", 32, (10_000,), 11, 40),
     "imagenet": ("torchvision/resnet34", 200, 0.1, 256, "resized-crop-flip", 224, (1000,), 11, 40),
-    "folder": ("", 20, 0.1, 32, "", 0, (200,), 1, 4),  # what is empty its images say
+    "tiny-imagenet": ("resnet18", 20, 0.1, 32, "crop-flip", 64, (200,), 1, 4),
+    # what is empty their images say
+    **dict.fromkeys(
+        ("auto", "folder", "table", "webdataset", "parquet", "arrow"),
+        ("", 20, 0.1, 32, "", 0, (200,), 1, 4),
+    ),
+    **dict.fromkeys(("npz", TORCHVISION), ("", 20, 0.1, 32, "crop-flip", 0, (200,), 1, 4)),
 }
 
 
@@ -407,7 +416,9 @@ def test_each_data_set_brings_its_defaults(dataset):
         0.9,
         0.9,
     )
-    assert c.images == {"digits": 1437, "imagenet": 1_281_167, "folder": None}.get(dataset, 50_000)
+    known = {"digits": 1437, "imagenet": 1_281_167, "tiny-imagenet": 100_000}
+    known |= dict.fromkeys(("cifar10", "cifar100"), 50_000)
+    assert c.images == known.get(dataset)
 
 
 def test_no_flags_mean_digits():
@@ -864,7 +875,7 @@ ODD = {  # values whose text form is easily mangled
 @pytest.mark.parametrize("flags", [False, True])
 @pytest.mark.parametrize("dataset", SETS)
 def test_config_json_reads_back_as_the_same_config(dataset, flags, tmp_path):
-    c = config("--dataset", dataset, *(ODD[dataset] if flags else []))
+    c = config("--dataset", dataset, *(ODD.get(dataset, ODD["folder"]) if flags else []))
     c = c if c.image_size else fitted(c, 40)  # as a run does before it saves
     assert read_saved(save(tmp_path, c)) == c
     assert set(json.loads((tmp_path / "config.json").read_text())) == set(FIELDS)

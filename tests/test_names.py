@@ -267,7 +267,7 @@ def test_a_value_of_a_switch_is_answered_with_what_the_switch_does():
 
 
 def test_a_folder_that_no_flag_takes_is_that_of_the_images(tmp_path):
-    assert f"--dataset folder --data-dir {tmp_path}" in refused(train.main, [str(tmp_path)])
+    assert f"--data-dir {tmp_path}" in refused(train.main, [str(tmp_path)])
 
 
 @pytest.mark.parametrize("argv", ["--seeds 0 1 2", "--seeds 0..2+1"])

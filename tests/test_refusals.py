@@ -50,10 +50,7 @@ def both(root: Path, files: dict) -> Path:
 FLAGS = [
     ("--methd lr", "did you mean --method?"),
     ("--method hybird", "did you mean hybrid?"),
-    (
-        "--dataset mnist",
-        "folder reads any tree train/CLASS/IMAGE and val/CLASS/IMAGE: choose from digits",
-    ),
+    ("--dataset mnist", "fastsmooth calls it torchvision/MNIST"),
     ("--dataset cifar", "did you mean cifar10 or cifar100?"),
     ("--optimizer adam", "fastsmooth has no adaptive optimizer: choose from sgd"),
     ("--track-noise 50", "not every=N (updates) or every=Nep (epochs)"),

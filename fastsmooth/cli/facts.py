@@ -37,7 +37,6 @@ FOLDER |= {"epochs": 20, "min_epochs": 1, "steps": (200,)}
 ARRAYS = FOLDER | {"augment": "crop-flip"}
 TORCHVISION = "torchvision/NAME"  # the row of all data sets of torchvision
 SETS = {
-    "auto": SetFacts(None, None, None, FOLDER),  # what lies in --data-dir
     "digits": SetFacts(1437, 360, 10, DIGITS),
     "cifar10": SetFacts(50_000, 10_000, 10, CIFAR | {"augment": "crop-flip"}),
     "cifar100": SetFacts(50_000, 10_000, 100, CIFAR | {"augment": "crop-flip-rotate"}),
@@ -50,6 +49,7 @@ SETS = {
     "arrow": SetFacts(None, None, None, FOLDER),
     "npz": SetFacts(None, None, None, ARRAYS),
     TORCHVISION: SetFacts(None, None, None, ARRAYS),
+    "auto": SetFacts(None, None, None, FOLDER),  # which of these lies in --data-dir
 }
 ARRAY_SETS = {"npz", TORCHVISION}  # of pixels, of any size
 FILE_SETS = SETS.keys() - ARRAY_SETS - {"digits", "cifar10", "cifar100"}  # of encoded images

@@ -221,10 +221,11 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
+        choices: Any = action.choices
+        if choices is not None and value not in choices:
             name = action.option_strings[0]
             raise argparse.ArgumentError(
-                None, f"{name} {value}: {about_value(name, value, action.choices)}"
+                None, f"{name} {value}: {about_value(name, value, choices)}"
             )
 
     def print_help(self, file: Any = None) -> None:
