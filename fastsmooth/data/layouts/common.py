@@ -18,6 +18,7 @@ from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 SUFFIXES = ", ".join(sorted(EXTENSIONS))
+TABLES = (".csv", ".tsv", ".json", ".jsonl")  # how files of names and labels end
 # by their names in small letters; what is hidden begins with a dot (.ipynb_checkpoints, .DS_Store,
 # ._IMAGE.png)
 OF_SYSTEMS = {

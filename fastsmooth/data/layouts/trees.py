@@ -13,6 +13,7 @@ from fastsmooth.data.layouts.common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SUFFIXES,
+    TABLES,
     existing,
     is_folder,
     is_image,
@@ -33,6 +34,8 @@ def sign(root: Path) -> str:
     folders = [entry for entry in listed(root) if is_folder(entry)]
     if any(entry.name == "train" for entry in folders):
         return "train/ of class folders" if any(map(is_folder, listed(root / "train"))) else ""
+    if any(entry.name.lower().endswith(TABLES) for entry in listed(root)):
+        return ""  # which says more of the images than their folders do
     classes = sum(any(map(is_image, listed(entry.path))) for entry in folders)
     return f"{classes:,} folders of images" if classes > 1 else ""
 
@@ -143,10 +146,15 @@ def images_of(part: Path, name: str) -> list[str]:
     link that never ends."""
     if not (part / name).is_dir():
         return []
+    return images_below(part / name, (identity(part.parent), identity(part)))
+
+
+def images_below(top: Path, within: tuple[tuple[int, int], ...] = ()) -> list[str]:
+    """The image files below a folder in order, as images_of. `within`: the folders that it is in,
+    which no link below may lead back to."""
     images: list[str] = []
     # folders to look into, each with those that it is in
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]]
-    waiting = [(str(part / name), (identity(part.parent), identity(part)))]
+    waiting = [(str(top), within)]
     while waiting:
         folder, around = waiting.pop()
         if (own := identity(folder)) in around:
