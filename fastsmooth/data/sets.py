@@ -103,4 +103,10 @@ def read(config: DataConfig) -> ImageSet:
         name, told = recognised(Path(config.data_dir))
     images = READERS[name.partition("/")[0]](config)
     lines = [f"--dataset {name}: {told}" if told else "", images.about]
+    if config.val_share is not None:
+        count = len(images.train) + len(images.test)
+        lines.append(
+            f"{len(images.test):,} of {count:,} images held out by their names (--val-share "
+            f"{config.val_share:g})"
+        )
     return replace(images, layout=name, about="; ".join(filter(None, lines)))

@@ -72,7 +72,7 @@ def whole_tree(config: DataConfig, root: Path) -> ImageSet:
     everything = split_of(inside)
     keys = [os.path.relpath(path, root) for paths in inside.values() for path in paths]
     train, test = shared_out(config, everything, keys)
-    return put_together(config, classes, train, test, "class folders")
+    return put_together(config, classes, train, test, "")
 
 
 def split_tree(config: DataConfig, tests: tuple[str, ...] = TESTS) -> ImageSet:
