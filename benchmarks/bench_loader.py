@@ -13,11 +13,16 @@ nothing is done with them.
     torch       ours, our transforms in two worker processes: the reference that the tests compare
                 the others with
 
+    tar, parquet, arrow    ours, `threads`, on these forms of the same images
+    prepared    the same on class folders of images whose shorter side was brought to 256 pixels
+    webdataset, datasets    what these libraries have for tars and for parquet, in two processes
+
 Case cifar/b<batch> crops, flips and rotates 32x32 images, imagenet/b<batch> decodes JPEG files and
-cuts random crops of 224x224 out of them. A window begins when nothing is left of what was made
-ahead of time while others ran, and goes on over the ends of epochs. Beside images a second: CPU
-seconds of the process and its workers, and the peak memory of the process without its workers,
-which favours the originals and torch.
+cuts random crops of 224x224 out of them, and forms/b<batch> does that with the last two rows beside
+class folders; a form holds each image as often as an epoch lists it. A window begins when nothing
+is left of what was made ahead of time while others ran, and goes on over the ends of epochs. Beside
+images a second: CPU seconds of the process and its workers, and the peak memory of the process
+without its workers, which favours the originals and torch.
 
 Case resize/<set> changes the batch size in the middle of an epoch, and looks at the first batch
 after that: it must have the new size, and median_s is its time, extra_s what it takes beyond the
@@ -50,7 +55,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks import bench_train, originals, timing
+from benchmarks import bench_train, forms, originals, timing
 from benchmarks.timing import Measured, Variant
 from fastsmooth import data
 from fastsmooth.cli import config as configs
@@ -72,8 +77,9 @@ LISTED = 2048
 VARIANTS = {
     "cifar": ("originals", "resident", "dali", "threads", "torch"),
     "imagenet": ("originals", "dali", "threads", "torch"),
+    "forms": ("originals", "threads", *forms.OURS, *forms.PEERS),
 }
-SIZES = {"cifar": 32, "imagenet": 224}
+SIZES = {"cifar": 32, "imagenet": 224, "forms": 224}
 # Steps of a window where not those of its case: whole epochs of the fast, and of torch, whose
 # chunks come in pairs
 STEPS = {
@@ -165,12 +171,14 @@ CASES = (
     # of ten batches, which two workers end two at a time
     ServeCase("cifar", 1024, images=10_000, lead=2, steps=2),
     ServeCase("imagenet", 64, images=640, lead=1),
+    ServeCase("forms", 64, images=640, lead=1, budget=400.0),
     ResizeCase("cifar", 128),
     ResizeCase("imagenet", 8),
 )
 QUICK = (
     ServeCase("cifar", 32, images=100, lead=1, rounds=2, budget=0.0, tiny=True),
     ServeCase("imagenet", 4, images=8, lead=1, rounds=2, budget=0.0, tiny=True),
+    ServeCase("forms", 4, images=8, lead=1, rounds=2, budget=0.0, tiny=True),
     ResizeCase("cifar", 16, rounds=2, budget=0.0, tiny=True),
     ResizeCase("imagenet", 2, rounds=2, budget=0.0, tiny=True),
 )
@@ -200,9 +208,13 @@ def main(argv: list[str] | None = None) -> int:
     report = timing.Report("bench_loader", argv, args.json, args.out)
     names = {"originals", *args.variants}
     report.header["about"]["dali"] = version_of_dali()
+    report.header["about"] |= {"forms": forms.versions()} if forms.available() else {}
     if report.header["about"]["dali"] is None:
         names.discard("dali")
         report.say("not measured: dali: NVIDIA DALI is not installed")
+    if not forms.available():
+        names -= {*forms.OURS, *forms.PEERS}
+        report.say("not measured: forms: they need pyarrow, datasets and webdataset")
     with tempfile.TemporaryDirectory() as scratch:
 
         def bench_one(case: ServeCase | ResizeCase) -> None:
@@ -213,6 +225,9 @@ def main(argv: list[str] | None = None) -> int:
                 )
             else:
                 images = find_files(Path(scratch), args.imagenet_dir, case.tiny, report)
+                if case.set == "forms":
+                    sizes = forms.write(Path(images.path), Path(scratch, "forms"), images.copies)
+                    report.say(f"  MB: {', '.join(f'{k} {v:,}' for k, v in sizes.items())}")
             bench(case, images, names, report)
 
         cases = timing.selected(p, args, CASES, QUICK)
@@ -298,6 +313,8 @@ def image_set(
         classes = tuple(map(str, range(bench_train.CLASSES)))
         return ImageSet(split, test, classes, originals.CIFAR100_MEAN, originals.CIFAR100_STD)
     files = reader(config)
+    if images.copies == 1:
+        return files
     train = Split(
         np.tile(files.train.labels, images.copies),
         files=Paths(tuple(files.train.files.names) * images.copies),
@@ -314,10 +331,19 @@ def config_of(loader: str, images: Images, name: str) -> configs.Config:
         "--device",
         "cpu",
     ]
-    if name == "imagenet":
+    if name != "cifar":
         flags += ["--data-dir", images.path]
     if loader != "resident":
         flags += ["--workers", str(WORKERS)]
+    return configs.resolve(parsing.parse(flags).given)
+
+
+def config_of_form(name: str, images: Images) -> configs.Config:
+    """Of a form in which forms.write stored the images."""
+    folder = os.path.join(images.cache, "forms", name)
+    flags = ["--dataset", forms.OURS[name], "--data-dir", folder, "--device", "cpu"]
+    flags += ["--image-size", str(SIZES["forms"]), "--augment", "resized-crop-flip"]
+    flags += ["--loader", "threads", "--workers", str(WORKERS)]
     return configs.resolve(parsing.parse(flags).given)
 
 
@@ -329,7 +355,13 @@ class Ours:
 
     def __init__(self, loader: str, images: Images, name: str):
         keep_freed_memory()  # as fastsmooth.train does it
-        config = config_of(loader, images, name)
+        if loader in forms.OURS:
+            # the others hold each image so often
+            config = config_of_form(loader, images)
+            copies = images.copies if loader == "prepared" else 1
+        else:
+            config, copies = config_of(loader, images, name), images.copies
+        images = replace(images, copies=copies)
         reader = data.READERS[config.dataset]
         stand_in = {config.dataset: lambda config: image_set(images, config, reader)}
         cache = {"XDG_CACHE_HOME": images.cache}  # where open_data keeps what it knows of files
@@ -404,7 +436,12 @@ def imagenet(images: Images) -> Dataset:
     return dataset
 
 
-def open_source(variant: str, images: Images, name: str) -> Ours | Originals:
+Source = Ours | Originals | forms.Peer
+
+
+def open_source(variant: str, images: Images, name: str) -> Source:
+    if variant in forms.PEERS:
+        return forms.Peer(variant, Path(images.cache, "forms"), SIZES[name], WORKERS)
     return Originals(images, name) if variant == "originals" else Ours(variant, images, name)
 
 
@@ -428,7 +465,7 @@ class Serve:
     """One call is a step of a ServeCase. `laps` counts images and this process's own CPU
     seconds."""
 
-    def __init__(self, case: ServeCase, source: Ours | Originals):
+    def __init__(self, case: ServeCase, source: Source):
         self.case, self.source = case, source
         self.laps = {"images": 0, "cpu": 0.0}
         self._due = 0
