@@ -88,7 +88,7 @@ def read(config: DataConfig) -> ImageSet:
 
 def bases(root: Path) -> list[Path]:
     """The folders that may hold train/ and val/, those that hold the first of them."""
-    inside = [root.joinpath(*KAGGLE[k:]) for k in (len(KAGGLE), 1, 0)]
+    inside = [root, root.joinpath(*KAGGLE[1:]), root.joinpath(*KAGGLE)]
     return [base for base in inside if train_of(base).exists()]
 
 
