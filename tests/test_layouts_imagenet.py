@@ -178,6 +178,11 @@ FORMS: dict[str, tuple[str, Callable[[Files], Files], str]] = {
     "kaggle": ("imagenet", kaggle, ""),
     "kaggle's ILSVRC": ("imagenet", kaggle, "ILSVRC"),
     "kaggle's CLS-LOC": ("imagenet", kaggle, CLS_LOC),
+    "kaggle's Data, renamed": (
+        "imagenet",
+        lambda f: below("in/Data/CLS-LOC", train_folder(f) | flat(f)) | below("in", csv(f)),
+        "in",
+    ),
     "kaggle, sorted": ("imagenet", lambda f: below(CLS_LOC, f), ""),
     "tars": ("imagenet", lambda f: train_tar(f) | val_tar(f) | devkit_tar(devkit()), ""),
     "train tar, val flat": ("imagenet", lambda f: train_tar(f) | flat(f), ""),
@@ -227,6 +232,12 @@ def test_every_form_gives_what_class_folders_give(tmp_path, photographs, form, d
             assert part.files.read(i).tobytes() == Path(path).read_bytes()
             assert os.path.basename(part.files.names[i]) == os.path.basename(path)
             assert part.files.names[i].startswith(str(tmp_path / "form"))
+    assert ("labels from LOC_val_solution.csv" in found.about) == (
+        "csv" in form or ("kaggle" in form and "sorted" not in form)
+    )
+    assert ("labels from ILSVRC2012_devkit_t12" in found.about) == (
+        "devkit" in form or form == "tars"
+    )
     evidence = f"--dataset {name}: "
     assert found.about.startswith(evidence) == (dataset == "auto") and "\n" not in found.about
     assert "labels from" in found.about or "class folders" in found.about
@@ -552,6 +563,10 @@ WRONG: dict[str, tuple[str, Files, str]] = {
     "no train": (DIR, flat(few()), f" has no train/ and no {TRAIN_TAR}: --dataset imagenet wants"),
     "no val": (DIR, train_folder(few()), f" has no val/ and no {VAL_TAR}: --dataset imagenet"),
     "nothing": (DIR, {"notes.txt": b""}, " has no train/ and no"),
+    "a packed train tar": (
+        DIR, flat(few()) | {f"{TRAIN_TAR}.gz": b""},
+        f" has no train/ and no {TRAIN_TAR} ({TRAIN_TAR}.gz is to be unpacked to it): --dataset",
+    ),
     "two of them": (
         DIR, FLAT | below(CLS_LOC, FLAT),
         f" has train and {CLS_LOC}/train: give the folder of one of them",
@@ -732,6 +747,9 @@ WRONG: dict[str, tuple[str, Files, str]] = {
     "another name in the val tar": (
         DIR, train_folder(few()) | {VAL_TAR: tar_with((ONE, b"x"), ("readme.txt", b"x"))},
         f"/{VAL_TAR} is to hold ILSVRC2012_val_00000001.JPEG and so on, to 50,000, and has 'read",
+    ),
+    "a text with a number in the val tar": (
+        DIR, train_folder(few()) | {VAL_TAR: tar_with((f"{ONE[:-5]}.xml", b"x"))}, ".xml': remove",
     ),
     "a val tar of folders": (
         DIR, train_folder(few()) | {VAL_TAR: tar_with((f"{A}/{ONE}", b"x"))}, f" has '{A}/{ONE}'",

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastsmooth.data.files import Files
 from fastsmooth.data.images import DataError, Split
-from fastsmooth.data.layouts.common import is_folder, is_hidden, is_image, listed, sorted_by_class
+from fastsmooth.data.layouts.common import is_folder, is_hidden, is_image, listed
 
 MOST = 10_000  # entries of a folder that is looked at to recognise it: it may hold a million
 
@@ -30,27 +30,24 @@ def folders_of(part: Path) -> list[str]:
 
 
 def of_classes(
-    files: Files, keys: Sequence[str], ids: Sequence[str], classes: Sequence[str], part: Path
+    files: Files, ids: Sequence[str], classes: Sequence[str], part: Path
 ) -> tuple[Split, list[str]]:
-    """(the images by class and key, remarks): those of other classes are left out. `ids` [n]: the
-    class of each. Raises DataError where none is left."""
+    """(the images by class, in the order that they have, remarks): those of other classes are left
+    out. `ids` [n]: the class of each. Raises DataError where none is left."""
     label = {name: k for k, name in enumerate(classes)}
-    kept = [i for i, name in enumerate(ids) if name in label]
+    labels = np.array([label.get(name, -1) for name in ids], np.int64)
     others = {name for name in ids if name not in label}
-    if not kept:
+    order = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0) :]
+    if not len(order):
         raise DataError(
             f"{part} has no images of the {len(classes):,} classes that are trained: add some"
         )
-    split = sorted_by_class(
-        files.take(np.array(kept, np.int64)),
-        np.array([label[ids[i]] for i in kept], np.int64),
-        [keys[i] for i in kept],
-    )
+    split = Split(labels[order], files=files.take(order))
     if not others:
         return split, []
     return split, [
         f"{part}: images of {len(others):,} classes that have no training images are left out: "
-        f"{len(ids) - len(kept):,}"
+        f"{len(ids) - len(order):,}"
     ]
 
 

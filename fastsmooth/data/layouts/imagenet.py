@@ -62,9 +62,11 @@ def read(config: DataConfig) -> ImageSet:
     train_path, val_path = train_of(base), val_of(base)
     for path, name in ((train_path, TRAIN_TAR), (val_path, VAL_TAR)):
         if not path.exists():
+            packed = sorted(found.name for found in base.glob(f"{name}.*"))
+            instead = f" ({packed[0]} is to be unpacked to it)" if packed else ""
             raise DataError(
-                f"--data-dir {root} has no {path.name}/ and no {name}: --dataset imagenet wants "
-                f"{WANTS}"
+                f"--data-dir {root} has no {path.name}/ and no {name}{instead}: --dataset imagenet "
+                f"wants {WANTS}"
             )
     refuse_share(config, f"--data-dir {root} is split into training and validation images")
     heap = heap_of(val_path)
@@ -76,8 +78,8 @@ def read(config: DataConfig) -> ImageSet:
     if heap is None:
         val = sorted_part(val_path, train.classes)
     else:
-        val = labelled_part(heap, val_path, places_of(base))
-    test, left_out = of_classes(val.files, val.keys, val.ids, train.classes, val_path)
+        val = labelled_part(heap, val_path, places_of(root, base))
+    test, left_out = of_classes(val.files, val.ids, train.classes, val_path)
     about = f"train: {train.form}, val: {val.form}{unread(base)}"
     remarks, names = [*train.remarks, *val.remarks, *left_out], names_of(train.classes)
     return put_together(config, train.classes, train.split, test, about, remarks, names)
@@ -119,13 +121,13 @@ def unread(base: Path) -> str:
     return f" ({' and '.join(left)} not read)" if left else ""
 
 
-def places_of(base: Path) -> list[Path]:
-    """The folders in which a csv or a devkit may lie: this one, and in Kaggle's form those that it
-    is in."""
+def places_of(root: Path, base: Path) -> list[Path]:
+    """The folders in which a csv or a devkit may lie: --data-dir, the folder of train/ and val/,
+    and in Kaggle's form those that it is in."""
     for path in (os.path.abspath(base), os.path.realpath(base)):
         if Path(path).parts[-len(KAGGLE) :] == KAGGLE:
-            return [base, *list(Path(path).parents)[: len(KAGGLE)]]
-    return [base]
+            return [root, base, *list(Path(path).parents)[: len(KAGGLE)]]
+    return [root, base]
 
 
 # Training images
@@ -181,7 +183,7 @@ def unpacked(path: Path) -> Trained:
             "fetch it again"
         )
     refuse_twice(path, twice(names))
-    kept = [(name, i) for name, i in found if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    kept = [(name, i) for name, i in found if has_suffix(name)]
     label = {name: k for k, name in enumerate(classes)}
     labels = np.array([label[name.partition("/")[0]] for name, _ in kept], np.int64)
     files = ranges(path, listing, kept)
@@ -194,8 +196,7 @@ def unpacked(path: Path) -> Trained:
 class Part(NamedTuple):
     """The validation images."""
 
-    files: Files
-    keys: Sequence[str]  # [n], by which those of a class are ordered
+    files: Files  # in the order of their names
     ids: Sequence[str]  # [n], the WordNet id of each
     form: str  # in words
     remarks: list[str]
@@ -231,7 +232,7 @@ def heap_of(path: Path) -> Heap | None:
                 f"({named(names)}): sort all of them, or none"
             )
         heap = Heap(Paths([str(path / name) for name in names]), names, "val/ unsorted")
-    if strange := [name for name in heap.names if not number_of(name)]:
+    if strange := [name for name in heap.names if not (number_of(name) and has_suffix(name))]:
         raise DataError(
             f"{path} is to hold {NUMBERED} and so on, to 50,000, and has {named(strange)}: "
             "remove what is none of them, or sort all into class folders"
@@ -243,7 +244,7 @@ def heap_of(path: Path) -> Heap | None:
 def labelled_part(heap: Heap, path: Path, places: Sequence[Path]) -> Part:
     ids, source = labels_of(path, heap.names, places)
     form = f"{heap.form}, labels from {source}"
-    return Part(heap.files, heap.names, ids, form, [])
+    return Part(heap.files, ids, form, [])
 
 
 def sorted_part(val: Path, classes: Sequence[str]) -> Part:
@@ -254,9 +255,9 @@ def sorted_part(val: Path, classes: Sequence[str]) -> Part:
         raise DataError(
             f"{val} has a class folder that {TRAIN_TAR} has not: {named(extra)}: remove it"
         )
-    pairs = [(path, name) for name, paths in inside.items() for path in paths]
-    paths, ids = [path for path, _ in pairs], [name for _, name in pairs]
-    return Part(Paths(paths), paths, ids, "class folders", loose(val))
+    files = Paths([path for paths in inside.values() for path in paths])
+    ids = [name for name, paths in inside.items() for _ in paths]
+    return Part(files, ids, "class folders", loose(val))
 
 
 # What lies in an archive
@@ -265,10 +266,21 @@ def sorted_part(val: Path, classes: Sequence[str]) -> Part:
 def members(listing: tars.Listing) -> list[tuple[str, int]]:
     """(name, position) of each file of a listing by name, less those that are hidden or belong to a
     system."""
-    names = (os.fsdecode(name).replace("/./", "/").removeprefix("./") for name in listing.names)
-    return sorted(
-        (name, i) for i, name in enumerate(names) if not any(map(is_hidden, name.split("/")))
-    )
+    system: dict[str, bool] = {}  # whether a folder is such, as many files are in one
+    found: list[tuple[str, int]] = []
+    for i, raw in enumerate(listing.names):
+        name = os.fsdecode(raw).replace("/./", "/").removeprefix("./")
+        folder, _, file = name.rpartition("/")
+        if folder not in system:
+            system[folder] = any(map(is_hidden, folder.split("/")))
+        if not system[folder] and not is_hidden(file):
+            found.append((name, i))
+    return sorted(found)
+
+
+def has_suffix(name: str) -> bool:
+    """Whether a file's name is an image's."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def ranges(path: Path, listing: tars.Listing, found: Sequence[tuple[str, int]]) -> Ranges:

@@ -69,9 +69,7 @@ def read(config: DataConfig) -> ImageSet:
     heap = images_of(val, "images")
     files = [path.removeprefix(f"{val}/images/") for path in heap]
     labels = annotated(val, files, ids or set(inside))
-    test, left_out = of_classes(
-        Paths(heap), files, [labels[file] for file in files], tuple(inside), val
-    )
+    test, left_out = of_classes(Paths(heap), [labels[f] for f in files], tuple(inside), val)
     about = f"train: class folders, val: val/images/, labels from {ANNOTATIONS}"
     remarks = [*loose(train), *left_out]
     return put_together(config, tuple(inside), split_of(inside), test, about, remarks, names)
