@@ -30,6 +30,7 @@ from fastsmooth.data.layouts.trees import by_class, images_of, split_of, split_t
 from fastsmooth.messages import note
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+ARCHIVES = {"train": TRAIN_TAR, "val": VAL_TAR}  # by the folder that each may be unpacked to
 KAGGLE = ("ILSVRC", "Data", "CLS-LOC")  # the folder of train/ and val/ in Kaggle's archive
 NUMBERED = "ILSVRC2012_val_00000001.JPEG"
 WANTS = f"train/WNID/IMAGE or {TRAIN_TAR}, beside val/ (sorted or as downloaded) or {VAL_TAR}"
@@ -38,17 +39,18 @@ WANTS = f"train/WNID/IMAGE or {TRAIN_TAR}, beside val/ (sorted or as downloaded)
 def sign(root: Path) -> str:
     """What tells that a folder is ImageNet's; nothing where it is none."""
     for base in bases(root):
-        val = f"{val_of(base).name}{'/' * val_of(base).is_dir()}"
+        train, val = part_of(base, "train"), part_of(base, "val")
         where = "" if base == root else f" in {base.relative_to(root)}/"
-        if not val_of(base).exists():
+        beside = f"{val.name}{'/' * val.is_dir()}{where}"
+        if not val.exists():
             continue
-        if not (train := train_of(base)).is_dir():
-            return f"{TRAIN_TAR} and {val}{where}"
+        if not train.is_dir():
+            return f"{TRAIN_TAR} and {beside}"
         folders = folders_of(train)
         # Tiny ImageNet has a folder images/ in each
         tiny = any((train / name / "images").is_dir() for name in folders)
         if len(folders) > 1 and names_of(folders) and not tiny:
-            return f"train/ of {len(folders):,} of its 1,000 classes and {val}{where}"
+            return f"train/ of {len(folders):,} of its 1,000 classes and {beside}"
     return ""
 
 
@@ -59,16 +61,16 @@ def read(config: DataConfig) -> ImageSet:
     if not root.is_dir():
         raise DataError(f"--data-dir {root}: no such directory: give the folder of ImageNet")
     base = base_of(root)
-    train_path, val_path = train_of(base), val_of(base)
-    for path, name in ((train_path, TRAIN_TAR), (val_path, VAL_TAR)):
-        if not path.exists():
+    for part, name in ARCHIVES.items():
+        if not part_of(base, part).exists():
             packed = sorted(found.name for found in base.glob(f"{name}.*"))
             instead = f" ({packed[0]} is to be unpacked to it)" if packed else ""
             raise DataError(
-                f"--data-dir {root} has no {path.name}/ and no {name}{instead}: --dataset imagenet "
+                f"--data-dir {root} has no {part}/ and no {name}{instead}: --dataset imagenet "
                 f"wants {WANTS}"
             )
     refuse_share(config, f"--data-dir {root} is split into training and validation images")
+    train_path, val_path = (part_of(base, part) for part in ARCHIVES)
     heap = heap_of(val_path)
     if heap is None and train_path.is_dir():
         refuse_tars(train_path)
@@ -91,33 +93,31 @@ def read(config: DataConfig) -> ImageSet:
 def bases(root: Path) -> list[Path]:
     """The folders that may hold train/ and val/, those that hold the first of them."""
     inside = [root, root.joinpath(*KAGGLE[1:]), root.joinpath(*KAGGLE)]
-    return [base for base in inside if train_of(base).exists()]
+    return [base for base in inside if part_of(base, "train").exists()]
 
 
 def base_of(root: Path) -> Path:
     """The one of them. Raises DataError for several."""
     found = bases(root)
     if len(found) > 1:
-        where = " and ".join(f"{train_of(base).relative_to(root)}" for base in found)
+        where = " and ".join(f"{part_of(base, 'train').relative_to(root)}" for base in found)
         raise DataError(f"--data-dir {root} has {where}: give the folder of one of them")
     return found[0] if found else root
 
 
-def train_of(base: Path) -> Path:
-    """train/, or its archive where only that is there: who unpacks it may keep it."""
-    folder, archive = base / "train", base / TRAIN_TAR
-    return archive if archive.is_file() and not folder.is_dir() else folder
-
-
-def val_of(base: Path) -> Path:
-    folder, archive = base / "val", base / VAL_TAR
+def part_of(base: Path, part: str) -> Path:
+    """The folder of a part, or its archive where only that is there: who unpacks it may keep it."""
+    folder, archive = base / part, base / ARCHIVES[part]
     return archive if archive.is_file() and not folder.is_dir() else folder
 
 
 def unread(base: Path) -> str:
     """What to say of archives beside what was unpacked of them."""
-    pairs = ((train_of(base), TRAIN_TAR), (val_of(base), VAL_TAR))
-    left = [name for path, name in pairs if path.name != name and (base / name).exists()]
+    left = [
+        name
+        for part, name in ARCHIVES.items()
+        if (base / name).exists() and part_of(base, part).name != name
+    ]
     return f" ({' and '.join(left)} not read)" if left else ""
 
 
