@@ -27,6 +27,7 @@ from fastsmooth.runfolder.files import cache_folder, only_mine, read_file, repla
 VERSION = 1  # of what is kept: another one whenever its fields change
 BLOCK = 512  # bytes, of which everything in an archive takes a whole number
 FILE_TYPES = b"0\0"  # of a member that is a file, as most are
+NOTHING = np.zeros(0, np.int64)
 PACKED = (
     (b"\x1f\x8b", "gzip"),
     (b"BZh", "bzip2"),
@@ -44,28 +45,53 @@ class Listing(NamedTuple):
     length: np.ndarray  # int64 [m], bytes
 
 
-def listed(paths: Sequence[str], say: Callable[[str], None] | None = None) -> list[Listing]:
-    """What the archives hold, from the cache or read. Raises DataError for one that is none, is
-    cut short or is packed; OSError for one that cannot be read."""
+def listed(
+    paths: Sequence[str], say: Callable[[str], None] | None = None, nested: bool = False
+) -> list[Listing]:
+    """What the archives hold, from the cache or read; `nested`: in place of a tar in one of them
+    its files. Raises DataError for one that is none, is cut short or is packed; OSError for one
+    that cannot be read."""
     listings = []
     for path in paths:
         archive = Archive.at(path)
-        kept = load(archive)
+        kept = load(archive, nested)
         if kept is None:
             if say and archive.stat[0] > 1 << 30:
                 say(f"listing {path}, once")
             kept = scan(archive)
-            save(kept)
+            kept = unfolded(kept) if nested else kept
+            save(kept, nested)
         listings.append(kept)
     return listings
 
 
-def scan(archive: Archive, start: int = 0, end: int | None = None) -> Listing:
-    """The listing of the tar that stands in these bytes of the archive, whole or a member of it.
+def unfolded(outer: Listing) -> Listing:
+    """The listing with the files of each NAME.tar in its place, as NAME/FILE."""
+    names: list[bytes] = []
+    starts, lengths = [NOTHING], [NOTHING]
+    for i, name in enumerate(outer.names):
+        start, length = outer.start[i : i + 1], outer.length[i : i + 1]
+        # what begins with a dot is of a system, and no tar
+        if name.endswith(b".tar") and not os.path.basename(name).startswith(b"."):
+            begin, end = int(start[0]), int(start[0] + length[0])
+            called = os.path.join(outer.archive.path, os.fsdecode(name))
+            _, inside, start, length = scan(outer.archive, begin, end, called)
+            folder = name.removesuffix(b".tar")
+            names += [folder + b"/" + file for file in inside]
+        else:
+            names.append(name)
+        starts.append(start)
+        lengths.append(length)
+    return Listing(outer.archive, names, np.concatenate(starts), np.concatenate(lengths))
+
+
+def scan(archive: Archive, start: int = 0, end: int | None = None, called: str = "") -> Listing:
+    """The listing of the tar that stands in these bytes of the archive, whole or a member of it,
+    which messages then name as `called`.
 
     What has no usual header is left to Python's tarfile, which knows every form that one may have.
     """
-    path = archive.path
+    path = called or archive.path
     names: list[bytes] = []
     starts: list[int] = []
     lengths: list[int] = []
@@ -162,16 +188,16 @@ def usual_file(header: bytes) -> tuple[bytes, int] | None:
 # The cache
 
 
-def cache_file(path: str) -> Path:
+def cache_file(path: str, nested: bool = False) -> Path:
     """Raises RuntimeError where there is no home directory."""
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()
-    return cache_folder() / f"members-{digest[:16]}.npz"
+    return cache_folder() / f"{'nested' if nested else 'members'}-{digest[:16]}.npz"
 
 
-def load(archive: Archive) -> Listing | None:
+def load(archive: Archive, nested: bool = False) -> Listing | None:
     """The listing as saved; None where there is none that can be used."""
     with suppress(Exception):  # damage may raise anything
-        path = cache_file(archive.path)
+        path = cache_file(archive.path, nested)
         content = io.BytesIO(read_file(path, math.inf) if only_mine(path) else b"")
         with np.load(content, allow_pickle=False) as file:
             version, stat, joined, start, length = (
@@ -187,10 +213,10 @@ def load(archive: Archive) -> Listing | None:
     return None
 
 
-def save(listing: Listing) -> None:
+def save(listing: Listing, nested: bool = False) -> None:
     # no home, no room or no permission: then the archive is listed every time
     with suppress(OSError, RuntimeError):
-        target = cache_file(listing.archive.path)
+        target = cache_file(listing.archive.path, nested)
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         joined = b"".join(b"\0" + name for name in listing.names)
         content = io.BytesIO()

@@ -125,7 +125,12 @@ def missing(split: Split, classes: Sequence[str]) -> list[str]:
 def listed(folder: Path | str) -> list[os.DirEntry[str]]:
     """What is in a folder, less hidden files and those that belong to a system."""
     with os.scandir(folder) as entries:
-        return [e for e in entries if e.name[0] != "." and e.name.lower() not in OF_SYSTEMS]
+        return [entry for entry in entries if not is_hidden(entry.name)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or belongs to a system."""
+    return name[:1] == "." or name.lower() in OF_SYSTEMS
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

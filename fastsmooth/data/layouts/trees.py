@@ -22,6 +22,7 @@ from fastsmooth.data.layouts.common import (
     put_together,
     shared_out,
 )
+from fastsmooth.data.layouts.imagenet_facts import names_of
 
 WANTS = "train/CLASS/IMAGE beside val/ or test/, or CLASS/IMAGE alone"
 TESTS = ("val", "test", "valid", "validation")  # the first that is there
@@ -58,8 +59,8 @@ def read(config: DataConfig) -> ImageSet:
 
 def whole_tree(config: DataConfig, root: Path) -> ImageSet:
     """The tree root/CLASS/IMAGE, of which --val-share is held out."""
-    classes = sorted(entry.name for entry in listed(root) if is_folder(entry))
-    inside = {name: images_of(root, name) for name in classes}
+    inside = by_class(root)
+    classes = tuple(inside)
     if empty := [name for name in classes if not inside[name]]:
         raise DataError(
             f"{root / empty[0]} has no images{more(empty)}: put some there or remove the folder "
@@ -72,12 +73,15 @@ def whole_tree(config: DataConfig, root: Path) -> ImageSet:
     everything = split_of(inside)
     keys = [os.path.relpath(path, root) for paths in inside.values() for path in paths]
     train, test = shared_out(config, everything, keys)
-    return put_together(config, classes, train, test, "")
+    return put_together(config, classes, train, test, "", names=names_of(classes))
 
 
-def split_tree(config: DataConfig, tests: tuple[str, ...] = TESTS) -> ImageSet:
-    """The tree DIR/train/CLASS/IMAGE with one of `tests` beside train/."""
-    root = Path(config.data_dir)
+def split_tree(
+    config: DataConfig, tests: tuple[str, ...] = TESTS, root: Path | None = None
+) -> ImageSet:
+    """The tree ROOT/train/CLASS/IMAGE with one of `tests` beside train/; `root`: --data-dir, or a
+    folder in it."""
+    root = root or Path(config.data_dir)
     wanted = tests[:2]
     if not root.is_dir():
         raise DataError(
@@ -131,8 +135,20 @@ def split_tree(config: DataConfig, tests: tuple[str, ...] = TESTS) -> ImageSet:
         if loose := sum(is_image(entry) for entry in listed(part)):
             remarks.append(f"{part}: images that lie in no class folder are left out: {loose:,}")
     return ImageSet(
-        split_of(inside), split_of(tested), classes, IMAGENET_MEAN, IMAGENET_STD, tuple(remarks)
+        split_of(inside),
+        split_of(tested),
+        classes,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        tuple(remarks),
+        names=names_of(classes),
     )
+
+
+def by_class(part: Path) -> dict[str, list[str]]:
+    """The image files of each class folder, in order."""
+    classes = sorted(entry.name for entry in listed(part) if is_folder(entry))
+    return {name: images_of(part, name) for name in classes}
 
 
 def split_of(by_class: dict[str, list[str]]) -> Split:
