@@ -103,10 +103,10 @@ def read_index(files: Files, say: Callable[[str], None] | None = None, part: str
     for some, headers in in_threads(
         partial(header, files), unknown.tolist(), "reading image headers", say, THREADS, CHUNK
     ):
-        rows = unknown[some]
+        at = unknown[some]
         width, height, plain, wrong = zip(*headers, strict=True)
-        table["width"][rows], table["height"][rows], table["plain"][rows] = width, height, plain
-        bad.update((i, line) for i, line in zip(rows.tolist(), wrong, strict=True) if line)
+        table["width"][at], table["height"][at], table["plain"][at] = width, height, plain
+        bad.update((i, line) for i, line in zip(at.tolist(), wrong, strict=True) if line)
     if names != kept_names or not np.array_equal(table, kept):
         save(root, part, names, table)
     sizes = table["width"].copy(), table["height"].copy(), table["size"].copy()
