@@ -29,6 +29,7 @@ WRITERS = {
     ): "the part of a download, which goes on where it stopped and is named once its sum is right",
     ("checkpoint.py", "save"): "into memory",
     ("index.py", "savez"): "into memory",
+    ("tars.py", "savez"): "into memory",
     ("pdf.py", "print_pdf"): "into memory",
     (
         "modes.py",
@@ -68,7 +69,7 @@ def writes(node: ast.AST) -> str | None:
     owner = getattr(getattr(function, "value", None), "id", "")
     if name == "open" and owner == "os":
         return "open O_CREAT" if "O_CREAT" in ast.dump(node) else None
-    if name == "open" and owner not in ("Image", "tarfile", "self"):  # which read
+    if name == "open" and owner not in ("Image", "tarfile", "files", "self"):  # which read
         given = node.args[0 if isinstance(function, ast.Attribute) else 1 :][:1]
         modes = given + [k.value for k in node.keywords if k.arg == "mode"]
         reads = all(

@@ -660,3 +660,12 @@ def test_progress_is_told_now_and_then_only_when_it_takes_long(tmp_path, monkeyp
     steps = [15, 70]  # the third chunk is after 2 s; then every 10 s, of which telling takes one
     phases = ["looking for changed image files", "reading image headers"]
     assert lines == [f"{what}: {step} %" for what in phases for step in steps]
+
+
+def test_the_parts_of_one_folder_are_kept_apart(tmp_path, read):
+    root = three_images(tmp_path / "tree")
+    paths = listed(root)
+    for _ in range(2):
+        assert sizes(read_index(Below(paths[:2], root), None, "train")) == THREE[:2]
+        assert sizes(read_index(Below(paths[2:], root), None, "test")) == THREE[2:]
+    assert sorted(read) == ["1.png", "2.png", "3.png"]

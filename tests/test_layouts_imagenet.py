@@ -431,11 +431,11 @@ def test_the_archive_of_archives_is_listed_once(tmp_path, monkeypatch, cache):
     root = tree(tmp_path / "tree", train_tar(few()) | val_tar(few()))
     first = read(root)
     assert len(list(cache.glob("nested-*.npz"))) == len(list(cache.glob("members-*.npz"))) == 1
-    scan = tars.scan
-    monkeypatch.setattr(tars, "scan", pytest.fail)
+    members = tars.members
+    monkeypatch.setattr(tars, "members", pytest.fail)
     assert read(root).fingerprint() == first.fingerprint()
     # without the inner ones it is another listing
-    monkeypatch.setattr(tars, "scan", scan)
+    monkeypatch.setattr(tars, "members", members)
     (plain,) = tars.listed([str(root / TRAIN_TAR)])
     assert sorted(plain.names) == sorted(f"{wnid}.tar".encode() for wnid in (A, B))
     more = few() | {f"train/{C}/1.JPEG": b"another"}

@@ -80,7 +80,7 @@ class Config:
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", WITH_DATA_DIR))
     image_size: int = option(FILLED, "data", "pixels a side (of a folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", FILE_SETS | ARRAY_SETS))
     val_share: float | None = option(None, "data", "share of the images held out as test set, where there is no split", real(0, 1, open_low=True, open_high=True), metavar="X", only=("dataset", UNSPLIT_SETS))
-    labels: str | None = option(None, "data", "table: the csv or json of names and labels, where there are several", text, metavar="FILE", only=("dataset", {"auto", "table"}))
+    labels: str | None = option(None, "data", "table: the csv or json of names and labels, where there are several; parquet, arrow: the column of labels", text, metavar="FILE", only=("dataset", {"auto", "table", "parquet", "arrow"}))
     augment: str = option(FILLED, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
     loader: str = option("auto", "data", "resident: all images on the device; dali, threads: decode ahead; torch: DataLoader", choices=("auto", "resident", "dali", "threads", "torch"))
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))

@@ -81,17 +81,17 @@ def open_data(
     kind, size, seed = config.augment, config.image_size, config.seed
     chunk = 0
 
-    def loader_of(split: Split) -> Loader:
+    def loader_of(split: Split, part: str) -> Loader:
         nonlocal chunk
         if name == "resident":
             pixels = decode(split, config, bad)
             return ResidentLoader(pixels, kind, seed, images.mean, images.std, device)
-        source = Source(split, indexed(split, bad, say), kind, size, seed, bad)
+        source = Source(split, indexed(split, bad, say, part), kind, size, seed, bad)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
         return ChunkedLoader(engine, split.labels, size, chunk, images.mean, images.std, device)
 
-    train, test = loader_of(images.train), loader_of(images.test)
+    train, test = loader_of(images.train, "train"), loader_of(images.test, "test")
     choice = f"loader {name}: {why}"
     if name != "resident":
         workers = "process" if name == "torch" else "thread"
@@ -198,11 +198,12 @@ def chunk_size(split: Split, device: torch.device) -> int:
     return CHUNK_OF_PIXELS.get(device.type, 512)
 
 
-def indexed(split: Split, bad: BadImages, say: Callable[[str], None]) -> Index:
-    """The index of a split of files; its bad headers are reported now."""
+def indexed(split: Split, bad: BadImages, say: Callable[[str], None], part: str) -> Index:
+    """The index of a split of files, `part` of what lies there; its bad headers are reported
+    now."""
     if split.files is None:
         return NO_FILES
-    index = read_index(split.files, say)
+    index = read_index(split.files, say, part)
     for count, (i, reason) in enumerate(index.bad.items()):
         more = len(index.bad) - 1 - count
         if bad.policy == "raise" and more:

@@ -8,16 +8,23 @@ from __future__ import annotations
 import errno
 import io
 import os
+import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastsmooth.messages import one_line
 from fastsmooth.runfolder.files import size_of
 
+# bytes of decoded row groups that a process keeps: some twenty as Hugging Face writes them, of 100
+# photographs, and little for some processes at a time
+HELD = 1 << 28
 LATEST = 2**63 - 1  # ns: a time in the far future would not fit
 Stat = tuple[int, int, int]  # bytes, and ns of the last modification and change
 
@@ -54,6 +61,10 @@ class Files(ABC):
     @abstractmethod
     def stat(self, i: int) -> Stat:
         """What stays as it is as long as image i does; zeros where the system does not say."""
+
+    def by_place(self, at: np.ndarray) -> np.ndarray:
+        """These positions, int64 [m], in the order in which their images are read fastest."""
+        return at
 
 
 class Paths(Files):
@@ -197,6 +208,142 @@ class Ranges(Files):
 
     def stat(self, i: int) -> Stat:
         return int(self.length[i]), *self.archives[self.archive[i]].stat[1:]
+
+    def by_place(self, at: np.ndarray) -> np.ndarray:
+        return at[np.lexsort((self.start[at], self.archive[at]))]
+
+
+class Rows(Files):
+    """Images that are values of a column of Parquet files."""
+
+    names: Names
+
+    def __init__(self, root: str, groups: RowGroups, row: np.ndarray, names: Names):
+        """row: int64 [n], of all rows of `groups`; names: below `root`."""
+        self._root, self.groups, self.row, self.names = root, groups, row, names
+
+    @property
+    def root(self) -> str:
+        return self._root
+
+    def identity(self) -> bytes:
+        return self.names.joined
+
+    def take(self, at: np.ndarray) -> Rows:
+        return Rows(self._root, self.groups, self.row[at], self.names.take(at))
+
+    def read(self, i: int) -> np.ndarray:
+        return np.frombuffer(self.groups.value(int(self.row[i])), np.uint8).copy()
+
+    def open(self, i: int) -> BinaryIO:
+        return io.BytesIO(self.groups.value(int(self.row[i])))
+
+    def stat(self, i: int) -> Stat:
+        group, _ = self.groups.where(int(self.row[i]))
+        return self.groups.archives[self.groups.archive[group]].stat
+
+    def by_place(self, at: np.ndarray) -> np.ndarray:
+        return at[np.argsort(self.row[at], kind="stable")]
+
+
+class Held:
+    """The row groups that a process has decoded, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.lock = threading.Lock()
+        self.groups: OrderedDict[int, Future[Any]] = OrderedDict()
+        self.bytes: dict[int, int] = {}  # of those that are there
+        self.metadata: dict[int, Any] = {}  # of archives
+
+
+class RowGroups:
+    """A binary column of Parquet files, which can be decoded a row group at a time only: the groups
+    used last are held, by each process for itself, in HELD bytes or as one."""
+
+    def __init__(
+        self,
+        archives: Sequence[Archive],
+        column: str,
+        archive: np.ndarray,
+        number: np.ndarray,
+        rows: np.ndarray,
+    ):
+        """column: its path, as of a struct's field; of each of g groups int64 [g]: the archive, its
+        number in there, and its rows."""
+        self.archives, self.column = tuple(archives), column
+        self.archive, self.number, self.ends = archive, number, rows.cumsum()
+        self.held = Held()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "held"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, held=Held())
+
+    def where(self, row: int) -> tuple[int, int]:
+        """The group that a row is in, and which row of it."""
+        group = int(np.searchsorted(self.ends, row, "right"))
+        return group, row - (int(self.ends[group - 1]) if group else 0)
+
+    def value(self, row: int) -> Any:
+        """The bytes of a row, as a buffer. Raises OSError."""
+        group, at = self.where(row)
+        buffer = self.values(group)[at].as_buffer()
+        if buffer is None:
+            path = self.archives[self.archive[group]].path
+            raise OSError(errno.ENODATA, "it has no image in this row", path)
+        return buffer
+
+    def values(self, group: int) -> Any:
+        """The column in a group, a pyarrow.ChunkedArray, decoded by whoever asks first."""
+        held = self.held
+        if held.process != os.getpid():  # what a fork took over may be locked for ever
+            held = self.held = Held()
+        with held.lock:
+            known = held.groups.get(group)
+            future = held.groups.setdefault(group, Future())
+            held.groups.move_to_end(group)
+        if known is None:
+            try:
+                values = self._decoded(held, group)
+            except Exception as error:
+                with held.lock:
+                    held.groups.pop(group, None)
+                future.set_exception(error)
+            else:
+                future.set_result(values)
+                with held.lock:
+                    held.bytes[group] = values.nbytes
+                    while sum(held.bytes.values()) > HELD and len(held.bytes) > 1:
+                        oldest = next(other for other in held.groups if other in held.bytes)
+                        del held.groups[oldest], held.bytes[oldest]
+        return future.result()
+
+    def _decoded(self, held: Held, group: int) -> Any:
+        from pyarrow import chunked_array, parquet, types
+
+        place = int(self.archive[group])
+        archive = self.archives[place]
+        os.close(archive.descriptor())  # is it what it was?
+        try:
+            with parquet.ParquetFile(
+                archive.path, metadata=held.metadata.get(place), memory_map=True
+            ) as file:
+                held.metadata[place] = file.metadata
+                number = int(self.number[group])
+                (column,) = file.read_row_group(
+                    number, columns=[self.column], use_threads=False
+                ).columns
+            if len(column) != self.ends[group] - (self.ends[group - 1] if group else 0):
+                raise ValueError("it has fewer rows than it says")
+            # a struct's only field here, empty wherever the struct is
+            nested = types.is_struct(column.type)
+            return chunked_array([c.flatten()[0] if nested else c for c in column.chunks])
+        except OSError:
+            raise
+        except Exception as error:  # Arrow's errors are of many kinds
+            raise OSError(errno.EIO, one_line(error), archive.path) from None
 
 
 class RangeReader(io.RawIOBase):

@@ -72,22 +72,23 @@ NONE = np.zeros(0, np.int32)
 NO_FILES = Index(NONE, NONE, NONE.astype(np.int64), NONE.astype(bool), {})  # of a split of pixels
 
 
-def read_index(files: Files, say: Callable[[str], None] | None = None) -> Index:
+def read_index(files: Files, say: Callable[[str], None] | None = None, part: str = "") -> Index:
     """The index of all image files below a root: what is not among `files` leaves the cache.
 
+    `part`: what they are of all that lies there, where it is not all; each part is kept for itself.
     `say` gets a line now and then once it has taken 2 seconds. Bad files raise nothing and are read
     again each time.
     """
     root, every = files.root, range(len(files))
     names = relative(files)
     table = np.zeros(len(files), RECORD)
-    for part, stats in in_threads(
+    for rows, stats in in_threads(
         files.stat, every, "looking for changed image files", say, THREADS, CHUNK
     ):
         for field, values in zip(STAT, zip(*stats, strict=True), strict=True):
-            table[field][part] = values
+            table[field][rows] = values
 
-    kept_names, kept = load(root)
+    kept_names, kept = load(root, part)
     # zeros for new names
     before = np.append(kept, np.zeros(1, RECORD))[positions(names, kept_names)]
     pixels = before["width"].astype(np.int64) * before["height"]
@@ -95,21 +96,21 @@ def read_index(files: Files, say: Callable[[str], None] | None = None) -> Index:
     known &= (before["width"] > 0) & (before["height"] > 0) & (pixels <= most_pixels())
     table[known] = before[known]
 
-    unknown = np.flatnonzero(~known)
+    unknown = files.by_place(np.flatnonzero(~known))
     bad: dict[int, str] = {}
     if len(unknown):
         load_formats()
-    for part, headers in in_threads(
+    for some, headers in in_threads(
         partial(header, files), unknown.tolist(), "reading image headers", say, THREADS, CHUNK
     ):
-        rows = unknown[part]
+        at = unknown[some]
         width, height, plain, wrong = zip(*headers, strict=True)
-        table["width"][rows], table["height"][rows], table["plain"][rows] = width, height, plain
-        bad.update((i, line) for i, line in zip(rows.tolist(), wrong, strict=True) if line)
+        table["width"][at], table["height"][at], table["plain"][at] = width, height, plain
+        bad.update((i, line) for i, line in zip(at.tolist(), wrong, strict=True) if line)
     if names != kept_names or not np.array_equal(table, kept):
-        save(root, names, table)
+        save(root, part, names, table)
     sizes = table["width"].copy(), table["height"].copy(), table["size"].copy()
-    return Index(*sizes, table["plain"] != 0, bad)
+    return Index(*sizes, table["plain"] != 0, dict(sorted(bad.items())))
 
 
 def load_formats() -> None:
@@ -180,16 +181,17 @@ def positions(names: bytes, kept_names: bytes) -> np.ndarray:
     return np.array([where.get(name, -1) for name in names.split(b"\0")[1:]], np.int64)
 
 
-def cache_file(root: str) -> Path:
+def cache_file(root: str, part: str = "") -> Path:
     """Raises RuntimeError where there is no home directory."""
-    digest = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
+    name = os.path.abspath(root) + ("\0" + part if part else "")
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
     return cache_folder() / f"index-{digest[:16]}.npz"
 
 
-def load(root: str) -> tuple[bytes, np.ndarray]:
+def load(root: str, part: str = "") -> tuple[bytes, np.ndarray]:
     """The names and their records, RECORD [n], as saved; none where no cache can be used."""
     with suppress(Exception):  # damage may raise anything
-        path = cache_file(root)
+        path = cache_file(root, part)
         content = io.BytesIO(read_file(path, math.inf) if only_mine(path) else b"")
         with np.load(content, allow_pickle=False) as file:
             version, names, table = (file[key] for key in ("version", "names", "table"))
@@ -200,10 +202,10 @@ def load(root: str) -> tuple[bytes, np.ndarray]:
     return b"", np.zeros(0, RECORD)
 
 
-def save(root: str, names: bytes, table: np.ndarray) -> None:
+def save(root: str, part: str, names: bytes, table: np.ndarray) -> None:
     # no home, no room or no permission: then the headers are read every time
     with suppress(OSError, RuntimeError):
-        target = cache_file(root)
+        target = cache_file(root, part)
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, version=VERSION, names=np.frombuffer(names, np.uint8), table=table)

@@ -68,8 +68,14 @@ def refuse_share(config: DataConfig, what: str) -> None:
 
 def sorted_by_class(files: Files, labels: np.ndarray, keys: Sequence[str]) -> Split:
     """The images by class and then by key, as class folders list them; labels: int64 [n]."""
-    order = np.array(sorted(range(len(labels)), key=lambda i: (labels[i], keys[i])), np.int64)
+    order = class_order(labels, keys)
     return Split(labels[order], files=files.take(order))
+
+
+def class_order(labels: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    """int64 [n]: the positions of images by class and then by key; labels: int64 [n]."""
+    by_key = np.array(sorted(range(len(labels)), key=keys.__getitem__), np.int64)
+    return by_key[np.argsort(labels[by_key], kind="stable")]
 
 
 def shared_out(config: DataConfig, everything: Split, keys: Sequence[str]) -> tuple[Split, Split]:

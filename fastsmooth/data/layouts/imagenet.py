@@ -172,7 +172,7 @@ def refuse_tars(train: Path) -> None:
 
 def unpacked(path: Path) -> Trained:
     """The training images of a tar of WNID.tar, read in place."""
-    (listing,) = tars.listed([str(path)], note, nested=True)
+    (listing,) = tars.listed([str(path)], note, "nested", tars.scan_nested)
     found = members(listing)
     names = [name for name, _ in found]
     classes = sorted({name.partition("/")[0] for name in names})
