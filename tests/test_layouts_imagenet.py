@@ -716,7 +716,7 @@ WRONG: dict[str, tuple[str, Files, str]] = {
         f"/{TRAIN_TAR}/{B}.tar: not a tar archive that can be read",
     ),
     "an empty inner tar": (
-        DIR, train_of(TWO[0], (f"{B}.tar", tar_with())), f"/{B}.tar: not a tar archive that can",
+        DIR, train_of(TWO[0], (f"{B}.tar", tar_with())), f"/{B}.tar: it holds no files: fetch",
     ),
     "an inner tar without images": (
         DIR, train_of(TWO[0], (f"{B}.tar", tar_with(("notes.txt", b"x")))),
@@ -763,7 +763,7 @@ WRONG: dict[str, tuple[str, Files, str]] = {
         f"/{VAL_TAR} is cut short: it ends inside '{ONE}'",
     ),
     "an empty file for a val tar": (
-        DIR, train_folder(few()) | {VAL_TAR: b""}, f"/{VAL_TAR}: not a tar archive that can be",
+        DIR, train_folder(few()) | {VAL_TAR: b""}, f"/{VAL_TAR}: not a tar archive, it is empty",
     ),
     "annotations with an unknown class": (
         "tiny-imagenet", annotated("val_7.JPEG\tn99999999\t1\t2\t3\t4"),

@@ -76,8 +76,12 @@ def nested_members(archive: Archive) -> Iterator[tuple[bytes, int, int]]:
             yield name, begin, length
             continue
         folder, called = name.removesuffix(b".tar"), os.path.join(archive.path, os.fsdecode(name))
+        empty = True
         for file, start, size in members(archive, begin, begin + length, called):
+            empty = False
             yield folder + b"/" + file, start, size
+        if empty:
+            raise DataError(f"{called}: it holds no files: fetch {archive.path} again")
 
 
 def collected(archive: Archive, found: Iterable[tuple[bytes, int, int]]) -> Listing:
