@@ -24,10 +24,10 @@ WORDS = "BatchNorm cannot normalise a single value"
 class Pooled(nn.Sequential):
     """A BatchNorm behind the pooling, whose features are 1 x 1 at any size."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, channels: int):
         super().__init__(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4),
-            nn.Flatten(),
+            nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+            nn.BatchNorm2d(4), nn.Flatten(),
             nn.Linear(4, classes),
         )  # fmt: skip
 
