@@ -204,8 +204,8 @@ def row_of(name: str) -> Row:
             f"--dataset torchvision/{name} is not read: its images have no classes: choose from "
             f"{', '.join(ROWS)}"
         )
-    near = hint(name, [*ROWS, *ELSEWHERE], "torchvision/")
-    raise DataError(f"--dataset torchvision/{name}: {near} There are {', '.join(ROWS)}".strip())
+    near = hint(name, [*ROWS, *ELSEWHERE], "torchvision/") or "not a data set that is read:"
+    raise DataError(f"--dataset torchvision/{name}: {near} there are {', '.join(ROWS)}")
 
 
 # What torchvision gives
@@ -231,22 +231,23 @@ def opened(config: DataConfig, name: str, given: Given) -> Any:
     """A split of the data set, downloaded where it is not there. Raises DataError where it cannot
     be."""
     make = getattr(datasets, name.partition("-")[0])
-    downloads = {"download": False} if name != "FER2013" else {}
+    downloads = {"download": False} if name != "FER2013" else {}  # which nobody may hand on
     absent = (RuntimeError, FileNotFoundError, NotADirectoryError)
     try:
         return make(config.data_dir, **given, **downloads)
     except absent as error:
-        missing = one_line(error)
+        words = f"has no sound copy of it ({one_line(error)[:200]})"
     try:
-        with alone(Path(config.data_dir)):
-            return make(config.data_dir, **given, **dict.fromkeys(downloads, True))
+        if downloads:
+            with alone(Path(config.data_dir)):
+                return make(config.data_dir, **given, download=True)
     # of the network, and of sets that torchvision downloads no longer
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise DataError(
-            f"--dataset torchvision/{name}: {config.data_dir} has no sound copy of it "
-            f"({missing[:100]}), and it cannot be downloaded ({one_line(error)[:150]}): put "
-            f"{config.data_dir}/{ROWS[name].holds} there"
-        ) from None
+        words += f", and it cannot be downloaded ({one_line(error)[:300]})"
+    raise DataError(
+        f"--dataset torchvision/{name}: {config.data_dir} {words}: put {ROWS[name].holds} into "
+        f"{config.data_dir}"
+    )
 
 
 @contextlib.contextmanager
