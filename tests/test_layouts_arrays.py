@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import threading
 import time
 import urllib.error
@@ -136,6 +137,15 @@ def test_every_form_of_the_same_images_is_the_same_set(tmp_path, form):
     assert not images.remarks
     reference = given["train_images"].astype(np.float64) / 255
     assert np.allclose([*images.mean, *images.std], [reference.mean(), reference.std()], rtol=1e-13)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)])
+def test_colours_may_come_first_or_last(tmp_path, order):
+    given = medmnist_arrays(20, 16, 3)
+    turned = {k: v.transpose(order) if v.ndim == 4 else v for k, v in given.items()}
+    images = read(saved(tmp_path, **turned))
+    assert np.array_equal(images.train.pixels, given["train_images"])
+    assert np.array_equal(images.test.pixels, given["test_images"])
 
 
 def test_the_mean_and_the_deviation_are_of_each_channel(tmp_path, monkeypatch):
@@ -889,6 +899,15 @@ def test_files_of_another_checksum_are_fetched_again_or_refused(tmp_path, monkey
     with pytest.raises(DataError, match=r"no sound copy of it \(Dataset not found or corrupted"):
         of_torchvision("SVHN", tmp_path)
     assert offline and path.exists()
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    svhn(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(DataError) as error:
+        of_torchvision("SVHN", tmp_path)
+    assert one_line(error).startswith("torchvision/SVHN is read with scipy")
 
 
 def damaged(name: str, content: bytes) -> dict[str, bytes]:

@@ -37,7 +37,6 @@ FOLDER = PAPER | {"model": "", "image_size": 0, "augment": ""}
 FOLDER |= {"epochs": 20, "min_epochs": 1, "steps": (200,)}
 ARRAYS = FOLDER | {"augment": "crop-flip"}
 TORCHVISION = "torchvision/NAME"  # the row of all data sets of torchvision
-TORCHVISION_FILES = "torchvision/NAME of image files"  # what flags know those of PHOTOGRAPHS by
 # the data sets of torchvision that are files; the others are arrays of pixels
 PHOTOGRAPHS = {
     "Caltech101", "Caltech256", "CLEVRClassification", "Country211", "DTD", "EuroSAT",
@@ -65,7 +64,6 @@ SETS = {
 }
 ARRAY_SETS = {"npz", TORCHVISION}  # of pixels, of any size
 FILE_SETS = SETS.keys() - ARRAY_SETS - {"digits", "cifar10", "cifar100"}  # of encoded images
-FILE_SETS |= {TORCHVISION_FILES}
 # which may come without a split into training and test images
 UNSPLIT_SETS = {"auto", "folder", "table", "webdataset", "parquet", "arrow", "npz", TORCHVISION}
 
@@ -88,9 +86,10 @@ def in_torchvision(dataset: str) -> str:
 
 
 def is_among(dataset: str, names: Collection[object]) -> bool:
-    """Whether `names`, such as FILE_SETS, have what --dataset says."""
-    rows = [row_of(dataset)] + [TORCHVISION_FILES] * (in_torchvision(dataset) in PHOTOGRAPHS)
-    return any(row in names for row in rows)
+    """Whether `names`, of rows of SETS, have what --dataset says. What holds for class folders
+    holds for the image files of torchvision."""
+    photographs = in_torchvision(dataset) in PHOTOGRAPHS
+    return row_of(dataset) in names or (photographs and "folder" in names)
 
 
 def defaults_of(dataset: str) -> dict[str, Any]:

@@ -286,9 +286,7 @@ def header_of(file: IO[bytes]) -> Array:
 
 def unpacked(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(member(archive, name)) as file:
-        array = npy.read_array(file, allow_pickle=False)
-        file.read(1)  # its end, where the checksum is compared
-    return array
+        return npy.read_array(file, allow_pickle=False)
 
 
 # Pixels

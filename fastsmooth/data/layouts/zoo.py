@@ -220,6 +220,10 @@ def in_words(where: str) -> Iterator[None]:
             yield
     except DataError:
         raise
+    except ImportError as error:
+        raise DataError(
+            f"{where} is read with {error.name}, which is missing: pip install {error.name}"
+        ) from None
     except Exception as error:  # of damaged files, whatever reads them
         raise DataError(
             f"{where} cannot be read by torchvision {version} ({type(error).__name__}: "
@@ -242,7 +246,7 @@ def opened(config: DataConfig, name: str, given: Given) -> Any:
             with alone(Path(config.data_dir)):
                 return make(config.data_dir, **given, download=True)
     # of the network, and of sets that torchvision downloads no longer
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         words += f", and it cannot be downloaded ({one_line(error)[:300]})"
     raise DataError(
         f"--dataset torchvision/{name}: {config.data_dir} {words}: put {ROWS[name].holds} into "
