@@ -119,8 +119,9 @@ def open_data(
         seed: of the augmentation, which is a function of (seed, epoch, sample).
         flags: any other flag of fastsmooth.train about data, such as workers=4.
 
-    Returns Data: train and test, whose batches(indices, epoch) give x, float32 [B, 3, S, S]
-    normalised, and y, int64 [B], augmented unless epoch is None; classes, size and more. Raises
+    Returns Data: train and test, whose batches(indices, epoch) give x, float32 [B, C, S, S]
+    normalised, and y, int64 [B], augmented unless epoch is None; classes, size, channels (C: 1 of
+    grey arrays, else 3) and more. Raises
     ValueError: ConfigError for values that no flag takes, with what may have been meant, DataError
     for images that cannot be read.
     """
@@ -145,6 +146,7 @@ def open_data(
     images = data.read_set(c)
     if c.dataset == "auto":
         c = dataclasses.replace(c, dataset=images.layout)
-    if not c.image_size:
+    if not (c.image_size and c.augment):
         c = config.fitted(c, data.usual_side(images))
+    c = dataclasses.replace(c, model="")  # no model is there that might want other channels
     return data.open_data(c, pick_device(c.device, torch), images=images)

@@ -81,12 +81,14 @@ class CifarResNet(nn.Module):
     """ResNet for small images: 3x3 stem, no max-pooling, one stage a width, every stage after the
     first at stride 2 (He et al. 2016).
 
-    float32 images [B, 3, S, S] -> logits [B, classes].
+    float32 images [B, channels, S, S] -> logits [B, classes].
     """
 
-    def __init__(self, block: Block, depths: list[int], widths: list[int], classes: int):
+    def __init__(
+        self, block: Block, depths: list[int], widths: list[int], classes: int, channels: int = 3
+    ):
         super().__init__()
-        self.stem, self.norm = conv(3, widths[0], 3), nn.BatchNorm2d(widths[0])
+        self.stem, self.norm = conv(channels, widths[0], 3), nn.BatchNorm2d(widths[0])
         stages: list[nn.Module] = []
         inputs = widths[0]
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
@@ -128,17 +130,17 @@ class WideResNet(nn.Module):
     """WideResNet-(6n+4)-k without dropout (Zagoruyko and Komodakis 2016); kaiming-normal (fan out)
     convolutions and a zero head bias.
 
-    float32 images [B, 3, S, S] -> logits [B, classes].
+    float32 images [B, channels, S, S] -> logits [B, classes].
     """
 
-    def __init__(self, depth: int, factor: int, classes: int):
+    def __init__(self, depth: int, factor: int, classes: int, channels: int = 3):
         super().__init__()
         blocks, inputs = [], 16
         for stage, width in enumerate([16 * factor, 32 * factor, 64 * factor]):
             for i in range((depth - 4) // 6):
                 blocks.append(PreactBlock(inputs, width, 2 if stage > 0 and i == 0 else 1))
                 inputs = width
-        self.stem = conv(3, 16, 3)
+        self.stem = conv(channels, 16, 3)
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(inputs)
         self.head = nn.Linear(inputs, classes)
@@ -183,7 +185,7 @@ class MobileNetV2(nn.Module):
     """The papers' MobileNetV2 (Sandler et al. 2018) for small images: a 1x1 stem with padding 1 (32
     -> 34 pixels), every conv with bias.
 
-    float32 images [B, 3, S, S] -> logits [B, classes].
+    float32 images [B, channels, S, S] -> logits [B, classes].
     """
 
     # expansion, outputs, blocks, stride of the first block
@@ -197,10 +199,10 @@ class MobileNetV2(nn.Module):
         (6, 320, 1, 1),
     )
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, channels: int = 3):
         super().__init__()
         layers: list[nn.Module] = [
-            nn.Conv2d(3, 32, 1, padding=1),
+            nn.Conv2d(channels, 32, 1, padding=1),
             nn.BatchNorm2d(32),
             nn.ReLU6(inplace=True),
         ]
@@ -218,13 +220,13 @@ class MobileNetV2(nn.Module):
         return self.head(x).flatten(1)
 
 
-def small_resnet(depth: int, classes: int) -> nn.Module:
+def small_resnet(depth: int, classes: int, channels: int = 3) -> nn.Module:
     """ResNet-(6n+2) with widths 16, 32, 64 (He et al. 2016, section 4.2)."""
-    return CifarResNet(BasicBlock, [(depth - 2) // 6] * 3, [16, 32, 64], classes)
+    return CifarResNet(BasicBlock, [(depth - 2) // 6] * 3, [16, 32, 64], classes, channels)
 
 
-def wide_resnet(block: Block, depths: list[int], classes: int) -> nn.Module:
-    return CifarResNet(block, depths, [64, 128, 256, 512], classes)
+def wide_resnet(block: Block, depths: list[int], classes: int, channels: int = 3) -> nn.Module:
+    return CifarResNet(block, depths, [64, 128, 256, 512], classes, channels)
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
@@ -241,22 +243,29 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 NORMS = ("batch", "group")
 
 
-def build(name: str, classes: int, norm: str = "batch") -> nn.Module:
-    """The network `name`, randomly initialised: float32 [B, 3, S, S] in, logits [B, classes] out.
+def build(name: str, classes: int, norm: str = "batch", channels: int = 3) -> nn.Module:
+    """The network `name`, randomly initialised: float32 [B, channels, S, S] in, logits [B, classes]
+    out.
 
     `name` is a key of BUILDERS (resnet8, resnet20, resnet18, resnet34, resnet50, wrn-28-10 or
     mobilenetv2), "torchvision/NAME" or "timm/NAME". norm is batch, or group, with which every
     BatchNorm2d becomes a GroupNorm. Raises ModelError, a ValueError, where the name is unknown,
-    with what may have been meant, timm is missing, norm is neither, or nothing was left to replace.
+    with what may have been meant, timm is missing, norm is neither, nothing was left to replace, or
+    the network takes no images of so many channels: those of torchvision take 3, the others any.
     """
     if norm not in NORMS:
         raise ModelError(f"--norm {norm}: {about_value('--norm', str(norm), NORMS)}")
     if name in BUILDERS:
-        model = BUILDERS[name](classes=classes)
+        model = BUILDERS[name](classes=classes, channels=channels)
     elif name.startswith("torchvision/"):
+        if channels != 3:
+            raise ModelError(
+                f"--model {name} takes images of 3 channels, these have {channels}: repeat the "
+                "channel, or use another --model"
+            )
         model = from_torchvision(name.removeprefix("torchvision/"), classes)
     elif name.startswith("timm/"):
-        model = from_timm(name.removeprefix("timm/"), classes)
+        model = from_timm(name.removeprefix("timm/"), classes, channels)
     else:
         from torchvision import models
 
@@ -287,7 +296,7 @@ def from_torchvision(name: str, classes: int) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=classes, **quirks.get(name, {}))
 
 
-def from_timm(name: str, classes: int) -> nn.Module:
+def from_timm(name: str, classes: int, channels: int) -> nn.Module:
     try:
         import timm
     except ImportError:
@@ -300,10 +309,19 @@ def from_timm(name: str, classes: int) -> nn.Module:
             f"{hint(name, timm.list_models(), 'timm/')} "
             'list them with python -c "import timm; print(*timm.list_models())"'
         )
+    inputs = {} if channels == 3 else {"in_chans": channels}
     try:
-        return timm.create_model(name, pretrained=False, num_classes=classes)
+        return timm.create_model(name, pretrained=False, num_classes=classes, **inputs)
     except RuntimeError as error:  # the tag after the dot is unknown
         raise ModelError(f"--model timm/{name}: {error} Leave out what follows the dot") from None
+    except (TypeError, ValueError, AssertionError) as error:
+        if not inputs:
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"--model timm/{name}: it cannot be built for images of {channels} channel"
+            f"{'s' * (channels > 1)} ({words}): use another --model"
+        ) from None
 
 
 def own_size(name: str, model: nn.Module) -> int | None:

@@ -20,7 +20,7 @@ from fastsmooth import data, models
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import compute_float32, pick_device
-from fastsmooth.cli.facts import FILE_SETS
+from fastsmooth.cli.facts import FILE_SETS, is_among
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data.order import in_order
 from fastsmooth.messages import one_line, warn
@@ -110,7 +110,7 @@ def open_images(path: Path, c: Config, images: Images, device: torch.device) -> 
     """The run's images, as it read them. Raises DataError or ConfigError."""
     if images.augment and c.augment == "none":
         raise ConfigError(f"--augment: {path} trained on images as they are: leave it out")
-    if c.dataset in FILE_SETS and c.loader in ("auto", "resident"):
+    if is_among(c.dataset, FILE_SETS) and c.loader in ("auto", "resident"):
         c = dataclasses.replace(c, loader="threads")  # decodes what is measured alone
     if images.data_dir:
         c = dataclasses.replace(c, data_dir=images.data_dir)
@@ -135,7 +135,7 @@ def load(
         raise CheckpointError(
             f"{path} has no checkpoint: train it to the end of an epoch, or with --checkpoint-every"
         )
-    model = models.build(c.model, sets.classes, c.norm)
+    model = models.build(c.model, sets.classes, c.norm, sets.channels)
     try:
         same_images = state["data"]["fingerprint"] == sets.fingerprint
         model.load_state_dict(state["model"])

@@ -735,17 +735,19 @@ void row_noise(int64_t rows, int64_t columns, bool with_noise, const T* G, T* to
 
 // augment ------------------------------------------------------------------------------------------------------------
 
-// out[i] is image rows[cursor + i] (rows[i], or i) of pixels [N, size, size, 3], moved by its 8 numbers in `moves`, if
-// there are any, and its values looked up in table [3][256]; augment.py says what the numbers are. out_labels[i] is that
+// out[i] is image rows[cursor + i] (rows[i], or i) of pixels [N, size, size, C], moved by its 8 numbers in `moves`, if
+// there are any, and its values looked up in table [C][256]; augment.py says what the numbers are. out_labels[i] is that
 // image's label.
-template <class T>
+template <int C, class T>
 void augment(int64_t count, int64_t size, int threads, const uint8_t* pixels, const int64_t* rows, const int32_t* moves,
              const T* table, const int64_t* cursor, const int64_t* labels, T* out, int64_t* out_labels) {
-    static const uint8_t black[3] = {0, 0, 0};
-    const T *red = table, *green = table + 256, *blue = table + 512;
+    static const uint8_t black[C] = {};
+    const auto look_up = [table](T* to, const uint8_t* from) {
+        for (int channel = 0; channel < C; ++channel) to[channel] = table[channel * 256 + from[channel]];
+    };
     if (cursor) rows += *cursor;
     const uint32_t edge = uint32_t(size);
-    int64_t values = size * size * 3;
+    int64_t values = size * size * C;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; ++i) {
         const int64_t stored = rows ? rows[i] : i;
@@ -753,20 +755,17 @@ void augment(int64_t count, int64_t size, int threads, const uint8_t* pixels, co
         T* to = out + i * values;
         if (labels) out_labels[i] = labels[stored];
         if (!moves) {
-            for (int64_t at = 0; at < values; at += 3) {
-                to[at] = red[image[at]], to[at + 1] = green[image[at + 1]], to[at + 2] = blue[image[at + 2]];
-            }
+            for (int64_t at = 0; at < values; at += C) look_up(to + at, image + at);
             continue;
         }
         const int32_t *m = moves + stored * 8, cos = m[2], sin = m[3], minus_sin = m[4], down = m[5], right = m[6];
         const int32_t sign = m[7] ? -1 : 1, shift = right + (m[7] ? int32_t(size) - 1 : 0);
         for (int32_t y = 0; y < int32_t(size); ++y) {
             int32_t across = m[0] + y * sin, along = m[1] + y * cos;
-            for (int32_t x = 0; x < int32_t(size); ++x, across += cos, along += minus_sin, to += 3) {
+            for (int32_t x = 0; x < int32_t(size); ++x, across += cos, along += minus_sin, to += C) {
                 int32_t u = across >> 16, v = along >> 16, c = sign * u + shift, r = v + down;
                 bool inside = uint32_t(u) < edge & uint32_t(v) < edge & uint32_t(c) < edge & uint32_t(r) < edge;
-                const uint8_t* from = inside ? image + (r * int64_t(size) + c) * 3 : black;
-                to[0] = red[from[0]], to[1] = green[from[1]], to[2] = blue[from[2]];
+                look_up(to, inside ? image + (r * int64_t(size) + c) * C : black);
             }
         }
     }
@@ -842,11 +841,12 @@ ROWS(row_noise_float32, float)
 ROWS(row_noise_float64, double)
 
 #define AUGMENT(NAME, T)                                                                                             \
-    extern "C" void NAME(int64_t count, int64_t size, int threads, const void* pixels, const int64_t* rows,           \
-                         const int32_t* moves, const void* table, const int64_t* cursor, const int64_t* labels,       \
-                         void* out, int64_t* out_labels) {                                                            \
-        augment<T>(count, size, threads, static_cast<const uint8_t*>(pixels), rows, moves,                            \
-                   static_cast<const T*>(table), cursor, labels, static_cast<T*>(out), out_labels);                   \
+    extern "C" void NAME(int64_t count, int64_t size, int64_t channels, int threads, const void* pixels,              \
+                         const int64_t* rows, const int32_t* moves, const void* table, const int64_t* cursor,         \
+                         const int64_t* labels, void* out, int64_t* out_labels) {                                     \
+        auto of = channels == 1 ? augment<1, T> : augment<3, T>;                                                      \
+        of(count, size, threads, static_cast<const uint8_t*>(pixels), rows, moves, static_cast<const T*>(table),      \
+           cursor, labels, static_cast<T*>(out), out_labels);                                                         \
     }
 AUGMENT(augment_float32, float)
 AUGMENT(augment_bfloat16, bfloat16)

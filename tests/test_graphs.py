@@ -99,8 +99,8 @@ def recorders(monkeypatch) -> list[TapeRecorder]:
     return made
 
 
-def with_dropout(classes: int) -> nn.Module:
-    model = models.build("resnet8", classes)
+def with_dropout(classes: int, channels: int) -> nn.Module:
+    model = models.build("resnet8", classes, channels=channels)
     model.head = nn.Sequential(nn.Dropout(0.3), model.head)
     return model
 
@@ -108,9 +108,12 @@ def with_dropout(classes: int) -> nn.Module:
 class Tokens(nn.Module):
     """Patches with places, whose parameters are one a sample while it is measured."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, channels: int):
         super().__init__()
-        self.patch, self.place = nn.Conv2d(3, 8, 4, 4), nn.Parameter(0.1 * torch.randn(1, 4, 8))
+        self.patch, self.place = (
+            nn.Conv2d(channels, 8, 4, 4),
+            nn.Parameter(0.1 * torch.randn(1, 4, 8)),
+        )
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, classes)
 
     def forward(self, x):
@@ -118,8 +121,8 @@ class Tokens(nn.Module):
         return self.head(self.norm(tokens.tanh()).mean(dim=1))
 
 
-def of_tokens(classes: int) -> nn.Module:
-    return Tokens(classes)
+def of_tokens(classes: int, channels: int) -> nn.Module:
+    return Tokens(classes, channels)
 
 
 def run(out: Path, *flags: str, code: int = 0) -> Path:

@@ -27,7 +27,7 @@ ALLOWED = {
     "optim": {"forms", "schedule", "kernels"},
     # the last two to examine them
     "cli": {"forms", "schedule", "runfolder", "names", "processors", "data", "kernels"},
-    "data": {"kernels", "runfolder", "processors"},
+    "data": {"kernels", "runfolder", "processors", "names"},
     "noise": {"kernels", "schedule", "ranks", "optim", "names"},
     "training": {
         "noise", "data", "optim", "models", "schedule", "ranks", "cli", "runfolder", "kernels",

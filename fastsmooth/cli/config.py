@@ -26,6 +26,8 @@ from fastsmooth.cli.facts import (
     UNSPLIT_SETS,
     USUAL,
     DataSets,
+    defaults_of,
+    is_among,
     row_of,
 )
 from fastsmooth.cli.flags import (
@@ -270,7 +272,7 @@ def check(c: Config) -> None:
         )
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
-    if row_of(c.dataset) not in FILE_SETS and c.augment == "resized-crop-flip":
+    if not is_among(c.dataset, FILE_SETS) and c.augment == "resized-crop-flip":
         raise ConfigError(f"--augment resized-crop-flip needs image files: {c.dataset} has none")
 
 
@@ -298,8 +300,7 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         given["method"] = "constant"
     if "data_dir" in given:
         given.setdefault("dataset", "auto")
-    facts = SETS[row_of(given.get("dataset", "digits"))]
-    values = facts.defaults | given
+    values = defaults_of(given.get("dataset", "digits")) | given
     if values["image_size"]:
         values = suited(values)
     # without momentum all draws share one full gradient; with it each draw is the end of a history
@@ -321,11 +322,13 @@ def suited(values: dict[str, Any]) -> dict[str, Any]:
     size = values["image_size"]
     network = next(name for largest, name in NETWORKS.items() if size <= largest)
     augment = "crop-flip" if size <= SMALL else "resized-crop-flip"
+    if values.get("dataset") == "auto" and size > SMALL:
+        augment = ""  # arrays have no more pixels to crop, and whether they are some is not known
     return values | {"model": values["model"] or network, "augment": values["augment"] or augment}
 
 
 def fitted(c: Config, side: int) -> Config:
-    """`c` with what was left to the images, whose shorter side has `side` pixels: --image-size,
+    """`c` with what was left to the images, whose shorter side has `side` pixels, of --image-size,
     --model and --augment.
 
     Images up to SMALL pixels are taken as they are, larger ones at a multiple of STEP. A network
@@ -333,8 +336,8 @@ def fitted(c: Config, side: int) -> Config:
     """
     small = side <= SMALL or (c.model != "" and "/" not in c.model)
     size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
-    # what is an array of pixels has no more of them to crop
-    asked = c.augment or ("crop-flip" if row_of(c.dataset) in ARRAY_SETS else "")
+    size = c.image_size or size
+    asked = c.augment or defaults_of(c.dataset)["augment"]
     values = suited({"image_size": size, "model": c.model, "augment": asked})
     follows = follows_augmentation(c.mode, c.momentum, values["augment"])
     return dataclasses.replace(c, **values, measure_augment=c.measure_augment or follows)
@@ -394,7 +397,7 @@ def idle(given: dict[str, Any], c: Config) -> list[str]:
     """The names of what was given without effect."""
     limits = {name: FIELDS[name].metadata["only"] for name in given}
     limited = [(name, *only) for name, only in limits.items() if only is not None]
-    return [name for name, other, values in limited if row_of(str(getattr(c, other))) not in values]
+    return [name for name, other, values in limited if not is_among(str(getattr(c, other)), values)]
 
 
 HINTS = {  # where a flag has no effect with this value of the flag that it hangs on

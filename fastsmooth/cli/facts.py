@@ -3,6 +3,7 @@ published of them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,16 @@ FOLDER = PAPER | {"model": "", "image_size": 0, "augment": ""}
 FOLDER |= {"epochs": 20, "min_epochs": 1, "steps": (200,)}
 ARRAYS = FOLDER | {"augment": "crop-flip"}
 TORCHVISION = "torchvision/NAME"  # the row of all data sets of torchvision
+# the data sets of torchvision that are files; the others are arrays of pixels
+PHOTOGRAPHS = {
+    "Caltech101", "Caltech256", "CLEVRClassification", "Country211", "DTD", "EuroSAT",
+    "FGVCAircraft", "Flowers102", "Food101", "GTSRB", "Imagenette", "OxfordIIITPet",
+    "RenderedSST2", "StanfordCars", "SUN397",
+}  # fmt: skip
+# those whose mirror images are others, or none: digits, letters, signs and words
+HANDED = {
+    "EMNIST", "GTSRB", "KMNIST", "MNIST", "QMNIST", "RenderedSST2", "SEMEION", "SVHN", "USPS",
+}  # fmt: skip
 SETS = {
     "digits": SetFacts(1437, 360, 10, DIGITS),
     "cifar10": SetFacts(50_000, 10_000, 10, CIFAR | {"augment": "crop-flip"}),
@@ -54,7 +65,7 @@ SETS = {
 ARRAY_SETS = {"npz", TORCHVISION}  # of pixels, of any size
 FILE_SETS = SETS.keys() - ARRAY_SETS - {"digits", "cifar10", "cifar100"}  # of encoded images
 # which may come without a split into training and test images
-UNSPLIT_SETS = {"auto", "folder", "table", "webdataset", "parquet", "arrow", "npz"}
+UNSPLIT_SETS = {"auto", "folder", "table", "webdataset", "parquet", "arrow", "npz", TORCHVISION}
 
 
 class DataSets(tuple[str, ...]):
@@ -67,6 +78,25 @@ class DataSets(tuple[str, ...]):
 def row_of(dataset: str) -> str:
     """The row of SETS for what --dataset says."""
     return TORCHVISION if dataset.startswith("torchvision/") else dataset
+
+
+def in_torchvision(dataset: str) -> str:
+    """What torchvision calls it, less the part that is meant of EMNIST; "" of other data sets."""
+    return dataset.removeprefix("torchvision/").partition("-")[0] * ("/" in dataset)
+
+
+def is_among(dataset: str, names: Collection[object]) -> bool:
+    """Whether `names`, of rows of SETS, have what --dataset says. What holds for class folders
+    holds for the image files of torchvision."""
+    photographs = in_torchvision(dataset) in PHOTOGRAPHS
+    return row_of(dataset) in names or (photographs and "folder" in names)
+
+
+def defaults_of(dataset: str) -> dict[str, Any]:
+    """What the data set brings along; what is empty its images say."""
+    name = in_torchvision(dataset)
+    defaults = FOLDER if name in PHOTOGRAPHS else SETS[row_of(dataset)].defaults
+    return defaults | {"augment": "none"} if name in HANDED else defaults
 
 
 # The networks that images call for, by the largest size each is for, in pixels a side.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,13 +19,13 @@ from fastsmooth.data.engines.torchloader import TorchEngine
 from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all
 from fastsmooth.data.index import NO_FILES, THREADS, Index, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
+from fastsmooth.data.memory import MEMORY_SHARE, free_memory
 from fastsmooth.data.sets import READERS
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
 from fastsmooth.messages import note
 from fastsmooth.processors import processors
 
-MEMORY_SHARE = 0.4  # of the free memory, at most, for the images of a resident set
 # elsewhere 512: as fast (benchmarks/bench_loader.py), in less memory
 CHUNK_OF_PIXELS = {"cuda": 2048}
 # the fastest on an H100 (benchmarks/gpu_decode.py); elsewhere 64, which is soon there
@@ -46,10 +44,13 @@ class Data:
     test: Loader
     classes: int
     size: int
+    channels: int  # of x
     fingerprint: str
     loader: str
     choice: str  # one line: which loader was picked and why
-    about: str  # one line: in which form the images were found; "" where there is but one
+    # one line: in which form the images were found, and what the model made necessary; "" where
+    # there is nothing to say
+    about: str
     class_names: tuple[str, ...]  # as people call the classes
     bad: BadImages
 
@@ -79,27 +80,44 @@ def open_data(
     if name != "torch":  # where 0 processes are this one
         threads = max(threads, 1)
     kind, size, seed = config.augment, config.image_size, config.seed
+    channels = channels_of(config, images)
+    times = channels // len(images.mean)
+    mean, std = images.mean * times, images.std * times
     chunk = 0
 
     def loader_of(split: Split, part: str) -> Loader:
         nonlocal chunk
+        if name == "resident" or split.pixels is not None:
+            split = decode(split, config, bad)
+        if split.pixels is not None and times > 1:
+            split = replace(split, pixels=split.pixels.repeat(times, axis=-1))
         if name == "resident":
-            pixels = decode(split, config, bad)
-            return ResidentLoader(pixels, kind, seed, images.mean, images.std, device)
+            return ResidentLoader(split, kind, seed, mean, std, device)
         source = Source(split, indexed(split, bad, say, part), kind, size, seed, bad)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
-        return ChunkedLoader(engine, split.labels, size, chunk, images.mean, images.std, device)
+        return ChunkedLoader(engine, split.labels, size, chunk, mean, std, device)
 
     train, test = loader_of(images.train, "train"), loader_of(images.test, "test")
     choice = f"loader {name}: {why}"
     if name != "resident":
         workers = "process" if name == "torch" else "thread"
         choice += f", {threads} {workers}{'s' * (threads != 1)}, chunks of {chunk}"
-    names = images.names or images.classes
-    identity = images.fingerprint()
+    about = [images.about] * bool(images.about)
+    if times > 1:
+        about.append(f"one channel, repeated as the {channels} that {config.model} takes")
     return Data(
-        train, test, len(images.classes), size, identity, name, choice, images.about, names, bad
+        train,
+        test,
+        len(images.classes),
+        size,
+        channels,
+        images.fingerprint(),
+        name,
+        choice,
+        "; ".join(about),
+        images.names or images.classes,
+        bad,
     )
 
 
@@ -113,6 +131,12 @@ def read_set(config: DataConfig) -> ImageSet:
             f"--data-dir {config.data_dir}: {error.strerror or error}{where}: repair that, or give "
             "another --data-dir"
         ) from None
+
+
+def channels_of(config: DataConfig, images: ImageSet) -> int:
+    """Of what the model is given: those of the images, but 3 for torchvision's networks, which
+    take no others."""
+    return 3 if config.model.startswith("torchvision/") else len(images.mean)
 
 
 def usual_side(images: ImageSet) -> int:
@@ -153,7 +177,9 @@ def fits(
     """Whether the images can be resident, and why."""
     if config.augment == "resized-crop-flip":
         return False, "random resized crops need the whole images"
-    needed = 3 * config.image_size**2 * (len(images.train) + len(images.test))
+    needed = (
+        channels_of(config, images) * config.image_size**2 * (len(images.train) + len(images.test))
+    )
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
     why = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
     return needed <= MEMORY_SHARE * free, why
@@ -213,18 +239,8 @@ def indexed(split: Split, bad: BadImages, say: Callable[[str], None], part: str)
 
 
 def decode(split: Split, config: DataConfig, bad: BadImages) -> Split:
-    """The split as pixels of the view that is tested."""
+    """The split as pixels of the view that is tested, [n, size, size, C]."""
     kind, size = config.augment, config.image_size
     return decode_all(
         split, size, lambda image: augment.evaluation_view(image, kind, size), bad.report
     )
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes free on the device; unlimited where the system does not say (macOS, Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError):
-        return math.inf

@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A chunk that is made: uint8 pixels [m, S, S, 3] on the CPU or the device, and what is still
+    """A chunk that is made: uint8 pixels [m, S, S, C] on the CPU or the device, and what is still
     to be done to them."""
 
     job: Job
@@ -64,7 +64,7 @@ class Engine(Protocol):
     def chunks(self, jobs: Iterator[Job]) -> Chunks: ...
 
 
-Images = tuple[Tensor, Tensor]  # x [B, 3, size, size], normalised, and y int64 [B]
+Images = tuple[Tensor, Tensor]  # x [B, C, size, size], normalised, and y int64 [B]
 
 
 class Reader(Protocol):
@@ -83,7 +83,7 @@ class Reader(Protocol):
         """Stand in the present segment: to be called before its samples are asked for `ahead`."""
 
     def take(self, count: int, into: Images | None = None) -> Images:
-        """(x, y) of the next `count` samples of the present segment: float32 [count, 3, size, size]
+        """(x, y) of the next `count` samples of the present segment: float32 [count, C, size, size]
         in channels-last memory, int64 [count]; or written into what Loader.room gave. Raises
         DataError with the file's name where one cannot be read."""
         ...
@@ -103,7 +103,7 @@ class Reader(Protocol):
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
-    """float32 [3, 256]: what ToTensor and Normalize make of a channel's value, by their own
+    """float32 [C, 256]: what ToTensor and Normalize make of a channel's value, by their own
     operations in their order. `mean` and `std` of values from 0 to 1, one a channel."""
     center, scale = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
     return torch.arange(256, dtype=torch.float32).div(255).sub(center).div(scale).to(device)
@@ -112,7 +112,7 @@ def normalisation(mean: Sequence[float], std: Sequence[float], device: torch.dev
 def tables(
     mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> dict[torch.dtype, Tensor]:
-    """`normalisation` by the dtype of the images: [3, 256] each."""
+    """`normalisation` by the dtype of the images: [C, 256] each."""
     table = normalisation(mean, std, device)
     return {table.dtype: table, torch.bfloat16: table.bfloat16()}
 
@@ -127,7 +127,8 @@ class Loader:
 
     def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
         """Memory for `count` samples, x in this dtype, float32 or bfloat16."""
-        x = torch.empty(count, self.size, self.size, 3, dtype=dtype, device=self.device)
+        shape = count, self.size, self.size, len(self.tables[dtype])
+        x = torch.empty(shape, dtype=dtype, device=self.device)
         y = torch.empty(count, dtype=torch.int64, device=self.device)
         return x.permute(0, 3, 1, 2), y
 
@@ -139,7 +140,7 @@ class Loader:
         raise NotImplementedError
 
     def batches(self, indices: Iterable[Tensor], epoch: int | None = None) -> Iterator[Images]:
-        """(x, y) for each tensor of sample indices: x float32 [B, 3, size, size] normalised, y
+        """(x, y) for each tensor of sample indices: x float32 [B, C, size, size] normalised, y
         int64 [B].
 
         With an epoch the images are augmented with that epoch's numbers; with None they are as they

@@ -74,7 +74,7 @@ class Split:
     """Images with labels: either pixels or encoded."""
 
     labels: np.ndarray  # int64 [n]
-    pixels: np.ndarray | None = None  # uint8 [n, size, size, C], C 1 or 3
+    pixels: np.ndarray | None = None  # uint8 [n, H, W, C], C 1 or 3, as they are stored
     files: Files | None = None  # n where there are no pixels
 
     def __len__(self) -> int:
@@ -94,6 +94,7 @@ class ImageSet:
     train: Split
     test: Split
     classes: tuple[str, ...]
+    # of each channel of the images, as values from 0 to 1
     mean: tuple[float, ...]
     std: tuple[float, ...]
     remarks: tuple[str, ...] = ()  # lines about what was found and may not be meant
@@ -155,20 +156,36 @@ def opened(files: Files, i: int) -> Iterator[Image.Image]:
         yield image
 
 
+def image_of(pixels: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] as a grey image, where C is 1, or an RGB one."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, C] of a grey or an RGB image."""
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
 def decode_all(
     split: Split,
     size: int,
     view: Callable[[Image.Image], Image.Image],
     report: Callable[[str, str], None],
 ) -> Split:
-    """The split with its images decoded and brought to size x size; bad files are black, and
-    report(path, reason) may raise."""
-    files = split.files
-    if files is None:
+    """The split with its images decoded and brought to size x size by the view; bad files are
+    black, and report(path, reason) may raise."""
+    files, stored = split.files, split.pixels
+    if stored is not None and stored.shape[1:3] == (size, size):
         return split
-    pixels = np.zeros((len(split), size, size, 3), dtype=np.uint8)
+    channels = 3 if stored is None else stored.shape[3]
+    pixels = np.zeros((len(split), size, size, channels), dtype=np.uint8)
 
     def decode(i: int) -> None:
+        if stored is not None:
+            pixels[i] = pixels_of(view(image_of(stored[i])))
+        if files is None:
+            return
         try:
             pixels[i] = np.asarray(view(open_image(files, i)))
         except DataError as error:

@@ -26,7 +26,7 @@ class Batch:
         self._images: Images | None = None
 
     def images(self) -> Images:
-        """x float32 [count, 3, S, S] and y int64 [count]; the same tensors whenever it is asked.
+        """x float32 [count, C, S, S] and y int64 [count]; the same tensors whenever it is asked.
         Raises DataError with the file's name where an image cannot be read."""
         if self._images is None:
             self._images = self.reader.take(self.count)
@@ -47,7 +47,7 @@ class Batch:
         return images
 
     def put(self, into: Images) -> None:
-        """Write the images into x [count, 3, S, S], float32 or bfloat16, and y [count]."""
+        """Write the images into x [count, C, S, S], float32 or bfloat16, and y [count]."""
         if self._images is None:
             self._images = self.reader.take(self.count, into)
             return
@@ -90,7 +90,7 @@ class Stream:
         self._reader: Reader | None = None
 
     def rest_of_epoch(self) -> Iterator[Images]:
-        """(x, y) of every batch of `batches`: x float32 [share of B, 3, size, size], y int64 [share
+        """(x, y) of every batch of `batches`: x float32 [share of B, C, size, size], y int64 [share
         of B]. Raises DataError with the file's name where an image cannot be read."""
         for batch in self.batches():
             yield batch.images()

@@ -28,7 +28,7 @@ class Asked(Exception):
 class Instrument:
     """Measures nothing by itself: a kind of instrument has the methods below that it needs.
 
-    `run` is fastsmooth.training.loop.Run; x [B, 3, H, W] and y [B] are this process's share of
+    `run` is fastsmooth.training.loop.Run; x [B, C, H, W] and y [B] are this process's share of
     the batch to come, which holds run.stream.size samples, and `point` is in force for it.
     """
 

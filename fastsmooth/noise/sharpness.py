@@ -279,7 +279,7 @@ def sharpness(
     setting: Setting,
     rhos: Iterable[float],
 ) -> list[Sharpness]:
-    """The sharpness of `model` in eval mode on batches (x [m, 3, H, W], y [m]), one for each rho,
+    """The sharpness of `model` in eval mode on batches (x [m, C, H, W], y [m]), one for each rho,
     each as if it were alone.
 
     Random numbers come from the setting's seed alone (on a GPU they are others than on a CPU).

@@ -17,6 +17,7 @@ from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import pick_device
+from fastsmooth.cli.facts import is_among
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import DataError
@@ -77,10 +78,10 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         read, decided = data.read_set(c), ""
         if c.dataset == "auto":
             c = dataclasses.replace(c, dataset=read.layout)
-        if not c.image_size:
+        if not (c.image_size and c.augment):
             side = data.usual_side(read)
             c, asked = configs.fitted(c, side), c
-            decided = choice(c, asked, side)
+            decided = "" if asked.image_size else choice(c, asked, side)
         images = data.open_data(
             c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
         )
@@ -90,7 +91,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         c = plan.config
         machine.set_numerics(c, precision, plan.schedule)
         torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm).to(device)
+        model = models.build(c.model, images.classes, c.norm, images.channels).to(device)
         model = model.to(memory_format=torch.channels_last)
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
@@ -304,7 +305,7 @@ def try_model(c: Config, model: torch.nn.Module, images: data.Data) -> bool:
         size, own = images.size, own_size(c.model, model)
         remedy = f"another --model than {c.model}"
         if own not in (None, size):
-            free = c.dataset in configs.FIELDS["image_size"].metadata["only"][1]
+            free = is_among(c.dataset, configs.FIELDS["image_size"].metadata["only"][1])
             remedy = f"--image-size {own}" if free else f"{remedy}, which is made for {own}x{own}"
         raise ModelError(
             f"the model cannot take {size}x{size} images ({one_line(error)[:200]}): use {remedy}"
@@ -341,10 +342,8 @@ def check_lone_samples(plan: Plan, processes: int) -> None:
 
 def default_out(c: Config) -> Path:
     """A new folder, which no other run that starts now gets."""
-    name = (
-        f"{time.strftime('%Y%m%d-%H%M%S')}-{c.dataset}-{c.method if c.mode == 'normal' else c.mode}"
-    )
-    return claim(Path("runs") / name)
+    dataset, what = c.dataset.replace("/", "-"), c.method if c.mode == "normal" else c.mode
+    return claim(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}-{what}")
 
 
 def choice(c: Config, asked: Config, side: int) -> str:

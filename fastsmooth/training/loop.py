@@ -328,7 +328,7 @@ class Run:
             self.write_files(instrument)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the test batches: x float32 [B, 3, S, S], y int64 [B]."""
+        """This process's share of the test batches: x float32 [B, C, S, S], y int64 [B]."""
         # the published ImageNet code tests on the training view
         augmented = self.config.compat == "original" and self.config.dataset == "imagenet"
         size = test_batch_size(self.device, self.data.size)

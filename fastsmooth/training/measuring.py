@@ -79,7 +79,7 @@ def heed(run: Run) -> None:
 
 
 def heeding(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches (x [B, 3, S, S], y [B]); before each it is seen whether the run shall stop.
+    """The batches (x [B, C, S, S], y [B]); before each it is seen whether the run shall stop.
 
     Raises Asked then. Several processes do not look: they may have unequal numbers of batches.
     """

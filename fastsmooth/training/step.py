@@ -93,7 +93,7 @@ class Step:
         """(mean loss, number correct) of the batch, both 0-d on the device; fills .grad, or keeps
         the gradients of its parts for the update.
 
-        x [b, 3, H, W], of `dtype`, and y [b] are this process's share of a batch of `size` samples:
+        x [b, C, H, W], of `dtype`, and y [b] are this process's share of a batch of `size` samples:
         all of it, where size is not given.
         """
         size = size or len(y)
@@ -143,7 +143,7 @@ class Step:
         return count if count <= MOST_PARTS else 1
 
     def parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What goes through the model together, of x [b, 3, H, W] and y [b]; an empty share does so
+        """What goes through the model together, of x [b, C, H, W] and y [b]; an empty share does so
         only where the other processes wait for it."""
         if self.micro_batch and len(y) > self.micro_batch:
             return zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True)
@@ -202,7 +202,7 @@ class Step:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """(mean loss, accuracy) over all samples of `batches` in evaluation mode, each weighted the
-        same; a batch is x [b, 3, H, W] and y [b].
+        same; a batch is x [b, C, H, W] and y [b].
 
         With several processes, each gives its own batches, and the means are over those of all.
         """

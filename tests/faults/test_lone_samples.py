@@ -24,10 +24,10 @@ WORDS = "BatchNorm cannot normalise a single value"
 class Pooled(nn.Sequential):
     """A BatchNorm behind the pooling, whose features are 1 x 1 at any size."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, channels: int):
         super().__init__(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4),
-            nn.Flatten(),
+            nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+            nn.BatchNorm2d(4), nn.Flatten(),
             nn.Linear(4, classes),
         )  # fmt: skip
 
@@ -220,7 +220,7 @@ def test_processes_refuse_a_share_of_one_before_the_run(tmp_path, cases):
 
 def test_trying_one_image_changes_neither_the_model_nor_the_random_state(pooled):
     torch.manual_seed(3)
-    model = nn.Sequential(Pooled(10), nn.Dropout(0.5))
+    model = nn.Sequential(Pooled(10, 3), nn.Dropout(0.5))
     before, state = (
         {name: value.clone() for name, value in model.state_dict().items()},
         torch.get_rng_state(),
@@ -230,7 +230,7 @@ def test_trying_one_image_changes_neither_the_model_nor_the_random_state(pooled)
     assert build.try_model(c, model, images) is False
     assert build.try_model(c, models.build("resnet8", 10), images) is True
     torch.manual_seed(3)
-    nn.Sequential(Pooled(10), nn.Dropout(0.5))
+    nn.Sequential(Pooled(10, 3), nn.Dropout(0.5))
     assert torch.equal(torch.get_rng_state(), state)
     assert (
         all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -92,7 +92,7 @@ class DaliEngine:
         # on which a chunk is there, while the host goes on
         self.stream = torch.cuda.Stream(device) if self.gpu else None
         pixels = source.split.pixels
-        self.pixels: Tensor | None = None  # uint8 [n, size, size, 3]; None: files
+        self.pixels: Tensor | None = None  # uint8 [n, size, size, C]; None: files
         if pixels is not None:
             self.pixels = torch.from_numpy(pixels).to(device if self.gpu else "cpu")
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fastsmooth read")
@@ -302,7 +302,7 @@ def run(pipe: Any, feeds: dict[str, Any]) -> None:
 
 
 def result(pipe: Any, stream: torch.cuda.Stream | None = None) -> Tensor:
-    """uint8 [m, size, size, 3] of the chunk put in first, in DALI memory that it alone uses; there
+    """uint8 [m, size, size, C] of the chunk put in first, in DALI memory that it alone uses; there
     for the work of `stream` that comes after, and for anyone where it is None."""
     (images,) = pipe.outputs(cuda_stream=stream)
     return torch.from_dlpack(images.as_tensor())

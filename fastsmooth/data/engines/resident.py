@@ -31,7 +31,7 @@ class ResidentLoader(Loader):
     ):
         if split.pixels is None:
             raise ValueError("a split of files has no pixels: decode it first")
-        self.stored = torch.from_numpy(split.pixels).to(device)  # [n, size, size, 3]
+        self.stored = torch.from_numpy(split.pixels).to(device)  # [n, size, size, C]
         self.labels = torch.from_numpy(split.labels).to(device)
         self.tables = tables(mean, std, device)
         self.kind, self.seed, self.size, self.device = kind, seed, split.pixels.shape[1], device

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastsmooth.data import augment
 from fastsmooth.data.chunks import Chunk, Chunks, Job
-from fastsmooth.data.images import DataError, open_image
+from fastsmooth.data.images import DataError, image_of, open_image, pixels_of
 from fastsmooth.data.source import Source
 from fastsmooth.messages import one_line
 
 # sample, the box of its view (empty where it is no file), the numbers that `draw` gave
 Item = tuple[int, list[int], list[float] | None]
-# what a worker makes of a chunk: uint8 [m, size, size, 3], and why some are black, by their place;
+# what a worker makes of a chunk: uint8 [m, size, size, C], and why some are black, by their place;
 # no pixels where they cannot be handed over
 Made = tuple[Tensor | None, dict[int, str]]
 LIMIT = 300.0  # seconds that a chunk is waited for: many times what one takes on a slow disk
@@ -49,7 +49,7 @@ REMEDIES = (  # for what is found in the words of PyTorch or the system
 class Images(Dataset):
     """One image at a time, decoded and augmented with the numbers that come with its index.
 
-    It is uint8 [size, size, 3] with None, or black with the reason, which the main process reports.
+    It is uint8 [size, size, C] with None, or black with the reason, which the main process reports.
     """
 
     def __init__(self, source: Source):
@@ -63,15 +63,16 @@ class Images(Dataset):
         except DataError as error:
             return np.zeros((self.size, self.size, 3), dtype=np.uint8), str(error)
         if drawn is not None and self.kind == "resized-crop-flip":
-            return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size)), None
+            image = augment.resized_crop_flip(image, box, drawn[0], self.size)
+            return pixels_of(image), None
         image = augment.evaluation_view(image, self.kind, self.size)
         if drawn is not None:
             image = augment.crop_flip_rotate(image, drawn, self.size)
-        return np.asarray(image), None
+        return pixels_of(image), None
 
     def open(self, index: int) -> Image.Image:
         if self.split.pixels is not None:
-            return Image.fromarray(self.split.pixels[index])
+            return image_of(self.split.pixels[index])
         files = self.source.files
         image = open_image(files, index)
         self.index.check(index, files.names[index], image.size)
@@ -79,7 +80,7 @@ class Images(Dataset):
 
 
 def collate(images: list[tuple[np.ndarray, str | None]]) -> Made:
-    """The chunk of m images, uint8 [size, size, 3] each, in memory that the main process shares."""
+    """The chunk of m images, uint8 [size, size, C] each, in memory that the main process shares."""
     arrays, reasons = zip(*images, strict=True)
     pixels = torch.from_numpy(np.stack(arrays))
     if get_worker_info() is not None:
