@@ -41,7 +41,7 @@ from fastsmooth.cli import config as configs
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.progress import Progress
-from fastsmooth.data.images import DataError, ImageSet, Split, decode_all
+from fastsmooth.data.images import DataError, ImageSet, Split, decode_all, open_image
 from fastsmooth.data.source import BadImages
 from fastsmooth.data.stream import Batch
 from fastsmooth.messages import warn
@@ -163,7 +163,7 @@ def read_folder(data_dir: str) -> Split:
     split = decode_all(
         images.train,
         SIZE,
-        lambda image: image.resize((SIZE, SIZE)),
+        lambda files, i: open_image(files, i).resize((SIZE, SIZE)),
         BadImages("raise", print).report,
     )
     # by class no longer, so that a part holds all classes

@@ -10,15 +10,17 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
-from fastsmooth.data import augment, sets
+from fastsmooth.data import augment, reduced, sets
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Loader
 from fastsmooth.data.engines import dali
 from fastsmooth.data.engines.dali import DaliEngine, Decoder
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.engines.threads import ThreadsEngine
 from fastsmooth.data.engines.torchloader import TorchEngine
-from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.files import Files
+from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all, open_image
 from fastsmooth.data.index import NO_FILES, THREADS, Index, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
 from fastsmooth.data.sets import READERS
@@ -86,7 +88,8 @@ def open_data(
         if name == "resident":
             pixels = decode(split, config, bad)
             return ResidentLoader(pixels, kind, seed, images.mean, images.std, device)
-        source = Source(split, indexed(split, bad, say), kind, size, seed, bad)
+        smaller = config.decode == "reduced"
+        source = Source(split, indexed(split, bad, say), kind, size, seed, bad, smaller)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
         return ChunkedLoader(engine, split.labels, size, chunk, images.mean, images.std, device)
@@ -96,6 +99,8 @@ def open_data(
     if name != "resident":
         workers = "process" if name == "torch" else "thread"
         choice += f", {threads} {workers}{'s' * (threads != 1)}, chunks of {chunk}"
+    if config.decode == "reduced":
+        choice += "; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where no more is wanted"
     names = images.names or images.classes
     identity = images.fingerprint()
     return Data(
@@ -140,6 +145,8 @@ def choose(
     resident, why = fits(config, images, device, sharing)
     if resident:
         return "resident", why
+    if config.decode == "reduced":
+        return "threads", f"{why}, and DALI decodes in full only"
     if images.train.pixels is None and dali.available():
         return "dali", f"{why}, and DALI is installed"
     if images.train.pixels is None:
@@ -214,9 +221,19 @@ def indexed(split: Split, bad: BadImages, say: Callable[[str], None]) -> Index:
 def decode(split: Split, config: DataConfig, bad: BadImages) -> Split:
     """The split as pixels of the view that is tested."""
     kind, size = config.augment, config.image_size
-    return decode_all(
-        split, size, lambda image: augment.evaluation_view(image, kind, size), bad.report
-    )
+
+    def measured(width: int, height: int) -> augment.View:
+        sides = (torch.tensor([side]) for side in (width, height))
+        return augment.views(kind, size, None, *sides).each()[0]
+
+    def view(files: Files, i: int) -> Image.Image:
+        if config.decode == "reduced":
+            smaller = reduced.decoded(files, i, measured, size)
+            if smaller is not None:
+                return smaller
+        return augment.evaluation_view(open_image(files, i), kind, size)
+
+    return decode_all(split, size, view, bad.report)
 
 
 def free_memory(device: torch.device) -> float:

@@ -43,6 +43,8 @@ class DataConfig(Protocol):
     @property
     def on_bad_image(self) -> str: ...
     @property
+    def decode(self) -> str: ...
+    @property
     def loader(self) -> str: ...
     @property
     def workers(self) -> int | None: ...
@@ -158,10 +160,10 @@ def opened(files: Files, i: int) -> Iterator[Image.Image]:
 def decode_all(
     split: Split,
     size: int,
-    view: Callable[[Image.Image], Image.Image],
+    view: Callable[[Files, int], Image.Image],
     report: Callable[[str, str], None],
 ) -> Split:
-    """The split with its images decoded and brought to size x size; bad files are black, and
+    """The split with view(files, i) of its images, each size x size; bad files are black, and
     report(path, reason) may raise."""
     files = split.files
     if files is None:
@@ -170,7 +172,7 @@ def decode_all(
 
     def decode(i: int) -> None:
         try:
-            pixels[i] = np.asarray(view(open_image(files, i)))
+            pixels[i] = np.asarray(view(files, i))
         except DataError as error:
             report(files.names[i], str(error))
 
