@@ -102,11 +102,13 @@ class ImageSet:
     about: str = ""  # one line: the form it was found in, and where its labels are from
     names: tuple[str, ...] = ()  # of the classes, for people, where others than `classes`
     layout: str = ""  # what --dataset calls it
+    prepared: str = ""  # of which images, how, and what came of it; "" where they are the originals
 
     def fingerprint(self) -> str:
-        """A hash of the labels, and of the pixels or file names, so that a run is not resumed on
-        other data."""
-        digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
+        """A hash of the labels, of the pixels or file names, and of how they were prepared, so that
+        a run is not resumed on other data."""
+        facts = repr((self.classes, self.mean, self.std))
+        digest = hashlib.sha256((facts + self.prepared).encode())
         for split in (self.train, self.test):
             digest.update(split.labels.tobytes())
             if split.pixels is not None:
