@@ -50,7 +50,7 @@ class Record(Request):
     test: int
     labels: str  # labels_of
     contents: str  # SHA-256 of the SHA-256 of every image, in order
-    bytes_before: int  # of the images alone
+    bytes_before: int  # of the images alone; 0 where it is not known
     bytes_after: int
 
     def about(self) -> str:

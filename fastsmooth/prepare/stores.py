@@ -32,6 +32,7 @@ T = TypeVar("T")
 class Stored(NamedTuple):
     """An image that is there now, or why it is not."""
 
+    place: int  # in its part
     length: int = 0  # bytes
     digest: bytes = b""  # SHA-256
     wrong: str = ""  # one line
@@ -61,7 +62,7 @@ class Part:
         return smaller((int(self.index.width[i]), int(self.index.height[i])), self.short)
 
 
-# (out, a folder a class, the images): they are stored one after the other, in order
+# (out, a folder a class, the images): each of them once
 Store = Callable[[Path, Sequence[str], Part], Iterator[Stored]]
 
 
@@ -80,8 +81,8 @@ def in_threads(work: Callable[[int], T], positions: Iterable[int], threads: int)
             pool.shutdown(cancel_futures=True)
 
 
-def stored(data: bytes) -> Stored:
-    return Stored(len(data), hashlib.sha256(data).digest())
+def stored(i: int, data: bytes) -> Stored:
+    return Stored(i, len(data), hashlib.sha256(data).digest())
 
 
 # Class folders
@@ -103,10 +104,10 @@ def to_folders(out: Path, folders: Sequence[str], part: Part) -> Iterator[Stored
         before = kept(path, part.size(i))
         data = part.made(i) if before is None else before
         if isinstance(data, str):
-            return Stored(wrong=data)
+            return Stored(i, wrong=data)
         if before is None:
             put(path, data)
-        return stored(data)
+        return stored(i, data)
 
     return in_threads(store, range(len(labels)), part.threads)
 
@@ -169,7 +170,7 @@ def held(path: Path, part: Part, places: range) -> list[Stored]:
 
         for i in places:
             name, about, label = members(part, i)
-            images.append(stored(content(name)))
+            images.append(stored(i, content(name)))
             if content(about) != label:
                 raise ValueError(f"{about} is another class")
         if tar.next() is None:
@@ -188,13 +189,13 @@ def written(path: Path, part: Part, places: range) -> Iterator[Stored]:
                 for i, data in zip(places, made, strict=True):
                     if isinstance(data, str):
                         whole = False
-                        yield Stored(wrong=data)
+                        yield Stored(i, wrong=data)
                         continue
                     if whole:  # else the others are looked at for what is wrong with them
                         name, about, label = members(part, i)
                         add(tar, name, data)
                         add(tar, about, label)
-                    yield stored(data)
+                    yield stored(i, data)
             file.flush()
             os.fsync(file.fileno())
         if whole:

@@ -8,10 +8,13 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+
 from fastsmooth import data
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.progress import span
+from fastsmooth.data.files import Paths, Ranges
 from fastsmooth.data.index import read_index
 from fastsmooth.data.prepared import FILE, PART, VERSION, Record, Request, labels_of, read
 from fastsmooth.messages import command, note, say, show, warn
@@ -70,15 +73,18 @@ def prepare(config: Config, out: Path, short: int, quality: int, stored: str) ->
     folders, contents, after, bad = class_folders(images.classes), hashlib.sha256(), 0, 0
     progress = Progress(total)
     for part in parts:
+        digests = np.zeros((len(part.split), hashlib.sha256().digest_size), np.uint8)
         for image in STORES[stored](out, folders, part):
             if image.wrong:
                 show(image.wrong)
                 bad += 1
-            contents.update(image.digest)
-            after += image.length
+            else:
+                digests[image.place] = np.frombuffer(image.digest, np.uint8)
+                after += image.length
             progress.step()
+        contents.update(digests.data)
     refuse_bad([], total, bad)
-    before = sum(int(part.index.size.sum()) for part in parts)
+    before = sum(map(bytes_of, parts))
     record = Record(
         **dataclasses.asdict(request),
         train=len(images.train),
@@ -92,9 +98,10 @@ def prepare(config: Config, out: Path, short: int, quality: int, stored: str) ->
     replace(out / FILE, record.to_json())
     with writing(out / PART):
         (out / PART).unlink()
+    was = f"{amount(before)} before, " if before else ""
     say(
-        f"{out}: {record.train:,} training and {record.test:,} test images, {amount(before)} "
-        f"before, {amount(after)} now, {span(time.monotonic() - started)}: {advice}"
+        f"{out}: {record.train:,} training and {record.test:,} test images, {was}{amount(after)} "
+        f"now, {span(time.monotonic() - started)}: {advice}"
     )
 
 
@@ -144,6 +151,12 @@ def refuse_bad(lines: list[str], total: int, said: int = 0) -> None:
             f"{bad:,} of {total:,} images {'is' if bad == 1 else 'are'} bad: replace them and give "
             "the same command again, or remove them and prepare into another folder"
         )
+
+
+def bytes_of(part: Part) -> int:
+    """All images of the source; 0 where only their archives' sizes are known."""
+    alone = isinstance(part.split.files, Paths | Ranges)
+    return int(part.index.size.sum()) if alone else 0
 
 
 def amount(count: int) -> str:
