@@ -163,7 +163,7 @@ def read_folder(data_dir: str) -> Split:
     split = decode_all(
         images.train,
         SIZE,
-        lambda image: image.resize((SIZE, SIZE)),
+        lambda split, i: split.image(i).resize((SIZE, SIZE)),
         BadImages("raise", print).report,
     )
     # by class no longer, so that a part holds all classes

@@ -16,6 +16,7 @@ from fastsmooth.names import hint
 
 COMMANDS = {  # name: its module, what it does
     "train": ("fastsmooth.train", "train or measure one image classifier"),
+    "prepare": ("fastsmooth.prepare.__main__", "smaller copies of images, made once, to train on"),
     "sweep": ("fastsmooth.sweep.__main__", "many runs: grids, seeds, Slurm, Ray"),
     "sharpness": ("fastsmooth.sharpness", "how sharp the minima of saved runs are"),
     "report": ("fastsmooth.report.__main__", "tables, figures and one HTML page of any runs"),

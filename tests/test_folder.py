@@ -389,7 +389,7 @@ def test_reading_files_in_threads_leaves_the_list_of_warning_filters_alone(cifar
     images.decode_all(
         images.Split(np.zeros(len(paths), np.int64), files=Paths(paths)),
         32,
-        lambda image: image,
+        images.Split.image,
         pytest.fail,
     )
     assert warnings.filters == before

@@ -15,6 +15,7 @@ from said import one_line, said
 
 from fastsmooth import messages, sharpness, train
 from fastsmooth.messages import BAD_INPUT, CANNOT_WRITE, UNEXPECTED, CannotWrite, failure
+from fastsmooth.prepare import __main__ as prepare
 from fastsmooth.report import __main__ as report
 from fastsmooth.runfolder import write as runfolder
 from fastsmooth.runfolder.files import replace
@@ -205,6 +206,11 @@ def test_a_traceback_without_a_folder_is_in_a_temporary_file_and_without_one_its
 
 COMMANDS = {
     "train": (train.main, ["--plan"], "print_plan"),
+    "prepare": (
+        prepare.main,
+        ["--data-dir", "in", "--out", "o", "--short-side", "9"],
+        "fastsmooth.prepare.work.prepare",
+    ),
     "sweep": (sweep.main, ["--plan", "--out", "o", "--lr", "0.1"], "grid_runs"),
     "sharpness": (sharpness.main, ["run"], "fastsmooth.saved.ready_device"),
     "sharpness of a run": (sharpness.main, ["run", "--json"], "fastsmooth.saved.measure_sharpness"),

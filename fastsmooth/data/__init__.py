@@ -8,15 +8,17 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
-from fastsmooth.data import augment, sets
+from fastsmooth.data import augment, reduced, sets
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Loader
 from fastsmooth.data.engines import dali
 from fastsmooth.data.engines.dali import DaliEngine, Decoder
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.engines.threads import ThreadsEngine
 from fastsmooth.data.engines.torchloader import TorchEngine
-from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.files import Files
+from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all, open_image
 from fastsmooth.data.index import NO_FILES, THREADS, Index, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
 from fastsmooth.data.memory import MEMORY_SHARE, free_memory
@@ -93,7 +95,9 @@ def open_data(
             split = replace(split, pixels=split.pixels.repeat(times, axis=-1))
         if name == "resident":
             return ResidentLoader(split, kind, seed, mean, std, device)
-        source = Source(split, indexed(split, bad, say, part), kind, size, seed, bad)
+        smaller = config.decode == "reduced"
+        index = indexed(split, bad, say, part)
+        source = Source(split, index, kind, size, seed, bad, smaller)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
         return ChunkedLoader(engine, split.labels, size, chunk, mean, std, device)
@@ -103,6 +107,8 @@ def open_data(
     if name != "resident":
         workers = "process" if name == "torch" else "thread"
         choice += f", {threads} {workers}{'s' * (threads != 1)}, chunks of {chunk}"
+    if config.decode == "reduced":
+        choice += "; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where no more is wanted"
     about = [images.about] * bool(images.about)
     if times > 1:
         about.append(f"one channel, repeated as the {channels} that {config.model} takes")
@@ -164,6 +170,8 @@ def choose(
     resident, why = fits(config, images, device, sharing)
     if resident:
         return "resident", why
+    if config.decode == "reduced":
+        return "threads", f"{why}, and DALI decodes in full only"
     if images.train.pixels is None and dali.available():
         return "dali", f"{why}, and DALI is installed"
     if images.train.pixels is None:
@@ -241,6 +249,16 @@ def indexed(split: Split, bad: BadImages, say: Callable[[str], None], part: str)
 def decode(split: Split, config: DataConfig, bad: BadImages) -> Split:
     """The split as pixels of the view that is tested, [n, size, size, C]."""
     kind, size = config.augment, config.image_size
-    return decode_all(
-        split, size, lambda image: augment.evaluation_view(image, kind, size), bad.report
-    )
+
+    def measured(width: int, height: int) -> augment.View:
+        sides = (torch.tensor([side]) for side in (width, height))
+        return augment.views(kind, size, None, *sides).each()[0]
+
+    def view(split: Split, i: int) -> Image.Image:
+        if split.files is not None and config.decode == "reduced":
+            smaller = reduced.decoded(split.files, i, measured, size)
+            if smaller is not None:
+                return smaller
+        return augment.evaluation_view(split.image(i), kind, size)
+
+    return decode_all(split, size, view, bad.report)

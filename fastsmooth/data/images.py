@@ -43,6 +43,8 @@ class DataConfig(Protocol):
     @property
     def on_bad_image(self) -> str: ...
     @property
+    def decode(self) -> str: ...
+    @property
     def loader(self) -> str: ...
     @property
     def workers(self) -> int | None: ...
@@ -80,6 +82,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def image(self, i: int) -> Image.Image:
+        """Image i, RGB or of one channel. Raises DataError, as open_image."""
+        if self.files is not None:
+            return open_image(self.files, i)
+        if self.pixels is None:
+            raise ValueError("a split has pixels or files")
+        return image_of(self.pixels[i])
+
     def take(self, at: np.ndarray) -> Split:
         """The images at these positions, int64 [m], in this order."""
         if self.files is not None:
@@ -101,11 +111,13 @@ class ImageSet:
     about: str = ""  # one line: the form it was found in, and where its labels are from
     names: tuple[str, ...] = ()  # of the classes, for people, where others than `classes`
     layout: str = ""  # what --dataset calls it
+    prepared: str = ""  # of which images, how, and what came of it; "" where they are the originals
 
     def fingerprint(self) -> str:
-        """A hash of the labels, and of the pixels or file names, so that a run is not resumed on
-        other data."""
-        digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
+        """A hash of the labels, of the pixels or file names, and of how they were prepared, so that
+        a run is not resumed on other data."""
+        facts = repr((self.classes, self.mean, self.std))
+        digest = hashlib.sha256((facts + self.prepared).encode())
         for split in (self.train, self.test):
             digest.update(split.labels.tobytes())
             if split.pixels is not None:
@@ -170,11 +182,11 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 def decode_all(
     split: Split,
     size: int,
-    view: Callable[[Image.Image], Image.Image],
+    view: Callable[[Split, int], Image.Image],
     report: Callable[[str, str], None],
 ) -> Split:
-    """The split with its images decoded and brought to size x size by the view; bad files are
-    black, and report(path, reason) may raise."""
+    """The split with view(split, i) of its images, each size x size; bad files are black, and
+    report(path, reason) may raise."""
     files, stored = split.files, split.pixels
     if stored is not None and stored.shape[1:3] == (size, size):
         return split
@@ -182,13 +194,11 @@ def decode_all(
     pixels = np.zeros((len(split), size, size, channels), dtype=np.uint8)
 
     def decode(i: int) -> None:
-        if stored is not None:
-            pixels[i] = pixels_of(view(image_of(stored[i])))
-        if files is None:
-            return
         try:
-            pixels[i] = np.asarray(view(open_image(files, i)))
+            pixels[i] = pixels_of(view(split, i))
         except DataError as error:
+            if files is None:
+                raise
             report(files.names[i], str(error))
 
     with ThreadPoolExecutor(processors()) as pool:

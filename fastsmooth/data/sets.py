@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastsmooth.data import cifar
+from fastsmooth.data import cifar, prepared
 from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
 from fastsmooth.data.layouts import arrays, columns, imagenet, shards, table, tiny, trees, zoo
 
@@ -80,6 +80,8 @@ def recognised(root: Path) -> tuple[str, str]:
     several would fit."""
     if not root.exists():
         raise DataError(f"--data-dir {root}: no such directory: give the folder of the images")
+    if layout := prepared.layout_of(root):
+        return layout, prepared.FILE
     found = {name: sign.look(root) for name, sign in SIGNS.items()}
     found = {name: words for name, words in found.items() if words}
     hidden = {other for name in found for other in SIGNS[name].over}
@@ -98,10 +100,12 @@ def recognised(root: Path) -> tuple[str, str]:
 
 def read(config: DataConfig) -> ImageSet:
     """The data set of a run's resolved Config, with what it was taken for. Raises DataError."""
-    name, told = config.dataset, ""
+    name, told, root = config.dataset, "", Path(config.data_dir)
+    if name == "auto" or name in prepared.READS:
+        prepared.refuse_unfinished(root)
     if name == "auto":
-        name, told = recognised(Path(config.data_dir))
-    images = READERS[name.partition("/")[0]](config)
+        name, told = recognised(root)
+    images = prepared.marked(READERS[name.partition("/")[0]](config), name, root)
     lines = [f"--dataset {name}: {told}" if told else "", images.about]
     if config.val_share is not None:
         count = len(images.train) + len(images.test)

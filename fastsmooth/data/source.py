@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsmooth.data import augment
+from fastsmooth.data import augment, reduced
 from fastsmooth.data.augment import View, Views
 from fastsmooth.data.chunks import Job
 from fastsmooth.data.files import Files
@@ -47,6 +47,7 @@ class Source:
     size: int
     seed: int
     bad: BadImages
+    reduced: bool = False  # whether a JPEG may be decoded at a smaller scale
 
     @property
     def files(self) -> Files:
@@ -81,14 +82,17 @@ class Source:
         """Pixels, uint8 [size, size, 3], of a sample no fast decoder may read; else None.
 
         Black where the header was bad, or an earlier decoding, once that is reported; PIL's where
-        others would differ.
+        others would differ, or cannot decode at a smaller scale as is wanted.
         """
         path = self.files.names[i]
         if i in self.index.bad:
             self.bad.report(path, self.index.bad[i])
         if i in self.index.bad or path in self.bad.reasons:
             return self._black()
-        return None if self.index.plain[i] else self.by_pil(i, view)
+        if not self.index.plain[i]:
+            return self.by_pil(i, view)
+        smaller = self.at_smaller_scale(i, view)
+        return None if smaller is None else np.asarray(smaller)
 
     def by_pil(self, i: int, view: View) -> np.ndarray:
         """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where
@@ -104,6 +108,14 @@ class Source:
             return self._black()
         image = image.resize((wide, tall), Image.Resampling.BILINEAR)
         return np.array(image.crop((right, down, right + self.size, down + self.size)))
+
+    def at_smaller_scale(self, i: int, view: View) -> Image.Image | None:
+        """The view of sample i where it may be decoded so; None where the whole image is to be."""
+        if not self.reduced or reduced.factor(view) == 1:
+            return None
+        size = int(self.index.width[i]), int(self.index.height[i])
+        # a file that was replaced has no view: Index.check has the words
+        return reduced.decoded(self.files, i, lambda *now: view if now == size else None, self.size)
 
     def _black(self) -> np.ndarray:
         return np.zeros((self.size, self.size, 3), dtype=np.uint8)

@@ -132,7 +132,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             about = environment() | {"kernels": kernels, "processes": ranks.world}
             about |= {"precision": precision, "graphs": graphs}
             about |= {"measure": chosen.get("measure")}
-            about["data_dir"] = os.path.abspath(c.data_dir)
+            about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
             folder = RunFolder.create(out, c.to_json(), about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

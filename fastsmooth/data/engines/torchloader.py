@@ -17,15 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchvision.transforms import functional as TF
 
 from fastsmooth.data import augment
+from fastsmooth.data.augment import View
 from fastsmooth.data.chunks import Chunk, Chunks, Job
 from fastsmooth.data.images import DataError, image_of, open_image, pixels_of
 from fastsmooth.data.source import Source
 from fastsmooth.messages import one_line
 
-# sample, the box of its view (empty where it is no file), the numbers that `draw` gave
-Item = tuple[int, list[int], list[float] | None]
+# sample, its view (None where it is no file), the numbers that `draw` gave
+Item = tuple[int, View | None, list[float] | None]
 # what a worker makes of a chunk: uint8 [m, size, size, C], and why some are black, by their place;
 # no pixels where they cannot be handed over
 Made = tuple[Tensor | None, dict[int, str]]
@@ -57,15 +59,20 @@ class Images(Dataset):
         self.kind, self.size = source.kind, source.size
 
     def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
-        index, box, drawn = item
+        index, view, drawn = item
+        smaller = None if view is None else self.source.at_smaller_scale(index, view)
         try:
-            image = self.open(index)
+            image = self.open(index) if smaller is None else smaller
         except DataError as error:
             return np.zeros((self.size, self.size, 3), dtype=np.uint8), str(error)
-        if drawn is not None and self.kind == "resized-crop-flip":
-            image = augment.resized_crop_flip(image, box, drawn[0], self.size)
+        if view is not None and drawn is not None and self.kind == "resized-crop-flip":
+            if smaller is None:
+                image = augment.resized_crop_flip(image, view[0], drawn[0], self.size)
+            elif drawn[0]:
+                image = TF.hflip(image)
             return pixels_of(image), None
-        image = augment.evaluation_view(image, self.kind, self.size)
+        if smaller is None:
+            image = augment.evaluation_view(image, self.kind, self.size)
         if drawn is not None:
             image = augment.crop_flip_rotate(image, drawn, self.size)
         return pixels_of(image), None
@@ -230,10 +237,10 @@ class TorchEngine:
     def items(self, job: Job) -> list[Item]:
         drawn = self.source.drawn(job)
         numbers = [None] * len(job.index) if drawn is None else drawn.tolist()
-        boxes: list[list[int]] = [[]] * len(job.index)
+        views: list[View | None] = [None] * len(job.index)
         if self.source.split.pixels is None:
-            boxes = self.source.views(job, drawn).box.tolist()
-        return list(zip(job.index.tolist(), boxes, numbers, strict=True))
+            views = list(self.source.views(job, drawn).each())
+        return list(zip(job.index.tolist(), views, numbers, strict=True))
 
     def _started(self, loader: DataLoader[Any]) -> Iterator[Made]:
         """A pass over the DataLoader. Raises ChildProcessError where its processes cannot be
