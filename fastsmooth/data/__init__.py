@@ -17,8 +17,7 @@ from fastsmooth.data.engines.dali import DaliEngine, Decoder
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.engines.threads import ThreadsEngine
 from fastsmooth.data.engines.torchloader import TorchEngine
-from fastsmooth.data.files import Files
-from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all, open_image
+from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all
 from fastsmooth.data.index import NO_FILES, THREADS, Index, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
 from fastsmooth.data.memory import MEMORY_SHARE, free_memory
