@@ -18,7 +18,15 @@ from fastsmooth.data.engines.dali import DaliEngine, Decoder
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.engines.threads import ThreadsEngine
 from fastsmooth.data.engines.torchloader import TorchEngine
-from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.images import (
+    DataConfig,
+    DataError,
+    ImageSet,
+    Sizes,
+    Split,
+    decode_all,
+    size_in,
+)
 from fastsmooth.data.index import NO_FILES, THREADS, Index, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
 from fastsmooth.data.sets import READERS
@@ -45,7 +53,7 @@ class Data:
     train: Loader
     test: Loader
     classes: int
-    size: int
+    size: int  # pixels a side of images as they are tested
     fingerprint: str
     loader: str
     choice: str  # one line: which loader was picked and why
@@ -78,20 +86,23 @@ def open_data(
     threads = max(processors() // sharing, 1) if config.workers is None else config.workers
     if name != "torch":  # where 0 processes are this one
         threads = max(threads, 1)
-    kind, size, seed = config.augment, config.image_size, config.seed
+    kind, size, seed = config.augment, config.sizes.values[-1], config.seed
+    changing = config.sizes if len(config.sizes.values) > 1 else None
     chunk = 0
 
-    def loader_of(split: Split) -> Loader:
+    def loader_of(split: Split, sizes: Sizes | None) -> Loader:
         nonlocal chunk
         if name == "resident":
-            pixels = decode(split, config, bad)
-            return ResidentLoader(pixels, kind, seed, images.mean, images.std, device)
-        source = Source(split, indexed(split, bad, say), kind, size, seed, bad)
+            decoded = partial(decode, split, kind, bad)
+            first = decoded(size_in(0, size, sizes))
+            constants = images.mean, images.std, device
+            return ResidentLoader(first, kind, seed, *constants, sizes, decoded)
+        source = Source(split, indexed(split, bad, say), kind, size, seed, bad, sizes)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
         return ChunkedLoader(engine, split.labels, size, chunk, images.mean, images.std, device)
 
-    train, test = loader_of(images.train), loader_of(images.test)
+    train, test = loader_of(images.train, changing), loader_of(images.test, None)
     choice = f"loader {name}: {why}"
     if name != "resident":
         workers = "process" if name == "torch" else "thread"
@@ -153,9 +164,11 @@ def fits(
     """Whether the images can be resident, and why."""
     if config.augment == "resized-crop-flip":
         return False, "random resized crops need the whole images"
-    needed = 3 * config.image_size**2 * (len(images.train) + len(images.test))
+    sides = config.sizes.values  # of which one is held at a time
+    needed = 3 * (max(sides) ** 2 * len(images.train) + sides[-1] ** 2 * len(images.test))
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
-    why = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
+    often = ", decoded anew for each size" * (len(set(sides)) > 1)
+    why = f"{needed / 1e6:,.0f} MB of images{often}, {free / 1e9:.1f} GB free"
     return needed <= MEMORY_SHARE * free, why
 
 
@@ -211,9 +224,8 @@ def indexed(split: Split, bad: BadImages, say: Callable[[str], None]) -> Index:
     return index
 
 
-def decode(split: Split, config: DataConfig, bad: BadImages) -> Split:
-    """The split as pixels of the view that is tested."""
-    kind, size = config.augment, config.image_size
+def decode(split: Split, kind: str, bad: BadImages, size: int) -> Split:
+    """The split as pixels of the view that is tested, of size x size."""
     return decode_all(
         split, size, lambda image: augment.evaluation_view(image, kind, size), bad.report
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from fastsmooth import data, models
 from fastsmooth.cli import config as configs
@@ -81,13 +83,13 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             side = data.usual_side(read)
             c, asked = configs.fitted(c, side), c
             decided = choice(c, asked, side)
+        check_batch(c, len(read.train), ranks.world)
+        plan = make_plan(c, len(read.train))
+        c = plan.config
         images = data.open_data(
             c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
         )
         images.bad.say = warn  # from now on each process meets bad images of its own
-        check_batch(c, len(images.train), ranks.world)
-        plan = make_plan(c, len(images.train))
-        c = plan.config
         machine.set_numerics(c, precision, plan.schedule)
         torch.manual_seed(c.seed)
         model = models.build(c.model, images.classes, c.norm).to(device)
@@ -280,34 +282,46 @@ def check_alike(
 
 
 def try_model(c: Config, model: torch.nn.Module, images: data.Data) -> bool:
-    """One image through the model in both modes, so that one that cannot take it is refused before
-    the run folder is made.
+    """One image of each size through the model in both modes, so that one that cannot take it is
+    refused before the run folder is made.
 
     Whether the model can train on a single sample: not where a BatchNorm would see 1 x 1 features
     of it.
     """
+    x, _ = next(iter(images.test.batches([torch.arange(1)])))
+    sides = dict.fromkeys(c.sizes.values) if c.sizes.changes else (images.size,)
+    return all([takes(c, model, x, images.classes, side) for side in sides])
+
+
+def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int) -> bool:
+    """try_model for x [1, 3, S, S] brought to side x side."""
+    sizes = c.sizes
+    if x.shape[2] != side:
+        x = F.interpolate(x, size=(side, side))
     try:
-        x, _ = next(iter(images.test.batches([torch.arange(1)])))
         with torch.no_grad():
             logits = model.eval()(x)
-            if logits.shape != (1, images.classes):
-                raise ValueError(f"its output is {list(logits.shape)}, not [1, {images.classes}]")
+            if logits.shape != (1, classes):
+                raise ValueError(f"its output is {list(logits.shape)}, not [1, {classes}]")
             with undisturbed(model.train(), "train"):
                 model(x)
         return True
-    except DataError:
-        raise
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
         # PyTorch's words for it
         if str(error).startswith("Expected more than 1 value per channel when training"):
             return False
-        size, own = images.size, own_size(c.model, model)
+        own = own_size(c.model, model)
         remedy = f"another --model than {c.model}"
-        if own not in (None, size):
+        if own not in (None, side):
             free = c.dataset in configs.FIELDS["image_size"].metadata["only"][1]
             remedy = f"--image-size {own}" if free else f"{remedy}, which is made for {own}x{own}"
+        elif own is not None and sizes.changes:
+            remedy = f"{remedy}, whose images have one size"
+        first = sizes.starts[sizes.values.index(side)] if sizes.changes else 0
+        stage = f", which --image-size has from epoch {first} on" if sizes.changes else ""
         raise ModelError(
-            f"the model cannot take {size}x{size} images ({one_line(error)[:200]}): use {remedy}"
+            f"the model cannot take {side}x{side} images{stage} ({one_line(error)[:200]}): use "
+            f"{remedy}"
         ) from None
 
 
@@ -357,6 +371,16 @@ def choice(c: Config, asked: Config, side: int) -> str:
     )
 
 
+def pixels(run: Run) -> str:
+    """The sizes of the images in words, with the epochs at which they change."""
+    tested, sizes = f"{run.data.size}x{run.data.size}", run.plan.sizes
+    if not sizes.changes:
+        return f"{tested} pixels"
+    stages = zip(sizes.values, sizes.starts, strict=True)
+    listed = ", ".join(f"{side}x{side} from epoch {first}" for side, first in stages)
+    return f"{listed} (pixels), tested at {tested}"
+
+
 def introduce(run: Run, decided: str) -> None:
     c, say, ranks = run.config, run.progress.say, run.ranks
     parameters = models.count_parameters(run.model)
@@ -374,12 +398,13 @@ def introduce(run: Run, decided: str) -> None:
         + f", seed {c.seed}, {PRECISIONS[run.step.precision]}"
     )
     augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
-    size = run.data.size
     if run.data.about:
         say(run.data.about)
     if decided:
         say(decided)
-    say(f"{run.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
+    say(f"{run.data.classes:,} classes, images brought to {pixels(run)}, {augmented}")
+    if run.plan.sizes.changes and run.device.type == "cuda":
+        say("no update is captured as a CUDA graph: one is of images of one size")
     if ranks.world > 1:
         normed = (
             "; BatchNorm's statistics are "

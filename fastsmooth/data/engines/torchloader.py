@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from fastsmooth.data import augment
 from fastsmooth.data.chunks import Chunk, Chunks, Job
 from fastsmooth.data.images import DataError, open_image
-from fastsmooth.data.source import Source
+from fastsmooth.data.source import Source, black
 from fastsmooth.messages import one_line
 
-# sample, the box of its view (empty where it is no file), the numbers that `draw` gave
-Item = tuple[int, list[int], list[float] | None]
+# sample, pixels a side, the box of its view (empty where it is no file), the numbers that `draw`
+# gave
+Item = tuple[int, int, list[int], list[float] | None]
 # what a worker makes of a chunk: uint8 [m, size, size, 3], and why some are black, by their place;
 # no pixels where they cannot be handed over
 Made = tuple[Tensor | None, dict[int, str]]
@@ -54,19 +55,19 @@ class Images(Dataset):
 
     def __init__(self, source: Source):
         self.source, self.split, self.index = source, source.split, source.index
-        self.kind, self.size = source.kind, source.size
+        self.kind = source.kind
 
     def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
-        index, box, drawn = item
+        index, size, box, drawn = item
         try:
             image = self.open(index)
         except DataError as error:
-            return np.zeros((self.size, self.size, 3), dtype=np.uint8), str(error)
+            return black(size), str(error)
         if drawn is not None and self.kind == "resized-crop-flip":
-            return np.asarray(augment.resized_crop_flip(image, box, drawn[0], self.size)), None
-        image = augment.evaluation_view(image, self.kind, self.size)
+            return np.asarray(augment.resized_crop_flip(image, box, drawn[0], size)), None
+        image = augment.evaluation_view(image, self.kind, size)
         if drawn is not None:
-            image = augment.crop_flip_rotate(image, drawn, self.size)
+            image = augment.crop_flip_rotate(image, drawn, size)
         return np.asarray(image), None
 
     def open(self, index: int) -> Image.Image:
@@ -232,7 +233,8 @@ class TorchEngine:
         boxes: list[list[int]] = [[]] * len(job.index)
         if self.source.split.pixels is None:
             boxes = self.source.views(job, drawn).box.tolist()
-        return list(zip(job.index.tolist(), boxes, numbers, strict=True))
+        sizes = [self.source.size_in(job.epoch)] * len(job.index)
+        return list(zip(job.index.tolist(), sizes, boxes, numbers, strict=True))
 
     def _started(self, loader: DataLoader[Any]) -> Iterator[Made]:
         """A pass over the DataLoader. Raises ChildProcessError where its processes cannot be
