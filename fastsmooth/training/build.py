@@ -315,8 +315,6 @@ def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int)
         if own not in (None, side):
             free = c.dataset in configs.FIELDS["image_size"].metadata["only"][1]
             remedy = f"--image-size {own}" if free else f"{remedy}, which is made for {own}x{own}"
-        elif own is not None and sizes.changes:
-            remedy = f"{remedy}, whose images have one size"
         first = sizes.starts[sizes.values.index(side)] if sizes.changes else 0
         stage = f", which --image-size has from epoch {first} on" if sizes.changes else ""
         raise ModelError(
