@@ -85,7 +85,7 @@ class Source:
         )
         return augment.views(self.kind, self.size_in(job.epoch), drawn, width, height)
 
-    def given(self, i: int, view: View, size: int) -> np.ndarray | None:
+    def given(self, i: int, view: View) -> np.ndarray | None:
         """Pixels, uint8 [size, size, 3], of a sample no fast decoder may read; else None.
 
         Black where the header was bad, or an earlier decoding, once that is reported; PIL's where
@@ -95,14 +95,14 @@ class Source:
         if i in self.index.bad:
             self.bad.report(path, self.index.bad[i])
         if i in self.index.bad or path in self.bad.reasons:
-            return black(size)
-        return None if self.index.plain[i] else self.by_pil(i, view, size)
+            return black(view[-1])
+        return None if self.index.plain[i] else self.by_pil(i, view)
 
-    def by_pil(self, i: int, view: View, size: int) -> np.ndarray:
+    def by_pil(self, i: int, view: View) -> np.ndarray:
         """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where
         there is none."""
         path = self.files.names[i]
-        (top, left, height, width), (tall, wide), (down, right) = view
+        (top, left, height, width), (tall, wide), (down, right), size = view
         try:
             image = open_image(self.files, i)
             self.index.check(i, path, image.size)

@@ -83,13 +83,16 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             side = data.usual_side(read)
             c, asked = configs.fitted(c, side), c
             decided = choice(c, asked, side)
-        check_batch(c, len(read.train), ranks.world)
-        plan = make_plan(c, len(read.train))
-        c = plan.config
+        plan = None
+        if len(c.image_stages) > 1:  # by the epochs of the plan
+            plan = planned(c, len(read.train), ranks.world)
+            c = plan.config
         images = data.open_data(
             c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
         )
         images.bad.say = warn  # from now on each process meets bad images of its own
+        plan = plan or planned(c, len(images.train), ranks.world)
+        c = plan.config
         machine.set_numerics(c, precision, plan.schedule)
         torch.manual_seed(c.seed)
         model = models.build(c.model, images.classes, c.norm).to(device)
@@ -121,7 +124,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         chosen |= instrument.chosen()
     check_alike(images, model, chosen, ranks)
     bn = "batch" if c.bn == "batch" else None
-    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks, bn)
+    sizes = len(set(plan.sizes.values))
+    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks, bn, sizes)
     recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
 
     with ranks.together(REFUSALS, ConfigError):
@@ -238,6 +242,12 @@ def go_on(run: Run, state: State | None) -> None:
             "new run"
         ) from None
     run.folder.rewind(size)
+
+
+def planned(c: Config, n: int, processes: int) -> Plan:
+    """The plan over n training images. Raises ConfigError for what cannot be done over them."""
+    check_batch(c, n, processes)
+    return make_plan(c, n)
 
 
 def check_batch(c: Config, n: int, processes: int) -> None:

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -72,7 +71,6 @@ class Prepared:
 
     job: Job
     feeds: dict[str, Any]
-    size: int  # pixels a side of what it makes
     moves: Tensor | None = None
     views: list[View] = field(default_factory=list)  # of files
     # place in the chunk: pixels from elsewhere
@@ -167,9 +165,9 @@ class DaliEngine:
                         f"DALI: {reason(error)}: lower --chunk, or use --loader threads"
                     ) from None
                 pipe = None
-                size = prepared.size
+                *_, size = view = prepared.views[k]
                 pixels.append(torch.zeros(1, size, size, 3, dtype=torch.uint8))
-                prepared.given[k] = self.source.by_pil(i, prepared.views[k], size)
+                prepared.given[k] = self.source.by_pil(i, view)
         return torch.cat([p.to(self.device if self.gpu else "cpu") for p in pixels])
 
     # What is fed
@@ -181,28 +179,27 @@ class DaliEngine:
 
     def _prepare_files(self, job: Job) -> Prepared:
         source = self.source
-        size, drawn = source.size_in(job.epoch), source.drawn(job)
+        drawn = source.drawn(job)
         views = source.views(job, drawn)
-        prepared = Prepared(job, {}, size, source.moves(job, drawn), views=views.each())
-        read = partial(self._read, size=size)
-        encoded = list(self.pool.map(read, job.index.tolist(), prepared.views))
-        box, scaled, corner = (v.numpy().astype(np.int32) for v in views)
-        for k, found in enumerate(encoded):
-            if found.ndim > 1:  # pixels
-                prepared.given[k], encoded[k] = found, STAND_IN
-                box[k], scaled[k], corner[k] = (0, 0, 1, 1), size, 0
+        prepared = Prepared(job, {}, source.moves(job, drawn), views=views.each())
+        encoded = list(self.pool.map(self._read, job.index.tolist(), prepared.views))
+        box, scaled, corner = (v.numpy().astype(np.int32) for v in views[:3])
+        for k, read in enumerate(encoded):
+            if read.ndim > 1:  # pixels
+                prepared.given[k], encoded[k] = read, STAND_IN
+                box[k], scaled[k], corner[k] = (0, 0, 1, 1), views.size, 0
         prepared.feeds = {"encoded": encoded, "start": np.ascontiguousarray(box[:, :2])}
         prepared.feeds |= {
             "shape": np.ascontiguousarray(box[:, 2:]),
             "scaled": scaled.astype(np.float32),
             "corner": corner,
-            "kept": np.full_like(corner, size),
+            "kept": np.full_like(corner, views.size),
         }
         return prepared
 
-    def _read(self, i: int, view: View, size: int) -> np.ndarray:
+    def _read(self, i: int, view: View) -> np.ndarray:
         """Sample i's bytes; its pixels, uint8 [size, size, 3], if DALI is not to decode it."""
-        pixels = self.source.given(i, view, size)
+        pixels = self.source.given(i, view)
         if pixels is not None:
             return pixels
         with contextlib.suppress(OSError):
@@ -210,7 +207,7 @@ class DaliEngine:
             index = self.source.index
             if plain_size(encoded.data) == (index.width[i], index.height[i]):
                 return encoded
-        return self.source.by_pil(i, view, size)  # or finds the words
+        return self.source.by_pil(i, view)  # or finds the words
 
     def _prepare_pixels(self, job: Job, pixels: Tensor) -> Prepared:
         source, m = self.source, len(job.index)
@@ -227,7 +224,7 @@ class DaliEngine:
             "flip": flip.astype(np.int32),
             "angle": angle.astype(np.float32),
         }
-        return Prepared(job, feeds, source.size)
+        return Prepared(job, feeds)
 
     # The pipelines
 

@@ -49,13 +49,12 @@ class ThreadsEngine:
         if source.split.pixels is not None:
             kept = torch.from_numpy(source.split.pixels[job.index.numpy()])
             return Chunk(job, kept, source.moves(job, drawn)), []
-        size = source.size_in(job.epoch)
-        buffer = self._buffer(len(job.index), size)
-        views = source.views(job, drawn).each()
+        views = source.views(job, drawn)
+        buffer = self._buffer(len(job.index), views.size)
         pixels = buffer[: len(job.index)]
         futures = [
-            self.pool.submit(self._decode, i, view, size, pixels[k].numpy())
-            for k, (i, view) in enumerate(zip(job.index.tolist(), views, strict=True))
+            self.pool.submit(self._decode, i, view, pixels[k].numpy())
+            for k, (i, view) in enumerate(zip(job.index.tolist(), views.each(), strict=True))
         ]
         moves = source.moves(job, drawn)
         return Chunk(job, pixels, moves, lambda: self.free.append(buffer)), futures
@@ -72,17 +71,17 @@ class ThreadsEngine:
                 return buffer
         return torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=self.pinned)
 
-    def _decode(self, i: int, view: View, size: int, to: np.ndarray) -> None:
+    def _decode(self, i: int, view: View, to: np.ndarray) -> None:
         """Write the view of sample i into `to`, uint8 [size, size, 3]."""
-        pixels = self.source.given(i, view, size)
+        pixels = self.source.given(i, view)
         if pixels is None:
-            pixels = self._fast(i, view, size)
-        to[...] = self.source.by_pil(i, view, size) if pixels is None else pixels
+            pixels = self._fast(i, view)
+        to[...] = self.source.by_pil(i, view) if pixels is None else pixels
 
-    def _fast(self, i: int, view: View, size: int) -> np.ndarray | None:
+    def _fast(self, i: int, view: View) -> np.ndarray | None:
         """The view of sample i by torchvision's decoder; None where it is not to read the file: PIL
         does, or finds the words."""
-        (top, left, height, width), scaled, (down, right) = view
+        (top, left, height, width), scaled, (down, right), size = view
         try:
             encoded = self.source.files.read(i)
             # a damaged PNG would end the process (torchvision 0.29.1)
