@@ -33,11 +33,10 @@ class Views(NamedTuple):
     box: Tensor  # [n, 4] top, left, height, width: the part that is wanted
     scaled: Tensor  # [n, 2] height, width that it is resized to, antialiased
     corner: Tensor  # [n, 2] top, left of the size x size pixels that are kept of that
-    size: int
 
-    def each(self) -> list[View]:
-        rows = self.box.tolist(), self.scaled.tolist(), self.corner.tolist()
-        return [(*row, self.size) for row in zip(*rows, strict=True)]
+    def each(self, size: int) -> list[View]:
+        rows = zip(*(rows.tolist() for rows in self), strict=True)
+        return [(box, scaled, corner, size) for box, scaled, corner in rows]
 
 
 def padding(size: int) -> int:
@@ -93,7 +92,7 @@ def views(kind: str, size: int, drawn: Tensor | None, width: Tensor, height: Ten
     corner = torch.stack([zero, zero], dim=1)
     if drawn is not None and kind == "resized-crop-flip":
         box = crop_boxes(width, height, drawn[:, 1:])
-        return Views(box, torch.full_like(corner, size), corner, size)
+        return Views(box, torch.full_like(corner, size), corner)
     short = torch.full_like(width, short_side(kind, size))
     wide = width >= height
     # as torchvision's Resize: the long side is rounded down
@@ -101,7 +100,7 @@ def views(kind: str, size: int, drawn: Tensor | None, width: Tensor, height: Ten
     wide_to = torch.where(wide, (short * width).double().div(height).floor().long(), short)
     scaled = torch.stack([tall_to, wide_to], dim=1)
     box = torch.stack([zero, zero, height, width], dim=1)
-    return Views(box, scaled, ((scaled - size) / 2).round().long(), size)
+    return Views(box, scaled, ((scaled - size) / 2).round().long())
 
 
 def short_side(kind: str, size: int) -> int:

@@ -179,21 +179,21 @@ class DaliEngine:
 
     def _prepare_files(self, job: Job) -> Prepared:
         source = self.source
-        drawn = source.drawn(job)
+        size, drawn = source.size_in(job.epoch), source.drawn(job)
         views = source.views(job, drawn)
-        prepared = Prepared(job, {}, source.moves(job, drawn), views=views.each())
+        prepared = Prepared(job, {}, source.moves(job, drawn), views=views.each(size))
         encoded = list(self.pool.map(self._read, job.index.tolist(), prepared.views))
-        box, scaled, corner = (v.numpy().astype(np.int32) for v in views[:3])
+        box, scaled, corner = (v.numpy().astype(np.int32) for v in views)
         for k, read in enumerate(encoded):
             if read.ndim > 1:  # pixels
                 prepared.given[k], encoded[k] = read, STAND_IN
-                box[k], scaled[k], corner[k] = (0, 0, 1, 1), views.size, 0
+                box[k], scaled[k], corner[k] = (0, 0, 1, 1), size, 0
         prepared.feeds = {"encoded": encoded, "start": np.ascontiguousarray(box[:, :2])}
         prepared.feeds |= {
             "shape": np.ascontiguousarray(box[:, 2:]),
             "scaled": scaled.astype(np.float32),
             "corner": corner,
-            "kept": np.full_like(corner, views.size),
+            "kept": np.full_like(corner, size),
         }
         return prepared
 

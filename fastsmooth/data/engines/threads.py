@@ -49,12 +49,13 @@ class ThreadsEngine:
         if source.split.pixels is not None:
             kept = torch.from_numpy(source.split.pixels[job.index.numpy()])
             return Chunk(job, kept, source.moves(job, drawn)), []
-        views = source.views(job, drawn)
-        buffer = self._buffer(len(job.index), views.size)
+        size = source.size_in(job.epoch)
+        buffer = self._buffer(len(job.index), size)
+        views = source.views(job, drawn).each(size)
         pixels = buffer[: len(job.index)]
         futures = [
             self.pool.submit(self._decode, i, view, pixels[k].numpy())
-            for k, (i, view) in enumerate(zip(job.index.tolist(), views.each(), strict=True))
+            for k, (i, view) in enumerate(zip(job.index.tolist(), views, strict=True))
         ]
         moves = source.moves(job, drawn)
         return Chunk(job, pixels, moves, lambda: self.free.append(buffer)), futures
