@@ -143,6 +143,10 @@ def open_data(
     named["data-dir"] = data_dir and str(data_dir)
     given = {name: value for name, value in named.items() if value is not None}
     c = config.resolve(parse.from_table(parse.parser(), given, "open_data"))
+    if c.sizes.changes:
+        raise config.ConfigError(
+            f"open_data: image_size {c.image_size}: sizes that change are those of a run: give one"
+        )
     images = data.read_set(c)
     if c.dataset == "auto":
         c = dataclasses.replace(c, dataset=images.layout)

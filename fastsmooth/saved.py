@@ -114,6 +114,7 @@ def open_images(path: Path, c: Config, images: Images, device: torch.device) -> 
         c = dataclasses.replace(c, loader="threads")  # decodes what is measured alone
     if images.data_dir:
         c = dataclasses.replace(c, data_dir=images.data_dir)
+    c = dataclasses.replace(c, image_size=c.sizes.values[-1])  # that of what is not trained on
     sets = data.open_data(c, device, warn)
     there = len(sets.test if images.test else sets.train)
     if images.samples > there:

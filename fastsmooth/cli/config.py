@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
+from fastsmooth.cli import stages
 from fastsmooth.cli.facts import (
     ARRAY_SETS,
     FILE_SETS,
@@ -44,6 +46,7 @@ from fastsmooth.cli.flags import (
     text,
     whole,
 )
+from fastsmooth.cli.stages import ByEpoch, Moment, Stage, Stages
 from fastsmooth.forms import FORMS
 from fastsmooth.schedule import METHODS, SOLVED
 
@@ -80,7 +83,7 @@ class Config:
     # fmt: off
     dataset: str = option("digits", "data", "what to train on (with --data-dir: auto)", choices=DataSets(SETS), metavar="NAME")
     data_dir: str = option("data", "data", "where the images are, or are downloaded to", text, metavar="DIR", only=("dataset", WITH_DATA_DIR))
-    image_size: int = option(FILLED, "data", "pixels a side (of a folder: what the images call for)", whole(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", FILE_SETS | ARRAY_SETS))
+    image_size: int | str = option(FILLED, "data", "pixels a side, or stages: '128 @0, 192 @50%' (of a folder: what the images call for)", stages.image_size(SMALLEST_IMAGE, LARGEST_IMAGE), metavar="N", only=("dataset", FILE_SETS | ARRAY_SETS))
     val_share: float | None = option(None, "data", "share of the images held out as test set, where there is no split", real(0, 1, open_low=True, open_high=True), metavar="X", only=("dataset", UNSPLIT_SETS))
     labels: str | None = option(None, "data", "table: the csv or json of names and labels, where there are several; parquet, arrow: the column of labels", text, metavar="FILE", only=("dataset", {"auto", "table", "parquet", "arrow"}))
     augment: str = option(FILLED, "data", "of the training images", choices=AUGMENTS, metavar="NAME")
@@ -168,6 +171,19 @@ class Config:
         return SETS[row_of(self.dataset)].train
 
     @property
+    def image_stages(self) -> Stages[int]:
+        """The sizes of the images, in pixels a side, and when each begins."""
+        if isinstance(self.image_size, str):
+            return stages.sizes(self.image_size)
+        return (Stage(self.image_size, Moment(Decimal(0), "epochs")),)
+
+    @property
+    def sizes(self) -> ByEpoch[int]:
+        """The same by epoch, of so many as the run has now. The last of them is that of all images
+        that are not trained on. Raises ConfigError for a size that no epoch would have."""
+        return stages.by_epoch(self.image_stages, self.epochs, flag("image_size"))
+
+    @property
     def limit(self) -> tuple[str, int] | None:
         """What --budget says: epochs, updates or samples, and how many."""
         unit, _, amount = (self.budget or "").partition("=")
@@ -225,6 +241,8 @@ def check(c: Config) -> None:
             "--budget has no meaning with --mode sampling, which ends at the last of --steps: use "
             "--epochs"
         )
+    if len(c.image_stages) > 1:
+        check_stages(c)
     for name, thing in (("steps", "update"), ("eps", "threshold"), ("quantities", "quantity")):
         values = getattr(c, name) or ()
         twice = next((value for value in values if values.count(value) > 1), None)
@@ -278,6 +296,28 @@ def check(c: Config) -> None:
             raise ConfigError(f"{flag(name)} {value} needs image files: {c.dataset} has none")
 
 
+def check_stages(c: Config) -> None:
+    """Refuse images of several sizes where one is needed, and sizes that no epoch would have."""
+    one = f"give --image-size one size, such as {c.image_stages[-1].value}"
+    if c.mode != "normal":
+        raise ConfigError(
+            f"--mode {c.mode} measures one function of the parameters, which is another one for "
+            f"each of --image-size {c.image_size}: {one}"
+        )
+    if row_of(c.dataset) in ARRAY_SETS:
+        raise ConfigError(
+            f"--image-size {c.image_size} decodes image files at each size, and {c.dataset} is an "
+            f"array of pixels: {one}"
+        )
+    if c.graphs == "on":
+        raise ConfigError(
+            f"--graphs on plays again updates of one image size, and --image-size {c.image_size} "
+            f"has several: leave --graphs out, or {one}"
+        )
+    if c.budget is None:  # else only the images tell how many epochs there are
+        _ = c.sizes
+
+
 def resolve(given: dict[str, Any]) -> Config:
     """Fill what was not given: first from the data set, then from the published constants."""
     given, effective = fill(given)
@@ -319,9 +359,11 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
 
 
 def suited(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with the network and the augmentation that images of their size call for, where
-    none was given."""
+    """The values with the network and the augmentation that images of their size, the largest if
+    it changes, call for, where none was given."""
     size = values["image_size"]
+    if isinstance(size, str):
+        size = max(stage.value for stage in stages.sizes(size))
     network = next(name for largest, name in NETWORKS.items() if size <= largest)
     augment = "crop-flip" if size <= SMALL else "resized-crop-flip"
     if values.get("dataset") == "auto" and size > SMALL:
@@ -338,9 +380,8 @@ def fitted(c: Config, side: int) -> Config:
     """
     small = side <= SMALL or (c.model != "" and "/" not in c.model)
     size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
-    size = c.image_size or size
     asked = c.augment or defaults_of(c.dataset)["augment"]
-    values = suited({"image_size": size, "model": c.model, "augment": asked})
+    values = suited({"image_size": c.image_size or size, "model": c.model, "augment": asked})
     follows = follows_augmentation(c.mode, c.momentum, values["augment"])
     return dataclasses.replace(c, **values, measure_augment=c.measure_augment or follows)
 

@@ -17,7 +17,15 @@ from fastsmooth.data.engines.dali import DaliEngine, Decoder
 from fastsmooth.data.engines.resident import ResidentLoader
 from fastsmooth.data.engines.threads import ThreadsEngine
 from fastsmooth.data.engines.torchloader import TorchEngine
-from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, decode_all
+from fastsmooth.data.images import (
+    DataConfig,
+    DataError,
+    ImageSet,
+    Sizes,
+    Split,
+    decode_all,
+    size_in,
+)
 from fastsmooth.data.index import NO_FILES, THREADS, Index, in_threads, load_formats, read_index
 from fastsmooth.data.index import header as header_of
 from fastsmooth.data.memory import MEMORY_SHARE, free_memory
@@ -44,7 +52,7 @@ class Data:
     train: Loader
     test: Loader
     classes: int
-    size: int
+    size: int  # pixels a side of images as they are tested
     channels: int  # of x
     fingerprint: str
     loader: str
@@ -80,28 +88,42 @@ def open_data(
     threads = max(processors() // sharing, 1) if config.workers is None else config.workers
     if name != "torch":  # where 0 processes are this one
         threads = max(threads, 1)
-    kind, size, seed = config.augment, config.image_size, config.seed
+    kind, size, seed = config.augment, config.sizes.values[-1], config.seed
+    changing = config.sizes if len(config.sizes.values) > 1 else None
     channels = channels_of(config, images)
     times = channels // len(images.mean)
     mean, std = images.mean * times, images.std * times
+    smaller = config.decode == "reduced"
     chunk = 0
 
-    def loader_of(split: Split, part: str) -> Loader:
+    def decoded(split: Split, size: int) -> Split:
+        """The split in pixels of this size and as many channels as the model takes."""
+        split = decode(split, kind, bad, smaller, size)
+        if split.pixels is None or times == 1:
+            return split
+        return replace(split, pixels=split.pixels.repeat(times, axis=-1))
+
+    def loader_of(split: Split, part: str, sizes: Sizes | None) -> Loader:
         nonlocal chunk
-        if name == "resident" or split.pixels is not None:
-            split = decode(split, config, bad)
-        if split.pixels is not None and times > 1:
-            split = replace(split, pixels=split.pixels.repeat(times, axis=-1))
         if name == "resident":
-            return ResidentLoader(split, kind, seed, mean, std, device)
-        smaller = config.decode == "reduced"
+            first = decoded(split, size_in(0, size, sizes))
+            again = partial(decoded, split)
+            return ResidentLoader(first, kind, seed, mean, std, device, sizes, again)
+        if split.pixels is not None:
+            if sizes:
+                raise DataError(
+                    f"--loader {name} keeps arrays at one size, and --image-size "
+                    f"{config.image_size} has several: use --loader resident"
+                )
+            split = decoded(split, size)
         index = indexed(split, bad, say, part)
-        source = Source(split, index, kind, size, seed, bad, smaller)
+        source = Source(split, index, kind, size, seed, bad, smaller, sizes)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
         return ChunkedLoader(engine, split.labels, size, chunk, mean, std, device)
 
-    train, test = loader_of(images.train, "train"), loader_of(images.test, "test")
+    train = loader_of(images.train, "train", changing)
+    test = loader_of(images.test, "test", None)
     choice = f"loader {name}: {why}"
     if name != "resident":
         workers = "process" if name == "torch" else "thread"
@@ -184,11 +206,12 @@ def fits(
     """Whether the images can be resident, and why."""
     if config.augment == "resized-crop-flip":
         return False, "random resized crops need the whole images"
-    needed = (
-        channels_of(config, images) * config.image_size**2 * (len(images.train) + len(images.test))
-    )
+    sides = config.sizes.values  # of which one is held at a time
+    pixels = max(sides) ** 2 * len(images.train) + sides[-1] ** 2 * len(images.test)
+    needed = channels_of(config, images) * pixels
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
-    why = f"{needed / 1e6:,.0f} MB of images, {free / 1e9:.1f} GB free"
+    often = ", decoded anew for each size" * (len(set(sides)) > 1)
+    why = f"{needed / 1e6:,.0f} MB of images{often}, {free / 1e9:.1f} GB free"
     return needed <= MEMORY_SHARE * free, why
 
 
@@ -245,19 +268,19 @@ def indexed(split: Split, bad: BadImages, say: Callable[[str], None], part: str)
     return index
 
 
-def decode(split: Split, config: DataConfig, bad: BadImages) -> Split:
-    """The split as pixels of the view that is tested, [n, size, size, C]."""
-    kind, size = config.augment, config.image_size
+def decode(split: Split, kind: str, bad: BadImages, smaller: bool, size: int) -> Split:
+    """The split as pixels of the view that is tested, [n, size, size, C]; `smaller`: of JPEGs
+    decoded at a smaller scale where that does."""
 
     def measured(width: int, height: int) -> augment.View:
         sides = (torch.tensor([side]) for side in (width, height))
-        return augment.views(kind, size, None, *sides).each()[0]
+        return augment.views(kind, size, None, *sides).each(size)[0]
 
     def view(split: Split, i: int) -> Image.Image:
-        if split.files is not None and config.decode == "reduced":
-            smaller = reduced.decoded(split.files, i, measured, size)
-            if smaller is not None:
-                return smaller
+        if split.files is not None and smaller:
+            image = reduced.decoded(split.files, i, measured)
+            if image is not None:
+                return image
         return augment.evaluation_view(split.image(i), kind, size)
 
     return decode_all(split, size, view, bad.report)

@@ -23,8 +23,8 @@ ATTEMPTS = 10  # of RandomResizedCrop before it falls back to a central crop
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 ONE = 1 << 16  # in 16.16 fixed point
 
-# of one image: its rows of box, scaled and corner
-View = tuple[list[int], list[int], list[int]]
+# of one image: its rows of box, scaled and corner, and size
+View = tuple[list[int], list[int], list[int], int]
 
 
 class Views(NamedTuple):
@@ -34,8 +34,9 @@ class Views(NamedTuple):
     scaled: Tensor  # [n, 2] height, width that it is resized to, antialiased
     corner: Tensor  # [n, 2] top, left of the size x size pixels that are kept of that
 
-    def each(self) -> list[View]:
-        return list(zip(*(rows.tolist() for rows in self), strict=True))
+    def each(self, size: int) -> list[View]:
+        rows = zip(*(rows.tolist() for rows in self), strict=True)
+        return [(box, scaled, corner, size) for box, scaled, corner in rows]
 
 
 def padding(size: int) -> int:
@@ -90,7 +91,8 @@ def views(kind: str, size: int, drawn: Tensor | None, width: Tensor, height: Ten
     zero = torch.zeros_like(width)
     corner = torch.stack([zero, zero], dim=1)
     if drawn is not None and kind == "resized-crop-flip":
-        return Views(crop_boxes(width, height, drawn[:, 1:]), torch.full_like(corner, size), corner)
+        box = crop_boxes(width, height, drawn[:, 1:])
+        return Views(box, torch.full_like(corner, size), corner)
     short = torch.full_like(width, short_side(kind, size))
     wide = width >= height
     # as torchvision's Resize: the long side is rounded down

@@ -82,10 +82,15 @@ class Reader(Protocol):
     def begin(self) -> None:
         """Stand in the present segment: to be called before its samples are asked for `ahead`."""
 
+    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
+        """Memory for the next `count` samples of the present segment, x in this dtype, float32 or
+        bfloat16."""
+        ...
+
     def take(self, count: int, into: Images | None = None) -> Images:
         """(x, y) of the next `count` samples of the present segment: float32 [count, C, size, size]
-        in channels-last memory, int64 [count]; or written into what Loader.room gave. Raises
-        DataError with the file's name where one cannot be read."""
+        in channels-last memory, int64 [count]; or written into what `room` gave. Raises DataError
+        with the file's name where one cannot be read."""
         ...
 
     def skip(self, count: int) -> None:
@@ -121,13 +126,13 @@ class Loader:
     """What all loaders have: their length, and passes over given samples."""
 
     labels: Tensor
-    size: int
+    size: int  # pixels a side of images as they are tested
     device: torch.device
     tables: dict[torch.dtype, Tensor]  # of `normalisation`, by the dtype of the images
 
-    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
-        """Memory for `count` samples, x in this dtype, float32 or bfloat16."""
-        shape = count, self.size, self.size, len(self.tables[dtype])
+    def room(self, count: int, dtype: torch.dtype, size: int) -> Images:
+        """Memory for `count` samples of size x size pixels, x in this dtype."""
+        shape = count, size, size, len(self.tables[dtype])
         x = torch.empty(shape, dtype=dtype, device=self.device)
         y = torch.empty(count, dtype=torch.int64, device=self.device)
         return x.permute(0, 3, 1, 2), y
@@ -195,9 +200,14 @@ class ChunkReader:
     def begin(self) -> None:
         pass
 
+    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
+        # an empty share of a batch is in no chunk
+        size = self._present().pixels.shape[1] if count else self.loader.size
+        return self.loader.room(count, dtype, size)
+
     def take(self, count: int, into: Images | None = None) -> Images:
         loader = self.loader
-        x, y = into or loader.room(count)
+        x, y = into or self.room(count)
         stored = x.permute(0, 2, 3, 1)
         for chunk, part, to in self._parts(count):
             pixels, index = (

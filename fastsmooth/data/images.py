@@ -20,6 +20,23 @@ from fastsmooth.processors import processors
 LONGEST = 4000
 
 
+class Sizes(Protocol):
+    """Pixels a side of the training images of each epoch."""
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """In the order in which the run comes to them; the last is that of all images that are not
+        trained on."""
+
+    def __call__(self, epoch: int) -> int: ...
+
+
+def size_in(epoch: int | None, tested: int, sizes: Sizes | None) -> int:
+    """Pixels a side of images in this epoch; with None, or where no `sizes` are given, those of
+    images as they are tested."""
+    return tested if epoch is None or sizes is None else sizes(epoch)
+
+
 class DataConfig(Protocol):
     """What is read of a run's resolved Config to find and serve its images."""
 
@@ -33,7 +50,9 @@ class DataConfig(Protocol):
     @property
     def labels(self) -> str | None: ...
     @property
-    def image_size(self) -> int: ...  # pixels a side
+    def image_size(self) -> int | str: ...  # pixels a side, or stages of them in words
+    @property
+    def sizes(self) -> Sizes: ...
     @property
     def model(self) -> str: ...
     @property

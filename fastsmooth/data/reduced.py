@@ -37,14 +37,12 @@ FACTORS = (8, 4, 2)  # of libjpeg's scales
 def factor(view: View) -> int:
     """By which the image may be smaller: the box of the view still has as many pixels as it is
     resized to, or more. 1 where it may not."""
-    (_, _, height, width), (tall, wide), _ = view
+    (_, _, height, width), (tall, wide), _, _ = view
     return next((k for k in FACTORS if height >= k * tall and width >= k * wide), 1)
 
 
-def decoded(
-    files: Files, i: int, view_of: Callable[[int, int], View | None], size: int
-) -> Image.Image | None:
-    """The view of image i, size x size pixels RGB, decoded at the smallest scale that does.
+def decoded(files: Files, i: int, view_of: Callable[[int, int], View | None]) -> Image.Image | None:
+    """The view of image i, RGB, decoded at the smallest scale that does.
 
     view_of(width, height) says which view that is; None: none. None where only the whole image
     will do, is no usual JPEG, or cannot be read: whoever decodes it finds the words.
@@ -56,17 +54,17 @@ def decoded(
             image.draft(None, (image.width // k, image.height // k))
             image.load()
             whole = image if image.mode == "RGB" else image.convert("RGB")
-            return cut(whole, k, view, size)
+            return cut(whole, k, view)
     return None
 
 
-def cut(image: Image.Image, k: int, view: View, size: int) -> Image.Image:
+def cut(image: Image.Image, k: int, view: View) -> Image.Image:
     """The view, in pixels of the whole image, of one that is k times smaller.
 
     A pixel there is k x k pixels here, the last ones in part; so the box begins and ends within
     pixels, and none that lies outside of it is looked at.
     """
-    (top, left, height, width), (tall, wide), (down, right) = view
+    (top, left, height, width), (tall, wide), (down, right), size = view
     x, y = left // k, top // k
     image = image.crop((x, y, math.ceil((left + width) / k), math.ceil((top + height) / k)))
     box = left / k - x, top / k - y, (left + width) / k - x, (top + height) / k - y

@@ -15,7 +15,7 @@ from fastsmooth.data import augment, reduced
 from fastsmooth.data.augment import View, Views
 from fastsmooth.data.chunks import Job
 from fastsmooth.data.files import Files
-from fastsmooth.data.images import DataError, Split, open_image
+from fastsmooth.data.images import DataError, Sizes, Split, open_image, size_in
 from fastsmooth.data.index import Index
 
 
@@ -38,8 +38,8 @@ class BadImages:
 
 @dataclass
 class Source:
-    """A split with what its augmentation is: `kind`, at `size` pixels a side, with the random
-    numbers of `seed`."""
+    """A split with what its augmentation is: `kind`, at `size` pixels a side, or in training at
+    those of `sizes`, with the random numbers of `seed`."""
 
     split: Split
     index: Index  # of a split of files; NO_FILES of one of pixels
@@ -48,6 +48,11 @@ class Source:
     seed: int
     bad: BadImages
     reduced: bool = False  # whether a JPEG may be decoded at a smaller scale
+    sizes: Sizes | None = None
+
+    def size_in(self, epoch: int | None) -> int:
+        """Pixels a side in this epoch; with None as they are tested."""
+        return size_in(epoch, self.size, self.sizes)
 
     @property
     def files(self) -> Files:
@@ -61,11 +66,14 @@ class Source:
         [m, 1 + 4 ATTEMPTS]. None where nothing is drawn."""
         if job.epoch is None or self.kind == "none":
             return None
-        return augment.draw(self.kind, self.size, self.seed, job.epoch, job.index)
+        size = self.size_in(job.epoch)
+        return augment.draw(self.kind, size, self.seed, job.epoch, job.index)
 
-    def moves(self, drawn: Tensor | None) -> Tensor | None:
+    def moves(self, job: Job, drawn: Tensor | None) -> Tensor | None:
         """int32 [m, 8], what is left to do once the views are cut out."""
-        return None if drawn is None else augment.moves(self.kind, self.size, drawn)
+        if drawn is None:
+            return None
+        return augment.moves(self.kind, self.size_in(job.epoch), drawn)
 
     def views(self, job: Job, drawn: Tensor | None) -> Views:
         """What is wanted of each file of the job: box [m, 4], scaled and corner [m, 2], int64 on
@@ -76,7 +84,7 @@ class Source:
             torch.from_numpy(v[at].astype(np.int64)).clamp(min=1)
             for v in (self.index.width, self.index.height)
         )
-        return augment.views(self.kind, self.size, drawn, width, height)
+        return augment.views(self.kind, self.size_in(job.epoch), drawn, width, height)
 
     def given(self, i: int, view: View) -> np.ndarray | None:
         """Pixels, uint8 [size, size, 3], of a sample no fast decoder may read; else None.
@@ -88,7 +96,7 @@ class Source:
         if i in self.index.bad:
             self.bad.report(path, self.index.bad[i])
         if i in self.index.bad or path in self.bad.reasons:
-            return self._black()
+            return black(view[-1])
         if not self.index.plain[i]:
             return self.by_pil(i, view)
         smaller = self.at_smaller_scale(i, view)
@@ -98,16 +106,16 @@ class Source:
         """The view of sample i by PIL, uint8 [size, size, 3]; black, once that is reported, where
         there is none."""
         path = self.files.names[i]
-        (top, left, height, width), (tall, wide), (down, right) = view
+        (top, left, height, width), (tall, wide), (down, right), size = view
         try:
             image = open_image(self.files, i)
             self.index.check(i, path, image.size)
             image = image.crop((left, top, left + width, top + height))
         except DataError as error:
             self.bad.report(path, str(error))
-            return self._black()
+            return black(size)
         image = image.resize((wide, tall), Image.Resampling.BILINEAR)
-        return np.array(image.crop((right, down, right + self.size, down + self.size)))
+        return np.array(image.crop((right, down, right + size, down + size)))
 
     def at_smaller_scale(self, i: int, view: View) -> Image.Image | None:
         """The view of sample i where it may be decoded so; None where the whole image is to be."""
@@ -115,7 +123,9 @@ class Source:
             return None
         size = int(self.index.width[i]), int(self.index.height[i])
         # a file that was replaced has no view: Index.check has the words
-        return reduced.decoded(self.files, i, lambda *now: view if now == size else None, self.size)
+        return reduced.decoded(self.files, i, lambda *now: view if now == size else None)
 
-    def _black(self) -> np.ndarray:
-        return np.zeros((self.size, self.size, 3), dtype=np.uint8)
+
+def black(size: int) -> np.ndarray:
+    """uint8 [size, size, 3]."""
+    return np.zeros((size, size, 3), dtype=np.uint8)

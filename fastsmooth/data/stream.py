@@ -42,7 +42,7 @@ class Batch:
         """As `images`, x in this dtype, float32 or bfloat16: at the cursor, where there is one."""
         if self.cursor is not None:
             return self.reader.ahead(self.count, dtype)
-        images = self.reader.loader.room(self.count, dtype)
+        images = self.reader.room(self.count, dtype)
         self.put(images)
         return images
 

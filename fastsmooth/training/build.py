@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from fastsmooth import data, models
 from fastsmooth.cli import config as configs
@@ -82,12 +84,15 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             side = data.usual_side(read)
             c, asked = configs.fitted(c, side), c
             decided = "" if asked.image_size else choice(c, asked, side)
+        plan = None
+        if len(c.image_stages) > 1:  # by the epochs of the plan
+            plan = planned(c, len(read.train), ranks.world)
+            c = plan.config
         images = data.open_data(
             c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
         )
         images.bad.say = warn  # from now on each process meets bad images of its own
-        check_batch(c, len(images.train), ranks.world)
-        plan = make_plan(c, len(images.train))
+        plan = plan or planned(c, len(images.train), ranks.world)
         c = plan.config
         machine.set_numerics(c, precision, plan.schedule)
         torch.manual_seed(c.seed)
@@ -120,7 +125,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         chosen |= instrument.chosen()
     check_alike(images, model, chosen, ranks)
     bn = "batch" if c.bn == "batch" else None
-    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks, bn)
+    sizes = len(set(plan.sizes.values))
+    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks, bn, sizes)
     recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
 
     with ranks.together(REFUSALS, ConfigError):
@@ -239,6 +245,12 @@ def go_on(run: Run, state: State | None) -> None:
     run.folder.rewind(size)
 
 
+def planned(c: Config, n: int, processes: int) -> Plan:
+    """The plan over n training images. Raises ConfigError for what cannot be done over them."""
+    check_batch(c, n, processes)
+    return make_plan(c, n)
+
+
 def check_batch(c: Config, n: int, processes: int) -> None:
     if c.batch_size > n:
         raise ConfigError(
@@ -281,34 +293,44 @@ def check_alike(
 
 
 def try_model(c: Config, model: torch.nn.Module, images: data.Data) -> bool:
-    """One image through the model in both modes, so that one that cannot take it is refused before
-    the run folder is made.
+    """One image of each size through the model in both modes, so that one that cannot take it is
+    refused before the run folder is made.
 
     Whether the model can train on a single sample: not where a BatchNorm would see 1 x 1 features
     of it.
     """
+    x, _ = next(iter(images.test.batches([torch.arange(1)])))
+    sides = dict.fromkeys(c.sizes.values) if c.sizes.changes else (images.size,)
+    return all([takes(c, model, x, images.classes, side) for side in sides])
+
+
+def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int) -> bool:
+    """try_model for x [1, 3, S, S] brought to side x side."""
+    sizes = c.sizes
+    if x.shape[2] != side:
+        x = F.interpolate(x, size=(side, side))
     try:
-        x, _ = next(iter(images.test.batches([torch.arange(1)])))
         with torch.no_grad():
             logits = model.eval()(x)
-            if logits.shape != (1, images.classes):
-                raise ValueError(f"its output is {list(logits.shape)}, not [1, {images.classes}]")
+            if logits.shape != (1, classes):
+                raise ValueError(f"its output is {list(logits.shape)}, not [1, {classes}]")
             with undisturbed(model.train(), "train"):
                 model(x)
         return True
-    except DataError:
-        raise
     except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
         # PyTorch's words for it
         if str(error).startswith("Expected more than 1 value per channel when training"):
             return False
-        size, own = images.size, own_size(c.model, model)
+        own = own_size(c.model, model)
         remedy = f"another --model than {c.model}"
-        if own not in (None, size):
+        if own not in (None, side):
             free = is_among(c.dataset, configs.FIELDS["image_size"].metadata["only"][1])
             remedy = f"--image-size {own}" if free else f"{remedy}, which is made for {own}x{own}"
+        first = sizes.starts[sizes.values.index(side)] if sizes.changes else 0
+        stage = f", which --image-size has from epoch {first} on" if sizes.changes else ""
         raise ModelError(
-            f"the model cannot take {size}x{size} images ({one_line(error)[:200]}): use {remedy}"
+            f"the model cannot take {side}x{side} images{stage} ({one_line(error)[:200]}): use "
+            f"{remedy}"
         ) from None
 
 
@@ -356,6 +378,16 @@ def choice(c: Config, asked: Config, side: int) -> str:
     )
 
 
+def pixels(run: Run) -> str:
+    """The sizes of the images in words, with the epochs at which they change."""
+    tested, sizes = f"{run.data.size}x{run.data.size}", run.plan.sizes
+    if not sizes.changes:
+        return f"{tested} pixels"
+    stages = zip(sizes.values, sizes.starts, strict=True)
+    listed = ", ".join(f"{side}x{side} from epoch {first}" for side, first in stages)
+    return f"{listed} (pixels), tested at {tested}"
+
+
 def introduce(run: Run, decided: str) -> None:
     c, say, ranks = run.config, run.progress.say, run.ranks
     parameters = models.count_parameters(run.model)
@@ -373,12 +405,13 @@ def introduce(run: Run, decided: str) -> None:
         + f", seed {c.seed}, {PRECISIONS[run.step.precision]}"
     )
     augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
-    size = run.data.size
     if run.data.about:
         say(run.data.about)
     if decided:
         say(decided)
-    say(f"{run.data.classes:,} classes, images brought to {size}x{size} pixels, {augmented}")
+    say(f"{run.data.classes:,} classes, images brought to {pixels(run)}, {augmented}")
+    if run.plan.sizes.changes and run.device.type == "cuda":
+        say("no update is captured as a CUDA graph: one is of images of one size")
     if ranks.world > 1:
         normed = (
             "; BatchNorm's statistics are "

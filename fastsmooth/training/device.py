@@ -58,7 +58,11 @@ def choose_precision(c: Config, device: torch.device) -> str:
 
 def choose_graphs(c: Config, device: torch.device, kernels: str, processes: int) -> str:
     """on or off: whether updates are captured as CUDA graphs. Raises ConfigError where they cannot
-    be: without a GPU, and without its kernels, since the others read numbers on the host."""
+    be: without a GPU, and without its kernels, since the others read numbers on the host.
+
+    A graph is of images of one size, at their place in memory; where the size changes, none is
+    captured.
+    """
     if c.graphs == "on" and device.type != "cuda":
         raise ConfigError(
             f"--graphs on needs an NVIDIA GPU, not --device {device.type}: use --graphs auto"
@@ -67,7 +71,8 @@ def choose_graphs(c: Config, device: torch.device, kernels: str, processes: int)
         raise ConfigError(f"--graphs on needs --kernels triton, not {kernels}: use --graphs auto")
     if c.graphs != "auto":
         return c.graphs
-    return "on" if kernels == "triton" and processes == 1 and not c.deterministic else "off"
+    fits = kernels == "triton" and processes == 1 and len(c.image_stages) == 1
+    return "on" if fits and not c.deterministic else "off"
 
 
 @contextlib.contextmanager

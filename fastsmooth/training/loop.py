@@ -309,6 +309,8 @@ class Run:
             "eval_seconds": round(self.clock.read("eval") - evaluated, 3),
             "images_per_second": round(samples / max(train_seconds, 1e-9), 1),
         }
+        if self.plan.sizes.changes:
+            values["image_size"] = self.plan.sizes(self.epoch)
         for instrument in self.instruments:
             values |= instrument.end_epoch()
         self.last_epoch = self.row("epoch", point, values)

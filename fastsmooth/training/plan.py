@@ -13,6 +13,7 @@ from functools import cached_property
 from fastsmooth.cli import config as configs
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError, flag
+from fastsmooth.cli.stages import ByEpoch
 from fastsmooth.messages import show
 from fastsmooth.schedule import SOLVED, Schedule, memory, updates_of
 from fastsmooth.terminal import Table, columns
@@ -46,6 +47,11 @@ class Plan:
     config: Config  # with the epochs that its --budget takes
     schedule: Schedule
     images: int
+
+    @cached_property
+    def sizes(self) -> ByEpoch[int]:
+        """Pixels a side of the training images by epoch; the last of them is that of the tests."""
+        return self.config.sizes
 
     @cached_property
     def limit(self) -> tuple[str, int]:
@@ -157,6 +163,7 @@ def make_plan(c: Config, images: int) -> Plan:
     if not c.resume:  # else its epochs are those that the run began with
         c = within_budget(c, images)
     plan = Plan(c, make_schedule(c, images), images)
+    _ = plan.sizes  # which must all begin within the epochs
     total = sum(plan.schedule.updates(images, c.drop_last))
     if c.mode == "sampling" and max(c.steps) >= total:
         raise ConfigError(
@@ -225,17 +232,19 @@ def print_plan(c: Config, as_json: bool) -> None:
     schedule = plan.schedule if plan else make_schedule(c, None)
     done = list(plan.epochs()) if plan else []
     epochs = len(done) if plan else c.epochs
+    sizes = c.sizes
     if as_json:
         for epoch, p in enumerate(map(schedule, range(epochs))):
-            show(
-                json.dumps({"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}),
-                whole=True,
-            )
+            row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}
+            row |= {"image_size": sizes(epoch)} if sizes.changes else {}
+            show(json.dumps(row), whole=True)
         return
     layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
-    table = Table(layout | ({"updates": ">9"} if done else {}), least_first=("updates", "momentum"))
+    layout |= {"pixels": ">9"} if sizes.changes else {}
+    layout |= {"updates": ">9"} if done else {}
+    table = Table(layout, least_first=("updates", "momentum"))
     show(table.heading(columns(sys.stdout)))
-    for p, alike in itertools.groupby(range(epochs), schedule):
+    for (p, side), alike in itertools.groupby(range(epochs), lambda e: (schedule(e), sizes(e))):
         first, *rest = alike
         last = rest[-1] if rest else first
         name = f"{first}-{last}" if rest else f"{first}"
@@ -246,6 +255,7 @@ def print_plan(c: Config, as_json: bool) -> None:
             f"{p.momentum:.4g}",
             f"{schedule.delta(p):.4g}",
         ]
+        cells += [f"{side}x{side}"] if sizes.changes else []
         cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
         show(table.row(cells, columns(sys.stdout)))
     for line in [*units(c), *notes(c, schedule), cost(plan) if plan else cost_of_a_folder(c)]:

@@ -22,14 +22,16 @@ from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Exchange, Ranks
 from fastsmooth.training.syncnorm import SyncBatchNorm
 
+RECOMPILATIONS = 8  # of one size of images, after which PyTorch runs eagerly: its own default
+
 
 class Step:
     """gradient(x, y) leaves the mini-batch gradient in .grad; update() applies the optimizer's form
     to it.
 
     With compile=True the model goes through torch.compile, with the batch dimension marked dynamic,
-    so that a schedule never compiles again; the update is one kernel either way. `compiled_graphs`
-    counts what was compiled.
+    so that a schedule never compiles again; the update is one kernel either way. Each of so many
+    `sizes` of images, which stay static, compiles once. `compiled_graphs` counts what was compiled.
 
     measured_gradient(x, y) does as gradient(x, y), with sums in another order, and keeps
     the norms of the samples in `norms`; `bn` is what they are of BatchNorm in training mode.
@@ -51,6 +53,7 @@ class Step:
         micro_batch: int | None = None,
         ranks: Ranks | None = None,
         bn: str | None = None,
+        sizes: int = 1,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.precision, self.autocast, self.compile = precision, precision == "bf16", compile
@@ -85,8 +88,9 @@ class Step:
         self._forward = self._plain_forward
         if compile:
             never_guard_on_sizes()
-            # else the graphs of earlier runs count: a process runs eagerly after eight
+            # else the graphs of earlier runs count: a process runs eagerly after RECOMPILATIONS
             torch.compiler.reset()
+            torch._dynamo.config.recompile_limit = RECOMPILATIONS * sizes
             self._forward = torch.compile(self._plain_forward, backend=self._counting_backend)
 
     def gradient(self, x: Tensor, y: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -237,6 +241,8 @@ class Step:
             return self._plain_forward
         torch._dynamo.mark_dynamic(x, 0)
         torch._dynamo.mark_dynamic(y, 0)
+        for side in (2, 3):  # Inductor takes strides of one size for those of all (PyTorch 2.14)
+            torch._dynamo.mark_static(x, side)
         return self._forward
 
     def _counting_backend(self, graph: Any, inputs: list[Any]) -> Any:

@@ -165,9 +165,9 @@ class DaliEngine:
                         f"DALI: {reason(error)}: lower --chunk, or use --loader threads"
                     ) from None
                 pipe = None
-                size = self.source.size
+                *_, size = view = prepared.views[k]
                 pixels.append(torch.zeros(1, size, size, 3, dtype=torch.uint8))
-                prepared.given[k] = self.source.by_pil(i, prepared.views[k])
+                prepared.given[k] = self.source.by_pil(i, view)
         return torch.cat([p.to(self.device if self.gpu else "cpu") for p in pixels])
 
     # What is fed
@@ -179,20 +179,21 @@ class DaliEngine:
 
     def _prepare_files(self, job: Job) -> Prepared:
         source = self.source
-        drawn = source.drawn(job)
+        size, drawn = source.size_in(job.epoch), source.drawn(job)
         views = source.views(job, drawn)
-        prepared = Prepared(job, {}, source.moves(drawn), views=views.each())
+        prepared = Prepared(job, {}, source.moves(job, drawn), views=views.each(size))
         encoded = list(self.pool.map(self._read, job.index.tolist(), prepared.views))
         box, scaled, corner = (v.numpy().astype(np.int32) for v in views)
         for k, read in enumerate(encoded):
             if read.ndim > 1:  # pixels
                 prepared.given[k], encoded[k] = read, STAND_IN
-                box[k], scaled[k], corner[k] = (0, 0, 1, 1), source.size, 0
+                box[k], scaled[k], corner[k] = (0, 0, 1, 1), size, 0
         prepared.feeds = {"encoded": encoded, "start": np.ascontiguousarray(box[:, :2])}
         prepared.feeds |= {
             "shape": np.ascontiguousarray(box[:, 2:]),
             "scaled": scaled.astype(np.float32),
             "corner": corner,
+            "kept": np.full_like(corner, size),
         }
         return prepared
 
@@ -241,11 +242,10 @@ class DaliEngine:
         return pipe
 
     def _files_graph(self, fn: ModuleType, types: ModuleType) -> Any:
-        size = self.source.size
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        start, shape, corner = (
+        start, shape, corner, kept = (
             fn.external_source(name=name, dtype=types.INT32, ndim=1)
-            for name in ("start", "shape", "corner")
+            for name in ("start", "shape", "corner", "kept")
         )
         scaled = fn.external_source(name="scaled", dtype=types.FLOAT, ndim=1)
         # as PIL and torchvision leave it
@@ -266,7 +266,7 @@ class DaliEngine:
                 encoded, start=start, shape=shape, axes=(0, 1), **options
             )
         images = fn.resize(images, size=scaled, interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.slice(images, start=corner, shape=[size, size], axes=(0, 1))
+        return fn.slice(images, start=corner, shape=kept, axes=(0, 1))
 
     def _pixels_graph(self, fn: ModuleType, types: ModuleType) -> Any:
         size, device = self.source.size, "gpu" if self.gpu else "cpu"

@@ -1,16 +1,20 @@
 """All images of a split on the device: a batch is one look-up, crop, flip, rotation and
-normalisation included."""
+normalisation included.
+
+Where the size of the images changes over a run, those of one size are kept, and decoded anew when
+an epoch of another begins: in the memory of the largest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastsmooth.data import augment
 from fastsmooth.data.chunks import Images, Loader, Segment, tables
-from fastsmooth.data.images import Split
+from fastsmooth.data.images import Sizes, Split, size_in
 from fastsmooth.kernels.augment import augment as augmented
 
 # samples: few enough for the intermediate numbers to stay in a processor's cache
@@ -18,7 +22,11 @@ DRAWN_AT_ONCE = 8192
 
 
 class ResidentLoader(Loader):
-    """Serves batches of any size from the pixels of a split; `kind` is the augmentation."""
+    """Serves batches of any size from the pixels of a split; `kind` is the augmentation.
+
+    `sizes`: of the training images by epoch, where they are not always those of `split`; then
+    `decoded` gives the split with its images at a size, which may raise DataError.
+    """
 
     def __init__(
         self,
@@ -28,14 +36,32 @@ class ResidentLoader(Loader):
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        sizes: Sizes | None = None,
+        decoded: Callable[[int], Split] | None = None,
     ):
-        if split.pixels is None:
-            raise ValueError("a split of files has no pixels: decode it first")
-        self.stored = torch.from_numpy(split.pixels).to(device)  # [n, size, size, C]
+        self.device, self.sizes, self.decoded = device, sizes, decoded
+        self.stored = self._placed(split)
         self.labels = torch.from_numpy(split.labels).to(device)
         self.tables = tables(mean, std, device)
-        self.kind, self.seed, self.size, self.device = kind, seed, split.pixels.shape[1], device
+        self.kind, self.seed = kind, seed
+        self.size = sizes.values[-1] if sizes else self.stored.shape[1]
         self._drawn: tuple[int, Tensor] | None = None
+
+    def _placed(self, split: Split) -> Tensor:
+        """uint8 [n, size, size, 3], on the device."""
+        if split.pixels is None:
+            raise ValueError("a split of files has no pixels: decode it first")
+        return torch.from_numpy(split.pixels).to(self.device)
+
+    def pixels(self, epoch: int | None) -> Tensor:
+        """The images at the size of this epoch, uint8 [n, size, size, 3]; with None as they are
+        tested. Raises DataError."""
+        size = size_in(epoch, self.size, self.sizes)
+        if self.sizes and self.decoded and size != self.stored.shape[1]:
+            # its memory is given back before the other size needs it
+            self.stored = self.stored.new_empty(0, 0, 0, self.stored.shape[3])
+            self.stored = self._placed(self.decoded(size))
+        return self.stored
 
     def reader(self, segments: Iterable[Segment]) -> ResidentReader:
         return ResidentReader(self, segments)
@@ -46,7 +72,7 @@ class ResidentLoader(Loader):
             return None
         if self._drawn is None or self._drawn[0] != epoch:
             parts = torch.arange(len(self), device=self.device).split(DRAWN_AT_ONCE)
-            kind, size = self.kind, self.size
+            kind, size = self.kind, size_in(epoch, self.size, self.sizes)
             drawn = (augment.draw(kind, size, self.seed, epoch, part) for part in parts)
             moves = [augment.moves(kind, size, params) for params in drawn]
             self._drawn = epoch, torch.cat(moves)
@@ -63,6 +89,7 @@ class ResidentReader:
     def __init__(self, loader: ResidentLoader, segments: Iterable[Segment]):
         self.loader, self._segments = loader, iter(segments)
         self._begun = False
+        self._pixels = torch.empty(0, dtype=torch.uint8)  # [n, size, size, 3] once it has begun
         self._order = torch.empty(0, dtype=torch.int64, device=loader.device)
         self._moves: Tensor | None = None
         self.cursor = torch.zeros((), dtype=torch.int64, device=loader.device)
@@ -71,6 +98,8 @@ class ResidentReader:
         if self._begun:
             return
         index, epoch, self._at = next(self._segments)
+        self._pixels = self._pixels.new_empty(0)  # gives memory back where the size changes
+        self._pixels = self.loader.pixels(epoch)
         moves = self.loader.moves(epoch)
         if len(index) == len(self._order):
             self._order.copy_(index)
@@ -83,11 +112,15 @@ class ResidentReader:
         self.cursor.fill_(self._at)
         self._begun = True
 
+    def room(self, count: int, dtype: torch.dtype = torch.float32) -> Images:
+        self.begin()
+        return self.loader.room(count, dtype, self._pixels.shape[1])
+
     def take(self, count: int, into: Images | None = None) -> Images:
         self.begin()
         index = self._order[self._at : self._at + count]
         self._at += count
-        return self._look(index, into or self.loader.room(count))
+        return self._look(index, into or self.room(count))
 
     def skip(self, count: int) -> None:
         self.begin()
@@ -95,7 +128,7 @@ class ResidentReader:
 
     def ahead(self, count: int, dtype: torch.dtype) -> Images:
         self.begin()
-        return self._look(self._order, self.loader.room(count, dtype), self.cursor)
+        return self._look(self._order, self.room(count, dtype), self.cursor)
 
     def advance(self) -> None:
         self._begun = False
@@ -107,7 +140,7 @@ class ResidentReader:
         x, y = images
         loader = self.loader
         augmented(
-            loader.stored,
+            self._pixels,
             index,
             self._moves,
             loader.tables[x.dtype],

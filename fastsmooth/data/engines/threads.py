@@ -48,29 +48,29 @@ class ThreadsEngine:
         drawn = source.drawn(job)
         if source.split.pixels is not None:
             kept = torch.from_numpy(source.split.pixels[job.index.numpy()])
-            return Chunk(job, kept, source.moves(drawn)), []
-        buffer = self._buffer(len(job.index))
-        views = source.views(job, drawn).each()
+            return Chunk(job, kept, source.moves(job, drawn)), []
+        size = source.size_in(job.epoch)
+        buffer = self._buffer(len(job.index), size)
+        views = source.views(job, drawn).each(size)
         pixels = buffer[: len(job.index)]
         futures = [
             self.pool.submit(self._decode, i, view, pixels[k].numpy())
             for k, (i, view) in enumerate(zip(job.index.tolist(), views, strict=True))
         ]
-        return Chunk(job, pixels, source.moves(drawn), lambda: self.free.append(buffer)), futures
+        moves = source.moves(job, drawn)
+        return Chunk(job, pixels, moves, lambda: self.free.append(buffer)), futures
 
     def _finish(self, chunk: Chunk, futures: list[Future[None]]) -> Chunk:
         for future in futures:
             future.result()
         return chunk
 
-    def _buffer(self, count: int) -> torch.Tensor:
+    def _buffer(self, count: int, size: int) -> torch.Tensor:
         while self.free:
             buffer = self.free.popleft()
-            if len(buffer) >= count:
+            if len(buffer) >= count and buffer.shape[1] == size:
                 return buffer
-        return torch.empty(
-            count, self.source.size, self.source.size, 3, dtype=torch.uint8, pin_memory=self.pinned
-        )
+        return torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=self.pinned)
 
     def _decode(self, i: int, view: View, to: np.ndarray) -> None:
         """Write the view of sample i into `to`, uint8 [size, size, 3]."""
@@ -82,7 +82,7 @@ class ThreadsEngine:
     def _fast(self, i: int, view: View) -> np.ndarray | None:
         """The view of sample i by torchvision's decoder; None where it is not to read the file: PIL
         does, or finds the words."""
-        (top, left, height, width), scaled, (down, right) = view
+        (top, left, height, width), scaled, (down, right), size = view
         try:
             encoded = self.source.files.read(i)
             # a damaged PNG would end the process (torchvision 0.29.1)
@@ -96,4 +96,4 @@ class ThreadsEngine:
         image = image[None, :, top : top + height, left : left + width]
         image = F.interpolate(image, scaled, mode="bilinear", antialias=True)[0]
         pixels = image.numpy().transpose(1, 2, 0)
-        return pixels[down : down + self.source.size, right : right + self.source.size]
+        return pixels[down : down + size, right : right + size]

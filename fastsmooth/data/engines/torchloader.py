@@ -23,11 +23,11 @@ from fastsmooth.data import augment
 from fastsmooth.data.augment import View
 from fastsmooth.data.chunks import Chunk, Chunks, Job
 from fastsmooth.data.images import DataError, image_of, open_image, pixels_of
-from fastsmooth.data.source import Source
+from fastsmooth.data.source import Source, black
 from fastsmooth.messages import one_line
 
-# sample, its view (None where it is no file), the numbers that `draw` gave
-Item = tuple[int, View | None, list[float] | None]
+# sample, pixels a side, its view (None where it is no file), the numbers that `draw` gave
+Item = tuple[int, int, View | None, list[float] | None]
 # what a worker makes of a chunk: uint8 [m, size, size, C], and why some are black, by their place;
 # no pixels where they cannot be handed over
 Made = tuple[Tensor | None, dict[int, str]]
@@ -56,25 +56,25 @@ class Images(Dataset):
 
     def __init__(self, source: Source):
         self.source, self.split, self.index = source, source.split, source.index
-        self.kind, self.size = source.kind, source.size
+        self.kind = source.kind
 
     def __getitem__(self, item: Item) -> tuple[np.ndarray, str | None]:
-        index, view, drawn = item
+        index, size, view, drawn = item
         smaller = None if view is None else self.source.at_smaller_scale(index, view)
         try:
             image = self.open(index) if smaller is None else smaller
         except DataError as error:
-            return np.zeros((self.size, self.size, 3), dtype=np.uint8), str(error)
+            return black(size), str(error)
         if view is not None and drawn is not None and self.kind == "resized-crop-flip":
             if smaller is None:
-                image = augment.resized_crop_flip(image, view[0], drawn[0], self.size)
+                image = augment.resized_crop_flip(image, view[0], drawn[0], size)
             elif drawn[0]:
                 image = TF.hflip(image)
             return pixels_of(image), None
         if smaller is None:
-            image = augment.evaluation_view(image, self.kind, self.size)
+            image = augment.evaluation_view(image, self.kind, size)
         if drawn is not None:
-            image = augment.crop_flip_rotate(image, drawn, self.size)
+            image = augment.crop_flip_rotate(image, drawn, size)
         return pixels_of(image), None
 
     def open(self, index: int) -> Image.Image:
@@ -239,8 +239,9 @@ class TorchEngine:
         numbers = [None] * len(job.index) if drawn is None else drawn.tolist()
         views: list[View | None] = [None] * len(job.index)
         if self.source.split.pixels is None:
-            views = list(self.source.views(job, drawn).each())
-        return list(zip(job.index.tolist(), views, numbers, strict=True))
+            views = list(self.source.views(job, drawn).each(self.source.size_in(job.epoch)))
+        sizes = [self.source.size_in(job.epoch)] * len(job.index)
+        return list(zip(job.index.tolist(), sizes, views, numbers, strict=True))
 
     def _started(self, loader: DataLoader[Any]) -> Iterator[Made]:
         """A pass over the DataLoader. Raises ChildProcessError where its processes cannot be
