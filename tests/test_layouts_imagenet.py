@@ -380,6 +380,22 @@ def test_validation_images_of_other_classes_are_left_out_and_counted(tmp_path):
     assert read(root).remarks == (line,)
 
 
+def test_tiny_imagenets_images_of_other_classes_are_left_out_and_counted(tmp_path):
+    files = annotated(f"val_7.JPEG\t{C}\t1\t2\t3\t4") | {"val/images/val_7.JPEG": b"x"}
+    root = tree(tmp_path, files | {"wnids.txt": f"{C}\r\n{A}\r\n{B}\r\n".encode()})
+    line = f"{root / 'val'}: images of 1 classes that have no training images are left out: 1"
+    assert read(root, "tiny-imagenet").remarks == (line,)
+
+
+@pytest.mark.parametrize("form", ["kaggle's CLS-LOC", "tiny", "tars"])
+def test_a_folder_may_be_named_from_within(tmp_path, monkeypatch, form):
+    dataset, arranged, where = FORMS[form]
+    root = tree(tmp_path, arranged(few())) / where
+    monkeypatch.chdir(root)
+    here, there = read(Path("."), dataset), read(root, dataset)
+    assert here.fingerprint() == there.fingerprint() and here.about == there.about
+
+
 def test_a_class_that_is_never_tested_and_images_in_no_class_are_remarked(tmp_path):
     files = FLAT | {f"train/{C}/1.JPEG": b"x", "train/1.JPEG": b"x"}
     root = tree(tmp_path, files)
