@@ -486,7 +486,7 @@ def test_a_run_that_goes_on_keeps_its_sizes(folder, trained, tmp_path):
 
 
 def test_a_stage_that_the_model_cannot_take_is_named(folder, tmp_path, monkeypatch):
-    def flat(name: str, classes: int, norm: str) -> torch.nn.Module:
+    def flat(name: str, classes: int, norm: str, channels: int) -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24**2, classes))
 
     monkeypatch.setattr(models, "build", flat)

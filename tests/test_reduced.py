@@ -34,7 +34,7 @@ def slope(width: int, height: int, flat: bool) -> Image.Image:
 
 def viewed(image: Image.Image, view: augment.View, size: int) -> np.ndarray:
     """The view of the whole image, float64 [size, size, 3], as the engines make it."""
-    (top, left, height, width), (tall, wide), (down, right) = view
+    (top, left, height, width), (tall, wide), (down, right), _ = view
     part = image.convert("RGB").crop((left, top, left + width, top + height))
     part = part.resize((wide, tall), Image.Resampling.BILINEAR)
     return np.asarray(part.crop((right, down, right + size, down + size)), np.float64)
