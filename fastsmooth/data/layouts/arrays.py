@@ -59,24 +59,22 @@ def read(config: DataConfig) -> ImageSet:
     of the training pixels. Nothing is unpickled."""
     path = file_of(config)
     with unpacking(path) as archive:
-        chosen = Chosen.of(config, path, [info.filename for info in archive.infolist()])
-        arrays = {name: header(archive, path, name) for name in chosen.names}
-        parts = [part.checked(path, arrays) for part in chosen.parts]
-        needed = sum(array.bytes for array in arrays.values())
-        needed += sum(math.prod(part.shape) for part in parts if part.copied)
+        names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        pairs = chosen(config, path, names)
+        parts = [Part.of(archive, path, images, labels) for images, labels in pairs]
+        for part in parts[1:]:
+            if part.shape[1:] != parts[0].shape[1:]:
+                raise DataError(
+                    f"{path}: {parts[0].images} has images of {sized(parts[0].shape)}, "
+                    f"{part.images} of {sized(part.shape)}: make them alike"
+                )
         check_room(
-            needed * (2 if len(parts) == 1 else 1),
-            f"{path}: {' and '.join(part.images for part in chosen.parts)}",
+            # those that are held out are copied
+            sum(part.bytes for part in parts) * (2 if len(parts) == 1 else 1),
+            f"{path}: {' and '.join(part.images for part in parts)}",
             "keep fewer or smaller images",
         )
         loaded = [part.read(archive, path) for part in parts]
-    for name, part in zip(chosen.parts[1:], parts[1:], strict=True):
-        first = parts[0]
-        if part.shape[1:] != first.shape[1:]:
-            raise DataError(
-                f"{path}: {chosen.parts[0].images} has images of {sized(first.shape)}, "
-                f"{name.images} of {sized(part.shape)}: make them alike"
-            )
     classes, codes, remarks = numbered(str(path), [labels for _, labels in loaded])
     splits = [Split(code, pixels) for code, (pixels, _) in zip(codes, loaded, strict=True)]
     if len(splits) == 1:
@@ -84,8 +82,8 @@ def read(config: DataConfig) -> ImageSet:
         splits = list(shared_out(config, splits[0], keys))
     about = [f"{path.name}: {' and '.join(p.images for p in parts)} of {sized(parts[0].shape)}"]
     about += [f"{p.images} of {p.dtype} as 0 to 255" for p in parts if p.dtype != np.uint8]
-    if chosen.unread:
-        about.append(f"left out: {some(chosen.unread)}")
+    if unread := [name for name in names if name not in {n for pair in pairs for n in pair}]:
+        about.append(f"left out: {some(unread)}")
     return of_pixels(config, classes, splits[0], splits[1], ", ".join(about), remarks)
 
 
@@ -108,99 +106,36 @@ def file_of(config: DataConfig) -> Path:
 # Which arrays are read
 
 
-class Part(NamedTuple):
-    """The names of the arrays of a split."""
-
-    images: str
-    labels: str
-
-    def checked(self, path: Path, arrays: dict[str, Array]) -> PartShape:
-        """The same with what the headers say. Raises DataError for what are no images, or have
-        other numbers of labels."""
-        images, labels = arrays[self.images], arrays[self.labels]
-        shape, channels_first = arranged(f"{path}: {self.images}", images.shape)
-        if not labels.shape or labels.shape[0] != shape[0]:
-            many = f"{labels.shape[0]:,} labels" if labels.shape else "one number"
+def chosen(config: DataConfig, path: Path, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(images, labels), by the names of their arrays, to train and to test on, or those that
+    --val-share is of. Raises DataError where there are none."""
+    found: dict[tuple[str, str], str] = {}
+    for name in names:
+        if (role := role_of(name)) is None:
+            continue
+        if role in found:
             raise DataError(
-                f"{path}: {self.labels} has {many} for the {shape[0]:,} images of {self.images}: "
-                "each image needs one"
+                f"{path}: {found[role]} and {name} could both be the {' '.join(role).strip()}: "
+                "leave one out"
             )
-        if images.dtype.kind not in "biuf":
-            raise DataError(
-                f"{path}: {self.images} is of {images.dtype}, not of numbers: save it as uint8"
-            )
-        return PartShape(self.images, self.labels, shape, channels_first, images.dtype)
-
-
-class PartShape(NamedTuple):
-    """A split as the headers of its arrays say that it is."""
-
-    images: str
-    labels: str
-    shape: tuple[int, int, int, int]  # n, height, width, channels
-    channels_first: bool  # as they are stored
-    dtype: np.dtype
-
-    @property
-    def copied(self) -> bool:
-        """Whether the pixels are others than the array that is read."""
-        return self.dtype != np.uint8 or self.channels_first
-
-    def read(self, archive: zipfile.ZipFile, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 [n, H, W, C], the n labels as int64 or words)."""
-        pixels = whole(f"{path}: {self.images}", unpacked(archive, self.images))
-        if self.channels_first:
-            pixels = pixels.transpose(0, 2, 3, 1)
-        pixels = np.ascontiguousarray(pixels.reshape(self.shape))
-        return pixels, one_each(f"{path}: {self.labels}", unpacked(archive, self.labels))
-
-
-class Chosen(NamedTuple):
-    """What is read of an archive: the arrays of one or two splits."""
-
-    parts: list[Part]
-    unread: list[str]
-
-    @classmethod
-    def of(cls, config: DataConfig, path: Path, members: Sequence[str]) -> Chosen:
-        """The training and the test arrays, or those that --val-share is of. Raises DataError where
-        there are none."""
-        names = [name.removesuffix(".npy") for name in members]
-        found: dict[tuple[str, str], str] = {}
-        for name in names:
-            if (role := role_of(name)) is None:
-                continue
-            if role in found:
-                raise DataError(
-                    f"{path}: {found[role]} and {name} could both be the {' '.join(role).strip()}: "
-                    "leave one out"
-                )
-            found[role] = name
-        has = some(names) or "nothing"
-        kinds = [split for split, kind in found if kind == "images"]
-        first = "train" if "train" in kinds else ""
-        if first not in kinds:
-            raise DataError(f"{path} holds no training images: wanted {WANTS}; it has {has}")
-        wanted = [first]
-        if first:
-            wanted += [split for split in ("test", "val") if split in kinds][:1]
-        for split in wanted:
-            if (split, "labels") not in found:
-                raise DataError(
-                    f"{path} has no labels of {found[split, 'images']}: wanted {WANTS}; it has "
-                    f"{has}"
-                )
-        parts = [Part(*(found[split, kind] for kind in ("images", "labels"))) for split in wanted]
-        if len(parts) == 2:
-            refuse_share(config, f"{path} has {parts[1].images} to test on")
-        else:
-            needs_share(config, f"{path} holds {parts[0].images} alone")
-        chosen = cls(parts, [])
-        return chosen._replace(unread=[name for name in names if name not in chosen.names])
-
-    @property
-    def names(self) -> list[str]:
-        return [name for part in self.parts for name in part]
+        found[role] = name
+    has = some(names) or "nothing"
+    splits = [split for split, kind in found if kind == "images"]
+    if "train" not in splits and "" not in splits:
+        raise DataError(f"{path} holds no training images: wanted {WANTS}; it has {has}")
+    wanted = [""]
+    if "train" in splits:
+        wanted = ["train", *[split for split in ("test", "val") if split in splits][:1]]
+    for split in wanted:
+        if (split, "labels") not in found:
+            images = found[split, "images"]
+            raise DataError(f"{path} has no labels of {images}: wanted {WANTS}; it has {has}")
+    pairs = [(found[split, "images"], found[split, "labels"]) for split in wanted]
+    if len(pairs) == 2:
+        refuse_share(config, f"{path} has {pairs[1][0]} to test on")
+    else:
+        needs_share(config, f"{path} holds {pairs[0][0]} alone")
+    return pairs
 
 
 def some(names: Sequence[str]) -> str:
@@ -218,6 +153,49 @@ def role_of(name: str) -> tuple[str, str] | None:
 
 
 # What the archive holds
+
+
+class Part(NamedTuple):
+    """A split as the headers of its arrays say that it is."""
+
+    images: str
+    labels: str
+    shape: tuple[int, int, int, int]  # n, height, width, channels
+    channels_first: bool  # as they are stored
+    dtype: np.dtype
+    stored: int  # bytes of both arrays
+
+    @classmethod
+    def of(cls, archive: zipfile.ZipFile, path: Path, images: str, labels: str) -> Part:
+        """Raises DataError for what are no images, and for other numbers of labels."""
+        pixels, marks = (header(archive, path, name) for name in (images, labels))
+        shape, channels_first = arranged(f"{path}: {images}", pixels.shape)
+        if not marks.shape or marks.shape[0] != shape[0]:
+            many = f"{marks.shape[0]:,} labels" if marks.shape else "one number"
+            raise DataError(
+                f"{path}: {labels} has {many} for the {shape[0]:,} images of {images}: each image "
+                "needs one"
+            )
+        if pixels.dtype.kind not in "biuf":
+            raise DataError(
+                f"{path}: {images} is of {pixels.dtype}, not of numbers: save it as uint8"
+            )
+        stored = pixels.bytes + marks.bytes
+        return cls(images, labels, shape, channels_first, pixels.dtype, stored)
+
+    @property
+    def bytes(self) -> int:
+        """That are needed to read it."""
+        copied = self.dtype != np.uint8 or self.channels_first
+        return self.stored + copied * math.prod(self.shape)
+
+    def read(self, archive: zipfile.ZipFile, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """(uint8 [n, H, W, C], the n labels as int64 or words)."""
+        pixels = whole(f"{path}: {self.images}", unpacked(archive, self.images))
+        if self.channels_first:
+            pixels = pixels.transpose(0, 2, 3, 1)
+        pixels = np.ascontiguousarray(pixels.reshape(self.shape))
+        return pixels, one_each(f"{path}: {self.labels}", unpacked(archive, self.labels))
 
 
 class Array(NamedTuple):
@@ -367,7 +345,7 @@ def one_each(where: str, array: np.ndarray) -> np.ndarray:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim == 2 and array.dtype.kind in "biuf" and np.isin(array, (0, 1)).all():
-        marks = array.astype(np.int64).sum(axis=1)
+        marks = array.sum(axis=1, dtype=np.int64)
         if (marks == 1).all():
             return array.argmax(axis=1).astype(np.int64)
         at = int(np.flatnonzero(marks != 1)[0])
