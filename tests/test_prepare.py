@@ -30,6 +30,7 @@ from fastsmooth import train as training
 from fastsmooth.cli.config import resolve
 from fastsmooth.data import prepared, sets
 from fastsmooth.data.files import Paths
+from fastsmooth.kernels import native
 from fastsmooth.prepare import names, shrink, stores, work
 from fastsmooth.prepare.__main__ import main
 
@@ -38,6 +39,7 @@ rng = random.Random(0)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
+    native.library()  # from the cache that is there: it takes long to build
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stores, "SHARD", 5)
