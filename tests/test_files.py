@@ -35,6 +35,8 @@ WRITERS = {
         "modes.py",
         "open",
     ): "rows of many MB that are written as they come, and named when they are whole",
+    ("stores.py", "open"): "images and shards, aside; images are synced together at the end",
+    ("stores.py", "os.replace"): "the same: a sync of each takes longer than to make it",
     ("native.py", "os.replace"): "the kernels import nothing of the package",
     ("aot.py", "write_bytes"): "in a temporary folder that is read by a disassembler",
 }
@@ -69,7 +71,13 @@ def writes(node: ast.AST) -> str | None:
     owner = getattr(getattr(function, "value", None), "id", "")
     if name == "open" and owner == "os":
         return "open O_CREAT" if "O_CREAT" in ast.dump(node) else None
-    if name == "open" and owner not in ("Image", "tarfile", "files", "self"):  # which read
+    if name == "open" and owner not in (
+        "Image",
+        "tarfile",
+        "files",
+        "self",
+        "archive",
+    ):  # which read
         given = node.args[0 if isinstance(function, ast.Attribute) else 1 :][:1]
         modes = given + [k.value for k in node.keywords if k.arg == "mode"]
         reads = all(

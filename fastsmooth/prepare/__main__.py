@@ -13,7 +13,7 @@ from typing import Any
 
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli.config import FIELDS, Config, resolve
-from fastsmooth.cli.facts import FILE_SETS, SMALLEST_IMAGE, row_of
+from fastsmooth.cli.facts import FILE_SETS, SMALLEST_IMAGE, is_among
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.messages import (
     DONE,
@@ -96,7 +96,7 @@ def configured(given: dict[str, Any]) -> tuple[Config, Path]:
         if name not in given:
             raise ConfigError(f"{flag(name)} is missing: --help says how")
     name = given.get("dataset", "auto")
-    if row_of(name) not in FILE_SETS:
+    if not is_among(name, FILE_SETS):
         raise ConfigError(
             f"--dataset {name} is stored as pixels, not as image files: there is nothing to "
             "prepare, train on it as it is"
