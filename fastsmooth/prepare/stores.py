@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from fastsmooth.data.images import DataError, Split
 from fastsmooth.data.index import Index
 from fastsmooth.prepare.names import image_files
@@ -109,7 +111,7 @@ def to_folders(out: Path, folders: Sequence[str], part: Part) -> Iterator[Stored
             put(path, data)
         return stored(i, data)
 
-    return in_threads(store, range(len(labels)), part.threads)
+    return in_threads(store, files.by_place(np.arange(len(labels))).tolist(), part.threads)
 
 
 def kept(path: Path, size: tuple[int, int]) -> bytes | None:

@@ -60,8 +60,8 @@ def prepare(config: Config, out: Path, short: int, quality: int, stored: str) ->
         return
     threads = config.workers or processors()
     parts = [
-        Part(name, split, read_index(split.files, note), short, quality, threads)
-        for name, split in (("train", images.train), ("val", images.test))
+        Part(name, split, read_index(split.files, note, kept), short, quality, threads)
+        for name, split, kept in (("train", images.train, "train"), ("val", images.test, "test"))
         if split.files is not None
     ]
     total = sum(len(part.split) for part in parts)
