@@ -355,13 +355,10 @@ class Ours:
 
     def __init__(self, loader: str, images: Images, name: str):
         keep_freed_memory()  # as fastsmooth.train does it
-        if loader in forms.OURS:
-            # the others hold each image so often
-            config = config_of_form(loader, images)
-            copies = images.copies if loader == "prepared" else 1
+        if loader in forms.OURS:  # which hold each image as often as others list it
+            config, images = config_of_form(loader, images), replace(images, copies=1)
         else:
-            config, copies = config_of(loader, images, name), images.copies
-        images = replace(images, copies=copies)
+            config = config_of(loader, images, name)
         reader = data.READERS[config.dataset]
         stand_in = {config.dataset: lambda config: image_set(images, config, reader)}
         cache = {"XDG_CACHE_HOME": images.cache}  # where open_data keeps what it knows of files

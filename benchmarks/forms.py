@@ -21,7 +21,8 @@ from torchvision import transforms
 
 from fastsmooth.data.layouts.common import IMAGENET_MEAN, IMAGENET_STD
 
-SHARD, ROWS = 256, 100  # images of a tar, and of a row group as Hugging Face writes them
+SHARDS = 8  # tars of a split
+ROWS = 100  # of a row group, as Hugging Face writes them
 SHORT_SIDE = 256  # of the images that are prepared
 # the names of our variants: --dataset, and the folder that `write` makes
 OURS = {"tar": "webdataset", "parquet": "parquet", "arrow": "arrow", "prepared": "folder"}
@@ -51,16 +52,17 @@ def write(root: Path, target: Path, copies: int) -> dict[str, int]:
     classes = max(label for _, label in listed(root, "train")) + 1
     (target / "arrow" / "dataset_dict.json").write_text('{"splits": ["train", "val"]}')
     (target / "tar" / "classes.txt").write_text("".join(f"class{k}\n" for k in range(classes)))
-    prepare(root, target / "prepared")
+    prepare(target / "tar", target / "prepared")
     (target / "written").touch()
     return sizes(target)
 
 
 def write_tars(images: list[tuple[Path, int]], folder: Path, split: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for number, start in enumerate(range(0, len(images), SHARD)):
+    count = -(-len(images) // SHARDS)
+    for number, start in enumerate(range(0, len(images), count)):
         with tarfile.open(folder / f"{split}-{number:06}.tar", "w") as tar:
-            for k, (path, label) in enumerate(images[start : start + SHARD], start):
+            for k, (path, label) in enumerate(images[start : start + count], start):
                 for ending, data in (("jpg", path.read_bytes()), ("cls", str(label).encode())):
                     member = tarfile.TarInfo(f"{k:08}.{ending}")
                     member.size = len(data)
@@ -71,6 +73,7 @@ def write_tables(images: list[tuple[Path, int]], target: Path, split: str) -> No
     """As datasets.Dataset.to_parquet and save_to_disk do."""
     import datasets
 
+    datasets.disable_progress_bars()
     kinds = [f"class{k}" for k in range(1 + max(label for _, label in images))]
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=kinds)}
@@ -88,7 +91,7 @@ def write_tables(images: list[tuple[Path, int]], target: Path, split: str) -> No
 def prepare(root: Path, target: Path) -> None:
     from fastsmooth.__main__ import main
 
-    flags = ["--dataset", "folder", "--data-dir", str(root), "--out", str(target)]
+    flags = ["--dataset", "webdataset", "--data-dir", str(root), "--out", str(target)]
     if main(["prepare", *flags, "--short-side", str(SHORT_SIDE), "--format", "jpeg"]):
         raise RuntimeError("fastsmooth prepare failed")
 

@@ -14,9 +14,9 @@ of them enlarged to 2000 x 1500, both views at each size, a core of an EPYC, pro
                   128     100 %    1.5  (3.4)           40 (34) dB  1.6 to 1.8   2.4 to 3.8
 
 (threads decodes in full by torchvision, torch by PIL, as here.) So it is for photographs much
-larger than they are trained at: ImageNet's gain nothing from it by threads, and sets that `prepare`
-made are not reduced at all. With twice the pixels to spare the PSNR was 50 dB and more, and the
-large ones 0.9 to 1.4 times as fast by threads: hardly worth it.
+larger than they are trained at: ImageNet's gain nothing from it by threads, and what `prepare` made
+at 256 is not reduced for views of 224. With twice the pixels to spare the PSNR was 50 dB and more,
+and the large ones 0.9 to 1.4 times as fast by threads: hardly worth it.
 """
 
 from __future__ import annotations
