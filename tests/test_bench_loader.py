@@ -3,19 +3,22 @@ report adds up."""
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torchvision import transforms
 
-from benchmarks import bench_loader, bench_train, timing
+from benchmarks import bench_loader, bench_train, forms, timing
 from benchmarks.bench_loader import Change, Images, ResizeCase, Serve, ServeCase
 from benchmarks.timing import Measured, Window
 from fastsmooth.data.engines import dali
 from tests.test_benchmarks import ROW
 
 OURS = {"cifar": ("resident", "dali", "threads", "torch"), "imagenet": ("dali", "threads", "torch")}
+FORMS = ("tar", "parquet", "arrow", "prepared")
+PEERS = ("webdataset", "datasets")
 BOTH = [(name, variant) for name, ours in OURS.items() for variant in ("originals", *ours)]
 
 
@@ -54,12 +57,16 @@ def test_the_cases_are_those_that_are_documented():
     found = {
         case.name: [v.name for v in case.variants(OURS["cifar"], Images("", ""))]
         for case in bench_loader.CASES
+        if case.set != "forms"
     }
     serving = {f"cifar/b{batch}": list(OURS["cifar"]) for batch in (32, 128, 1024)}
     serving["imagenet/b64"] = list(OURS["imagenet"])
     assert found == serving | {f"resize/{name}": list(ours) for name, ours in OURS.items()}
     for key in (*bench_loader.FASTER, *bench_loader.LESS_CPU):
         assert key[1] in found[key[0]]
+    (case,) = (case for case in bench_loader.CASES if case.set == "forms")
+    names = [v.name for v in case.variants({*FORMS, *PEERS, "threads"}, Images("", ""))]
+    assert names == ["threads", *FORMS, *PEERS] and case.name == "forms/b64"
     for case in bench_loader.CASES:
         variants = case.variants({"originals"}, Images("path", "cache"))
         # as it travels to its process
@@ -91,6 +98,33 @@ def test_every_variant_serves_each_image_once_an_epoch_and_takes_a_new_size_at_o
     source.end_epoch()
     source.resize(9)
     assert len(source()[1]) == 9
+
+
+@pytest.fixture(scope="module")
+def written(pictures):
+    """The JPEG files in other forms, as often as they are listed."""
+    if not forms.available():
+        pytest.skip("pyarrow, datasets and webdataset are not installed")
+    images = pictures["imagenet"]
+    sizes = forms.write(Path(images.path), Path(images.cache, "forms"), images.copies)
+    assert sizes.keys() == set(FORMS) and sizes["prepared"] <= sizes["tar"]
+    return pictures | {"forms": images}
+
+
+@pytest.mark.parametrize("variant", [*FORMS, *PEERS])
+def test_every_form_serves_each_image_once_an_epoch(variant, written):
+    source = bench_loader.open_source(variant, written["forms"], "forms")
+    source.resize(16)
+    batches = [source() for _ in range(5)]
+    for batch in batches:
+        bench_loader.check(batch, "forms")
+    labels = torch.cat([y for _, y in batches[:4]]).tolist()
+    if variant != "webdataset":  # whose workers have shards of their own
+        assert sorted(labels) == sorted(k % 8 for k in range(64))
+    if variant in FORMS:
+        source.resize(9)
+        assert len(source()[1]) == 9
+    source.close()
 
 
 def test_a_step_counts_its_images_across_epochs(opened):
@@ -244,7 +278,8 @@ def test_without_dali_its_variant_is_left_out_and_said(monkeypatch, capsys):
     )
     monkeypatch.setattr(bench_loader, "QUICK", bench_loader.QUICK[:1])
     assert bench_loader.main(["--quick"]) == 0
-    assert asked == [{"originals", "resident", "threads", "torch"}]
+    theirs = {*FORMS, *PEERS} if forms.available() else set()
+    assert asked == [{"originals", "resident", "threads", "torch"} | theirs]
     assert "not measured: dali: NVIDIA DALI is not installed" in capsys.readouterr().out
 
 
