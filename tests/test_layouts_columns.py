@@ -336,9 +336,24 @@ def test_row_groups_are_decoded_once_as_long_as_they_fit(tmp_path, images, decod
     assert len(decoded) == 12  # the two last
     again.read(int(order[0]))
     assert len(decoded) == 13
+    again.read(int(order[-1])), again.read(int(order[0])), again.read(int(order[-5]))
+    assert len(decoded) == 15
+    again.read(int(order[0]))
+    assert len(decoded) == 15  # of two the one used last stayed
     monkeypatch.setattr(files, "HELD", 1)  # one is held whatever its size
     again.read(int(order[5])), again.read(int(order[6]))
-    assert len(decoded) == 14 and len(again.groups.held.bytes) == 1
+    assert len(decoded) == 16 and len(again.groups.held.bytes) == 1
+    data = again.read(int(order[5]))
+    data[:] = 0  # one's own
+    assert again.read(int(order[5])).tobytes() == contents[order[5]]
+
+
+def test_a_row_group_that_is_shorter_than_was_said_is_no_end_of_the_process(tmp_path):
+    archive = files.Archive.at(str(written(tmp_path, table()) / "train.parquet"))
+    one = np.ones(1, np.int64)
+    groups = files.RowGroups([archive], "image", 0 * one, 0 * one, 9 * one)
+    with pytest.raises(OSError, match="fewer rows than it says"):
+        groups.value(7)
 
 
 def test_threads_decode_a_row_group_once(tmp_path, images, decoded):

@@ -350,7 +350,7 @@ def ranges(
             f"{path} is compressed: save it without compression, so that images are read in place"
         )
     wide = types.is_large_binary(values.type)
-    ends = np.frombuffer(offsets, np.int64 if wide else np.int32)[values.offset :][: count + 1]
+    ends = np.frombuffer(offsets, np.int64 if wide else np.int32)[: count + 1]
     ends = ends.astype(np.int64)
     if len(ends) != count + 1 or (np.diff(ends) < 0).any() or ends[0] < 0 or ends[-1] > data.size:
         raise DataError(f"{path}: its images do not lie in it: fetch it again")
