@@ -328,6 +328,7 @@ def test_row_groups_are_decoded_once_as_long_as_they_fit(tmp_path, images, decod
     assert contents == [held.open(i).read() for i in range(24)] and len(decoded) == 6
     size = max(held.groups.held.bytes.values())
     monkeypatch.setattr(files, "HELD", 2 * size)
+    monkeypatch.setattr(columns, "HELD_SHARE", 0)
     again = read(tmp_path).train.files
     order = again.by_place(np.arange(24))
     assert [again.read(i).tobytes() for i in order] == [contents[i] for i in order]
@@ -395,6 +396,8 @@ def test_large_row_groups_are_remarked_on(tmp_path, images, monkeypatch):
     as_parquet(tmp_path, images)
     assert read(tmp_path).remarks == ()
     monkeypatch.setattr(columns, "HELD", 1)
+    assert read(tmp_path).remarks == ()  # there is room for them
+    monkeypatch.setattr(columns, "HELD_SHARE", 0)
     assert read(tmp_path).remarks == ()  # few images each
     monkeypatch.setattr(columns, "MANY", 3)
     (remark,) = read(tmp_path).remarks
@@ -404,6 +407,7 @@ def test_large_row_groups_are_remarked_on(tmp_path, images, monkeypatch):
 
 def test_headers_are_read_row_group_by_row_group_and_once(tmp_path, images, decoded, monkeypatch):
     monkeypatch.setattr(files, "HELD", 1)
+    monkeypatch.setattr(columns, "HELD_SHARE", 0)
     opened(as_parquet(tmp_path, images), "parquet", augment="none")
     assert len(decoded) == 6 + 4
     decoded.clear()

@@ -18,12 +18,13 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
+from torch.utils.data import get_worker_info
 
 from fastsmooth.messages import one_line
 from fastsmooth.runfolder.files import size_of
 
-# bytes of decoded row groups that a process keeps: some twenty as Hugging Face writes them, of 100
-# photographs, and little for some processes at a time
+# bytes of decoded row groups that a process keeps at the least: some twenty as Hugging Face writes
+# them, of 100 photographs
 HELD = 1 << 28
 LATEST = 2**63 - 1  # ns: a time in the far future would not fit
 Stat = tuple[int, int, int]  # bytes, and ns of the last modification and change
@@ -251,6 +252,8 @@ class Held:
 
     def __init__(self) -> None:
         self.process = os.getpid()
+        worker = get_worker_info()
+        self.processes = 1 if worker is None else worker.num_workers  # each holds groups of its own
         self.lock = threading.Lock()
         self.groups: OrderedDict[int, Future[Any]] = OrderedDict()
         self.bytes: dict[int, int] = {}  # of those that are there
@@ -259,7 +262,7 @@ class Held:
 
 class RowGroups:
     """A binary column of Parquet files, which can be decoded a row group at a time only: the groups
-    used last are held, by each process for itself, in HELD bytes or as one."""
+    used last are held, by each process for itself."""
 
     def __init__(
         self,
@@ -268,12 +271,14 @@ class RowGroups:
         archive: np.ndarray,
         number: np.ndarray,
         rows: np.ndarray,
+        room: int = 0,
     ):
         """column: its path, as of a struct's field; of each of g groups int64 [g]: the archive, its
-        number in there, and its rows."""
+        number in there, and its rows. `room`: bytes of groups that all processes may hold; each
+        holds HELD of them, or one group, at the least."""
         self.archives, self.column = tuple(archives), column
         self.archive, self.number, self.ends = archive, number, rows.cumsum()
-        self.held = Held()
+        self.room, self.held = room, Held()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "held"}
@@ -315,7 +320,8 @@ class RowGroups:
                 future.set_result(values)
                 with held.lock:
                     held.bytes[group] = values.nbytes
-                    while sum(held.bytes.values()) > HELD and len(held.bytes) > 1:
+                    room = max(HELD, self.room // held.processes)
+                    while sum(held.bytes.values()) > room and len(held.bytes) > 1:
                         oldest = next(other for other in held.groups if other in held.bytes)
                         del held.groups[oldest], held.bytes[oldest]
         return future.result()

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fastsmooth.data.files import HELD, Archive, Files, Names, Ranges, RowGroups, Rows
 from fastsmooth.data.images import DataConfig, DataError, ImageSet
 from fastsmooth.data.layouts import splits
 from fastsmooth.data.layouts.common import existing, is_folder, listed, needs_share
 from fastsmooth.data.layouts.splits import MOST_CLASSES, Found
+from fastsmooth.data.memory import free_memory
 from fastsmooth.messages import one_line
 from fastsmooth.runfolder.files import read_object
 
@@ -24,6 +26,7 @@ WANTS_PARQUET = "*.parquet with a column of images and one of labels"
 WANTS_ARROW = "what save_to_disk of Hugging Face's datasets wrote (state.json, data-*.arrow)"
 LABELS = ("label", "labels", "fine_label", "coarse_label", "class", "class_id", "cls", "target")
 MANY = 10  # images that are decoded to read one of them: more are remarked on
+HELD_SHARE = 0.2  # of the free memory, for row groups of training images, and again for test images
 LARGEST_GROUP = 1 << 31  # bytes of images in a row group
 POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -172,7 +175,8 @@ def parquet_rows(root: Path, tables: Sequence[ParquetTable], choice: Choice) -> 
         paths += path_values(read[choice.image]) if extra else [""] * len(read)
         where += [f"{table.name}/{row}" for row in range(len(read))]
     archives = [table.archive for table in tables]
-    groups_read = RowGroups(archives, column, *np.array(shape, np.int64).reshape(-1, 3).T)
+    place_of, number_of, rows_of = np.array(shape, np.int64).reshape(-1, 3).T
+    groups_read = RowGroups(archives, column, place_of, number_of, rows_of, room())
     for g, group in enumerate(told):
         known = group.statistics
         # where the footer does not count them, reading an image finds it
@@ -184,6 +188,12 @@ def parquet_rows(root: Path, tables: Sequence[ParquetTable], choice: Choice) -> 
     return Table(files, joined(labels), paths, where)
 
 
+def room() -> int:
+    """Bytes of decoded row groups that a run may keep."""
+    free = free_memory(torch.device("cpu"))
+    return int(min(HELD_SHARE * free, 1 << 40)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def slow(tables: Sequence[ParquetTable], choice: Choice) -> list[str]:
     """A remark where reading an image means to decode many."""
     column = f"{choice.image}.bytes" if choice.nested else choice.image
@@ -193,7 +203,7 @@ def slow(tables: Sequence[ParquetTable], choice: Choice) -> list[str]:
     size, rows = (
         sum(getattr(g, f) for g in groups) for f in ("total_uncompressed_size", "num_values")
     )
-    if size <= HELD or rows <= MANY * len(groups):
+    if size <= max(HELD, room()) or rows <= MANY * len(groups):
         return []
     return [
         f"each image that is read decodes {rows // len(groups):,} "
