@@ -312,3 +312,15 @@ def test_the_quick_run_writes_well_formed_json(tmp_path, capfd, monkeypatch):
         )
         assert row["rounds"] == 2 and row["per_s"] == pytest.approx(32 / row["median_s"], rel=1e-2)
     assert "times the originals' images a second" in printed.err
+
+
+@pytest.mark.full
+def test_a_large_set_is_listed_at_the_first_start_and_known_at_the_next(monkeypatch, capsys):
+    from benchmarks import bench_index
+
+    monkeypatch.setattr(bench_index, "SHARDS", 4)
+    assert bench_index.main(["--quick", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["case"], row["start"], row["images"]) for row in rows] == [
+        (f"index/{case}", start, 8) for case in bench_index.CASES for start in ("first", "later")
+    ]
