@@ -49,7 +49,7 @@ def test_a_share_of_class_folders_is_held_out_and_the_rest_is_trained_on():
     assert train == sorted(train) and test == sorted(test)
     assert found.train.labels.tolist() == ["abc".index(name[0]) for name in train]
     assert found.layout == "folder"
-    words = f"{len(test)} of 120 images held out by their names (--val-share 0.3)"
+    words = f"{len(test)} of 120 images held out (--val-share 0.3)"
     assert found.about == f"--dataset folder: 3 folders of images; {words}"
 
 

@@ -110,7 +110,6 @@ def read(config: DataConfig) -> ImageSet:
     if config.val_share is not None:
         count = len(images.train) + len(images.test)
         lines.append(
-            f"{len(images.test):,} of {count:,} images held out by their names (--val-share "
-            f"{config.val_share:g})"
+            f"{len(images.test):,} of {count:,} images held out (--val-share {config.val_share:g})"
         )
     return replace(images, layout=name, about="; ".join(filter(None, lines)))
