@@ -699,7 +699,10 @@ def test_one_process_writes_and_speaks(tmp_path):
     assert json.loads((tmp_path / "run" / "env.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize(("world", "flags"), [(2, []), (3, ["--micro-batch", "5"])])
+THREE = pytest.param(3, ["--micro-batch", "5"], marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(("world", "flags"), [(2, []), THREE])
 def test_a_signal_to_one_process_saves_and_stops_all(world, flags, tmp_path):
     argv = ["--epochs", "3", "--method", "hybrid", "--checkpoint-every", "7", *flags]
     finish(argv, tmp_path / "undisturbed", world)

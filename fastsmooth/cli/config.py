@@ -304,7 +304,7 @@ def check_stages(c: Config) -> None:
             f"--mode {c.mode} measures one function of the parameters, which is another one for "
             f"each of --image-size {c.image_size}: {one}"
         )
-    if not is_among(c.dataset, FILE_SETS):
+    if row_of(c.dataset) in ARRAY_SETS and not is_among(c.dataset, FILE_SETS):
         raise ConfigError(
             f"--image-size {c.image_size} decodes image files at each size, and {c.dataset} is an "
             f"array of pixels: {one}"

@@ -108,7 +108,7 @@ def to_folders(out: Path, folders: Sequence[str], part: Part) -> Iterator[Stored
         if isinstance(data, str):
             return Stored(i, wrong=data)
         if before is None:
-            put(path, data)
+            store_whole(path, data)
         return stored(i, data)
 
     return in_threads(store, files.by_place(np.arange(len(labels))).tolist(), part.threads)
@@ -123,7 +123,7 @@ def kept(path: Path, size: tuple[int, int]) -> bytes | None:
     return None
 
 
-def put(path: Path, data: bytes) -> None:
+def store_whole(path: Path, data: bytes) -> None:
     """The file, whole or not at all if the process is killed. It is not waited for until it is on
     the disk: with a million files that takes longer than to make them, so all are at the end."""
     with writing(path):

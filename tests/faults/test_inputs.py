@@ -722,7 +722,7 @@ RUNS = {
     ),
     "a data set that is not here": (
         edit("config.json", dataset="imagenet"),
-        ["--data-dir data", "it must hold train/"],
+        ["--data-dir data", "no such directory: give the folder of ImageNet"],
     ),
     "a folder of metrics": (
         instead("metrics.jsonl", Path.mkdir),
