@@ -316,3 +316,64 @@ def test_what_counts_as_a_table_is_seen_without_reading_it(monkeypatch):
     write("labels.csv", GOOD)
     monkeypatch.setattr(table, "records_of", lambda path: pytest.fail("it was read"))
     assert table.sign(Path("set")) == "labels in labels.csv"
+
+
+def test_a_table_means_the_folder_of_its_part_of_the_split(here):
+    """A contest as it is downloaded: both folders have files of the same names."""
+    images("train/", 12)
+    images("test/", 12)
+    write("train.csv", as_csv(rows(count=12), "id,label\n"))
+    found = read(val_share=0.3)
+    names = [*found.train.files.names, *found.test.files.names]
+    assert {Path(name).parent.name for name in names} == {"train"} and len(names) == 12
+    images("val/", 6)
+    write("val.csv", as_csv(rows(count=6), "id,label\n"))
+    found = read()
+    assert {Path(name).parent.name for name in found.test.files.names} == {"val"}
+    assert len(found.train) == 12 and len(found.test) == 6
+
+
+def test_two_folders_that_would_do_are_refused(here):
+    images("one/", 12)
+    images("two/", 12)
+    write("labels.csv", as_csv(rows(count=12)))
+    with pytest.raises(DataError, match=r"'00.png' could be set/one/00.png or set/two/00.png"):
+        read(val_share=0.3)
+
+
+def test_a_name_alone_is_none_of_another_part_of_the_split(here):
+    images("test/", 12)
+    write("labels.csv", as_csv(rows(lambda k: f"train/{k:02}.png", count=12)))
+    with pytest.raises(DataError, match=r"there is no image 'train/00.png' in set \(nor 11 more\)"):
+        read(val_share=0.3)
+
+
+def test_classes_have_one_order_whatever_the_hashes_of_their_names():
+    labels = ["1", "01", "001", "2", "0", "00"]
+    for order in (labels, labels[::-1]):
+        assert table.named(order) == ("0", "00", "001", "01", "1", "2")
+    assert table.named(["b", "a", "10", "9"]) == ("10", "9", "a", "b")
+
+
+def test_labels_decide_what_a_folder_is(here):
+    tree(Path("set"), {f"{c}/{k}.png": noise() for c in "ab" for k in range(10)})
+    write("more/labels.csv", as_csv([(f"{c}/{k}.png", c + c) for c in "ab" for k in range(10)]))
+    assert read(val_share=0.3, labels="more/labels.csv").classes == ("aa", "bb")
+    with pytest.raises(DataError, match=r"--labels no\.csv: no such file"):
+        read(val_share=0.3, labels="no.csv")
+    with pytest.raises(DataError, match="name both columns, FILE:NAME,LABEL"):
+        read(val_share=0.3, labels="labels.csv:photo")
+
+
+def test_a_column_of_the_split_is_no_label(here):
+    images()
+    write("labels.csv", as_csv(rows(label=lambda k: "test" if k > 20 else "train"), "file,split\n"))
+    with pytest.raises(DataError, match="which column has the labels"):
+        read()
+
+
+def test_json_lines_end_where_lines_end(here):
+    images()
+    lines = [{"file_name": n, "label": c, "note": "one\u2028two\x85"} for n, c in rows()]
+    write("labels.jsonl", "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in lines))
+    assert labelled(read(val_share=0.3)) == EXPECTED

@@ -182,7 +182,7 @@ class Ranges(Files):
         return self._root
 
     def identity(self) -> bytes:
-        return self.names.joined
+        return self.names.joined + self.length.astype("<i8").tobytes()
 
     def take(self, at: np.ndarray) -> Ranges:
         arrays = self.archive[at], self.start[at], self.length[at]
@@ -228,7 +228,10 @@ class Rows(Files):
         return self._root
 
     def identity(self) -> bytes:
-        return self.names.joined
+        # a row's number says little of its image, so the files' lengths and groups say more
+        stored = [archive.stat[0] for archive in self.groups.archives]
+        told = np.concatenate([np.array(stored, "<i8"), self.groups.ends.astype("<i8")])
+        return self.names.joined + told.tobytes()
 
     def take(self, at: np.ndarray) -> Rows:
         return Rows(self._root, self.groups, self.row[at], self.names.take(at))

@@ -75,15 +75,21 @@ SIGNS = {
 }
 
 
-def recognised(root: Path) -> tuple[str, str]:
-    """(the data set that a folder is one of, what tells so). Raises DataError where none or
-    several would fit."""
+LABELLED = ("table", "parquet", "arrow")  # which --labels says more of
+
+
+def recognised(root: Path, labels: str | None = None) -> tuple[str, str]:
+    """(the data set that a folder is one of, what tells so), with --labels one that has any.
+    Raises DataError where none or several would fit."""
     if not root.exists():
         raise DataError(f"--data-dir {root}: no such directory: give the folder of the images")
     if layout := prepared.layout_of(root):
         return layout, prepared.FILE
     found = {name: sign.look(root) for name, sign in SIGNS.items()}
     found = {name: words for name, words in found.items() if words}
+    if labels is not None:
+        found = {name: words for name, words in found.items() if name in LABELLED}
+        found = found or {"table": f"--labels {labels}"}
     hidden = {other for name in found for other in SIGNS[name].over}
     left = {name: words for name, words in found.items() if name not in hidden}
     if len(left) == 1:
@@ -104,7 +110,7 @@ def read(config: DataConfig) -> ImageSet:
     if name == "auto" or name in prepared.READS:
         prepared.refuse_unfinished(root)
     if name == "auto":
-        name, told = recognised(root)
+        name, told = recognised(root, config.labels)
     images = prepared.marked(READERS[name.partition("/")[0]](config), name, root)
     lines = [f"--dataset {name}: {told}" if told else "", images.about]
     if config.val_share is not None:

@@ -6,6 +6,7 @@ What is killed, or interrupted, goes on with the same command and ends in the sa
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import SUPPRESS
 from pathlib import Path
@@ -102,7 +103,7 @@ def configured(given: dict[str, Any]) -> tuple[Config, Path]:
             "prepare, train on it as it is"
         )
     source, out = Path(given["data_dir"]), Path(given["out"])
-    if out.resolve().is_relative_to(source.resolve()):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise ConfigError(
             f"--out {out} lies in --data-dir {source}, whose images would be among those that are "
             "read: choose a folder outside of it"

@@ -118,9 +118,10 @@ class ParquetTable:
 
     def groups(self, column: str) -> list[Any]:
         """What it says of a column in each row group."""
-        groups = [self.metadata.row_group(g) for g in range(self.metadata.num_row_groups)]
-        paths = [groups[0].column(c).path_in_schema for c in range(groups[0].num_columns)]
-        return [group.column(paths.index(column)) for group in groups]
+        with foreign(self.archive.path):
+            groups = [self.metadata.row_group(g) for g in range(self.metadata.num_row_groups)]
+            paths = [groups[0].column(c).path_in_schema for c in range(groups[0].num_columns)]
+            return [group.column(paths.index(column)) for group in groups]
 
     def read(self, columns: list[str]) -> Any:
         """A pyarrow.Table of these columns."""
@@ -227,7 +228,7 @@ def read_arrow(config: DataConfig) -> ImageSet:
     ]
     if (root / "dataset_dict.json").is_file():
         named_there = (read_object(root / "dataset_dict.json") or {}).get("splits")
-        if not isinstance(named_there, list) or not set(named_there) <= set(splits_there):
+        if not isinstance(named_there, list) or any(n not in splits_there for n in named_there):
             raise DataError(
                 f"{root / 'dataset_dict.json'} does not name the folders beside it: fetch the data "
                 "set again"
@@ -265,7 +266,7 @@ def arrow_files(folder: Path) -> list[str]:
             "datasets: flatten_indices(), then save_to_disk"
         )
     for name in names:
-        if os.path.basename(name) != name or name in ("", ".", ".."):
+        if os.path.basename(name) != name or name in ("", ".", "..") or "\0" in name:
             raise DataError(
                 f"{folder / 'state.json'} names {name!r}, which is no file beside it: fetch the "
                 "data set again"
@@ -302,7 +303,8 @@ def schema_of(path: str) -> Any:
 def features_of(folder: Path) -> dict[str, Any]:
     """What dataset_info.json says of the columns."""
     features = (read_object(folder / "dataset_info.json") or {}).get("features")
-    return features if isinstance(features, dict) else {}
+    named = features.items() if isinstance(features, dict) else ()
+    return {name: told for name, told in named if isinstance(told, dict)}
 
 
 def arrow_rows(root: Path, paths_of_files: Sequence[str], choice: Choice) -> Table:
@@ -381,6 +383,8 @@ def chosen(
     features = declared(schema) or features
     image = one_of(image_columns(schema, features), path, schema, "image", "keep one of them")
     label = label_column(config, path, schema, features)
+    if twice := next((name for name in (image, label) if schema.names.count(name) != 1), None):
+        raise DataError(f"{path} has several columns {twice!r}: rename all but one")
     kinds = [schema.field(name).type for name in (image, label)]
     if not is_label(kinds[1]):
         raise DataError(
@@ -559,9 +563,7 @@ def ordered(table: Table, labels: np.ndarray, classes: Sequence[str]) -> Found:
     keys = [f"{path}\0{row:012}" for row, path in enumerate(table.paths)]
     of_class = zip(labels.tolist(), table.paths, strict=True)
     held_by = [f"{classes[label]}/{path}" for label, path in of_class]
-    if len(set(held_by)) < len(held_by):
-        held_by = table.where
-    return Found(table.files, labels, keys, held_by)
+    return Found(table.files, labels, keys, splits.distinct(held_by, table.where))
 
 
 def need_pyarrow(config: DataConfig) -> None:

@@ -115,8 +115,11 @@ def samples(archive: Archive) -> Listing:
             raise refuse(key, f"has two members .{os.fsdecode(suffix)}: pack it anew")
         seen.add(name)
         if kind == "label":
-            rank = rank_of(suffix)
-            if rank <= labels.get(key, (len(LABELS),))[0]:
+            rank, before = rank_of(suffix), labels.get(key, (len(LABELS),))[0]
+            if rank == before:
+                of = os.fsdecode(LABELS[rank])
+                raise refuse(key, f"has several labels .{of}: keep one")
+            if rank < before:
                 labels[key] = rank, begin, length
         elif key in images:
             two = sorted(os.fsdecode(parted_name[0]) for parted_name in (images[key], (name,)))
@@ -232,8 +235,7 @@ def found(
     )
     keys = [os.fsdecode(name) for listing in listings for name in listing.names]
     if (distinct := len(set(keys))) < len(keys):
-        full = [os.fsdecode(name) for name in joined.split(b"\0")[1:]]
-        keys = [f"{key}\0{name}" for key, name in zip(keys, full, strict=True)]
+        keys = splits.distinct(keys, [os.fsdecode(name) for name in joined.split(b"\0")[1:]])
         remarks.append(
             f"{names[0]!r}{others(names)}: {len(keys) - distinct:,} of {len(keys):,} samples have "
             "the key of another in another shard: taken for different ones"

@@ -111,9 +111,20 @@ def others(names: Sequence[str]) -> str:
     return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
 
 
+def distinct(keys: Sequence[str], where: Sequence[str]) -> list[str]:
+    """The keys, each once: of those that are alike all but the first are told apart by where they
+    are, so that what comes later changes none that was there."""
+    seen: set[str] = set()
+    found = []
+    for key, place in zip(keys, where, strict=True):
+        found.append(f"{key}\0{place}" if key in seen else key)
+        seen.add(key)
+    return found
+
+
 def numbered(texts: Collection[str], where: str) -> tuple[list[str], dict[str, int]]:
-    """(the classes, the number of each label): whole numbers count from 0, names are sorted.
-    Raises DataError for a mixture."""
+    """(the classes, the number of each label): the labels that occur, whole numbers by their size
+    and names by their letters. Raises DataError for a mixture."""
     numbers = [text for text in texts if text.isdecimal() and text.isascii()]
     if not numbers:
         classes = sorted(texts)
@@ -124,8 +135,9 @@ def numbered(texts: Collection[str], where: str) -> tuple[list[str], dict[str, i
             f"{where}: some labels are numbers and others names ({numbers[0]} and {name!r}): label "
             "all by one of them"
         )
-    labels = {text: int(text) for text in numbers}
-    return [str(k) for k in range(max(labels.values()) + 1)], labels
+    occur = sorted({int(text) for text in numbers})
+    place = {number: k for k, number in enumerate(occur)}
+    return [str(number) for number in occur], {text: place[int(text)] for text in numbers}
 
 
 def put_in_order(

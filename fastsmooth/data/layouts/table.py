@@ -2,8 +2,8 @@
 
 A row is an image: its name, its label, and perhaps whether it is for training. Names are matched
 with the image files below --data-dir, by the first of these rules that finds all of them: the path
-from the table's folder, from --data-dir, from a folder in it, the file's name; then the same
-without its ending.
+from the table's folder, from --data-dir, from a folder in it (first one of the table's part of the
+split), the file's name; then the same without its ending.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -172,7 +172,8 @@ def relative(split: Split, root: Path) -> list[str]:
 def named(labels: Iterable[str]) -> tuple[str, ...]:
     """The classes in order: numbers by their size, names by their letters."""
     found = set(labels)
-    return tuple(sorted(found, key=int if all(map(is_number, found)) else str))
+    numbers = all(map(is_number, found))
+    return tuple(sorted(found, key=lambda label: (int(label) if numbers else 0, label)))
 
 
 def is_number(label: str) -> bool:
@@ -231,14 +232,20 @@ def asked_for(labels: str) -> tuple[str, tuple[str, str] | None]:
     """The file and the two columns of --labels FILE:NAME,LABEL."""
     path, colon, columns = labels.rpartition(":")
     name, comma, label = columns.partition(",")
-    if not colon or not comma:
+    if not colon:
         return labels, None
+    if not comma:
+        raise DataError(f"--labels {labels}: name both columns, FILE:NAME,LABEL")
     return path, (name, label)
 
 
 def part_of(path: Path) -> str:
     """The part of the split that a table's name says, or its folder's of a metadata file."""
-    word = path.parent.name if path.stem.lower() == "metadata" else path.stem
+    return part_in(path.parent.name if path.stem.lower() == "metadata" else path.stem)
+
+
+def part_in(word: str) -> str:
+    """The part of the split that a name says; "" where it says none."""
     words = [word, *word.replace("-", "_").split("_")]
     return next((PARTS[w] for w in map(str.lower, words) if w in PARTS), "")
 
@@ -266,7 +273,7 @@ def records_of(path: Path) -> tuple[list[str], list[tuple[int, list[Any]]]]:
         if ending in (".csv", ".tsv"):
             return columns_of(path, text)
         if ending == ".jsonl":
-            lines = enumerate(text.splitlines(), 1)
+            lines = enumerate(text.split("\n"), 1)  # splitlines would cut strings
             return of_objects(path, [(n, json.loads(line)) for n, line in lines if line.strip()])
         return of_json(path, json.loads(text))
     except (ValueError, RecursionError, csv.Error) as error:
@@ -342,6 +349,8 @@ def label_column(
     """The column of the labels; of one column a class, with a single 1 in every row, what gives a
     row's class; None where there is neither."""
     other = 1 - name if name is not None and len(columns) == 2 else None
+    if other is not None and other == column_called(columns, SPLIT_COLUMNS, None):
+        other = None
     found = column_called(columns, LABEL_COLUMNS, other)
     if found is not None or name is None:
         return found
@@ -389,7 +398,8 @@ def rows_of(path: Path, asked: tuple[str, str] | None = None) -> list[Row]:
     rows = []
     for line, record in records:
         value = record[label] if isinstance(label, int) else label(record)
-        part = "" if split is None or split == label else str(record[split]).strip().lower()
+        said = None if split is None or split == label else record[split]
+        part = "" if said is None else str(said).strip().lower()
         if part and part not in PARTS:
             raise DataError(
                 f"{path}, line {line}: {part!r} is no part of a split: write train, val or test"
@@ -444,16 +454,22 @@ def label_in(value: Any, where: str) -> str:
 def matched(table: Table, root: Path, images: Sequence[str]) -> list[str]:
     """The path of each row's image. Raises DataError for a row without a file, or with several."""
     best: tuple[int, list[list[str]]] | None = None
-    for rule in rules(table.path.parent, root):
-        by_key: dict[str, list[str]] = {}
-        for path in images:
-            by_key.setdefault(rule.of_path(path), []).append(path)
-        found = [by_key.get(rule.of_row(row.name), []) for row in table.rows]
-        hits = sum(map(bool, found))
-        if hits == len(found) and all(len(paths) == 1 for paths in found):
-            return [paths[0] for paths in found]
-        if best is None or hits > best[0]:
-            best = hits, found
+    for alike in rules(table, root):
+        whole: list[list[str]] = []  # what rules that say as much as each other find
+        for rule in alike:
+            by_key: dict[str, list[str]] = {}
+            for path in images:
+                by_key.setdefault(rule.of_path(path), []).append(path)
+            found = [rule.kept(row.name, by_key) for row in table.rows]
+            hits = sum(map(bool, found))
+            if hits == len(found) and all(len(paths) == 1 for paths in found):
+                whole.append([paths[0] for paths in found])
+            if best is None or hits > best[0]:
+                best = hits, found
+        if len(whole) > 1:
+            refuse_either(table, table.rows[0], whole[0][0], whole[1][0])
+        if whole:
+            return whole[0]
     rows = best[1] if best else []
     lost = [row for row, paths in zip(table.rows, rows, strict=True) if not paths]
     if lost:
@@ -462,9 +478,13 @@ def matched(table: Table, root: Path, images: Sequence[str]) -> list[str]:
             f"{more([row.name for row in lost])}: add it, or take the row out"
         )
     row, paths = next((row, p) for row, p in zip(table.rows, rows, strict=True) if len(p) > 1)
+    refuse_either(table, row, paths[0], paths[1])
+
+
+def refuse_either(table: Table, row: Row, one: str, other: str) -> NoReturn:
     raise DataError(
-        f"{table.path}, line {row.line}: {row.name!r} could be {paths[0]} or {paths[1]}: write "
-        "more of the path"
+        f"{table.path}, line {row.line}: {row.name!r} could be {one} or {other}: write more of the "
+        "path"
     )
 
 
@@ -482,10 +502,24 @@ class Rule(NamedTuple):
         name = os.path.normpath(name.replace("\\", "/"))
         return os.path.basename(name) if self.folder is None else name
 
+    def kept(self, name: str, by_key: dict[str, list[str]]) -> list[str]:
+        """The files that a row of this name may mean. A name alone means none whose folder is of
+        another part of the split than the row's folder."""
+        paths = by_key.get(self.of_row(name), [])
+        said = part_in(os.path.basename(os.path.dirname(name.replace("\\", "/"))))
+        if self.folder is not None or not said:
+            return paths
+        parts = [part_in(os.path.basename(os.path.dirname(path))) for path in paths]
+        return [path for path, part in zip(paths, parts, strict=True) if part in ("", said)]
 
-def rules(folder: Path, root: Path) -> Iterator[Rule]:
+
+def rules(table: Table, root: Path) -> Iterator[list[Rule]]:
+    """What is tried in turn: rules that stand together say as much as each other."""
     inside = sorted(Path(entry.path) for entry in listed(root) if is_folder(entry))
-    bases = dict.fromkeys((folder, root, *(inside if len(inside) <= FEW else ())))
+    inside = inside if len(inside) <= FEW else []
+    part = part_of(table.path)
+    own = [folder for folder in inside if part and part_in(folder.name) == part]
     for ending in (True, False):
-        for base in (*bases, None):
-            yield Rule(base, ending)
+        for bases in ([table.path.parent], [root], own, inside):
+            yield [Rule(base, ending) for base in bases]
+        yield [Rule(None, ending)]

@@ -47,14 +47,13 @@ def read(config: DataConfig) -> ImageSet:
     root = Path(config.data_dir)
     if config.val_share is None:
         return split_tree(config)
+    root = existing(config)
     beside = [name for name in TESTS if (root / name).is_dir()]
-    if (root / "train").is_dir():
-        if beside:
-            raise DataError(
-                f"--data-dir {root} has {beside[0]}/ to test on already: leave --val-share out"
-            )
-        root = root / "train"
-    return whole_tree(config, existing(config) and root)
+    if beside:
+        raise DataError(
+            f"--data-dir {root} has {beside[0]}/ to test on already: leave --val-share out"
+        )
+    return whole_tree(config, root / "train" if (root / "train").is_dir() else root)
 
 
 def whole_tree(config: DataConfig, root: Path) -> ImageSet:
@@ -99,7 +98,7 @@ def split_tree(
             f"train/CLASS/IMAGE and the same beside it{unsplit}"
         )
     train, test = root / "train", beside[0]
-    classes = tuple(sorted(entry.name for entry in listed(train) if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in listed(train) if is_folder(entry)))
     if len(classes) < 2:
         raise DataError(
             f"{train} has {len(classes)} class folders: at least two are needed{flat(train)}"
@@ -117,7 +116,7 @@ def split_tree(
             f"{train / empty[0]} has no images{more(empty)}: put some there or remove the folder "
             f"(looked for {SUFFIXES})"
         )
-    for name in sorted(entry.name for entry in listed(test) if entry.is_dir()):
+    for name in sorted(entry.name for entry in listed(test) if is_folder(entry)):
         if name not in inside and images_of(test, name):
             alike = next(
                 (f" (it has {c!r})" for c in classes if c.casefold() == name.casefold()), ""
