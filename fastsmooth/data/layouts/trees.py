@@ -98,7 +98,7 @@ def split_tree(
             f"train/CLASS/IMAGE and the same beside it{unsplit}"
         )
     train, test = root / "train", beside[0]
-    classes = tuple(sorted(entry.name for entry in listed(train) if is_folder(entry)))
+    classes = tuple(sorted(entry.name for entry in listed(train) if entry.is_dir()))
     if len(classes) < 2:
         raise DataError(
             f"{train} has {len(classes)} class folders: at least two are needed{flat(train)}"
@@ -116,7 +116,7 @@ def split_tree(
             f"{train / empty[0]} has no images{more(empty)}: put some there or remove the folder "
             f"(looked for {SUFFIXES})"
         )
-    for name in sorted(entry.name for entry in listed(test) if is_folder(entry)):
+    for name in sorted(entry.name for entry in listed(test) if entry.is_dir()):
         if name not in inside and images_of(test, name):
             alike = next(
                 (f" (it has {c!r})" for c in classes if c.casefold() == name.casefold()), ""
