@@ -126,8 +126,8 @@ def open_data(
     test = loader_of(images.test, "test", None)
     choice = f"loader {name}: {why}"
     if name != "resident":
-        workers = "process" if name == "torch" else "thread"
-        choice += f", {threads} {workers}{'s' * (threads != 1)}, chunks of {chunk}"
+        one, many = ("process", "processes") if name == "torch" else ("thread", "threads")
+        choice += f", {threads} {one if threads == 1 else many}, chunks of {chunk}"
     if config.decode == "reduced":
         choice += "; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where no more is wanted"
     about = [images.about] * bool(images.about)
