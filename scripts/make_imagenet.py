@@ -6,9 +6,7 @@ is the same bytes on every run.
 """
 
 import gzip
-import io
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from torchvision.models import ResNet18_Weights
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastsmooth.messages import say
+from scripts import npz
 
 TARGET = Path(__file__).resolve().parent.parent / "fastsmooth" / "data" / "imagenet.npz"
 
@@ -30,16 +29,7 @@ def main() -> None:
         "names": np.frombuffer(names, np.uint8),  # in the order of wnids, a line each
         "labels": labels.astype(np.uint16),  # [50,000], positions in wnids
     }
-    with zipfile.ZipFile(TARGET, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, array, allow_pickle=False)
-            # a fixed time stamp, so that the file does not change with the day it was made
-            archive.writestr(
-                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)),
-                buffer.getvalue(),
-                zipfile.ZIP_DEFLATED,
-            )
+    npz.write(TARGET, arrays)
     say(f"{TARGET}: {TARGET.stat().st_size} bytes")
 
 

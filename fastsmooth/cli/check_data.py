@@ -71,13 +71,17 @@ def check(c: Config) -> None:
 
 
 def looked_at(name: str, files: Files, threads: int) -> Iterator[tuple[str, int, int, str]]:
-    """(path, width, height, what is wrong) of each file, in order; says on stderr how far it is."""
+    """(path, width, height, what is wrong) of each file, as they are stored; says on stderr how far
+    it is."""
+    import numpy as np
+
     from fastsmooth.data.index import in_threads, load_formats  # as in check
 
     load_formats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about images that it reads all the same
-        every = range(len(files))
+        # what is stored together is read together
+        every = files.by_place(np.arange(len(files))).tolist()
         work = partial(look, files)
         for part, seen in in_threads(work, every, f"decoding {name}", note, threads, CHUNK):
             for i, (width, height, wrong) in zip(every[part], seen, strict=True):

@@ -26,6 +26,7 @@ from fastsmooth.runfolder.files import size_of
 # bytes of decoded row groups that a process keeps at the least: some twenty as Hugging Face writes
 # them, of 100 photographs
 HELD = 1 << 28
+POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file
 LATEST = 2**63 - 1  # ns: a time in the far future would not fit
 Stat = tuple[int, int, int]  # bytes, and ns of the last modification and change
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -88,6 +88,11 @@ class DataError(ValueError):
         # file names and servers may hold line breaks
         super().__init__(" ".join(message.splitlines()))
         self.reason = reason  # of an image file: what is wrong with it, without its name
+
+
+def others(names: Sized) -> str:
+    """How many there are beside the one that a message names."""
+    return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,9 @@ def decode_all(
                 raise
             report(files.names[i], str(error))
 
+    every = np.arange(len(split))
     with ThreadPoolExecutor(processors()) as pool:
-        for _ in pool.map(decode, range(len(split)), chunksize=64):
+        # what is stored together is read together
+        for _ in pool.map(decode, (every if files is None else files.by_place(every)).tolist()):
             pass
     return Split(split.labels, pixels)

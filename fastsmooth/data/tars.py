@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastsmooth.data.files import Archive, RangeReader
-from fastsmooth.data.images import DataError
+from fastsmooth.data.files import POINTER, Archive, RangeReader
+from fastsmooth.data.images import DataError, others
 from fastsmooth.data.index import in_threads
 from fastsmooth.runfolder.files import cache_folder, only_mine, read_file, replace
 
@@ -42,7 +42,6 @@ PACKED = (
     (b"\xfd7zXZ", "xz"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
 )
-POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file
 
 
 class Listing(NamedTuple):
@@ -116,7 +115,7 @@ def listed(
         if key not in kept or kept[key].archive.stat != archive.stat
     ]
     if say and sum(archives[i].stat[0] for i in new) > 1 << 30:
-        say(f"listing what is in {archives[new[0]].path}{more(len(new))}, once")
+        say(f"listing what is in {archives[new[0]].path}{others(new)}, once")
     for part, listings in in_threads(
         lambda i: make(archives[i]), new, "listing archives", say, THREADS, 1
     ):
@@ -125,10 +124,6 @@ def listed(
         there = {key for key in kept if os.path.exists(os.path.join(root, key))}
         save(kind, root, {key: kept[key] for key in sorted(there.union(keys))})
     return [kept[key]._replace(archive=a) for key, a in zip(keys, archives, strict=True)]
-
-
-def more(count: int) -> str:
-    return f" and {count - 1:,} more" if count > 1 else ""
 
 
 def members(

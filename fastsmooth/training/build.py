@@ -305,7 +305,7 @@ def try_model(c: Config, model: torch.nn.Module, images: data.Data) -> bool:
 
 
 def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int) -> bool:
-    """try_model for x [1, 3, S, S] brought to side x side."""
+    """try_model for x [1, C, S, S] brought to side x side."""
     sizes = c.sizes
     if x.shape[2] != side:
         x = F.interpolate(x, size=(side, side))

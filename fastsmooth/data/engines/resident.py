@@ -48,13 +48,13 @@ class ResidentLoader(Loader):
         self._drawn: tuple[int, Tensor] | None = None
 
     def _placed(self, split: Split) -> Tensor:
-        """uint8 [n, size, size, 3], on the device."""
+        """uint8 [n, size, size, C], on the device."""
         if split.pixels is None:
             raise ValueError("a split of files has no pixels: decode it first")
         return torch.from_numpy(split.pixels).to(self.device)
 
     def pixels(self, epoch: int | None) -> Tensor:
-        """The images at the size of this epoch, uint8 [n, size, size, 3]; with None as they are
+        """The images at the size of this epoch, uint8 [n, size, size, C]; with None as they are
         tested. Raises DataError."""
         size = size_in(epoch, self.size, self.sizes)
         if self.sizes and self.decoded and size != self.stored.shape[1]:
@@ -89,7 +89,7 @@ class ResidentReader:
     def __init__(self, loader: ResidentLoader, segments: Iterable[Segment]):
         self.loader, self._segments = loader, iter(segments)
         self._begun = False
-        self._pixels = torch.empty(0, dtype=torch.uint8)  # [n, size, size, 3] once it has begun
+        self._pixels = torch.empty(0, dtype=torch.uint8)  # [n, size, size, C] once it has begun
         self._order = torch.empty(0, dtype=torch.int64, device=loader.device)
         self._moves: Tensor | None = None
         self.cursor = torch.zeros((), dtype=torch.int64, device=loader.device)

@@ -16,12 +16,12 @@ from numpy.lib import format as npy
 
 from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
 from fastsmooth.data.layouts.common import (
+    divided,
     existing,
     listed,
     needs_share,
     put_together,
     refuse_share,
-    shared_out,
 )
 from fastsmooth.data.memory import check_room
 from fastsmooth.messages import one_line
@@ -77,14 +77,12 @@ def read(config: DataConfig) -> ImageSet:
         loaded = [part.read(archive, path) for part in parts]
     classes, codes, remarks = numbered(str(path), [labels for _, labels in loaded])
     splits = [Split(code, pixels) for code, (pixels, _) in zip(codes, loaded, strict=True)]
-    if len(splits) == 1:
-        keys = [str(i) for i in range(len(splits[0]))]
-        splits = list(shared_out(config, splits[0], keys))
+    train, test = divided(config, splits, [str(i) for i in range(len(splits[0]))])
     about = [f"{path.name}: {' and '.join(p.images for p in parts)} of {sized(parts[0].shape)}"]
     about += [f"{p.images} of {p.dtype} as 0 to 255" for p in parts if p.dtype != np.uint8]
     if unread := [name for name in names if name not in {n for pair in pairs for n in pair}]:
         about.append(f"left out: {some(unread)}")
-    return of_pixels(config, classes, splits[0], splits[1], ", ".join(about), remarks)
+    return of_pixels(config, classes, train, test, ", ".join(about), remarks)
 
 
 def file_of(config: DataConfig) -> Path:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastsmooth.data.files import HELD, Archive, Files, Names, Ranges, RowGroups, Rows
+from fastsmooth.data.files import HELD, POINTER, Archive, Files, Names, Ranges, RowGroups, Rows
 from fastsmooth.data.images import DataConfig, DataError, ImageSet
 from fastsmooth.data.layouts import splits
-from fastsmooth.data.layouts.common import existing, is_folder, listed, needs_share
+from fastsmooth.data.layouts.common import existing, existing_folder, is_folder, listed
 from fastsmooth.data.layouts.splits import MOST_CLASSES, Found
 from fastsmooth.data.memory import free_memory
 from fastsmooth.messages import one_line
@@ -28,7 +28,6 @@ LABELS = ("label", "labels", "fine_label", "coarse_label", "class", "class_id", 
 MANY = 10  # images that are decoded to read one of them: more are remarked on
 HELD_SHARE = 0.2  # of the free memory, for row groups of training images, and again for test images
 LARGEST_GROUP = 1 << 31  # bytes of images in a row group
-POINTER = b"version https://git-lfs"  # what Git leaves in the place of a large file
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -40,6 +39,11 @@ class Choice(NamedTuple):
     paths: bool  # whether path is there
     label: str
     names: tuple[str, ...]  # of the classes, where the table has them
+
+    @property
+    def bytes(self) -> str:
+        """Where the images' bytes are, as Parquet calls it."""
+        return f"{self.image}.bytes" if self.nested else self.image
 
 
 class Table(NamedTuple):
@@ -79,9 +83,7 @@ def sign_of_arrow(root: Path) -> str:
 def read_parquet(config: DataConfig) -> ImageSet:
     """Parquet files in a folder, its data/, its train/ and test/, or named so:
     train-00000-of-00002.parquet."""
-    root = existing(config)
-    if not root.is_dir():
-        raise DataError(f"--data-dir {root} is a file: give the folder of the Parquet files")
+    root = existing_folder(config, "Parquet files")
     need_pyarrow(config)
     names = splits.names_below(root, (".parquet",))
     if not names:
@@ -90,8 +92,6 @@ def read_parquet(config: DataConfig) -> ImageSet:
             "folder"
         )
     parts = splits.parts_of(config, names, "Parquet files")
-    if not parts.test:
-        needs_share(config, f"--data-dir {root} holds {len(names):,} Parquet files")
     opened = [ParquetTable(root, name) for name in (*parts.train, *parts.test)]
     choice = chosen(config, [(str(root / t.name), t.schema) for t in opened], {})
     remarks = parts.remarks("Parquet files")
@@ -154,7 +154,6 @@ def check_ends(path: str) -> None:
 
 def parquet_rows(root: Path, tables: Sequence[ParquetTable], choice: Choice) -> Table:
     """The rows of these files: labels and paths are read, images are not."""
-    column = f"{choice.image}.bytes" if choice.nested else choice.image
     extra = [f"{choice.image}.path"] * choice.paths
     shape: list[tuple[int, int, int]] = []  # archive, number in it and rows of each group
     labels, paths, where, told = [], [], [], []
@@ -162,7 +161,7 @@ def parquet_rows(root: Path, tables: Sequence[ParquetTable], choice: Choice) -> 
         if not table.metadata.num_rows:
             continue
         read = table.read([choice.label, *extra])
-        groups = table.groups(column)
+        groups = table.groups(choice.bytes)
         for number, group in enumerate(groups):
             if group.total_uncompressed_size > LARGEST_GROUP:
                 size = group.total_uncompressed_size / 1e9
@@ -177,7 +176,7 @@ def parquet_rows(root: Path, tables: Sequence[ParquetTable], choice: Choice) -> 
         where += [f"{table.name}/{row}" for row in range(len(read))]
     archives = [table.archive for table in tables]
     place_of, number_of, rows_of = np.array(shape, np.int64).reshape(-1, 3).T
-    groups_read = RowGroups(archives, column, place_of, number_of, rows_of, room())
+    groups_read = RowGroups(archives, choice.bytes, place_of, number_of, rows_of, room())
     for g, group in enumerate(told):
         known = group.statistics
         # where the footer does not count them, reading an image finds it
@@ -197,10 +196,7 @@ def room() -> int:
 
 def slow(tables: Sequence[ParquetTable], choice: Choice) -> list[str]:
     """A remark where reading an image means to decode many."""
-    column = f"{choice.image}.bytes" if choice.nested else choice.image
-    groups = [
-        group for table in tables if table.metadata.num_rows for group in table.groups(column)
-    ]
+    groups = [g for t in tables if t.metadata.num_rows for g in t.groups(choice.bytes)]
     size, rows = (
         sum(getattr(g, f) for g in groups) for f in ("total_uncompressed_size", "num_values")
     )
@@ -239,9 +235,7 @@ def read_arrow(config: DataConfig) -> ImageSet:
             f"--data-dir {root} has no state.json, nor have its train/ and test/: give the folder "
             "that save_to_disk wrote"
         )
-    parts = splits.parts_of(config, names, "splits")
-    if not parts.test:
-        needs_share(config, f"--data-dir {root} holds one data set")
+    parts = splits.parts_of(config, names, "splits", "one data set")
     files = {name: arrow_files(root / name) for name in (*parts.train, *parts.test)}
     schemas = [(path, schema_of(path)) for paths in files.values() for path in paths]
     choice = chosen(config, schemas, features_of(root / parts.train[0]))

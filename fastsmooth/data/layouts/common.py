@@ -42,6 +42,14 @@ def existing(config: DataConfig) -> Path:
     return root
 
 
+def existing_folder(config: DataConfig, what: str) -> Path:
+    """--data-dir, the folder of `what`. Raises DataError where there is nothing, or a file."""
+    root = existing(config)
+    if not root.is_dir():
+        raise DataError(f"--data-dir {root} is a file: give the folder of the {what}")
+    return root
+
+
 def held_out(names: Iterable[str], share: float) -> np.ndarray:
     """bool [n]: which images are for testing, by a hash of each name alone, so that the others stay
     what they are when images are added or removed. `share`: of all, on average."""
@@ -90,6 +98,13 @@ def shared_out(config: DataConfig, everything: Split, keys: Sequence[str]) -> tu
                 "another share"
             )
     return everything.take(np.flatnonzero(~test)), everything.take(np.flatnonzero(test))
+
+
+def divided(
+    config: DataConfig, splits: Sequence[Split], keys: Sequence[str]
+) -> tuple[Split, Split]:
+    """(train, test) of both, or of one of which --val-share is held out by these keys."""
+    return shared_out(config, splits[0], keys) if len(splits) == 1 else (splits[0], splits[1])
 
 
 def put_together(
@@ -154,3 +169,9 @@ def is_image(entry: os.DirEntry[str]) -> bool:
 def more(names: list[str]) -> str:
     """How many there are beside the first."""
     return f" (nor {len(names) - 1:,} more)" if len(names) > 1 else ""
+
+
+def loose(part: Path) -> list[str]:
+    """A remark on images of no class."""
+    count = sum(map(is_image, listed(part)))
+    return [f"{part}: images that lie in no class folder are left out: {count:,}"] if count else []

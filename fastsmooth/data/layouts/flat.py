@@ -13,7 +13,7 @@ import numpy as np
 
 from fastsmooth.data.files import Files
 from fastsmooth.data.images import DataError, Split
-from fastsmooth.data.layouts.common import is_folder, is_hidden, is_image, listed
+from fastsmooth.data.layouts.common import is_folder, is_hidden
 
 MOST = 10_000  # entries of a folder that is looked at to recognise it: it may hold a million
 
@@ -49,12 +49,6 @@ def of_classes(
         f"{part}: images of {len(others):,} classes that have no training images are left out: "
         f"{len(ids) - len(order):,}"
     ]
-
-
-def loose(train: Path) -> list[str]:
-    """A remark on images of no class."""
-    count = sum(map(is_image, listed(train)))
-    return [f"{train}: images that lie in no class folder are left out: {count:,}"] if count else []
 
 
 def refuse_lines(path: str | Path, wrong: Sequence[tuple[int, str]], remedy: str) -> None:

@@ -20,10 +20,11 @@ from fastsmooth.data.layouts.common import (
     is_hidden,
     is_image,
     listed,
+    loose,
     put_together,
     refuse_share,
 )
-from fastsmooth.data.layouts.flat import folders_of, loose, named, of_classes, twice
+from fastsmooth.data.layouts.flat import folders_of, named, of_classes, twice
 from fastsmooth.data.layouts.imagenet_facts import facts, names_of
 from fastsmooth.data.layouts.imagenet_labels import labels_of, number_of
 from fastsmooth.data.layouts.trees import by_class, images_of, split_of, split_tree

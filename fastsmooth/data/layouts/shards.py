@@ -18,10 +18,10 @@ import numpy as np
 
 from fastsmooth.data import tars
 from fastsmooth.data.files import Archive, Names, Ranges
-from fastsmooth.data.images import DataConfig, DataError, ImageSet
+from fastsmooth.data.images import DataConfig, DataError, ImageSet, others
 from fastsmooth.data.layouts import splits
-from fastsmooth.data.layouts.common import EXTENSIONS, existing, listed, needs_share
-from fastsmooth.data.layouts.splits import MOST_CLASSES, Found, others
+from fastsmooth.data.layouts.common import EXTENSIONS, existing_folder, listed
+from fastsmooth.data.layouts.splits import MOST_CLASSES, Found
 from fastsmooth.data.tars import Listing
 from fastsmooth.messages import note
 from fastsmooth.runfolder.files import read_file
@@ -55,9 +55,7 @@ def sign(root: Path) -> str:
 
 def read(config: DataConfig) -> ImageSet:
     """Shards in a folder, its train/ and val/, or named so: train-0000.tar, val-0000.tar."""
-    root = existing(config)
-    if not root.is_dir():
-        raise DataError(f"--data-dir {root} is a file: give the folder of the shards")
+    root = existing_folder(config, "shards")
     names = splits.names_below(root, (".tar",))
     packed = splits.names_below(root, PACKED)
     if not names:
@@ -66,8 +64,6 @@ def read(config: DataConfig) -> ImageSet:
             + (f"unpack {packed[0]!r}{others(packed)}, read by position" if packed else WANTS)
         )
     parts = splits.parts_of(config, names, "shards")
-    if not parts.test:
-        needs_share(config, f"--data-dir {root} holds {len(names):,} shards")
     every = [*parts.train, *parts.test]
     listings = tars.listed([str(root / name) for name in every], note, "samples", samples)
     refuse_copies(listings)

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsmooth.data.files import Files
-from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
+from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, others
 from fastsmooth.data.layouts.common import (
     class_order,
     is_folder,
     listed,
+    needs_share,
     put_together,
     refuse_share,
     shared_out,
@@ -80,9 +81,10 @@ def words_in(name: str) -> set[str]:
     return {WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in WORDS}
 
 
-def parts_of(config: DataConfig, names: Sequence[str], what: str) -> Parts:
+def parts_of(config: DataConfig, names: Sequence[str], what: str, whole: str = "") -> Parts:
     """The files by what they are for. Raises DataError for a name that says two things, for a test
-    alone, and for --val-share where there is a test."""
+    alone, for --val-share where there is a test, and without it where there is none; then `whole`
+    says what there is, else so many of `what`."""
     root = config.data_dir
     by_word: dict[str, list[str]] = {}
     for name in names:
@@ -101,14 +103,12 @@ def parts_of(config: DataConfig, names: Sequence[str], what: str) -> Parts:
         )
     if word:
         refuse_share(config, f"--data-dir {root} has {what} named {word} to test on")
+    else:
+        needs_share(config, f"--data-dir {root} holds {whole or f'{len(names):,} {what}'}")
     train = by_word.get("train") or by_word[""]
     test = by_word.get(word, []) if word else []
     used = {*train, *test}
     return Parts(train, test, word, [name for name in names if name not in used])
-
-
-def others(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1:,} more" if len(names) > 1 else ""
 
 
 def distinct(keys: Sequence[str], where: Sequence[str]) -> list[str]:

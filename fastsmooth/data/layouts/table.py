@@ -24,7 +24,7 @@ from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
 from fastsmooth.data.layouts.common import (
     EXTENSIONS,
     TABLES,
-    existing,
+    existing_folder,
     is_folder,
     is_image,
     listed,
@@ -91,9 +91,7 @@ def sign(root: Path) -> str:
 
 def read(config: DataConfig) -> ImageSet:
     """The images below --data-dir with the labels of its table, or of --labels."""
-    root = existing(config)
-    if not root.is_dir():
-        raise DataError(f"--data-dir {root} is a file: give the folder of the images")
+    root = existing_folder(config, "images")
     tables, unlabelled = chosen(config, root)
     images = images_below(root)
     if not images:

@@ -8,10 +8,16 @@ from pathlib import Path
 
 from fastsmooth.data.files import Paths
 from fastsmooth.data.images import DataConfig, DataError, ImageSet
-from fastsmooth.data.layouts.common import is_folder, is_image, listed, put_together, refuse_share
+from fastsmooth.data.layouts.common import (
+    is_folder,
+    is_image,
+    listed,
+    loose,
+    put_together,
+    refuse_share,
+)
 from fastsmooth.data.layouts.flat import (
     folders_of,
-    loose,
     named,
     of_classes,
     refuse_difference,

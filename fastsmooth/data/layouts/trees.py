@@ -18,6 +18,7 @@ from fastsmooth.data.layouts.common import (
     is_folder,
     is_image,
     listed,
+    loose,
     more,
     put_together,
     shared_out,
@@ -44,7 +45,6 @@ def sign(root: Path) -> str:
 def read(config: DataConfig) -> ImageSet:
     """Any tree DIR/train/CLASS/IMAGE with DIR/val or DIR/test, or one without a split of which
     --val-share is held out; normalised as ImageNet is."""
-    root = Path(config.data_dir)
     if config.val_share is None:
         return split_tree(config)
     root = existing(config)
@@ -130,9 +130,7 @@ def split_tree(
     if untested:
         named = f"{untested[0]!r}{more(untested)}"
         remarks.append(f"{test} has no images of class {named}: they are never tested")
-    for part in (train, test):
-        if loose := sum(is_image(entry) for entry in listed(part)):
-            remarks.append(f"{part}: images that lie in no class folder are left out: {loose:,}")
+    remarks += [*loose(train), *loose(test)]
     return ImageSet(
         split_of(inside),
         split_of(tested),
@@ -193,5 +191,6 @@ def identity(folder: Path | str) -> tuple[int, int]:
 def flat(part: Path) -> str:
     """What to say of a folder without classes where its images lie in it themselves, as ImageNet's
     val/ comes."""
-    loose = any(map(is_image, listed(part)))
-    return f"; its images lie there without them: sort them into {part}/CLASS/" if loose else ""
+    if not any(map(is_image, listed(part))):
+        return ""
+    return f"; its images lie there without them: sort them into {part}/CLASS/"

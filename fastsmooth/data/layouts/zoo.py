@@ -20,10 +20,10 @@ from fastsmooth.data.files import Paths
 from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
 from fastsmooth.data.layouts.arrays import arranged, numbered, of_pixels, sized, whole
 from fastsmooth.data.layouts.common import (
+    divided,
     needs_share,
     put_together,
     refuse_share,
-    shared_out,
     sorted_by_class,
 )
 from fastsmooth.messages import one_line
@@ -183,14 +183,6 @@ def of_files(
     train, test = divided(config, splits, [key for _, key in in_order])
     names = names_of(parts[0], classes)
     return put_together(config, classes, train, test, about, remarks, names)
-
-
-def divided(config: DataConfig, splits: list[Split], keys: list[str]) -> tuple[Split, Split]:
-    """(train, test) of both, or of one of which --val-share is held out by the names of its
-    images."""
-    if len(splits) == 1:
-        return shared_out(config, splits[0], keys)
-    return splits[0], splits[1]
 
 
 def row_of(name: str) -> Row:
