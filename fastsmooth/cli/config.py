@@ -91,7 +91,7 @@ class Config:
     workers: int | None = option(None, "data", "threads or processes that load (one a processor)", whole(0, 256), metavar="N", only=("loader", CHUNKED))
     chunk: int | None = option(None, "data", "samples decoded together (512, on CUDA 2048; files 64, on CUDA 128)", whole(1, 1 << 16), metavar="N", only=("loader", CHUNKED))
     on_bad_image: str = option("raise", "data", "raise: stop; zeros: serve it black and count it", choices=("raise", "zeros"), only=("dataset", FILE_SETS))
-    decode: str = option("full", "data", "of JPEGs; reduced: at 1/2, 1/4 or 1/8 of their size where no more is wanted, in a little less time", choices=("full", "reduced"), only=("loader", {"auto", "resident", "threads", "torch"}))
+    decode: str = option("full", "data", "of JPEGs; reduced: at 1/2, 1/4 or 1/8 of their size where no more is wanted, for large photographs", choices=("full", "reduced"), only=("loader", {"auto", "resident", "threads", "torch"}))
     hw_decoder_load: float = option(0.65, "data", "dali on CUDA: share of the hardware decoder", real(0, 1), metavar="X", only=("loader", DALI))
     decoder_device_memory: int = option(16, "data", "dali on CUDA: MB that a decoder's buffers begin with", whole(0, 65536), metavar="MB", only=("loader", DALI))
     decoder_host_memory: int = option(8, "data", "the same in host memory", whole(0, 65536), metavar="MB", only=("loader", DALI))
