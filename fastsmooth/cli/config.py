@@ -21,6 +21,7 @@ from fastsmooth.cli.facts import (
     PUBLISHED,
     PUBLISHED_FLAGS,
     PUBLISHED_WITH,
+    RECIPES,
     SETS,
     SMALL,
     SMALLEST_IMAGE,
@@ -35,15 +36,21 @@ from fastsmooth.cli.facts import (
 from fastsmooth.cli.flags import (
     ConfigError,
     budget,
+    code,
     device,
     duration,
     every,
     flag,
+    micro_batch,
+    milestone,
     momentum,
     option,
     positive,
+    randaugment,
     real,
+    sam,
     text,
+    warmup,
     whole,
 )
 from fastsmooth.cli.stages import ByEpoch, Moment, Stage, Stages
@@ -100,7 +107,9 @@ class Config:
     model: str = option(FILLED, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
     sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
-    micro_batch: int | None = option(None, "model", "at most so many samples through the model together, to save memory", whole(1), metavar="N")
+    micro_batch: int | str | None = option(None, "model", "at most so many samples through the model together, to save memory; auto: as many as fit", micro_batch, metavar="N", rare=True)
+    init: str | None = option(None, "model", "weights to begin with: a file, a run folder, or pretrained (torchvision/ and timm/ networks)", text, metavar="FILE|RUN")
+    freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: 'stem.*'", text, metavar="PATTERN", many=True)
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
     epochs: int = option(FILLED, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
@@ -110,6 +119,10 @@ class Config:
     decay_epoch: int = option(FILLED, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
     power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", using("power")))
     gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", using("gamma")))
+    milestones: tuple[str, ...] | None = option(None, "schedule", "epochs at which step multiplies lr by --factor: 60 120 160, or 30% 60%", milestone, metavar="WHEN", many=True, only=("method", using("milestones")))
+    factor: float = option(0.1, "schedule", "of step, at each of --milestones", real(0, 1, open_low=True), metavar="X", only=("method", using("milestones")))
+    warmup: str | None = option(None, "schedule", "lr rises from near 0 over so many updates (500) or epochs (5ep)", warmup, metavar="N|Nep")
+    patience: int | None = option(None, "schedule", "end the run after so many epochs without a better test accuracy", whole(1, MOST_EPOCHS), metavar="N")
     c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X")
     k2: float | None = option(None, "schedule", "squared gradient norm K^2 behind delta", real(0), metavar="X", only=("optimizer", WITH_K2))
     nshb_delta: str = option("v3", "schedule", "published form of the NSHB delta", choices=sorted(FORMS["nshb"].bounds), only=("optimizer", {"nshb"}))
@@ -119,6 +132,20 @@ class Config:
     beta: float = option(0.9, "optimizer", "momentum", momentum, names=("--beta1", "--momentum"), metavar="X", only=("optimizer", WITH_BUFFER))
     nu: float = option(0.5, "optimizer", "mixing factor of qhm", real(0, 1), metavar="X", only=("optimizer", WITH_NU))
     weight_decay: float = option(0.0, "optimizer", "L2 penalty added to the gradient", real(0), metavar="X")
+    decay_weights_only: bool = option(False, "optimizer", "no weight decay on norms and biases")
+    clip_norm: float | None = option(None, "optimizer", "largest norm of the gradient: a longer one is scaled down to it", positive, metavar="X")
+    optimizer_args: tuple[str, ...] | None = option(None, "optimizer", "of torch/, timm/ and own optimizers: betas=0.9,0.95 eps=1e-6", text, metavar="NAME=VALUE", many=True)
+    sam: str | None = option(None, "optimizer", "sharpness-aware minimisation: rho=0.05; GSAM: rho=0.05,alpha=0.2", sam, metavar="rho=X")
+
+    recipe: str | None = option(None, "recipe", "flags of a public reference, which others given override", choices=tuple(RECIPES), metavar="NAME")
+    loss: str = option("cross-entropy", "recipe", "cross-entropy, bce (binary, a class each) or FILE.py:NAME", code, metavar="NAME")
+    label_smoothing: float = option(0.0, "recipe", "share of the target spread over all classes", real(0, 1, open_high=True), metavar="X")
+    mixup: float = option(0.0, "recipe", "mix pairs of images by a share from Beta(X, X)", real(0), metavar="X")
+    cutmix: float = option(0.0, "recipe", "paste a box of another image, its share from Beta(X, X)", real(0), metavar="X")
+    randaugment: str | None = option(None, "recipe", "N random operations of magnitude M (0 to 30) on each image: 2,9", randaugment, metavar="N,M")
+    random_erasing: float = option(0.0, "recipe", "erase a random box of an image, with this probability", real(0, 1), metavar="P")
+    ema: float | None = option(None, "recipe", "average of the weights with this decay an update, evaluated beside them: 0.999", real(0, 1, open_low=True, open_high=True), metavar="X")
+    top5: bool = option(False, "recipe", "test accuracy within the five likeliest classes as well")
 
     mode: str = option("normal", "measure", "train, find first crossings, or sample noise", choices=MODES)
     eps: tuple[float, ...] = option((0.5,), "measure", "critical: thresholds", positive, metavar="X", many=True, only=("mode", {"critical"}))
@@ -144,6 +171,8 @@ class Config:
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
     resume: bool = option(False, "run", "go on with the run in --out")
+    extend: str | None = option(None, "run", "a finished run to go on from, for --epochs more, in a folder of its own", text, metavar="RUN")
+    keep: str = option("best", "run", "weights that stay: of the best epoch and the last, the last alone, or of every epoch", choices=("best", "last", "all"))
     checkpoint_every: int | None = option(None, "run", "updates between checkpoints (an epoch)", whole(1), metavar="N")
     log_every: int = option(50, "run", "updates between step rows", whole(1), metavar="N")
     max_time: float | None = option(None, "run", "save and stop after: 90, 45s, 30m, 1.5h", duration, metavar="T")
@@ -159,6 +188,11 @@ class Config:
     def momentum(self) -> float:
         """The optimizer's momentum at the start: beta, or 0 for plain SGD."""
         return self.beta if FORMS[self.optimizer].has_buffer else 0.0
+
+    @property
+    def samples_at_once(self) -> int | None:
+        """What --micro-batch says, once `auto` is resolved; None: as many as a batch has."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else None
 
     @property
     def bound_version(self) -> str | None:
@@ -209,7 +243,9 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it
 # again.
-RESOLVED_ONCE = ("device", "loader", "compile", "precision", "kernels", "estimator", "measure")
+RESOLVED_ONCE = (
+    "device", "loader", "compile", "precision", "kernels", "estimator", "measure", "micro_batch",
+)  # fmt: skip
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its
 # result.
 FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity"}

@@ -119,3 +119,12 @@ PUBLISHED: dict[tuple[str, str, str, float, float], tuple[float, float | None]] 
 PUBLISHED_WITH = {"augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0}
 # of the published code, some without effect
 PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}
+
+# The flags of public references, by the name of the recipe.
+RECIPES: dict[str, dict[str, Any]] = {
+    # github.com/kuangliu/pytorch-cifar, main.py
+    "pytorch-cifar": {
+        "method": "cosine", "epochs": 200, "lr": 0.1, "batch_size": 128, "optimizer": "shb",
+        "beta": 0.9, "weight_decay": 5e-4, "augment": "crop-flip",
+    },
+}  # fmt: skip

@@ -23,6 +23,7 @@ from fastsmooth.runfolder.numbers import LARGEST, SMALLEST
 from fastsmooth.terminal import columns
 
 LARGEST_TOML = 1 << 16  # bytes
+MOST_MAGNITUDE = 30  # of an operation of RandAugment
 MOST_DOTS = 3000  # in a line of it: the time that a key takes grows with the square of its dots
 
 
@@ -123,6 +124,56 @@ def budget(value: str) -> str:
     return value
 
 
+def micro_batch(value: str) -> int | str:
+    return value if value == "auto" else whole(1)(value)
+
+
+def warmup(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,8}(ep)?", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not N (updates) or Nep (epochs)")
+    return value
+
+
+def milestone(value: str) -> str:
+    """An epoch, or a percentage of them."""
+    if not re.fullmatch(r"[1-9]\d{0,6}|[1-9]\d?%", value):
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is no epoch such as 60, nor a share such as 30%"
+        )
+    return value
+
+
+def randaugment(value: str) -> str:
+    """So many operations of a magnitude."""
+    numbers = re.fullmatch(r"([1-9]),(\d{1,2})", value)
+    if not numbers or int(numbers[2]) > MOST_MAGNITUDE:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not N,M, as in 2,9: N operations (1 to 9) of magnitude M (0 to "
+            f"{MOST_MAGNITUDE})"
+        )
+    return value
+
+
+def sam(value: str) -> str:
+    """The radius of SAM and, of GSAM, its weight."""
+    names = [part.partition("=")[0].strip() for part in value.split(",")]
+    if names not in (["rho"], ["rho", "alpha"]):
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not rho=X (SAM) or rho=X,alpha=X (GSAM), as in rho=0.05"
+        )
+    for part in value.split(","):
+        positive(part.partition("=")[2])
+    return value
+
+
+def code(value: str) -> str:
+    """FILE.py:NAME, or a name that a list has."""
+    text(value)
+    if ".py" in value and not re.fullmatch(r".+\.py:[^\W\d]\w*", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not FILE.py:NAME, as in nets.py:small")
+    return value
+
+
 def option(
     default: Any,
     group: str,
@@ -134,9 +185,10 @@ def option(
     metavar: str | None = None,
     many: bool = False,
     only: tuple[str, set[str]] | None = None,
+    rare: bool = False,
 ) -> Any:
     """A field of Config with what its flag needs. `only` names the field and values without which
-    it has no effect."""
+    it has no effect; a `rare` one stands on the longer page of help alone."""
     metadata = {
         "group": group,
         "help": help,
@@ -147,6 +199,7 @@ def option(
         "metavar": metavar,
         "many": many,
         "only": only,
+        "rare": rare,
     }
     return field(default=default, metadata=metadata)
 

@@ -38,6 +38,7 @@ from fastsmooth.training.clock import Clock
 from fastsmooth.training.graphs import CudaRecorder
 from fastsmooth.training.loop import FORMAT, Run
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
+from fastsmooth.training.objective import objective_of
 from fastsmooth.training.plan import Plan, make_plan, notes
 from fastsmooth.training.step import Step, keep_freed_memory
 
@@ -111,7 +112,10 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         compiled = c.compile == "on" or (
             c.compile == "auto" and device.type == "cuda" and not c.sync_bn
         )
-        parts = InstrumentParts(plan, model, optimizer, images, ranks, precision, compiled)
+        objective = objective_of(c)
+        parts = InstrumentParts(
+            plan, model, optimizer, images, ranks, precision, compiled, objective
+        )
         made = [make(parts) for make in INSTRUMENTS]
         instruments = [instrument for instrument in made if instrument is not None]
     chosen = {
@@ -126,7 +130,18 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     check_alike(images, model, chosen, ranks)
     bn = "batch" if c.bn == "batch" else None
     sizes = len(set(plan.sizes.values))
-    step = Step(model, optimizer, device, precision, compiled, c.micro_batch, ranks, bn, sizes)
+    step = Step(
+        model,
+        optimizer,
+        device,
+        precision,
+        compiled,
+        c.samples_at_once,
+        ranks,
+        bn,
+        sizes,
+        objective,
+    )
     recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
 
     with ranks.together(REFUSALS, ConfigError):
@@ -338,7 +353,7 @@ def check_lone_samples(plan: Plan, processes: int) -> None:
     """Refuse a run in which a single sample would go through a model that cannot train on one."""
     c = plan.config
     joined = c.sync_bn and processes > 1
-    parts = c.micro_batch
+    parts = c.samples_at_once
     for where, size, remedies in plan.in_training_mode():
         shares = {size} if joined else {size // processes, -(-size // processes)} - {0}
         if not any(share == 1 or (parts and share % parts == 1 % parts) for share in shares):
@@ -418,10 +433,11 @@ def introduce(run: Run, decided: str) -> None:
             f"{'over all of them' if c.sync_bn else 'for each by itself'}"
         )
         say(f"{ranks.world} processes share every batch{normed * run.step.normalises_batches}")
-    if c.micro_batch and run.step.normalises_batches:
+    at_once = c.samples_at_once
+    if at_once and run.step.normalises_batches:
         say(
-            f"--micro-batch {c.micro_batch}: BatchNorm sees {c.micro_batch} samples at a time, so "
-            "this is another gradient"
+            f"--micro-batch {at_once}: BatchNorm sees {at_once} samples at a time, so this is "
+            "another gradient"
         )
     for line in notes(c, run.schedule):
         say(line)

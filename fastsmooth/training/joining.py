@@ -42,7 +42,7 @@ OBSTACLES: tuple[tuple[Callable[[Facts], bool], str], ...] = (
         lambda f: f.config.bn not in ("train", "batch"),
         "--bn {bn} measures another gradient than the one that trains",
     ),
-    (lambda f: f.config.micro_batch is not None, "--micro-batch cuts the batch"),
+    (lambda f: f.config.samples_at_once is not None, "--micro-batch cuts the batch"),
     (
         lambda f: f.processes > 1,
         "several processes share the batch, and each measures about a mean of its own",

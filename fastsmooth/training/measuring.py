@@ -113,7 +113,7 @@ def pieces(run: Run, index: Tensor) -> list[Tensor]:
     own = run.ranks.share(index)
     if len(own) == 0 and not run.step.joined:
         return []
-    return list(own.split(run.config.micro_batch or max(len(own), 1)))
+    return list(own.split(run.config.samples_at_once or max(len(own), 1)))
 
 
 def full_gradient(run: Run, point: Point) -> list[Tensor]:
@@ -185,7 +185,7 @@ def function_measured(run: Run, chunk: int) -> str:
         share = chunk if run.step.joined else -(-chunk // run.ranks.world)
         how = "training mode"
         statistics = (
-            f"the statistics of {min(share, c.micro_batch or share)} samples at a time, in one "
+            f"the statistics of {min(share, c.samples_at_once or share)} samples at a time, in one "
             "order of the images"
         )
     if run.step.normalises_batches:

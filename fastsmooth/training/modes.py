@@ -37,6 +37,7 @@ from fastsmooth.schedule import Point, memory
 from fastsmooth.training import measuring
 from fastsmooth.training.joining import Facts, choose_measure
 from fastsmooth.training.loop import Diverged, Run
+from fastsmooth.training.objective import Objective
 from fastsmooth.training.plan import Plan
 from fastsmooth.training.step import casting, operands
 
@@ -51,6 +52,7 @@ class InstrumentParts(NamedTuple):
     ranks: Ranks
     precision: str  # of training: fp32, tf32 or bf16
     compiled: bool  # whether the model is trained through torch.compile
+    objective: Objective
 
 
 # Of noise and mean gradient, both squared: below, products of bfloat16 or TF32 lose the noise in
@@ -94,6 +96,7 @@ class TrackNoise(Instrument):
                 ranks=parts.ranks,
                 quantities=quantities,
                 precision=operands(parts.precision),
+                loss=parts.objective.training,
             )
             with casting(x.device, parts.precision):
                 tracker.settle(x, y)

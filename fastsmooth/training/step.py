@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastsmooth.kernels import backend
@@ -20,6 +19,7 @@ from fastsmooth.kernels.update import MOST_PARTS
 from fastsmooth.noise.persample import SampleNorms, training_norms
 from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Exchange, Ranks
+from fastsmooth.training.objective import Objective, labels_of
 from fastsmooth.training.syncnorm import SyncBatchNorm
 
 RECOMPILATIONS = 8  # of one size of images, after which PyTorch runs eagerly: its own default
@@ -54,6 +54,7 @@ class Step:
         ranks: Ranks | None = None,
         bn: str | None = None,
         sizes: int = 1,
+        objective: Objective = Objective(),  # noqa: B008  # a tuple, which nobody changes
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.precision, self.autocast, self.compile = precision, precision == "bf16", compile
@@ -63,7 +64,7 @@ class Step:
         # of what products norms of samples are made: float32 is three of TF32 on a GPU
         thrice = precision == "fp32" and backend.choose(device, torch.float32) == "triton"
         self.norms_in = "tf32x3" if thrice else precision
-        self.bn = bn
+        self.bn, self.objective = bn, objective
         self.norms: SampleNorms | None = None
         self.dtype = torch.bfloat16 if self.autocast else torch.float32  # of the images
         self.micro_batch, self.ranks = micro_batch, ranks or Ranks()
@@ -134,7 +135,9 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         with casting(self.device, self.precision):
             precision = operands(self.precision)
-            self.norms, logits = training_norms(self.model, x, y, bn=self.bn, precision=precision)
+            self.norms, logits = training_norms(
+                self.model, x, y, loss=self.objective.training, bn=self.bn, precision=precision
+            )
         for p, g in zip(self._params, self.norms.grads, strict=True):
             p.grad = g
         return self.norms.loss, (logits.argmax(dim=1) == y).sum()
@@ -215,7 +218,7 @@ class Step:
         correct_sum = torch.zeros((), dtype=torch.int64, device=self.device)
         count = 0
         for x, y in batches:
-            loss, correct = self._forward_for(x, y)(x, y, self.autocast)
+            loss, correct = self._forward_for(x, y)(x, y, self.autocast, True)
             loss_sum += loss.to(loss_sum.dtype) * len(y)
             correct_sum += correct
             count += len(y)
@@ -226,15 +229,16 @@ class Step:
         all_loss, all_correct, all_samples = sums.tolist()
         return all_loss / all_samples, all_correct / all_samples
 
-    def _plain_forward(self, x: Tensor, y: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
+    def _plain_forward(
+        self, x: Tensor, y: Tensor, autocast: bool, testing: bool = False
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
             logits = self.model(x)
         logits = logits.float()
-        return F.cross_entropy(logits, y), (logits.argmax(dim=1) == y).sum()
+        loss = self.objective.testing if testing else self.objective.training
+        return loss(logits, y), (logits.argmax(dim=1) == labels_of(y)).sum()
 
-    def _forward_for(
-        self, x: Tensor, y: Tensor
-    ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
+    def _forward_for(self, x: Tensor, y: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         """The compiled forward pass; a batch of one runs eagerly, since compilers treat size one as
         a constant."""
         if not self.compile or len(y) == 1:

@@ -143,9 +143,15 @@ def sample_norms(
 
 
 def training_norms(
-    model: nn.Module, x: Tensor, y: Tensor, *, bn: str | None = None, precision: str = "tf32x3"
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: Loss = F.cross_entropy,
+    bn: str | None = None,
+    precision: str = "tf32x3",
 ) -> tuple[SampleNorms, Tensor]:
-    """As sample_norms of mean cross-entropy with its noise, by a pass that trains: (norms, output
+    """As sample_norms of the mean loss, 0-d, with its noise, by a pass that trains: (norms, output
     [B, classes]).
 
     Buffers move, BatchNorm's running statistics among them, and random numbers are drawn as in an
@@ -159,7 +165,7 @@ def training_norms(
     wanted = Wanted(True, bn, precision, trains=True)
 
     def mean_of(output: Tensor) -> Tensor:
-        return F.cross_entropy(output.float(), y)
+        return loss(output.float(), y)
 
     way = way_for(model, names, x, bn)
     if not way.written_out:
