@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # What each part may import of the others; all may say something, by messages and terminal.
 ALLOWED = {
     # what it exports, each loaded when it is asked for
-    "__init__": {"schedule", "optim", "noise", "models", "data", "cli", "runfolder", "names"},
+    "__init__": {"schedule", "optim", "noise", "models", "data", "cli", "names", "trained"},
     "__main__": {"names"},
     "terminal": set(),
     "messages": set(),
@@ -35,6 +35,8 @@ ALLOWED = {
     },
     "train": {"training", "ranks", "cli", "runfolder", "processors"},
     "prepare": {"data", "cli", "runfolder", "processors"},
+    "trained": {"data", "runfolder", "inference"},
+    "inference": {"data", "models", "cli", "runfolder", "trained"},
     "saved": {"noise", "data", "models", "cli", "runfolder", "processors"},
     "sharpness": {"saved", "noise", "cli", "runfolder"},
     "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},

@@ -32,6 +32,7 @@ from fastsmooth.data.memory import MEMORY_SHARE, free_memory
 from fastsmooth.data.sets import READERS
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
+from fastsmooth.data.view import TestedView
 from fastsmooth.messages import note
 from fastsmooth.processors import processors
 
@@ -42,7 +43,9 @@ CHUNK_OF_FILES = {"cuda": 128}
 
 SAMPLE = 256  # image headers that say what size the others have
 
-__all__ = ["READERS", "Data", "DataError", "Stream", "open_data", "read_set", "usual_side"]
+__all__ = [
+    "READERS", "Data", "DataError", "Stream", "TestedView", "open_data", "read_set", "usual_side",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class Data:
     # one line: in which form the images were found, and what the model made necessary; "" where
     # there is nothing to say
     about: str
-    class_names: tuple[str, ...]  # as people call the classes
+    class_ids: tuple[str, ...]  # as the data set calls the classes, in the order of their numbers
+    class_names: tuple[str, ...]  # as people call them
+    view: TestedView  # what is made of an image that is tested
     bad: BadImages
 
 
@@ -131,6 +136,7 @@ def open_data(
     if config.decode == "reduced":
         choice += "; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where no more is wanted"
     about = [images.about] * bool(images.about)
+    mode = "L" if len(images.mean) == 1 else "RGB"
     if times > 1:
         about.append(f"one channel, repeated as the {channels} that {config.model} takes")
     return Data(
@@ -143,7 +149,9 @@ def open_data(
         name,
         choice,
         "; ".join(about),
+        images.classes,
         images.names or images.classes,
+        TestedView(mode, augment.short_side(kind, size), size, channels, tuple(mean), tuple(std)),
         bad,
     )
 

@@ -31,6 +31,7 @@ from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.runfolder.machine import environment
 from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.weights import MODEL, ModelFacts
 from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, check_unused, claim
 from fastsmooth.training import device as machine
 from fastsmooth.training import syncnorm
@@ -200,7 +201,26 @@ def begin(run: Run, state: State | None, decided: str) -> None:
         c.delta_unit,
     )
     introduce(run, decided)
+    run.folder.write(MODEL, described(run).to_json())
     run.folder.status("running", "", run.update)
+
+
+def described(run: Run) -> ModelFacts:
+    """What model.json says."""
+    c, view = run.config, run.data.view
+    return ModelFacts(
+        c.model,
+        c.norm,
+        view.channels,
+        run.data.class_ids,
+        run.data.class_names,
+        view.mode,
+        view.resize,
+        view.size,
+        view.mean,
+        view.std,
+        sum(p.numel() for p in run.model.parameters()),
+    )
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.weights import write_weights
 from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
@@ -270,6 +271,7 @@ class Run:
 
     def stop(self, asked: int) -> NoReturn:
         self.save(final=True)  # which refuses what is not finite
+        self.write_weights("last", {})
         raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
 
     def log_step(self, point: Point) -> None:
@@ -315,6 +317,7 @@ class Run:
             values |= instrument.end_epoch()
         self.last_epoch = self.row("epoch", point, values)
         self.progress.epoch(self.last_epoch)
+        self.keep_weights(values)
         self.best_test_acc = max(test_acc, self.best_test_acc or 0.0)
         self.meter.reset()
         self.train_seconds += self.clock.read("train")
@@ -324,8 +327,31 @@ class Run:
         if last or not self.config.checkpoint_every:
             self.save(final=last)
 
+    def keep_weights(self, values: dict[str, Any]) -> None:
+        """Write those of the epoch that has ended, and was evaluated, as --keep says."""
+        keep, before = self.config.keep, self.best_test_acc
+        if keep == "all":
+            self.write_weights(f"epoch-{self.epoch + 1}", values)
+        if keep != "last" and (before is None or values["test_acc"] > before):
+            self.write_weights("best", values)
+
+    def write_weights(self, name: str, evaluated: dict[str, Any]) -> None:
+        """NAME.safetensors; where the disk is full, the run warns and goes on."""
+        if not self.ranks.leader:
+            return
+        about = {"epoch": evaluated.get("epoch", self.epoch), "update": self.update}
+        about["network"] = self.config.model
+        about |= {key: evaluated.get(key) for key in ("test_acc", "test_loss")}
+        try:
+            write_weights(self.folder.path, name, self.model.state_dict(), about)
+        except CannotWrite as error:
+            warn(
+                f"no {name}.safetensors at update {self.update} ({error.strerror}): the run goes on"
+            )
+
     def finish(self) -> None:
-        """Write what the instruments have found."""
+        """Write the last weights, and what the instruments have found."""
+        self.write_weights("last", self.last_epoch)
         for instrument in self.instruments:
             self.write_files(instrument)
 
