@@ -335,23 +335,30 @@ class Run:
         if keep != "last" and (before is None or values["test_acc"] > before):
             self.write_weights("best", values)
 
-    def write_weights(self, name: str, evaluated: dict[str, Any]) -> None:
-        """NAME.safetensors; where the disk is full, the run warns and goes on."""
-        if not self.ranks.leader:
-            return
+    def write_weights(self, name: str, evaluated: dict[str, Any], final: bool = False) -> None:
+        """NAME.safetensors. Where the disk is full, the run warns and goes on without it; for a
+        `final` one it raises CannotWrite, in every process."""
         about = {"epoch": evaluated.get("epoch", self.epoch), "update": self.update}
         about["network"] = self.config.model
         about |= {key: evaluated.get(key) for key in ("test_acc", "test_loss")}
-        try:
-            write_weights(self.folder.path, name, self.model.state_dict(), about)
-        except CannotWrite as error:
-            warn(
-                f"no {name}.safetensors at update {self.update} ({error.strerror}): the run goes on"
-            )
+        failed = None
+        if self.ranks.leader:
+            try:
+                write_weights(self.folder.path, name, self.model.state_dict(), about)
+            except CannotWrite as error:
+                failed = error
+                if not final:
+                    warn(
+                        f"no {name} weights at update {self.update} ({error.strerror}): those "
+                        "before stay, the run goes on"
+                    )
+        reason = final and self.ranks.from_leader(failed and failed.strerror)
+        if reason:
+            raise CannotWrite(failed.errno if failed else 0, reason, name) from failed
 
     def finish(self) -> None:
         """Write the last weights, and what the instruments have found."""
-        self.write_weights("last", self.last_epoch)
+        self.write_weights("last", self.last_epoch, final=True)
         for instrument in self.instruments:
             self.write_files(instrument)
 
