@@ -4,8 +4,8 @@ and a long run."""
 import functools
 import json
 import os
-import re
 import random
+import re
 import resource
 import shutil
 import signal
