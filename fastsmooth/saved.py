@@ -108,7 +108,7 @@ def earlier_results(path: Path) -> list[dict[str, Any]]:
 
 def open_images(path: Path, c: Config, images: Images, device: torch.device) -> data.Data:
     """The run's images, as it read them. Raises DataError or ConfigError."""
-    if images.augment and c.augment == "none":
+    if images.augment and not c.changes:
         raise ConfigError(f"--augment: {path} trained on images as they are: leave it out")
     if is_among(c.dataset, FILE_SETS) and c.loader in ("auto", "resident"):
         c = dataclasses.replace(c, loader="threads")  # decodes what is measured alone

@@ -72,7 +72,7 @@ def other(name, now):
         if bool in kinds(name)
         else ("cpu",)
         if name == "device"
-        else ("9", "0.7", "x", "every=9", "updates=9")
+        else ("9", "0.7", "x", "every=9", "updates=9", "2,9")
     ):
         if value is True:
             return True
@@ -205,6 +205,9 @@ def test_the_real_valued_flags_are_all_there():
         "max_time",
         "hw_decoder_load",
         "val_share",
+        "mixup",
+        "cutmix",
+        "random_erasing",
     }
     assert set(REALS) == {"lr"} | others
 
@@ -247,6 +250,13 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--checkpoint-every": (["0"], ["1"]),
     "--log-every": (["0"], ["1"]),
     "--full-grad-every": (["0"], ["1"]),
+    "--mixup": (["-0.1", "1e101"], ["0", "0.2", "1e100"]),
+    "--cutmix": (["-0.1", "1e101"], ["0", "1", "1e100"]),
+    "--random-erasing": (["-0.1", "1.1"], ["0", "0.25", "1"]),
+    "--randaugment": (
+        ["0,9", "10,9", "-1,9", "2,31", "2,-1", "2,9.5", "2", "2,", ",9", "2,9,1", "2;9", " ", ""],
+        ["1,0", "9,30", "2,9"],
+    ),
     "--device": (["gpu", "cuda:", "cuda:x", "CPU", ""], ["auto", "cpu", "mps", "cuda", "cuda:12"]),
 }
 

@@ -190,6 +190,15 @@ class Config:
         return self.beta if FORMS[self.optimizer].has_buffer else 0.0
 
     @property
+    def changes(self) -> str:
+        """In words what training images are that test images are not, as far as it is settled;
+        mixed ones are made of these."""
+        names = [self.augment] if self.augment not in ("", "none") else []
+        names += [f"randaugment {self.randaugment}"] if self.randaugment else []
+        names += [f"random erasing {self.random_erasing:g}"] if self.random_erasing else []
+        return ", ".join(names)
+
+    @property
     def samples_at_once(self) -> int | None:
         """What --micro-batch says, once `auto` is resolved; None: as many as a batch has."""
         return self.micro_batch if isinstance(self.micro_batch, int) else None
@@ -327,9 +336,28 @@ def check(c: Config) -> None:
         )
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
+    for name in ("mixup", "cutmix"):
+        if getattr(c, name):
+            check_mixed(c, name)
     for name, value in (("augment", "resized-crop-flip"), ("decode", "reduced")):
         if not is_among(c.dataset, FILE_SETS) and getattr(c, name) == value:
             raise ConfigError(f"{flag(name)} {value} needs image files: {c.dataset} has none")
+
+
+def check_mixed(c: Config, name: str) -> None:
+    """Refuse what has no meaning for a batch of mixed images: its samples are not independent, so
+    its variance is not that of one of them by the number of them."""
+    for other, value in (("mode", c.mode), ("track_noise", c.track_noise)):
+        if value not in (None, "normal"):
+            raise ConfigError(
+                f"{flag(other)} {value} measures the noise of independent samples, and those of a "
+                f"batch that {flag(name)} mixes are not: leave one of them out"
+            )
+    if c.batch_size == 1:
+        raise ConfigError(
+            f"{flag(name)} mixes the images of a batch, and --batchsize 1 has but one: raise "
+            "--batchsize"
+        )
 
 
 def check_stages(c: Config) -> None:
@@ -385,13 +413,11 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
     # of its own and needs one more
     momentum = values.get("beta", 0.9) if values.get("optimizer", "sgd") in WITH_BUFFER else 0.0
     values.setdefault("draws", 8 if momentum else 16)
-    if follows_augmentation(values.get("mode", "normal"), momentum, values["augment"]):
-        values["measure_augment"] = True
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     # a budget's epochs are not known yet
     values.setdefault("decay_epoch", 0 if "budget" in given else max(1, values["epochs"] // 5))
-    return given, Config(**values)
+    return given, follow_augmentation(Config(**values))
 
 
 def suited(values: dict[str, Any]) -> dict[str, Any]:
@@ -418,14 +444,14 @@ def fitted(c: Config, side: int) -> Config:
     size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
     asked = c.augment or defaults_of(c.dataset)["augment"]
     values = suited({"image_size": c.image_size or size, "model": c.model, "augment": asked})
-    follows = follows_augmentation(c.mode, c.momentum, values["augment"])
-    return dataclasses.replace(c, **values, measure_augment=c.measure_augment or follows)
+    return follow_augmentation(dataclasses.replace(c, **values))
 
 
-def follows_augmentation(mode: str, momentum: float, augment: str) -> bool:
-    """Whether a direction is measured on augmented images: where its buffer is made of gradients of
+def follow_augmentation(c: Config) -> Config:
+    """`c` whose direction is measured on augmented images where its buffer is made of gradients of
     augmented ones."""
-    return mode == "sampling" and momentum > 0 and augment not in ("", "none")
+    follows = c.mode == "sampling" and c.momentum > 0 and c.changes != ""
+    return dataclasses.replace(c, measure_augment=True) if follows else c
 
 
 def with_constants(c: Config) -> Config:

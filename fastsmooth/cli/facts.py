@@ -117,6 +117,7 @@ PUBLISHED: dict[tuple[str, str, str, float, float], tuple[float, float | None]] 
 }
 # What else the published code trained with: another value is another gradient noise.
 PUBLISHED_WITH = {"augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0}
+PUBLISHED_WITH |= {"mixup": 0.0, "cutmix": 0.0, "randaugment": None, "random_erasing": 0.0}
 # of the published code, some without effect
 PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}
 

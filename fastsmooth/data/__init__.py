@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastsmooth.data import augment, reduced, sets
+from fastsmooth.data.changes import Changes, changes_of
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Loader
 from fastsmooth.data.engines import dali
 from fastsmooth.data.engines.dali import DaliEngine, Decoder
@@ -108,12 +109,12 @@ def open_data(
             return split
         return replace(split, pixels=split.pixels.repeat(times, axis=-1))
 
-    def loader_of(split: Split, part: str, sizes: Sizes | None) -> Loader:
+    def loader_of(split: Split, part: str, sizes: Sizes | None, changes: Changes | None) -> Loader:
         nonlocal chunk
         if name == "resident":
             first = decoded(split, size_in(0, size, sizes))
             again = partial(decoded, split)
-            return ResidentLoader(first, kind, seed, mean, std, device, sizes, again)
+            return ResidentLoader(first, kind, seed, mean, std, device, sizes, again, changes)
         if split.pixels is not None:
             if sizes:
                 raise DataError(
@@ -125,10 +126,10 @@ def open_data(
         source = Source(split, index, kind, size, seed, bad, smaller, sizes)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
-        return ChunkedLoader(engine, split.labels, size, chunk, mean, std, device)
+        return ChunkedLoader(engine, split.labels, size, chunk, mean, std, device, changes)
 
-    train = loader_of(images.train, "train", changing)
-    test = loader_of(images.test, "test", None)
+    train = loader_of(images.train, "train", changing, changes_of(config))
+    test = loader_of(images.test, "test", None, None)
     choice = f"loader {name}: {why}"
     if name != "resident":
         one, many = ("process", "processes") if name == "torch" else ("thread", "threads")

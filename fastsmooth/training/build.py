@@ -38,6 +38,7 @@ from fastsmooth.training import syncnorm
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.graphs import CudaRecorder
 from fastsmooth.training.loop import FORMAT, Run
+from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
 from fastsmooth.training.objective import objective_of
 from fastsmooth.training.plan import Plan, make_plan, notes
@@ -129,6 +130,9 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     for instrument in instruments:
         chosen |= instrument.chosen()
     check_alike(images, model, chosen, ranks)
+    mixer = None
+    if c.mixup or c.cutmix:
+        mixer = Mixer(c.mixup, c.cutmix, c.seed, images.classes, device)
     bn = "batch" if c.bn == "batch" else None
     sizes = len(set(plan.sizes.values))
     step = Step(
@@ -142,6 +146,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         bn,
         sizes,
         objective,
+        mixer,
     )
     recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
 
@@ -423,6 +428,13 @@ def pixels(run: Run) -> str:
     return f"{listed} (pixels), tested at {tested}"
 
 
+def mixed(c: Config) -> str:
+    """How training batches are mixed, in words."""
+    kinds = [f"{name} {getattr(c, name):g}" for name in ("mixup", "cutmix") if getattr(c, name)]
+    how = " or ".join(kinds) + ", as often one as the other" * (len(kinds) > 1)
+    return f"training batches are mixed by {how}: train_loss and train_acc are of mixed images"
+
+
 def introduce(run: Run, decided: str) -> None:
     c, say, ranks = run.config, run.progress.say, run.ranks
     parameters = models.count_parameters(run.model)
@@ -439,12 +451,14 @@ def introduce(run: Run, decided: str) -> None:
         + (f", momentum {c.momentum:g}" if c.momentum else "")
         + f", seed {c.seed}, {PRECISIONS[run.step.precision]}"
     )
-    augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
+    augmented = f"augmented by {c.changes}" if c.changes else "no augmentation"
     if run.data.about:
         say(run.data.about)
     if decided:
         say(decided)
     say(f"{run.data.classes:,} classes, images brought to {pixels(run)}, {augmented}")
+    if run.step.mixer is not None:
+        say(mixed(c))
     if run.plan.sizes.changes and run.device.type == "cuda":
         say("no update is captured as a CUDA graph: one is of images of one size")
     if ranks.world > 1:

@@ -226,6 +226,9 @@ class Run:
                 values = instrument.before_update(self, *batch.images(), point)
                 self.measured(instrument, point, values)
 
+        if self.step.mixer is not None:
+            place = self.stream.cursor - self.stream.size
+            self.step.mixer.draw(self.epoch, place, self.plan.sizes(self.epoch))
         measured = any(i.norms_every for i in self.due)
         self.graphs(batch, before_update if due else None, measured)
 

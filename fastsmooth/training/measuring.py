@@ -179,7 +179,7 @@ def drawn_gradient(run: Run, draw: int, point: Point) -> list[Tensor]:
 def function_measured(run: Run, chunk: int) -> str:
     """In words: the function of the parameters whose full gradient is taken."""
     c = run.config
-    images = f"augmented as in the epoch ({c.augment})" if c.measure_augment else "not augmented"
+    images = f"augmented as in the epoch ({c.changes})" if c.measure_augment else "not augmented"
     how, statistics = "evaluation mode", "running statistics"
     if c.bn == "train":
         share = chunk if run.step.joined else -(-chunk // run.ranks.world)

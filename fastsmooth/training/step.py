@@ -19,6 +19,7 @@ from fastsmooth.kernels.update import MOST_PARTS
 from fastsmooth.noise.persample import SampleNorms, training_norms
 from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Exchange, Ranks
+from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.objective import Objective, labels_of
 from fastsmooth.training.syncnorm import SyncBatchNorm
 
@@ -55,6 +56,7 @@ class Step:
         bn: str | None = None,
         sizes: int = 1,
         objective: Objective = Objective(),  # noqa: B008  # a tuple, which nobody changes
+        mixer: Mixer | None = None,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.precision, self.autocast, self.compile = precision, precision == "bf16", compile
@@ -64,7 +66,7 @@ class Step:
         # of what products norms of samples are made: float32 is three of TF32 on a GPU
         thrice = precision == "fp32" and backend.choose(device, torch.float32) == "triton"
         self.norms_in = "tf32x3" if thrice else precision
-        self.bn, self.objective = bn, objective
+        self.bn, self.objective, self.mixer = bn, objective, mixer
         self.norms: SampleNorms | None = None
         self.dtype = torch.bfloat16 if self.autocast else torch.float32  # of the images
         self.micro_batch, self.ranks = micro_batch, ranks or Ranks()
@@ -99,9 +101,11 @@ class Step:
         the gradients of its parts for the update.
 
         x [b, C, H, W], of `dtype`, and y [b] are this process's share of a batch of `size` samples:
-        all of it, where size is not given.
+        all of it, where size is not given. With a `mixer` it is mixed first, as that has drawn.
         """
         size = size or len(y)
+        if self.mixer is not None:
+            x, y = self.mixer(x, y)
         self.optimizer.zero_grad(set_to_none=True)
         sums: tuple[Tensor, Tensor] | None = None
         parts, self._apart = list(self.parts(x, y)), []
@@ -150,8 +154,8 @@ class Step:
         return count if count <= MOST_PARTS else 1
 
     def parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What goes through the model together, of x [b, C, H, W] and y [b]; an empty share does so
-        only where the other processes wait for it."""
+        """What goes through the model together, of x [b, C, H, W] and y [b], or [b, classes] once
+        it is mixed; an empty share does so only where the other processes wait for it."""
         if self.micro_batch and len(y) > self.micro_batch:
             return zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True)
         return iter([(x, y)] if len(y) or self.joined else [])
