@@ -29,10 +29,11 @@ from fastsmooth.runfolder.tracker import Tracker
 from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
+from fastsmooth.training.ema import Ema
 from fastsmooth.training.ending import OUT_OF_TIME
 from fastsmooth.training.graphs import LARGEST, LEAST, LEAST_ASKED, Graphs, Kind, Pace, Recorder
 from fastsmooth.training.plan import Plan
-from fastsmooth.training.step import Step
+from fastsmooth.training.step import Step, Tested
 from fastsmooth.training.update import Update
 
 FORMAT = 2  # of the state in a checkpoint; another number is refused
@@ -117,11 +118,13 @@ class Run:
     # what the bits depend on besides the flags
     made_with: dict[str, Any] = field(default_factory=dict)
     recorder: Recorder | None = None  # of updates that are captured
+    ema: Ema | None = None  # the average of the weights, where there is one
 
     epoch: int = 0
     update: int = 0
     samples: int = 0
     best_test_acc: float | None = None
+    best_ema_test_acc: float | None = None
     last_epoch: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -134,7 +137,7 @@ class Run:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.updates = Update(self.step, self.device, self.instruments)
+        self.updates = Update(self.step, self.device, self.instruments, self.ema)
         self.kept = self.updates.kept
         self.meter, self.window = self.updates.meter, self.updates.window
         strict = c.graphs == "on"
@@ -294,7 +297,9 @@ class Run:
         samples = self.meter.count
         evaluated = self.clock.read("eval")
         with self.clock.measure("eval"):
-            test_loss, test_acc = self.step.evaluate(self.test_batches())
+            tested = self.step.evaluate(self.test_batches())
+            averaged = self.tested_average()
+        test_loss, test_acc, _ = tested
         if not math.isfinite(test_loss):
             raise Diverged(f"the test loss is not finite after update {self.update}")
         train_seconds = self.clock.read("train") + self.epoch_seconds_before
@@ -303,6 +308,7 @@ class Run:
             "train_acc": train_acc,
             "test_loss": test_loss,
             "test_acc": test_acc,
+            **more_of(tested, averaged),
             "c2_sampled": None,
             "precision": self.step.precision,
             "train_seconds": round(train_seconds, 3),
@@ -316,6 +322,8 @@ class Run:
         self.last_epoch = self.row("epoch", point, values)
         self.progress.epoch(self.last_epoch)
         self.best_test_acc = max(test_acc, self.best_test_acc or 0.0)
+        if averaged is not None:
+            self.best_ema_test_acc = max(averaged.accuracy, self.best_ema_test_acc or 0.0)
         self.meter.reset()
         self.train_seconds += self.clock.read("train")
         self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
@@ -323,6 +331,13 @@ class Run:
         last = self.epoch == self.plan.config.epochs
         if last or not self.config.checkpoint_every:
             self.save(final=last)
+
+    def tested_average(self) -> Tested | None:
+        """What the test images say of the average of the weights, where there is one."""
+        if self.ema is None:
+            return None
+        with self.ema.in_place():
+            return self.step.evaluate(self.test_batches())
 
     def finish(self) -> None:
         """Write what the instruments have found."""
@@ -342,7 +357,7 @@ class Run:
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
         row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
-        row |= {"delta": self.schedule.delta(point)} | values
+        row |= {"delta": self.schedule.delta(point) if self.config.plain_update else None} | values
         self.folder.row(kind, row)
         self.tracker.row(kind, row)
         return row
@@ -404,7 +419,13 @@ class Run:
             "made_with": self.made_with,
             "eval_chunk": self.eval_chunk,
             "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
+            **self.state_of_average(),
         }
+
+    def state_of_average(self) -> dict[str, Any]:
+        if self.ema is None:
+            return {}
+        return {"ema": self.ema.state_dict(), "best_ema_test_acc": self.best_ema_test_acc}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved. Raises DataError where that was with other images."""
@@ -417,6 +438,9 @@ class Run:
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
         self.kept.updates.fill_(self.update)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.best_ema_test_acc = state["best_ema_test_acc"]
         for instrument in self.instruments:
             instrument.load_state_dict(state["instruments"][instrument.name])
         # a process that joins later begins with the numbers of its own seed
@@ -433,6 +457,7 @@ class Run:
             "final_test_acc": self.last_epoch.get("test_acc"),
             "final_test_loss": self.last_epoch.get("test_loss"),
             "best_test_acc": self.best_test_acc,
+            **self.summary_of_more(),
             "epochs": self.epoch,
             "updates": self.update,
             "samples": self.samples,
@@ -440,3 +465,20 @@ class Run:
             "captured_graphs": self.graphs.captured,
             "bad_images": len(set().union(*self.ranks.gather(sorted(self.data.bad.reasons)))),
         }
+
+    def summary_of_more(self) -> dict[str, Any]:
+        """Of what --top5 and --ema add to the rows of epochs."""
+        last = self.last_epoch
+        found = {f"final_{name}": last[name] for name in MORE if name in last}
+        return found | ({"best_ema_test_acc": self.best_ema_test_acc} if self.ema else {})
+
+
+# What an epoch's row has of --top5 and --ema.
+MORE = ("test_top5", "ema_test_acc", "ema_test_loss", "ema_test_top5")
+
+
+def more_of(tested: Tested, averaged: Tested | None) -> dict[str, Any]:
+    """These columns; none of a flag that is off."""
+    values = [tested.top5]
+    values += [averaged.accuracy, averaged.loss, averaged.top5] if averaged else [None] * 3
+    return {name: v for name, v in zip(MORE, values, strict=True) if v is not None}

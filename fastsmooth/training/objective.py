@@ -53,3 +53,11 @@ def binary_cross_entropy(
 def labels_of(target: Tensor) -> Tensor:
     """int64 [b]: the class of each sample, of mixed ones that which has the largest share."""
     return target if target.ndim == 1 else torch.argmax(target, dim=1)
+
+
+def among_likeliest(logits: Tensor, target: Tensor, count: int) -> Tensor:
+    """int64, 0-d: of how many samples the class is among the `count` with the largest logits.
+
+    logits [b, classes], of `count` classes or more; target int64 [b].
+    """
+    return (logits.topk(count, dim=1).indices == target.unsqueeze(1)).sum()
