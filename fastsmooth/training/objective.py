@@ -42,8 +42,10 @@ def binary_cross_entropy(
     logits [b, classes]; target int64 [b] or the share of each class, [b, classes].
     """
     classes = logits.shape[1]
-    shares = target if target.ndim == 2 else F.one_hot(target, classes)
-    shares = shares.to(logits.dtype)
+    if target.ndim == 1:  # one_hot reads values of the target on the host
+        shares = torch.zeros_like(logits).scatter(1, target.unsqueeze(1), 1.0)
+    else:
+        shares = target.to(logits.dtype)
     if label_smoothing:
         shares = shares * (1 - label_smoothing) + label_smoothing / classes
     values = F.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(dim=1)
