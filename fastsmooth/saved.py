@@ -85,6 +85,9 @@ def measured(
         batches = loader.batches(order, setting.seed if images.augment else None)
         results = sharpness(model, batches, setting, rhos)
         entries = [entry_of(result, setting, images, state["update"]) for result in results]
+        if c.loss_in_words != PLAIN:
+            warn(f"{path} was trained on {c.loss_in_words}: its sharpness is that of {PLAIN}")
+            entries = [{"loss": PLAIN} | entry for entry in entries]
         again = [key(entry) for entry in entries]
         kept = [entry for entry in earlier if key(entry) not in again]
         folder.write("sharpness.json", {"results": kept + entries})
@@ -169,6 +172,7 @@ def entry_of(result: Sharpness, setting: Setting, images: Images, update: int) -
     return asked | {"step": update} | dataclasses.asdict(result)
 
 
+PLAIN = "cross-entropy"  # what is measured, whatever a run was trained on
 MEASURED = {f.name for f in dataclasses.fields(Sharpness)} - {"rho"}
 
 

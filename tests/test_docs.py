@@ -50,7 +50,7 @@ FOREIGN = {
     "--full",  # of the tests
 }
 # Flags of other trainers that a page names to say how they are answered.
-ANSWERED = {"--wd", "--amp", "--ema", "--milestones"}
+ANSWERED = {"--wd", "--amp", "--swa", "--milestones"}
 
 
 @dataclasses.dataclass(frozen=True)

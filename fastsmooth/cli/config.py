@@ -204,6 +204,19 @@ class Config:
         return self.micro_batch if isinstance(self.micro_batch, int) else None
 
     @property
+    def plain_update(self) -> bool:
+        """Whether the update follows the mini-batch gradients of one loss, which delta is of: not
+        where their length, their place or their images are changed. Elsewhere delta is None."""
+        return not (self.sam or self.clip_norm or self.mixup or self.cutmix)
+
+    @property
+    def loss_in_words(self) -> str:
+        """What training minimises and measurements differentiate, of one sample."""
+        names = {"bce": "binary cross-entropy of each class"}
+        smoothed = f" with label smoothing {self.label_smoothing:g}" * bool(self.label_smoothing)
+        return names.get(self.loss, self.loss) + smoothed
+
+    @property
     def bound_version(self) -> str | None:
         """Of the noise bound behind delta, where --nshb-delta names one."""
         return self.nshb_delta if self.optimizer == "nshb" else None
@@ -286,6 +299,7 @@ def check(c: Config) -> None:
             "--budget has no meaning with --mode sampling, which ends at the last of --steps: use "
             "--epochs"
         )
+    check_step(c)
     if len(c.image_stages) > 1:
         check_stages(c)
     for name, thing in (("steps", "update"), ("eps", "threshold"), ("quantities", "quantity")):
@@ -358,6 +372,33 @@ def check_mixed(c: Config, name: str) -> None:
             f"{flag(name)} mixes the images of a batch, and --batchsize 1 has but one: raise "
             "--batchsize"
         )
+
+
+def check_step(c: Config) -> None:
+    """Refuse measurements of a plain step of one that is not, and a choice of nothing."""
+    if c.sam and c.mode != "normal":
+        raise ConfigError(
+            f"--mode {c.mode} is of the plain step along a mini-batch gradient, which --sam "
+            "replaces: leave one of them out"
+        )
+    if c.sam and c.measure == "step":
+        raise ConfigError(
+            "--measure step: the update of --sam is along another gradient than the batch's: use "
+            "--measure apart"
+        )
+    if c.clip_norm and c.mode == "sampling":
+        raise ConfigError(
+            "--mode sampling measures how far directions are from the full gradient, and "
+            "--clip-norm makes them those of another function: leave one of them out"
+        )
+    if "cabs" in (c.quantities or ()) and (c.sam or c.clip_norm):
+        name = "sam" if c.sam else "clip_norm"
+        raise ConfigError(
+            f"--quantities cabs is a rule of plain SGD, which {flag(name)} changes: leave one of "
+            "them out"
+        )
+    if c.decay_weights_only and not c.weight_decay:
+        raise ConfigError("--decay-weights-only has no effect without --weight-decay X")
 
 
 def check_stages(c: Config) -> None:

@@ -73,6 +73,23 @@ def trainable(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def directions(
+    optimizer: NoisySGD, grads: list[Tensor], params: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """optimizer.directions(grads) for gradients in the order of the trainable `params`, and in that
+    order, whatever that of the optimizer's groups is; without `params` in the latter.
+
+    Each is [...] in the shape of its parameter, and so are the new tensors that are returned.
+    """
+    if params is None:
+        return optimizer.directions(grads)
+    places = {p: place for place, p in enumerate(params)}
+    groups = [group["params"] for group in optimizer.param_groups]
+    order = [places[p] for group in groups for p in group if p.requires_grad]
+    found = dict(zip(order, optimizer.directions([grads[i] for i in order]), strict=True))
+    return [found[i] for i in range(len(grads))]
+
+
 # objective(x, y): the mean loss of a model over the batch x [B, ...], y [B, ...], 0-d, with its
 # graph.
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -178,6 +195,7 @@ def direction_noise(
     keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
     over: str = "mini-batches drawn at one point",
     done: list[Tensor] | None = None,
+    params: Sequence[Tensor] | None = None,
 ) -> DirectionNoise:
     """Compare the direction m_t with the full gradient at the same parameters, `draws` times.
 
@@ -186,13 +204,14 @@ def direction_noise(
     that of a mini-batch of `batch_size` out of n, drawn there. Each noise vector omega = m_t - grad
     f(x_t), in float64, goes through `keep` before it is forgotten. The norms stay on the device
     until all draws are done. `done` has those of the draws that were made before, [3] each, and
-    grows by one a draw. Call it inside `undisturbed`.
+    grows by one a draw. `params`: the trainable parameters in the order of these gradients, where
+    that of the optimizer's groups may be another. Call it inside `undisturbed`.
     """
     norms = [] if done is None else done
     for draw in range(len(norms), draws):
         with at(draw) as full:
             grads = gradient(draw)
-            omega = list(torch._foreach_sub(optimizer.directions(grads), full))
+            omega = list(torch._foreach_sub(directions(optimizer, grads, params), full))
             norms.append(
                 torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)])
             )

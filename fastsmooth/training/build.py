@@ -36,12 +36,14 @@ from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, che
 from fastsmooth.training import device as machine
 from fastsmooth.training import syncnorm
 from fastsmooth.training.clock import Clock
+from fastsmooth.training.ema import Ema
 from fastsmooth.training.graphs import CudaRecorder
 from fastsmooth.training.loop import FORMAT, Run
 from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
 from fastsmooth.training.objective import objective_of
 from fastsmooth.training.plan import Plan, make_plan, notes
+from fastsmooth.training.sam import Sam
 from fastsmooth.training.step import Step, keep_freed_memory
 
 PRECISIONS = {
@@ -94,6 +96,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         images = data.open_data(
             c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
         )
+        check_classes(c, images)
         images.bad.say = warn  # from now on each process meets bad images of its own
         plan = plan or planned(c, len(images.train), ranks.world)
         c = plan.config
@@ -108,7 +111,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
         optimizer = NoisySGD(
-            model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
+            parameter_groups(c, model), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
         )
         # SyncBatchNorm's exchange would cut the graph at every layer
         compiled = c.compile == "on" or (
@@ -146,7 +149,10 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         bn,
         sizes,
         objective,
-        mixer,
+        mixer=mixer,
+        clip_norm=c.clip_norm,
+        sam=Sam.parse(c.sam) if c.sam else None,
+        top5=c.top5,
     )
     recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
 
@@ -177,6 +183,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             instruments=instruments,
             made_with=chosen | machine.facts(device, ranks.world),
             recorder=recorder,
+            ema=Ema(model, c.ema) if c.ema else None,
         )
     return run, state, decided
 
@@ -372,6 +379,28 @@ def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int)
             f"the model cannot take {side}x{side} images{stage} ({one_line(error)[:200]}): use "
             f"{remedy}"
         ) from None
+
+
+def check_classes(c: Config, images: data.Data) -> None:
+    if c.top5 and images.classes < 5:
+        raise ConfigError(
+            f"--top5: {c.dataset} has {images.classes} classes, all of them among the five "
+            "likeliest: leave --top5 out"
+        )
+
+
+def parameter_groups(c: Config, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The parameters of a model as an optimizer takes them: one group; two under
+    --decay-weights-only, the second without weight decay, of all that have at most one dimension:
+    biases, and the scales and shifts of normalisation layers."""
+    params = list(model.parameters())
+    if not c.decay_weights_only:
+        return [{"params": params}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim > 1]},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def check_lone_samples(plan: Plan, processes: int) -> None:

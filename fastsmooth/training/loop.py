@@ -26,14 +26,15 @@ from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.tracker import Tracker
-from fastsmooth.runfolder.weights import write_weights
 from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
+from fastsmooth.training.ema import Ema
 from fastsmooth.training.ending import OUT_OF_TIME
 from fastsmooth.training.graphs import LARGEST, LEAST, LEAST_ASKED, Graphs, Kind, Pace, Recorder
+from fastsmooth.training.keeping import Keeper
 from fastsmooth.training.plan import Plan
-from fastsmooth.training.step import Step
+from fastsmooth.training.step import Step, Tested
 from fastsmooth.training.update import Update
 
 FORMAT = 2  # of the state in a checkpoint; another number is refused
@@ -118,11 +119,13 @@ class Run:
     # what the bits depend on besides the flags
     made_with: dict[str, Any] = field(default_factory=dict)
     recorder: Recorder | None = None  # of updates that are captured
+    ema: Ema | None = None  # the average of the weights, where there is one
 
     epoch: int = 0
     update: int = 0
     samples: int = 0
     best_test_acc: float | None = None
+    best_ema_test_acc: float | None = None
     last_epoch: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -135,7 +138,8 @@ class Run:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.updates = Update(self.step, self.device, self.instruments)
+        self.updates = Update(self.step, self.device, self.instruments, self.ema)
+        self.keeper = Keeper(c.keep, c.model, self.folder.path, self.model, self.ema, self.ranks)
         self.kept = self.updates.kept
         self.meter, self.window = self.updates.meter, self.updates.window
         strict = c.graphs == "on"
@@ -274,7 +278,7 @@ class Run:
 
     def stop(self, asked: int) -> NoReturn:
         self.save(final=True)  # which refuses what is not finite
-        self.write_weights("last", {})
+        self.keeper.last({"epoch": self.epoch, "step": self.update}, final=False)
         raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
 
     def log_step(self, point: Point) -> None:
@@ -299,7 +303,9 @@ class Run:
         samples = self.meter.count
         evaluated = self.clock.read("eval")
         with self.clock.measure("eval"):
-            test_loss, test_acc = self.step.evaluate(self.test_batches())
+            tested = self.step.evaluate(self.test_batches())
+            averaged = self.tested_average()
+        test_loss, test_acc, _ = tested
         if not math.isfinite(test_loss):
             raise Diverged(f"the test loss is not finite after update {self.update}")
         train_seconds = self.clock.read("train") + self.epoch_seconds_before
@@ -308,6 +314,7 @@ class Run:
             "train_acc": train_acc,
             "test_loss": test_loss,
             "test_acc": test_acc,
+            **more_of(tested, averaged),
             "c2_sampled": None,
             "precision": self.step.precision,
             "train_seconds": round(train_seconds, 3),
@@ -320,8 +327,10 @@ class Run:
             values |= instrument.end_epoch()
         self.last_epoch = self.row("epoch", point, values)
         self.progress.epoch(self.last_epoch)
-        self.keep_weights(values)
+        self.keeper.after_epoch(self.last_epoch, self.best_test_acc, self.best_ema_test_acc)
         self.best_test_acc = max(test_acc, self.best_test_acc or 0.0)
+        if averaged is not None:
+            self.best_ema_test_acc = max(averaged.accuracy, self.best_ema_test_acc or 0.0)
         self.meter.reset()
         self.train_seconds += self.clock.read("train")
         self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
@@ -330,38 +339,16 @@ class Run:
         if last or not self.config.checkpoint_every:
             self.save(final=last)
 
-    def keep_weights(self, values: dict[str, Any]) -> None:
-        """Write those of the epoch that has ended, and was evaluated, as --keep says."""
-        keep, before = self.config.keep, self.best_test_acc
-        if keep == "all":
-            self.write_weights(f"epoch-{self.epoch + 1}", values)
-        if keep != "last" and (before is None or values["test_acc"] > before):
-            self.write_weights("best", values)
-
-    def write_weights(self, name: str, evaluated: dict[str, Any], final: bool = False) -> None:
-        """NAME.safetensors. Where the disk is full, the run warns and goes on without it; for a
-        `final` one it raises CannotWrite, in every process."""
-        about = {"epoch": evaluated.get("epoch", self.epoch), "update": self.update}
-        about["network"] = self.config.model
-        about |= {key: evaluated.get(key) for key in ("test_acc", "test_loss")}
-        failed = None
-        if self.ranks.leader:
-            try:
-                write_weights(self.folder.path, name, self.model.state_dict(), about)
-            except CannotWrite as error:
-                failed = error
-                if not final:
-                    warn(
-                        f"no {name} weights at update {self.update} ({error.strerror}): those "
-                        "before stay, the run goes on"
-                    )
-        reason = final and self.ranks.from_leader(failed and failed.strerror)
-        if reason:
-            raise CannotWrite(failed.errno if failed else 0, reason, name) from failed
+    def tested_average(self) -> Tested | None:
+        """What the test images say of the average of the weights, where there is one."""
+        if self.ema is None:
+            return None
+        with self.ema.in_place():
+            return self.step.evaluate(self.test_batches())
 
     def finish(self) -> None:
         """Write the last weights, and what the instruments have found."""
-        self.write_weights("last", self.last_epoch, final=True)
+        self.keeper.last(self.last_epoch, final=True)
         for instrument in self.instruments:
             self.write_files(instrument)
 
@@ -378,7 +365,7 @@ class Run:
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
         row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
-        row |= {"delta": self.schedule.delta(point)} | values
+        row |= {"delta": self.schedule.delta(point) if self.config.plain_update else None} | values
         self.folder.row(kind, row)
         self.tracker.row(kind, row)
         return row
@@ -440,7 +427,13 @@ class Run:
             "made_with": self.made_with,
             "eval_chunk": self.eval_chunk,
             "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
+            **self.state_of_average(),
         }
+
+    def state_of_average(self) -> dict[str, Any]:
+        if self.ema is None:
+            return {}
+        return {"ema": self.ema.state_dict(), "best_ema_test_acc": self.best_ema_test_acc}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved. Raises DataError where that was with other images."""
@@ -453,6 +446,9 @@ class Run:
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
         self.kept.updates.fill_(self.update)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.best_ema_test_acc = state["best_ema_test_acc"]
         for instrument in self.instruments:
             instrument.load_state_dict(state["instruments"][instrument.name])
         # a process that joins later begins with the numbers of its own seed
@@ -469,6 +465,7 @@ class Run:
             "final_test_acc": self.last_epoch.get("test_acc"),
             "final_test_loss": self.last_epoch.get("test_loss"),
             "best_test_acc": self.best_test_acc,
+            **self.summary_of_more(),
             "epochs": self.epoch,
             "updates": self.update,
             "samples": self.samples,
@@ -476,3 +473,20 @@ class Run:
             "captured_graphs": self.graphs.captured,
             "bad_images": len(set().union(*self.ranks.gather(sorted(self.data.bad.reasons)))),
         }
+
+    def summary_of_more(self) -> dict[str, Any]:
+        """Of what --top5 and --ema add to the rows of epochs."""
+        last = self.last_epoch
+        found = {f"final_{name}": last[name] for name in MORE if name in last}
+        return found | ({"best_ema_test_acc": self.best_ema_test_acc} if self.ema else {})
+
+
+# What an epoch's row has of --top5 and --ema.
+MORE = ("test_top5", "ema_test_acc", "ema_test_loss", "ema_test_top5")
+
+
+def more_of(tested: Tested, averaged: Tested | None) -> dict[str, Any]:
+    """These columns; none of a flag that is off."""
+    values = [tested.top5]
+    values += [averaged.accuracy, averaged.loss, averaged.top5] if averaged else [None] * 3
+    return {name: v for name, v in zip(MORE, values, strict=True) if v is not None}

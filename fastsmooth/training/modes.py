@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
 from fastsmooth.kernels.tally import State
@@ -68,10 +69,19 @@ class TrackNoise(Instrument):
 
     name = "track"
 
-    def __init__(self, tracker: NoiseTracker, measure: str, why: str, norms_every: int):
+    def __init__(
+        self,
+        tracker: NoiseTracker,
+        measure: str,
+        why: str,
+        norms_every: int,
+        about_gradient: list[str],
+    ):
         """`measure`: apart or step; `why` not as the step, if something is in the way; norms_every:
-        updates from one measurement to the next."""
+        updates from one measurement to the next; about_gradient: lines that say of which gradient,
+        where the update is along another."""
         self.tracker, self.measure, self.why = tracker, measure, why
+        self.about_gradient = about_gradient
         self.norms_every = norms_every if measure == "step" else 0
         self.warned = False  # of a precision that does not suffice
 
@@ -115,7 +125,7 @@ class TrackNoise(Instrument):
         measure, why = choose_measure(facts, parts.model, x, y, parts.compiled)
         every = tracker.every
         updates = every.count * (parts.plan.updates_at_first if every.epochs else 1)
-        return cls(tracker, measure, why, updates)
+        return cls(tracker, measure, why, updates, about_gradient(c))
 
     def introduction(self) -> list[str]:
         line = f"noise measured {self.tracker.described()}"
@@ -126,7 +136,7 @@ class TrackNoise(Instrument):
             )
         elif self.why:
             line += f"; apart from the update: {self.why}"
-        return [line]
+        return [line, *self.about_gradient]
 
     def chosen(self) -> dict[str, str]:
         return {"estimator": self.tracker.estimator, "measure": self.measure}
@@ -191,6 +201,8 @@ class TrackNoise(Instrument):
                 f"gradient norm, less than {precision} products resolve ({LEAST_NOISE:g}): measure "
                 "it with --precision fp32 (precision_suffices says of which rows this is so)"
             )
+        if not run.config.plain_update:
+            values = values | {"delta_measured": None}
         return values | {"precision": precision, "precision_suffices": suffices}
 
     def timed(self, run: Run, measure: Callable[[], Values]) -> Values:
@@ -228,6 +240,13 @@ class TrackNoise(Instrument):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tracker.load_state_dict(state)
+
+
+def about_gradient(c: Config) -> list[str]:
+    """Of which gradient --track-noise measures C2, where the update is along another."""
+    if c.sam:
+        return ["C2 is of the plain gradient at the weights, not of that of --sam"]
+    return ["C2 is of the gradient before it is clipped"] if c.clip_norm else []
 
 
 class Crossings(Instrument):
@@ -454,6 +473,7 @@ class Sampling(Instrument):
                 keep,
                 over,
                 norms,
+                gradients.trainable(run.model),
             )
 
     def values(self, run: Run, step: int, noise: gradients.DirectionNoise) -> Values:

@@ -42,8 +42,10 @@ def binary_cross_entropy(
     logits [b, classes]; target int64 [b] or the share of each class, [b, classes].
     """
     classes = logits.shape[1]
-    shares = target if target.ndim == 2 else F.one_hot(target, classes)
-    shares = shares.to(logits.dtype)
+    if target.ndim == 1:  # one_hot reads values of the target on the host
+        shares = torch.zeros_like(logits).scatter(1, target.unsqueeze(1), 1.0)
+    else:
+        shares = target.to(logits.dtype)
     if label_smoothing:
         shares = shares * (1 - label_smoothing) + label_smoothing / classes
     values = F.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(dim=1)
@@ -53,3 +55,11 @@ def binary_cross_entropy(
 def labels_of(target: Tensor) -> Tensor:
     """int64 [b]: the class of each sample, of mixed ones that which has the largest share."""
     return target if target.ndim == 1 else torch.argmax(target, dim=1)
+
+
+def among_likeliest(logits: Tensor, target: Tensor, count: int) -> Tensor:
+    """int64, 0-d: of how many samples the class is among the `count` with the largest logits.
+
+    logits [b, classes], of `count` classes or more; target int64 [b].
+    """
+    return (logits.topk(count, dim=1).indices == target.unsqueeze(1)).sum()

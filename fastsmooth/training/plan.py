@@ -235,7 +235,8 @@ def print_plan(c: Config, as_json: bool) -> None:
     sizes = c.sizes
     if as_json:
         for epoch, p in enumerate(map(schedule, range(epochs))):
-            row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}
+            delta = schedule.delta(p) if c.plain_update else None
+            row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": delta}
             row |= {"image_size": sizes(epoch)} if sizes.changes else {}
             show(json.dumps(row), whole=True)
         return
@@ -253,7 +254,7 @@ def print_plan(c: Config, as_json: bool) -> None:
             f"{p.lr:.6g}",
             f"{p.batch_size}",
             f"{p.momentum:.4g}",
-            f"{schedule.delta(p):.4g}",
+            f"{schedule.delta(p):.4g}" if c.plain_update else "-",
         ]
         cells += [f"{side}x{side}"] if sizes.changes else []
         cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
@@ -271,6 +272,7 @@ def cost(plan: Plan) -> str:
     """What the run will compute."""
     c = plan.config
     updates, samples = (sum(column) for column in zip(*plan.epochs(), strict=True))
+    samples *= 2 if c.sam else 1
     most = "at most " if c.mode == "critical" else ""
     line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
     if plan.measured:
@@ -297,7 +299,7 @@ def cost_of_a_folder(c: Config) -> str:
 
 def units(c: Config) -> list[str]:
     """What delta is in, where that is not what it is in the papers."""
-    if not c.assumed:
+    if not (c.assumed and c.plain_update):
         return []
     ones = " = ".join([*c.assumed, "1"])
     flags = " and ".join(map(flag, c.assumed))
@@ -309,8 +311,21 @@ def units(c: Config) -> list[str]:
 
 
 def notes(c: Config, schedule: Schedule) -> list[str]:
-    """Where delta is not what the method aims at."""
+    """Where delta is not what the method aims at, or is nothing; and what is minimised, where that
+    is not the loss of the tests."""
     found = []
+    if c.loss_in_words != "cross-entropy":
+        found.append(
+            f"the training loss is {c.loss_in_words}; the test loss is plain cross-entropy"
+        )
+    if not c.plain_update:
+        names = ("sam", "clip_norm", "mixup", "cutmix")
+        flags = " and ".join(flag(name) for name in names if getattr(c, name))
+        found.append(
+            f"delta is not given: it is defined for updates along mini-batch gradients, not for "
+            f"{flags}"
+        )
+        return found
     missed = schedule.largest_miss()
     if missed and not (c.assumed and configs.uses_k2(c)):
         epoch, target, reached = missed
