@@ -224,6 +224,12 @@ class Config:
         return (unit, int(amount)) if unit else None
 
     @property
+    def warmup_length(self) -> tuple[int, str]:
+        """What --warmup says: how many, and of what: updates or epochs."""
+        said = self.warmup or "0"
+        return int(said.removesuffix("ep")), "epochs" if said.endswith("ep") else "updates"
+
+    @property
     def assumed(self) -> tuple[str, ...]:
         """The constants of delta taken as 1: neither given nor published for this setting."""
         missing = {"c2": self.c2 is None, "k2": self.k2 is None and uses_k2(self)}
@@ -272,6 +278,7 @@ def check(c: Config) -> None:
         raise ConfigError(
             f"--mode critical holds the noise fixed: use --method constant, not {c.method}"
         )
+    check_schedule(c)
     if c.mode == "sampling" and c.budget is not None:
         raise ConfigError(
             "--budget has no meaning with --mode sampling, which ends at the last of --steps: use "
@@ -330,6 +337,39 @@ def check(c: Config) -> None:
     for name, value in (("augment", "resized-crop-flip"), ("decode", "reduced")):
         if not is_among(c.dataset, FILE_SETS) and getattr(c, name) == value:
             raise ConfigError(f"{flag(name)} {value} needs image files: {c.dataset} has none")
+
+
+def check_schedule(c: Config) -> None:
+    """Refuse steps, a warm-up and a patience that the run cannot have."""
+    if c.mode == "critical" and c.warmup is not None:
+        raise ConfigError(
+            f"--mode critical holds the noise fixed, which --warmup {c.warmup} changes: leave "
+            "--warmup out"
+        )
+    if c.patience is not None and c.mode != "normal":
+        raise ConfigError(
+            f"--patience ends a run by its test accuracy, --mode {c.mode} by what it measures: "
+            "leave --patience out"
+        )
+    if c.method in using("milestones") and not c.milestones:
+        raise ConfigError(
+            f"--method {c.method} needs the epochs of its steps: give --milestones, such as 30% "
+            "60% 80%"
+        )
+    if c.budget is None:  # else only the images tell how many epochs there are
+        check_length(c)
+
+
+def check_length(c: Config) -> None:
+    """Refuse steps and a warm-up that the epochs of the run, which are known, do not hold."""
+    if c.milestones and c.method in using("milestones"):
+        stages.increasing_epochs(c.milestones, c.epochs, flag("milestones"))
+    amount, unit = c.warmup_length
+    if unit == "epochs" and amount > c.epochs:
+        raise ConfigError(
+            f"--warmup {c.warmup} is longer than the run of {c.epochs} epochs: lower it, or train "
+            "for more epochs"
+        )
 
 
 def check_stages(c: Config) -> None:

@@ -262,6 +262,9 @@ def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:
     """`c` with what `auto` chose before, read from a checkpoint. Raises ConfigError where that is
     nothing it can choose."""
     names = [name for name in RESOLVED_ONCE if getattr(c, name) == "auto" and name in chosen]
-    return dataclasses.replace(
-        c, **from_table(parser(), {name: str(chosen[name]) for name in names}, source)
-    )
+    # a micro-batch that is none: whole batches fit
+    none: dict[str, Any] = {
+        name: None for name in names if chosen[name] is None and FIELDS[name].default is None
+    }
+    some = {name: str(chosen[name]) for name in names if name not in none}
+    return dataclasses.replace(c, **none, **from_table(parser(), some, source))
