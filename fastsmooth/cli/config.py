@@ -7,6 +7,7 @@ Nothing here imports torch, so that --help, --plan and every refusal answer at o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -107,7 +108,7 @@ class Config:
     model: str = option(FILLED, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
     sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
-    micro_batch: int | str | None = option(None, "model", "at most so many samples through the model together, to save memory; auto: as many as fit", micro_batch, metavar="N", rare=True)
+    micro_batch: int | str | None = option(None, "model", "at most so many samples through the model together, to save memory; auto: as many as fit", micro_batch, metavar="N")
     init: str | None = option(None, "model", "weights to begin with: a file, a run folder, or pretrained (torchvision/ and timm/ networks)", text, metavar="FILE|RUN")
     freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: 'stem.*'", text, metavar="PATTERN", many=True)
 
@@ -418,7 +419,8 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         given["method"] = "constant"
     if "data_dir" in given:
         given.setdefault("dataset", "auto")
-    values = defaults_of(given.get("dataset", "digits")) | given
+    recipe = recipe_of(given)
+    values = defaults_of(given.get("dataset", "digits")) | recipe | given
     if values["image_size"]:
         values = suited(values)
     # without momentum all draws share one full gradient; with it each draw is the end of a history
@@ -431,7 +433,27 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     # a budget's epochs are not known yet
     values.setdefault("decay_epoch", 0 if "budget" in given else max(1, values["epochs"] // 5))
-    return given, Config(**values)
+    try:
+        return given, Config(**values)
+    except ConfigError as error:
+        if any(re.search(rf"{flag(name)}\b(?!-)", str(error)) for name in recipe):
+            raise ConfigError(f"--recipe {given['recipe']}: {error}") from None
+        raise
+
+
+def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What --recipe adds to the flags that were given: of its own those that they leave an
+    effect."""
+    recipe = RECIPES.get(given.get("recipe", ""), {})
+    values = recipe | given
+    limits = {name: FIELDS[name].metadata["only"] for name in recipe.keys() - given.keys()}
+    others = {name: only for name, only in limits.items() if only is not None}
+    without = {
+        name
+        for name, (other, needed) in others.items()
+        if not is_among(str(values.get(other, FIELDS[other].default)), needed)
+    }
+    return {name: recipe[name] for name in recipe if name in limits.keys() - without}
 
 
 def suited(values: dict[str, Any]) -> dict[str, Any]:

@@ -176,10 +176,8 @@ def increasing_epochs(points: Iterable[str], epochs: int, flag: str) -> tuple[in
     for point, epoch in zip(points, found, strict=True):
         if not 0 < epoch < epochs:
             raise ConfigError(
-                f"{flag} {point} is epoch {epoch} of the {epochs} that the run has, counted from "
-                f"0: give epochs from 1 to {epochs - 1}, or train for more epochs"
-                if epochs > 1
-                else f"{flag} {point}: a run of one epoch has none: train for more epochs"
+                f"{flag} {point} is epoch {epoch}, counted from 0, of a run of {epochs}: give "
+                "epochs after the first and before its end, or train for more"
             )
     for k, (before, after) in enumerate(pairwise(found)):
         if after <= before:

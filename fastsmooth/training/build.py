@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import time
 from collections.abc import Iterator
@@ -75,6 +76,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             c = parsing.as_before(c, before, f"{c.out}/checkpoints")
             device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
+        check_recipe(c)
         # before their first use, which would warn in other words
         kernels = machine.choose_kernels(c, device)
         precision = machine.choose_precision(c, device)
@@ -272,6 +274,17 @@ def go_on(run: Run, state: State | None) -> None:
             "new run"
         ) from None
     run.folder.rewind(size)
+
+
+def check_recipe(c: Config) -> None:
+    """Refuse a recipe that needs a library which is not there."""
+    names = ("model", "optimizer") if c.recipe else ()
+    wanted = [f"{flag(n)} {getattr(c, n)}" for n in names if getattr(c, n).startswith("timm/")]
+    if wanted and importlib.util.find_spec("timm") is None:
+        raise ConfigError(
+            f"--recipe {c.recipe}: {' and '.join(wanted)} need timm, which is not installed: pip "
+            "install timm"
+        )
 
 
 def planned(c: Config, n: int, processes: int) -> Plan:

@@ -361,7 +361,7 @@ def warming(c: Config, plan: Plan | None) -> list[str]:
     if c.warmup is None:
         return []
     amount, unit = c.warmup_length
-    length = f"{amount:,} {unit}"
+    length = f"{amount:,} {unit}" if amount > 1 else unit.removesuffix("s")
     if plan and unit == "epochs":
         length += f", {plan.warmup:,} updates"
     many = f"{plan.warmup}" if plan else "W" if unit == "epochs" else f"{amount}"
