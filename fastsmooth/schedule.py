@@ -9,9 +9,11 @@ of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 
 from fastsmooth.forms import FORMS, Bound, Form, form_named
 from fastsmooth.names import about_value
@@ -137,8 +139,8 @@ class Schedule:
     during that epoch.
 
     Args:
-        method: a row of METHODS: constant, lr, batch, hybrid, poly, cosine, exp, beta, lr-beta,
-            beta-batch or lr-batch.
+        method: a row of METHODS: constant, lr, batch, hybrid, poly, cosine, exp, step, beta,
+            lr-beta, beta-batch or lr-batch.
         epochs, lr, batch_size, momentum: how long, and what the first epoch has.
         optimizer, nu, c2, k2, version: of the noise model behind delta (Smoothing). A method that
             solves for lr or momentum is solved by it; for the others it is what delta() uses.
@@ -146,6 +148,8 @@ class Schedule:
         decay_epoch: epochs between the steps of lr, batch and hybrid; None: a fifth of `epochs`.
         power: the exponent of poly and of the methods that are solved.
         gamma: the factor an epoch of exp.
+        milestones, factor: the epochs of step, which increase, at each of which lr is multiplied by
+            the factor: torch.optim.lr_scheduler.MultiStepLR.
         shifted: the indices of the published code, to compare with its curves.
 
     Methods and formulas: arXiv 2311.08745 (lr, batch, hybrid, poly, cosine, exp) and arXiv
@@ -162,6 +166,8 @@ class Schedule:
     decay_epoch: int
     power: float
     gamma: float
+    milestones: tuple[int, ...]
+    factor: float
     shifted: bool
 
     def __init__(
@@ -181,6 +187,8 @@ class Schedule:
         decay_epoch: int | None = None,
         power: float = 0.9,
         gamma: float = 0.9,
+        milestones: Sequence[int] = (),
+        factor: float = 0.1,
         shifted: bool = False,
     ):
         if decay_epoch is None:
@@ -194,6 +202,8 @@ class Schedule:
             decay_epoch=decay_epoch,
             power=power,
             gamma=gamma,
+            milestones=tuple(milestones),
+            factor=factor,
             shifted=shifted,
         )
         self._check()
@@ -213,10 +223,13 @@ class Schedule:
             "decay_epoch": (self.decay_epoch, self.decay_epoch >= 1, "1 or more"),
             "power": (self.power, 0 < self.power < math.inf, "above 0"),
             "gamma": (self.gamma, 0 < self.gamma <= 1, "above 0, at most 1"),
+            "factor": (self.factor, 0 < self.factor <= 1, "above 0, at most 1"),
         }
         for name, (value, fits, range_) in numbers.items():
             if not fits:
                 raise ValueError(f"{name} {value} is out of range: it is {range_}")
+        if METHODS[self.method].uses == "milestones":
+            self._check_milestones()
         form = self.smoothing.form
         if momentum and not form.has_buffer:
             raise ValueError(
@@ -228,6 +241,18 @@ class Schedule:
                 f"method {self.method} lowers the momentum: give an optimizer that has one "
                 "(shb, nshb or qhm) and a momentum above 0"
             )
+
+    def _check_milestones(self) -> None:
+        if not self.milestones:
+            raise ValueError(f"method {self.method} needs milestones: the epochs of its steps")
+        out = next((m for m in self.milestones if not 1 <= m < self.epochs), None)
+        if out is not None:
+            raise ValueError(
+                f"milestones: {out} is out of range: the epochs of the steps are 1 to "
+                f"{self.epochs - 1}"
+            )
+        if any(after <= before for before, after in pairwise(self.milestones)):
+            raise ValueError(f"milestones {self.milestones} do not increase")
 
     def __call__(self, epoch: int) -> Point:
         """The Point of an epoch, counted from 0. Raises ValueError for one that there is not."""
@@ -376,6 +401,10 @@ def exponential(s: Schedule, epoch: int) -> float:
     return s.start.lr * s.gamma**epoch
 
 
+def multistep(s: Schedule, epoch: int) -> float:
+    return s.start.lr * s.factor ** bisect_right(s.milestones, epoch)
+
+
 def half_of_decay(s: Schedule, epoch: int) -> float:
     """The square root of the target's decay, so that the momentum takes up the other half."""
     return s.start.lr * s.remaining(epoch) ** (s.power / 2)
@@ -434,7 +463,8 @@ class Method:
     lr: Callable[[Schedule, int], float] = same_lr
     batch: Callable[[Schedule, int], float] = same_batch
     solves: str = ""
-    uses: str = ""  # the number that it takes beside the start: decay_epoch, power or gamma
+    # the number that it takes beside the start: decay_epoch, power, gamma or milestones
+    uses: str = ""
 
 
 METHODS = {
@@ -449,6 +479,7 @@ METHODS = {
     "poly": Method(lr=poly, uses="power"),
     "cosine": Method(lr=cosine),
     "exp": Method(lr=exponential, uses="gamma"),
+    "step": Method(lr=multistep, uses="milestones"),
     "beta": Method(solves="momentum", uses="power"),
     "lr-beta": Method(lr=half_of_decay, solves="momentum", uses="power"),
     "beta-batch": Method(batch=grown_batch, solves="momentum", uses="power"),

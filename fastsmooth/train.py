@@ -46,7 +46,7 @@ def carry_out(argv: list[str]) -> int:
     try:
         request = parsing.parse(argv)
         if request.help:
-            show(*parsing.parser().format_help().splitlines())
+            show(*parsing.parser().page(request.help).splitlines())
         elif request.version:
             show(f"fastsmooth {__version__}")
         elif request.plan:

@@ -4,6 +4,7 @@ line."""
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 import types
@@ -26,6 +27,7 @@ from fastsmooth.cli.facts import SETS, TORCHVISION
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.parse import as_before, parse, parser, read_saved, resumed
 from fastsmooth.runfolder.numbers import exact
+from fastsmooth.schedule import METHODS
 
 HINTS = typing.get_type_hints(Config)
 ROOT = Path(__file__).parents[1]
@@ -72,7 +74,7 @@ def other(name, now):
         if bool in kinds(name)
         else ("cpu",)
         if name == "device"
-        else ("9", "0.7", "x", "every=9", "updates=9", "2,9")
+        else ("9", "0.7", "x", "every=9", "updates=9", "2,9", "rho=9")
     ):
         if value is True:
             return True
@@ -154,9 +156,9 @@ def test_every_flag_of_the_design_exists():
 
 
 def test_help_names_every_flag_and_what_it_does():
-    page = " ".join(parser().format_help().split())
+    page = " ".join(parser().page("all").split())
     for name, f in FIELDS.items():
-        assert flag(name) + " " in page, name
+        assert re.search(rf"{flag(name)}[ ,]", page), name
         assert f.metadata["help"] and " ".join(f.metadata["help"].split()) in page, name
     for name in ("--config", "--plan", "--json", "--help", "--version", "--beta1", "-b"):
         assert name in page
@@ -171,7 +173,10 @@ def test_requests_are_told_apart_from_fields():
         False,
         False,
     )
-    assert parse(["-h"]).help and parse(["--help"]).help and parse(["--version"]).version
+    assert parse(["-h"]).help is True and parse(["--help"]).help is True
+    assert parse(["--help", "all"]).help == parse(["--help=all"]).help == "all"
+    assert parse(["--version"]).version
+    assert refusal(parse, ["--help", "lr"]) == "--help lr: choose from all"
 
 
 def test_answers_come_before_torch_is_imported():
@@ -196,6 +201,13 @@ def test_the_real_valued_flags_are_all_there():
     others = {
         "power",
         "gamma",
+        "factor",
+        "label_smoothing",
+        "mixup",
+        "cutmix",
+        "random_erasing",
+        "ema",
+        "clip_norm",
         "c2",
         "k2",
         "beta",
@@ -205,9 +217,6 @@ def test_the_real_valued_flags_are_all_there():
         "max_time",
         "hw_decoder_load",
         "val_share",
-        "mixup",
-        "cutmix",
-        "random_erasing",
     }
     assert set(REALS) == {"lr"} | others
 
@@ -222,6 +231,13 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--lr": (["0", "-1"], ["1e-100", "1e100"]),
     "--power": (["0", "-1"], ["0.1", "8"]),
     "--gamma": (["0", "1.0001", "-0.5"], ["1", "1e-9"]),
+    "--factor": (["0", "1.0001", "-0.5"], ["1", "1e-9"]),
+    "--warmup": (["0", "-1", "0ep", "1.5", "5 ep", "ep", "5e", "9" * 10], ["1", "500", "5ep"]),
+    "--milestones": (["0", "0%", "100%", "1.5", "60,120", "%"], ["1", "60", "99%"]),
+    "--patience": (["0", "-1", "1000001"], ["1", "1000000"]),
+    "--label-smoothing": (["1", "-0.1"], ["0", "0.9"]),
+    "--ema": (["0", "1", "-0.1"], ["0.001", "0.9999"]),
+    "--clip-norm": (["0", "-1"], ["1e-9"]),
     "--c2": (["0", "-1"], ["1e-9"]),
     "--k2": (["-1e-9"], ["0"]),
     "--beta": (["1", "-0.1", "1.5"], ["0", "0.9999"]),
@@ -237,7 +253,7 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--decay-epoch": (["0"], ["1"]),
     "--image-size": (["7", "1025"], ["8", "1024"]),
     "--val-share": (["0", "1", "-0.1"], ["0.1", "0.999"]),
-    "--micro-batch": (["0", "-3"], ["1", "4096"]),
+    "--micro-batch": (["0", "-3"], ["1", "4096", "auto"]),
     "--workers": (["-1", "257"], ["0", "256"]),
     "--chunk": (["0", "65537"], ["1", "65536"]),
     "--hw-decoder-load": (["-0.1", "1.1"], ["0", "1"]),
@@ -380,6 +396,8 @@ def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
             "method": {"optimizer": "shb", "c2": 1.0, "k2": 1.0},
             "criterion": {"mode": "critical"},
         }
+        if needs == "method" and METHODS[chosen].uses == "milestones":
+            context["method"] |= {"milestones": ("50%",)}
         enough = context.get(needs, {}) | {needs: chosen, name: value}
         assert getattr(resolve(enough), name) == value
 
@@ -758,6 +776,11 @@ STARTED = [
     ["--dataset", "folder", "--data-dir", "flowers", "--image-size", 96, "--sync-bn"],
     ["--budget", "updates=100", "--batchsize", 64],
     ["--compat", "original", "--decay-epoch", 7],
+    ["--method", "step", "--milestones", 3, "50%", "--factor", 0.2, "--warmup", "2ep"],
+    ["--recipe", "weiaicunzai", "--dataset", "cifar100"],
+    ["--recipe", "pytorch-cifar", "--weight-decay", "0.0", "--seed", 3],
+    ["--recipe", "weiaicunzai", "--method", "lr", "--epochs", 30],
+    ["--micro-batch", "auto", "--patience", 3],
 ]
 
 
@@ -953,7 +976,8 @@ def test_resume_refuses_a_changed_flag_with_both_values(name, tmp_path):
 
 @pytest.mark.parametrize("name", RESOLVED_ONCE)
 def test_resume_lets_what_auto_chose_be_named_and_nothing_else(name, tmp_path):
-    started = config(*RUN, "--track-noise", "every=9", "--out", tmp_path)
+    asked = ["--micro-batch", "auto"] if name == "micro_batch" else []
+    started = config(*RUN, *asked, "--track-noise", "every=9", "--out", tmp_path)
     assert getattr(started, name) == "auto"
     save(tmp_path, started)
     named = other(name, "auto")

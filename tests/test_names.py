@@ -86,12 +86,11 @@ def test_every_flag_of_another_trainer_is_one_of_ours_or_answered_without_a_gues
         ("--pretrained", "fastsmooth has no --pretrained: every run begins with random weights"),
         ("--weights", "fastsmooth has no --weights: every run begins with random weights"),
         ("--eval", "fastsmooth has no --eval: every epoch ends with a test"),
-        (
-            "--milestones",
-            "fastsmooth has no --milestones: --method lr lowers the learning rate every "
-            "--decay-epoch",
-        ),
-        ("--warmup-epochs", "fastsmooth has no --warmup-epochs: no schedule warms up"),
+        ("--lr-milestones", "unknown flag --lr-milestones: fastsmooth calls it --milestones"),
+        ("--warmup-epochs", "unknown flag --warmup-epochs: fastsmooth calls it --warmup Nep"),
+        ("--warmup-lr", "fastsmooth has no --warmup-lr: --warmup N (updates) or --warmup Nep"),
+        ("--early-stopping", "unknown flag --early-stopping: fastsmooth calls it --patience"),
+        ("--auto-batch", "unknown flag --auto-batch: fastsmooth calls it --micro-batch auto"),
         (
             "--seeds",
             "fastsmooth has no --seeds: fastsmooth.sweep does a run for each of several seeds",
@@ -202,6 +201,8 @@ def test_momentum_with_plain_sgd_names_the_optimizer_that_has_it():
     [
         ("--method exponential", "--method exponential: fastsmooth calls it exp"),
         ("--method Cosine", "--method Cosine: did you mean cosine?"),
+        ("--method MultiStepLR", "--method MultiStepLR: fastsmooth calls it step"),
+        ("--method warmup", "--method warmup: a warm-up goes with any schedule, as --warmup N"),
         ("--method linear", "--method linear: fastsmooth calls it --method poly --power 1"),
         ("--method onecycle", "--method onecycle: fastsmooth has no such schedule: choose from constant, lr"),
         ("--dataset CIFAR100", "--dataset CIFAR100: did you mean cifar100?"),

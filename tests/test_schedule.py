@@ -40,6 +40,8 @@ def momentum(method, optimizer="shb", form="v1", nu=1.0, batch=128, epochs=EPOCH
     c2, k2 = CONSTANTS[optimizer]
     noise = {"c2": c2, "k2": k2, "nu": nu, "version": form if optimizer == "nshb" else None}
     start = {"lr": 0.1, "batch_size": batch, "momentum": 0.9}
+    if METHODS[method].uses == "milestones":
+        options |= {"milestones": range(40, epochs, 40)}
     return Schedule(method, epochs=epochs, optimizer=optimizer, **start, **noise, **options)
 
 
@@ -79,6 +81,16 @@ TORCH = {
     "poly 0.5": ("poly", {"power": 0.5}, lambda o: SCHEDULERS.PolynomialLR(o, EPOCHS, 0.5)),
     "poly 4": ("poly", {"power": 4.0}, lambda o: SCHEDULERS.PolynomialLR(o, EPOCHS, 4.0)),
     "cosine": ("cosine", {}, lambda o: SCHEDULERS.CosineAnnealingLR(o, EPOCHS)),
+    "step": (
+        "step",
+        {"milestones": (60, 120, 160), "factor": 0.2},
+        lambda o: SCHEDULERS.MultiStepLR(o, [60, 120, 160], 0.2),
+    ),
+    "step at the ends": (
+        "step",
+        {"milestones": [1, 2, 199]},
+        lambda o: SCHEDULERS.MultiStepLR(o, [1, 2, 199]),
+    ),
     "exp": ("exp", {"gamma": 0.9}, lambda o: SCHEDULERS.ExponentialLR(o, 0.9)),
     "exp 0.99": ("exp", {"gamma": 0.99}, lambda o: SCHEDULERS.ExponentialLR(o, 0.99)),
 }
@@ -665,6 +677,8 @@ def test_stages_are_the_batches_of_all_epochs_without_solving_any(method, shifte
         (128, 50_000, 1),
         (1024, 50_000, 997),
     ):
+        if epochs == 1 and METHODS[method].uses == "milestones":
+            continue  # which has room for none
         s = momentum(
             method, batch=batch, epochs=epochs, decay_epoch=7, images=images, shifted=shifted
         )

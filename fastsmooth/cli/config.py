@@ -7,6 +7,7 @@ Nothing here imports torch, so that --help, --plan and every refusal answer at o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -107,7 +108,7 @@ class Config:
     model: str = option(FILLED, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
     sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
-    micro_batch: int | str | None = option(None, "model", "at most so many samples through the model together, to save memory; auto: as many as fit", micro_batch, metavar="N", rare=True)
+    micro_batch: int | str | None = option(None, "model", "at most so many samples through the model together, to save memory; auto: as many as fit", micro_batch, metavar="N")
     init: str | None = option(None, "model", "weights to begin with: a file, a run folder, or pretrained (torchvision/ and timm/ networks)", text, metavar="FILE|RUN")
     freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: 'stem.*'", text, metavar="PATTERN", many=True)
 
@@ -246,6 +247,12 @@ class Config:
         return (unit, int(amount)) if unit else None
 
     @property
+    def warmup_length(self) -> tuple[int, str]:
+        """What --warmup says: how many, and of what: updates or epochs."""
+        said = self.warmup or "0"
+        return int(said.removesuffix("ep")), "epochs" if said.endswith("ep") else "updates"
+
+    @property
     def assumed(self) -> tuple[str, ...]:
         """The constants of delta taken as 1: neither given nor published for this setting."""
         missing = {"c2": self.c2 is None, "k2": self.k2 is None and uses_k2(self)}
@@ -294,6 +301,7 @@ def check(c: Config) -> None:
         raise ConfigError(
             f"--mode critical holds the noise fixed: use --method constant, not {c.method}"
         )
+    check_schedule(c)
     if c.mode == "sampling" and c.budget is not None:
         raise ConfigError(
             "--budget has no meaning with --mode sampling, which ends at the last of --steps: use "
@@ -401,6 +409,39 @@ def check_step(c: Config) -> None:
         raise ConfigError("--decay-weights-only has no effect without --weight-decay X")
 
 
+def check_schedule(c: Config) -> None:
+    """Refuse steps, a warm-up and a patience that the run cannot have."""
+    if c.mode == "critical" and c.warmup is not None:
+        raise ConfigError(
+            f"--mode critical holds the noise fixed, which --warmup {c.warmup} changes: leave "
+            "--warmup out"
+        )
+    if c.patience is not None and c.mode != "normal":
+        raise ConfigError(
+            f"--patience ends a run by its test accuracy, --mode {c.mode} by what it measures: "
+            "leave --patience out"
+        )
+    if c.method in using("milestones") and not c.milestones:
+        raise ConfigError(
+            f"--method {c.method} needs the epochs of its steps: give --milestones, such as 30% "
+            "60% 80%"
+        )
+    if c.budget is None:  # else only the images tell how many epochs there are
+        check_length(c)
+
+
+def check_length(c: Config) -> None:
+    """Refuse steps and a warm-up that the epochs of the run, which are known, do not hold."""
+    if c.milestones and c.method in using("milestones"):
+        stages.increasing_epochs(c.milestones, c.epochs, flag("milestones"))
+    amount, unit = c.warmup_length
+    if unit == "epochs" and amount > c.epochs:
+        raise ConfigError(
+            f"--warmup {c.warmup} is longer than the run of {c.epochs} epochs: lower it, or train "
+            "for more epochs"
+        )
+
+
 def check_stages(c: Config) -> None:
     """Refuse images of several sizes where one is needed, and sizes that no epoch would have."""
     one = f"give --image-size one size, such as {c.image_stages[-1].value}"
@@ -447,7 +488,8 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         given["method"] = "constant"
     if "data_dir" in given:
         given.setdefault("dataset", "auto")
-    values = defaults_of(given.get("dataset", "digits")) | given
+    recipe = recipe_of(given)
+    values = defaults_of(given.get("dataset", "digits")) | recipe | given
     if values["image_size"]:
         values = suited(values)
     # without momentum all draws share one full gradient; with it each draw is the end of a history
@@ -458,7 +500,27 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     # a budget's epochs are not known yet
     values.setdefault("decay_epoch", 0 if "budget" in given else max(1, values["epochs"] // 5))
-    return given, follow_augmentation(Config(**values))
+    try:
+        return given, follow_augmentation(Config(**values))
+    except ConfigError as error:
+        if any(re.search(rf"{flag(name)}\b(?!-)", str(error)) for name in recipe):
+            raise ConfigError(f"--recipe {given['recipe']}: {error}") from None
+        raise
+
+
+def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What --recipe adds to the flags that were given: of its own those that they leave an
+    effect."""
+    recipe = RECIPES.get(given.get("recipe", ""), {})
+    values = recipe | given
+    limits = {name: FIELDS[name].metadata["only"] for name in recipe.keys() - given.keys()}
+    others = {name: only for name, only in limits.items() if only is not None}
+    without = {
+        name
+        for name, (other, needed) in others.items()
+        if not is_among(str(values.get(other, FIELDS[other].default)), needed)
+    }
+    return {name: recipe[name] for name in recipe if name in limits.keys() - without}
 
 
 def suited(values: dict[str, Any]) -> dict[str, Any]:

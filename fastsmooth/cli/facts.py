@@ -121,11 +121,25 @@ PUBLISHED_WITH |= {"mixup": 0.0, "cutmix": 0.0, "randaugment": None, "random_era
 # of the published code, some without effect
 PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}
 
-# The flags of public references, by the name of the recipe.
+# The flags of public references, by the name of the recipe; docs/train.md has sources, and what
+# differs.
 RECIPES: dict[str, dict[str, Any]] = {
-    # github.com/kuangliu/pytorch-cifar, main.py
+    # github.com/kuangliu/pytorch-cifar, main.py at 49b7aa9
     "pytorch-cifar": {
         "method": "cosine", "epochs": 200, "lr": 0.1, "batch_size": 128, "optimizer": "shb",
         "beta": 0.9, "weight_decay": 5e-4, "augment": "crop-flip",
+    },
+    # github.com/weiaicunzai/pytorch-cifar100, train.py and conf/global_settings.py at 11d8418
+    "weiaicunzai": {
+        "method": "step", "milestones": ("30%", "60%", "80%"), "factor": 0.2, "warmup": "1ep",
+        "epochs": 200, "lr": 0.1, "batch_size": 128, "optimizer": "shb", "beta": 0.9,
+        "weight_decay": 5e-4, "augment": "crop-flip-rotate",
+    },
+    # arXiv 2110.00476, table 2, procedure A3
+    "timm-a3": {
+        "model": "timm/resnet50", "image_size": 160, "augment": "resized-crop-flip",
+        "method": "cosine", "warmup": "5ep", "epochs": 100, "lr": 8e-3, "batch_size": 2048,
+        "optimizer": "timm/lamb", "weight_decay": 0.02, "decay_weights_only": True, "loss": "bce",
+        "mixup": 0.1, "cutmix": 1.0, "randaugment": "2,6",
     },
 }  # fmt: skip

@@ -11,9 +11,10 @@ import re
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from fastsmooth.messages import show
@@ -185,10 +186,9 @@ def option(
     metavar: str | None = None,
     many: bool = False,
     only: tuple[str, set[str]] | None = None,
-    rare: bool = False,
 ) -> Any:
     """A field of Config with what its flag needs. `only` names the field and values without which
-    it has no effect; a `rare` one stands on the longer page of help alone."""
+    it has no effect."""
     metadata = {
         "group": group,
         "help": help,
@@ -199,7 +199,6 @@ def option(
         "metavar": metavar,
         "many": many,
         "only": only,
-        "rare": rare,
     }
     return field(default=default, metadata=metadata)
 
@@ -220,6 +219,19 @@ class Page(argparse.HelpFormatter):
         words = " ".join(text.split())
         return textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """All names of a flag, then what it takes, once."""
+        if action.nargs == 0 or not action.option_strings:
+            return super()._format_action_invocation(action)
+        takes = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {takes}"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs != "+":
+            return super()._format_args(action, default_metavar)
+        (one,) = self._metavar_formatter(action, default_metavar)(1)
+        return f"{one} ..."
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in self._split_lines(text, width - len(indent)))
 
@@ -228,6 +240,10 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises instead of exiting and says what was meant."""
 
     several = ""  # what to say of several values where a flag takes one
+    # by the `dest` of flags: what the short page of help says of them, and which may be left out
+    # there where it says nothing
+    short: Mapping[str, str] = MappingProxyType({})
+    hideable: Collection[str] = ()
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=Page, **options)
@@ -280,6 +296,36 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 None, f"{name} {value}: {about_value(name, value, choices)}"
             )
+
+    def help_in(self, group: argparse._ArgumentGroup) -> None:
+        """--help and --help all, which `page` answers."""
+        group.add_argument(
+            "--help",
+            "-h",
+            nargs="?",
+            const=True,
+            choices=("all",),
+            metavar="all",
+            help="the flags that most runs need; all: this page",
+        )
+
+    def page(self, asked: object) -> str:
+        """The page of help that --help asks for: of `all` flags, or the short one. The parser can
+        parse nothing afterwards."""
+        if asked == "all":
+            return self.format_help()
+        hidden = 0
+        for action in self._actions:
+            name, *others = action.option_strings
+            action.option_strings = [name, *(word for word in others if word[1] != "-")]
+            if action.dest in self.short:
+                action.help = self.short[action.dest].replace("%", "%%")
+                if action.choices:
+                    action.metavar, action.choices = action.metavar or "NAME", None
+            elif action.dest in self.hideable:
+                action.help, hidden = argparse.SUPPRESS, hidden + 1
+        self.epilog = f"--help all has every flag: {hidden} more, and more about these."
+        return self.format_help()
 
     def print_help(self, file: Any = None) -> None:
         show(*self.format_help().splitlines())

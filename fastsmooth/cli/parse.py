@@ -20,7 +20,7 @@ from fastsmooth.cli.config import (
     shown,
     without_idle,
 )
-from fastsmooth.cli.facts import SETS
+from fastsmooth.cli.facts import RECIPES, SETS
 from fastsmooth.cli.flags import (
     ConfigError,
     Parser,
@@ -31,6 +31,7 @@ from fastsmooth.cli.flags import (
     text_of,
     toml_table,
 )
+from fastsmooth.cli.page import SHORT
 from fastsmooth.messages import command
 from fastsmooth.runfolder.files import read_file, read_object
 
@@ -44,6 +45,7 @@ def parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         add_help=False,
     )
+    p.short, p.hideable = SHORT, FIELDS.keys() | REQUESTS
     p.several = f"; {command('sweep')} does a run for each of several"
     groups: dict[str, Any] = {}
     for name, f in FIELDS.items():
@@ -84,7 +86,7 @@ def parser() -> Parser:
     other.add_argument(
         "--check-data", action="store_true", help="decode every image once and list the bad ones"
     )
-    other.add_argument("-h", "--help", action="store_true", help="this page")
+    p.help_in(other)
     other.add_argument("--version", action="store_true", help="print the version")
     return p
 
@@ -98,7 +100,7 @@ class Request:
     doctor: bool = False
     check_data: bool = False
     json: bool = False
-    help: bool = False
+    help: bool | str = False  # "all": the longer page
     version: bool = False
 
 
@@ -216,7 +218,12 @@ def at_home(c: Config, folder: Path) -> Config:
 def flags_of(c: Config) -> dict[str, Any]:
     """The fewest flags that make this Config, but for where it runs: what was given, as far as it
     can be told."""
-    left = {name: getattr(c, name) for name, f in FIELDS.items() if getattr(c, name) != f.default}
+    recipe = RECIPES.get(c.recipe or "", {})  # over which a default may have been given
+    left = {
+        name: getattr(c, name)
+        for name, f in FIELDS.items()
+        if getattr(c, name) != f.default or name in recipe
+    }
     left = {name: value for name, value in left.items() if name not in ("out", "resume")}
     left["dataset"] = c.dataset  # else --data-dir would say to recognise it
     if c.budget is not None:  # the images said how many epochs that is
@@ -262,6 +269,9 @@ def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:
     """`c` with what `auto` chose before, read from a checkpoint. Raises ConfigError where that is
     nothing it can choose."""
     names = [name for name in RESOLVED_ONCE if getattr(c, name) == "auto" and name in chosen]
-    return dataclasses.replace(
-        c, **from_table(parser(), {name: str(chosen[name]) for name in names}, source)
-    )
+    # a micro-batch that is none: whole batches fit
+    none: dict[str, Any] = {
+        name: None for name in names if chosen[name] is None and FIELDS[name].default is None
+    }
+    some = {name: str(chosen[name]) for name in names if name not in none}
+    return dataclasses.replace(c, **none, **from_table(parser(), some, source))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentTypeError
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import pairwise
@@ -162,6 +162,30 @@ def by_epoch(stages: Stages[T], epochs: int, flag: str) -> ByEpoch[T]:
                 f"{stages[k]} at epoch {before}: write points that are further apart and increase"
             )
     return ByEpoch(tuple(starts), tuple(each.value for each in stages))
+
+
+def epochs_of(points: Iterable[str], epochs: int) -> tuple[int, ...]:
+    """The epochs before which points of a run of so many lie, each as `moment` reads it."""
+    return tuple(epoch_of(moment(point), epochs) for point in points)
+
+
+def increasing_epochs(points: Iterable[str], epochs: int, flag: str) -> tuple[int, ...]:
+    """The same of points that must lie inside the run and increase. Raises ConfigError."""
+    points = tuple(points)
+    found = epochs_of(points, epochs)
+    for point, epoch in zip(points, found, strict=True):
+        if not 0 < epoch < epochs:
+            raise ConfigError(
+                f"{flag} {point} is epoch {epoch}, counted from 0, of a run of {epochs}: give "
+                "epochs after the first and before its end, or train for more"
+            )
+    for k, (before, after) in enumerate(pairwise(found)):
+        if after <= before:
+            raise ConfigError(
+                f"{flag} {' '.join(points)}: {points[k + 1]} (epoch {after}) does not come after "
+                f"{points[k]} (epoch {before}): write points that increase"
+            )
+    return found
 
 
 def epoch_of(begins: Moment, epochs: int) -> int:

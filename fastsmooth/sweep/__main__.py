@@ -41,7 +41,7 @@ def sweep(argv: list[str]) -> int:
     asked = vars(p.parse_args(line))
     own = {name: asked.pop(name) for name in list(asked) if name not in FIELDS or name == "out"}
     if own.get("help"):
-        show(*p.format_help().splitlines())
+        show(*p.page(own["help"]).splitlines())
         return DONE
     if "out" not in own:
         raise ConfigError("--out DIR is missing: the folder that holds the runs")

@@ -50,6 +50,9 @@ def parser() -> flag_types.Parser:
         "given: --lr 0.01 0.1 --batchsize 8..1024x2 (8 16 ... 1024; 0..4+1 adds). A flag without "
         "effect in a combination is left out there."
     )
+    ours = {*OWN, *parsing.REQUESTS} - {"help"}  # which mean something else here
+    p.short = {name: line for name, line in p.short.items() if name not in ours}
+    p.hideable = FIELDS.keys() - ours
     for action in list(p._actions):
         name = action.dest
         if name in OWN or name in parsing.REQUESTS:
@@ -115,7 +118,7 @@ def parser() -> flag_types.Parser:
         type=flag_types.whole(0),
         help="do run number I of the sweep in --out, nothing else",
     )
-    g.add_argument("-h", "--help", action="store_true", help="this page")
+    p.help_in(g)
     return p
 
 

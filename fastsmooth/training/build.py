@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from fastsmooth.runfolder.tracker import Tracker
 from fastsmooth.runfolder.weights import MODEL, ModelFacts
 from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, check_unused, claim
 from fastsmooth.training import device as machine
-from fastsmooth.training import syncnorm
+from fastsmooth.training import fitting, syncnorm
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.ema import Ema
 from fastsmooth.training.graphs import CudaRecorder
@@ -42,7 +44,7 @@ from fastsmooth.training.loop import FORMAT, Run
 from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
 from fastsmooth.training.objective import objective_of
-from fastsmooth.training.plan import Plan, make_plan, notes
+from fastsmooth.training.plan import Plan, make_plan, notes, warming
 from fastsmooth.training.sam import Sam
 from fastsmooth.training.step import Step, keep_freed_memory
 
@@ -55,9 +57,9 @@ REFUSALS = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
 State = dict[str, Any]
 
 
-def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State | None, str]:
-    """(the run, the state to go on from, what the images decided in words): everything that can be
-    refused, in the order of the data's path.
+def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State | None, list[str]]:
+    """(the run, the state to go on from, what images and memory decided in words): everything that
+    can be refused, in the order of the data's path.
 
     The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
@@ -78,6 +80,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             c = parsing.as_before(c, before, f"{c.out}/checkpoints")
             device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
+        check_recipe(c)
         # before their first use, which would warn in other words
         kernels = machine.choose_kernels(c, device)
         precision = machine.choose_precision(c, device)
@@ -106,7 +109,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         model = model.to(memory_format=torch.channels_last)
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
-        if not try_model(c, model, images):
+        one_alone = try_model(c, model, images)
+        if not one_alone:
             check_lone_samples(plan, ranks.world)
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
@@ -118,6 +122,18 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             c.compile == "auto" and device.type == "cuda" and not c.sync_bn
         )
         objective = objective_of(c)
+        bn = "batch" if c.bn == "batch" else None
+        micro_batch, cut = c.micro_batch, ""
+        if micro_batch == "auto":
+            share, shape = fitting.largest_share(plan, images, ranks.world)
+            trial = fitting.Trial(model, optimizer, shape, precision, bn, objective)
+            one_left = partial(fitting.one_left, plan, ranks.world, one_alone)
+            few = fitting.what_fits(share, trial.fits, one_left)
+    if micro_batch == "auto":
+        c = dataclasses.replace(c, micro_batch=fitting.smallest_of(ranks, few, share))
+        plan = dataclasses.replace(plan, config=c)
+        cut = fitting.told(share, c.samples_at_once)
+    with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
         parts = InstrumentParts(
             plan, model, optimizer, images, ranks, precision, compiled, objective
         )
@@ -129,6 +145,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         "compile": "on" if compiled else "off",
         "precision": precision,
         "kernels": kernels,
+        "micro_batch": c.samples_at_once,
     }
     for instrument in instruments:
         chosen |= instrument.chosen()
@@ -136,7 +153,6 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     mixer = None
     if c.mixup or c.cutmix:
         mixer = Mixer(c.mixup, c.cutmix, c.seed, images.classes, device)
-    bn = "batch" if c.bn == "batch" else None
     sizes = len(set(plan.sizes.values))
     step = Step(
         model,
@@ -164,9 +180,9 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         if ranks.leader and not held:
             about = environment() | {"kernels": kernels, "processes": ranks.world}
             about |= {"precision": precision, "graphs": graphs}
-            about |= {"measure": chosen.get("measure")}
+            about |= {"measure": chosen.get("measure"), "micro_batch": c.samples_at_once}
             about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
-            folder = RunFolder.create(out, c.to_json(), about)
+            folder = RunFolder.create(out, c.to_json() | {"micro_batch": micro_batch}, about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         run = Run(
@@ -185,10 +201,10 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             recorder=recorder,
             ema=Ema(model, c.ema) if c.ema else None,
         )
-    return run, state, decided
+    return run, state, [line for line in (decided, cut) if line]
 
 
-def begin(run: Run, state: State | None, decided: str) -> None:
+def begin(run: Run, state: State | None, decided: list[str]) -> None:
     """Stand where the run is to go on, and say what it is."""
     c, plan, ranks = run.config, run.plan, run.ranks
     if c.resume:
@@ -290,6 +306,17 @@ def go_on(run: Run, state: State | None) -> None:
             "new run"
         ) from None
     run.folder.rewind(size)
+
+
+def check_recipe(c: Config) -> None:
+    """Refuse a recipe that needs a library which is not there."""
+    names = ("model", "optimizer") if c.recipe else ()
+    wanted = [f"{flag(n)} {getattr(c, n)}" for n in names if getattr(c, n).startswith("timm/")]
+    if wanted and importlib.util.find_spec("timm") is None:
+        raise ConfigError(
+            f"--recipe {c.recipe}: {' and '.join(wanted)} need timm, which is not installed: pip "
+            "install timm"
+        )
 
 
 def planned(c: Config, n: int, processes: int) -> Plan:
@@ -406,12 +433,8 @@ def parameter_groups(c: Config, model: torch.nn.Module) -> list[dict[str, Any]]:
 def check_lone_samples(plan: Plan, processes: int) -> None:
     """Refuse a run in which a single sample would go through a model that cannot train on one."""
     c = plan.config
-    joined = c.sync_bn and processes > 1
     parts = c.samples_at_once
-    for where, size, remedies in plan.in_training_mode():
-        shares = {size} if joined else {size // processes, -(-size // processes)} - {0}
-        if not any(share == 1 or (parts and share % parts == 1 % parts) for share in shares):
-            continue
+    for where, size, remedies in fitting.lone_samples(plan, processes, parts):
         alone = ", one of them alone" if size > 1 else ""
         if size > 1 and processes > 1:
             alone, remedies = (
@@ -464,7 +487,7 @@ def mixed(c: Config) -> str:
     return f"training batches are mixed by {how}: train_loss and train_acc are of mixed images"
 
 
-def introduce(run: Run, decided: str) -> None:
+def introduce(run: Run, decided: list[str]) -> None:
     c, say, ranks = run.config, run.progress.say, run.ranks
     parameters = models.count_parameters(run.model)
     about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(
@@ -483,8 +506,8 @@ def introduce(run: Run, decided: str) -> None:
     augmented = f"augmented by {c.changes}" if c.changes else "no augmentation"
     if run.data.about:
         say(run.data.about)
-    if decided:
-        say(decided)
+    for line in decided:
+        say(line)
     say(f"{run.data.classes:,} classes, images brought to {pixels(run)}, {augmented}")
     if run.step.mixer is not None:
         say(mixed(c))
@@ -502,7 +525,7 @@ def introduce(run: Run, decided: str) -> None:
             f"--micro-batch {at_once}: BatchNorm sees {at_once} samples at a time, so this is "
             "another gradient"
         )
-    for line in notes(c, run.schedule):
+    for line in [*warming(c, run.plan), *notes(c, run.schedule)]:
         say(line)
     for instrument in run.instruments:
         for line in instrument.introduction():

@@ -70,7 +70,8 @@ def report(run: Run, seconds: float) -> None:
     summary = run.summary() | {"seconds": round(seconds, 2)}
     summary["images_per_second"] = run.last_epoch.get("images_per_second")
     run.folder.write("summary.json", summary)
-    run.folder.status("done", "", run.update)
+    early = ended_early(run)
+    run.folder.status("done", early, run.update)
     run.tracker.finish(summary, DONE)
     say = run.progress.say
     if run.step.compile:
@@ -85,6 +86,8 @@ def report(run: Run, seconds: float) -> None:
         )
     for line in accuracies(run, run.last_epoch) if run.last_epoch else []:
         say(line)
+    if early:
+        say(early)
     for instrument in run.instruments:
         for line in instrument.conclusion(run):
             say(line)
@@ -110,6 +113,17 @@ def accuracies(run: Run, last: dict[str, Any]) -> list[str]:
         if "ema_test_top5" in last:
             lines[1] += f"; within the five likeliest {last['ema_test_top5']:.2%} in the end"
     return lines
+
+
+def ended_early(run: Run) -> str:
+    """Why a run ended before its last epoch by --patience, in words; empty where it did not."""
+    if not run.out_of_patience() or run.epoch == run.config.epochs or run.best_epoch is None:
+        return ""
+    patience = run.config.patience
+    return (
+        f"no better test accuracy in {patience} epoch{'s' * (patience != 1)}: ended after epoch "
+        f"{run.epoch} of {run.config.epochs}, the best was after epoch {run.best_epoch + 1}"
+    )
 
 
 def conclude(ended: Ending, run: Run | None, ranks: Ranks | None) -> None:
@@ -147,22 +161,32 @@ NO_MEMORY = (
 )
 
 
+def ran_out_of_memory(error: BaseException, torch: Any) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)
+
+
 def out_of_memory(error: BaseException, run: Run | None, c: Config, torch: Any) -> str | None:
     """What to do about memory that ran out; None for another error."""
-    gpu = isinstance(error, torch.OutOfMemoryError)
-    if not (
-        gpu or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
-    ):
+    if not ran_out_of_memory(error, torch):
         return None
     batch = (
         run.schedule.batch_size(min(run.epoch, run.config.epochs - 1))
         if run is not None
         else c.batch_size
     )
-    where = "on the GPU" if gpu else "in main memory"
+    gpu = isinstance(error, torch.OutOfMemoryError)
+    line = f"out of memory {'on the GPU' if gpu else 'in main memory'} at batch {batch}"
+    if c.micro_batch == "auto" and run is not None:
+        together = run.config.samples_at_once or batch
+        return (
+            f"{line}, of which {together} samples together did fit before the run: give "
+            f"--micro-batch {max(1, together // 2)}, with --resume too, or lower --batchsize"
+        )
     return (
-        f"out of memory {where} at batch {batch}: --micro-batch N computes the same batch N "
-        "samples at a time (try a half, then less), or lower --batchsize"
+        f"{line}: --micro-batch N computes the same batch N samples at a time, --micro-batch auto "
+        "finds how many fit; or lower --batchsize"
     )
 
 

@@ -37,7 +37,7 @@ from fastsmooth.training.plan import Plan
 from fastsmooth.training.step import Step, Tested
 from fastsmooth.training.update import Update
 
-FORMAT = 2  # of the state in a checkpoint; another number is refused
+FORMAT = 3  # of the state in a checkpoint; another number is refused
 # samples of a test batch; a GPU takes as many pixels as so many images of 32 x 32 at a time
 TEST_BATCH, TEST_BATCH_CUDA = 250, 2000
 # Samples a chunk of the full gradient in eval mode, where chunks change time and memory alone. On a
@@ -79,6 +79,9 @@ def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
         state["last_epoch"], dict
     ):
         raise ValueError("its last epoch is none")
+    best = state["best_epoch"]
+    if best is not None and (type(best) is not int or not 0 <= best < max(state["epoch"], 1)):
+        raise ValueError(f"its best epoch is {best!r}")
 
 
 def train(run: Run) -> None:
@@ -86,6 +89,7 @@ def train(run: Run) -> None:
     for point in run.epochs_left():
         with run.clock.measure("train"):
             for batch in run.batches_left():
+                point = run.at_update(point)
                 run.before_gradient(batch, point)
                 if run.enough():
                     return
@@ -126,6 +130,7 @@ class Run:
     samples: int = 0
     best_test_acc: float | None = None
     best_ema_test_acc: float | None = None
+    best_epoch: int | None = None  # the first one that had it
     last_epoch: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -171,11 +176,21 @@ class Run:
     def epochs_left(self) -> Iterator[Point]:
         """Every epoch that is still to be trained, by the Point in force: the optimizer, the
         images and the log go by it."""
-        while self.epoch < self.plan.config.epochs and not self.enough():
-            point = self.plan.schedule(self.epoch)
+        while self.epoch < self.plan.config.epochs and not (
+            self.enough() or self.out_of_patience()
+        ):
+            # that of the update before, the last of the epoch where only its test is left to do
+            point = self.plan.point(self.epoch, max(self.update - 1, 0))
             self.step.optimizer.set_point(point)
             self.stream.batch_size = point.batch_size
             yield point
+
+    def at_update(self, point: Point) -> Point:
+        """The Point in force at the update to come, where `point` was at the one before it."""
+        if self.plan.moves(self.update):
+            point = self.plan.point(self.epoch, self.update)
+            self.step.optimizer.set_point(point)
+        return point
 
     def batches_left(self) -> Iterator[Batch]:
         """The batch of every update of the epoch that is still to be done, until --budget is used
@@ -193,6 +208,13 @@ class Run:
     def enough(self) -> bool:
         """Whether an instrument has all that it wanted."""
         return any(instrument.enough() for instrument in self.instruments)
+
+    def out_of_patience(self) -> bool:
+        """Whether --patience epochs have gone by without a better test accuracy than the best."""
+        patience = self.plan.config.patience
+        if patience is None or self.best_epoch is None:
+            return False
+        return self.epoch - self.best_epoch > patience
 
     def before_gradient(self, batch: Batch, point: Point) -> None:
         """Measure what falls due before the gradient of the batch is taken, for which `point` is in
@@ -328,14 +350,15 @@ class Run:
         self.last_epoch = self.row("epoch", point, values)
         self.progress.epoch(self.last_epoch)
         self.keeper.after_epoch(self.last_epoch, self.best_test_acc, self.best_ema_test_acc)
-        self.best_test_acc = max(test_acc, self.best_test_acc or 0.0)
+        if self.best_test_acc is None or test_acc > self.best_test_acc:
+            self.best_test_acc, self.best_epoch = test_acc, self.epoch
         if averaged is not None:
             self.best_ema_test_acc = max(averaged.accuracy, self.best_ema_test_acc or 0.0)
         self.meter.reset()
         self.train_seconds += self.clock.read("train")
         self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
         self.epoch += 1
-        last = self.epoch == self.plan.config.epochs
+        last = self.epoch == self.plan.config.epochs or self.out_of_patience()
         if last or not self.config.checkpoint_every:
             self.save(final=last)
 
@@ -415,6 +438,7 @@ class Run:
             "update": self.update,
             "samples": self.samples,
             "best_test_acc": self.best_test_acc,
+            "best_epoch": self.best_epoch,
             "last_epoch": self.last_epoch,
             "meter": self.meter.state_dict(),
             "window": self.window.state_dict(),
@@ -441,7 +465,8 @@ class Run:
         self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
-        for name in ("epoch", "update", "samples", "best_test_acc", "last_epoch", "asked"):
+        names = ("epoch", "update", "samples", "best_test_acc", "best_epoch", "last_epoch", "asked")
+        for name in names:
             setattr(self, name, state[name])
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
@@ -465,6 +490,7 @@ class Run:
             "final_test_acc": self.last_epoch.get("test_acc"),
             "final_test_loss": self.last_epoch.get("test_loss"),
             "best_test_acc": self.best_test_acc,
+            "best_epoch": self.best_epoch,
             **self.summary_of_more(),
             "epochs": self.epoch,
             "updates": self.update,

@@ -24,7 +24,8 @@ from fastsmooth.training.loop import Run
 
 def point_after(run: Run, updates: int) -> Point:
     """The Point in force at the update that comes so many updates later."""
-    return run.plan.schedule(run.plan.epoch_of(run.update + updates))
+    update = run.update + updates
+    return run.plan.point(run.plan.epoch_of(update), update)
 
 
 @contextmanager
@@ -47,8 +48,7 @@ def ahead(run: Run, updates: int, history: int) -> Iterator[None]:
             follow(run, stream, updates)
             run.update += updates
             run.epoch = run.plan.epoch_of(run.update)
-            point = run.plan.schedule(run.epoch)
-            run.step.optimizer.set_point(point)
+            run.step.optimizer.set_point(run.plan.point(run.epoch, run.update))
             yield
     finally:
         stream.close()
@@ -59,11 +59,14 @@ def follow(run: Run, stream: Stream, updates: int) -> None:
     """Do so many updates on the batches of a stream, and nothing else that a run does."""
     done = 0
     while done < updates:
-        point = run.plan.schedule(stream.epoch)
+        point = run.plan.point(stream.epoch, run.update + done)
         run.step.optimizer.set_point(point)
         stream.batch_size = point.batch_size
         for x, y in stream.rest_of_epoch():
             heed(run)
+            if run.plan.moves(run.update + done):
+                point = run.plan.point(stream.epoch, run.update + done)
+                run.step.optimizer.set_point(point)
             run.step.gradient(x.to(run.step.dtype), y, stream.size)
             run.step.update()
             done += 1

@@ -7,15 +7,16 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache
 
 from fastsmooth.cli import config as configs
+from fastsmooth.cli import stages
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.stages import ByEpoch
 from fastsmooth.messages import show
-from fastsmooth.schedule import SOLVED, Schedule, memory, updates_of
+from fastsmooth.schedule import SOLVED, Point, Schedule, memory, updates_of
 from fastsmooth.terminal import Table, columns
 
 
@@ -36,8 +37,16 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
         decay_epoch=c.decay_epoch,
         power=c.power,
         gamma=c.gamma,
+        milestones=steps_of(c),
+        factor=c.factor,
         shifted=c.compat == "original",
     )
+
+
+def steps_of(c: Config) -> list[int]:
+    """The epochs of --milestones, as far as the run has them."""
+    epochs = stages.epochs_of(c.milestones or (), c.epochs)
+    return sorted({epoch for epoch in epochs if 0 < epoch < c.epochs})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +61,32 @@ class Plan:
     def sizes(self) -> ByEpoch[int]:
         """Pixels a side of the training images by epoch; the last of them is that of the tests."""
         return self.config.sizes
+
+    @cached_property
+    def warmup(self) -> int:
+        """The updates over which lr rises: 0 without --warmup."""
+        amount, unit = self.config.warmup_length
+        if unit == "updates":
+            return amount
+        return sum(self.schedule.updates(self.images, self.config.drop_last)[:amount])
+
+    @cached_property
+    def _of_epoch(self) -> Callable[[int], Point]:
+        # a warm-up asks at every update, and some schedules are solved
+        return lru_cache(maxsize=2)(self.schedule)
+
+    def point(self, epoch: int, update: int) -> Point:
+        """What is in force at an update of an epoch, both counted from 0: that of the schedule,
+        whose lr a warm-up of W updates multiplies by (update + 1) / W."""
+        point = self._of_epoch(epoch)
+        if update >= self.warmup:
+            return point
+        return dataclasses.replace(point, lr=point.lr * (update + 1) / self.warmup)
+
+    def moves(self, update: int) -> bool:
+        """Whether the Point of an update may be another than that of the update before it in the
+        same epoch."""
+        return self.warmup > 0 and update <= self.warmup
 
     @cached_property
     def limit(self) -> tuple[str, int]:
@@ -164,7 +199,13 @@ def make_plan(c: Config, images: int) -> Plan:
         c = within_budget(c, images)
     plan = Plan(c, make_schedule(c, images), images)
     _ = plan.sizes  # which must all begin within the epochs
+    configs.check_length(c)
     total = sum(plan.schedule.updates(images, c.drop_last))
+    if plan.warmup > total:
+        raise ConfigError(
+            f"--warmup {c.warmup} is longer than the run of {total:,} updates: lower it, or train "
+            "for more epochs"
+        )
     if c.mode == "sampling" and max(c.steps) >= total:
         raise ConfigError(
             f"--steps {max(c.steps)} lies past the run's {total} updates: lower --steps or raise "
@@ -234,10 +275,16 @@ def print_plan(c: Config, as_json: bool) -> None:
     epochs = len(done) if plan else c.epochs
     sizes = c.sizes
     if as_json:
+        begun = 0  # updates before the epoch
         for epoch, p in enumerate(map(schedule, range(epochs))):
             delta = schedule.delta(p) if c.plain_update else None
             row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": delta}
             row |= {"image_size": sizes(epoch)} if sizes.changes else {}
+            if plan and plan.moves(begun):
+                last = begun + done[epoch][0] - 1
+                row |= {"lr_first": plan.point(epoch, begun).lr}
+                row |= {"lr_last": plan.point(epoch, last).lr}
+            begun += done[epoch][0] if done else 0
             show(json.dumps(row), whole=True)
         return
     layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
@@ -259,7 +306,8 @@ def print_plan(c: Config, as_json: bool) -> None:
         cells += [f"{side}x{side}"] if sizes.changes else []
         cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
         show(table.row(cells, columns(sys.stdout)))
-    for line in [*units(c), *notes(c, schedule), cost(plan) if plan else cost_of_a_folder(c)]:
+    said = [*units(c), *warming(c, plan), *notes(c, schedule)]
+    for line in [*said, cost(plan) if plan else cost_of_a_folder(c)]:
         show(line)
     if not c.image_size:
         show(
@@ -307,6 +355,21 @@ def units(c: Config) -> list[str]:
     return [
         f"delta is {unit}: none is published for {configs.setting_of(c)}: give {flags} (--mode "
         "sampling measures c2)"
+    ]
+
+
+def warming(c: Config, plan: Plan | None) -> list[str]:
+    """What --warmup does, in words."""
+    if c.warmup is None:
+        return []
+    amount, unit = c.warmup_length
+    length = f"{amount:,} {unit}" if amount > 1 else unit.removesuffix("s")
+    if plan and unit == "epochs":
+        length += f", {plan.warmup:,} updates"
+    many = f"{plan.warmup}" if plan else "W" if unit == "epochs" else f"{amount}"
+    return [
+        f"--warmup {c.warmup}: lr, and delta with it, rises over the first {length}: at update t, "
+        f"counted from 0, it is (t + 1) / {many} of that of the epoch"
     ]
 
 

@@ -147,9 +147,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, cases):
         )
         assert (
             all(
-                re.match(
-                    "fastsmooth: warning: no (checkpoint|(best|last) weights) at", line
-                )
+                re.match("fastsmooth: warning: no (checkpoint|(best|last) weights) at", line)
                 for line in errors[:-1]
             )
             and len(errors) > 2
