@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -48,14 +49,44 @@ def bits_left(size: int) -> Tensor:
     return 8 - (torch.arange(BINS) / ((BINS - 1) / 4)).round()
 
 
-def moved(images: Tensor, right: int, down: int) -> Tensor:
-    return TF.affine(images, 0.0, [right, down], 1.0, [0.0, 0.0])
+def moved(images: Tensor, right: float, down: float) -> Tensor:
+    return TF.affine(images, 0.0, [int(right), int(down)], 1.0, [0.0, 0.0])
 
 
 def sheared(images: Tensor, across: float, down: float) -> Tensor:
     """About the upper left corner, by so many pixels a pixel."""
     degrees = [math.degrees(math.atan(slope)) for slope in (across, down)]
     return TF.affine(images, 0.0, [0, 0], 1.0, degrees, center=[0, 0])
+
+
+MOVEMENTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "ShearX": lambda images, a: sheared(images, a, 0.0),
+    "ShearY": lambda images, a: sheared(images, 0.0, a),
+    "TranslateX": lambda images, a: moved(images, a, 0.0),
+    "TranslateY": lambda images, a: moved(images, 0.0, a),
+    "Rotate": lambda images, a: TF.rotate(images, a),
+}
+
+
+@lru_cache(maxsize=64)
+def sources(name: str, amount: float, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the pixels of a moved image come from: int64 [S * S], and uint8 [S * S] 1 where that is
+    inside.
+
+    torchvision finds them on the CPU, once: on a GPU it would multiply matrices in TF32, which
+    takes another pixel here and there, and have the host wait.
+    """
+    numbers = torch.arange(1.0, size * size + 1).view(1, 1, size, size)  # 0: outside
+    found = MOVEMENTS[name](numbers, amount).long().flatten()
+    return (found - 1).clamp(min=0).to(device), (found > 0).to(torch.uint8).to(device)
+
+
+def movement(name: str) -> Callable[[Tensor, float], Tensor]:
+    def apply(images: Tensor, amount: float) -> Tensor:
+        index, inside = sources(name, amount, images.shape[2], images.device)
+        return (images.flatten(2).index_select(2, index) * inside).view_as(images)
+
+    return apply
 
 
 def contrasted(images: Tensor, amount: float) -> Tensor:
@@ -83,11 +114,11 @@ def sharpened(images: Tensor, amount: float) -> Tensor:
 # In torchvision's order, by its names. Those without an amount have it 0.
 OPERATIONS = {
     "Identity": Operation(lambda images, _: images, evenly(0, 0), False),
-    "ShearX": Operation(lambda images, a: sheared(images, a, 0.0), evenly(0, 0.3), True),
-    "ShearY": Operation(lambda images, a: sheared(images, 0.0, a), evenly(0, 0.3), True),
-    "TranslateX": Operation(lambda images, a: moved(images, int(a), 0), share_of_side, True),
-    "TranslateY": Operation(lambda images, a: moved(images, 0, int(a)), share_of_side, True),
-    "Rotate": Operation(lambda images, a: TF.rotate(images, a), evenly(0, 30), True),
+    "ShearX": Operation(movement("ShearX"), evenly(0, 0.3), True),
+    "ShearY": Operation(movement("ShearY"), evenly(0, 0.3), True),
+    "TranslateX": Operation(movement("TranslateX"), share_of_side, True),
+    "TranslateY": Operation(movement("TranslateY"), share_of_side, True),
+    "Rotate": Operation(movement("Rotate"), evenly(0, 30), True),
     "Brightness": Operation(
         lambda images, a: TF.adjust_brightness(images, 1.0 + a), evenly(0, 0.9), True
     ),
