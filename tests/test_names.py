@@ -81,8 +81,8 @@ def test_every_flag_of_another_trainer_is_one_of_ours_or_answered_without_a_gues
         ("--learning_rate", "unknown flag --learning-rate: fastsmooth calls it --lr"),
         ("--amp", "unknown flag --amp: fastsmooth calls it --precision bf16"),
         ("--ema", "fastsmooth has no --ema: it does not average weights"),
-        ("--pretrained", "fastsmooth has no --pretrained: every run begins with random weights"),
-        ("--weights", "fastsmooth has no --weights: every run begins with random weights"),
+        ("--pretrained", "unknown flag --pretrained: fastsmooth calls it --init pretrained"),
+        ("--weights", "unknown flag --weights: fastsmooth calls it --init"),
         ("--eval", "fastsmooth has no --eval: every epoch ends with a test"),
         (
             "--milestones",
