@@ -80,7 +80,10 @@ FLAGS = spread({
     "--cutout --cutout-length --n-holes --length": "--random-erasing P erases a box of an image with probability P",
     # model
     "-a --arch --architecture --net --network --backbone --model-name --model-type --model-name-or-path --model-arch --depth --layers --width --widen-factor --width-factor": "--model",
-    "--pretrained --weights --no-pretrained --weights-backbone --pretrained-path --pretrained-model --init-weights --initial-checkpoint --load-weights --finetune --fine-tune --from-pretrained --init-from --from-scratch --freeze --freeze-backbone --head-init-scale": "every run begins with random weights; --resume --out DIR goes on with a run",
+    "--pretrained --from-pretrained": "--init pretrained",
+    "--weights --weights-backbone --pretrained-path --pretrained-model --init-weights --initial-checkpoint --load-weights --finetune --fine-tune --init-from": "--init",
+    "--no-pretrained --from-scratch --head-init-scale": "every run begins with random weights, but for what --init brings",
+    "--freeze-backbone --freeze-layers --freeze-at --frozen-stages": "--freeze",
     "--dropout --drop --drop-rate --dropout-rate --drop-path --drop-path-rate --drop-connect --drop-block --droprate --stochastic-depth": "a model has the dropout that its definition gives it",
     "--norm-layer --normalization --gn --groupnorm --group-norm --use-gn": "--norm group",
     "--bn-momentum --bn-eps --split-bn --dist-bn --freeze-bn --bn-tf": "BatchNorm is PyTorch's default; --norm group puts GroupNorm in its place",

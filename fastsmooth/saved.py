@@ -23,6 +23,7 @@ from fastsmooth.cli.device import compute_float32, pick_device
 from fastsmooth.cli.facts import FILE_SETS, is_among
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data.order import in_order
+from fastsmooth.freezing import freeze
 from fastsmooth.messages import one_line, warn
 from fastsmooth.noise.algorithms import Setting
 from fastsmooth.noise.sharpness import Sharpness, sharpness
@@ -144,6 +145,8 @@ def load(
         same_images = state["data"]["fingerprint"] == sets.fingerprint
         model.load_state_dict(state["model"])
         standing(state)
+        if c.freeze:  # sharpness is of what was trained
+            freeze(model, c.freeze)
     except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
             f"{path}: its checkpoint is not of {c.model} with {sets.classes} classes: "

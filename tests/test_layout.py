@@ -24,6 +24,7 @@ ALLOWED = {
     "figures": set(),
     "runfolder": set(),
     "models": {"names"},
+    "freezing": {"models", "names"},
     "optim": {"forms", "schedule", "kernels"},
     # the last two to examine them
     "cli": {"forms", "schedule", "runfolder", "names", "processors", "data", "kernels"},
@@ -31,13 +32,13 @@ ALLOWED = {
     "noise": {"kernels", "schedule", "ranks", "optim", "names"},
     "training": {
         "noise", "data", "optim", "models", "schedule", "ranks", "cli", "runfolder", "kernels",
-        "processors",
+        "processors", "freezing",
     },
     "train": {"training", "ranks", "cli", "runfolder", "processors"},
     "prepare": {"data", "cli", "runfolder", "processors"},
     "trained": {"data", "runfolder", "inference"},
     "inference": {"data", "models", "cli", "runfolder", "trained"},
-    "saved": {"noise", "data", "models", "cli", "runfolder", "processors"},
+    "saved": {"noise", "data", "models", "cli", "runfolder", "processors", "freezing"},
     "sharpness": {"saved", "noise", "cli", "runfolder"},
     "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},
     "smooth": {"figures", "cli", "runfolder", "processors"},

@@ -42,6 +42,7 @@ from fastsmooth.cli.flags import (
     duration,
     every,
     flag,
+    folder,
     micro_batch,
     milestone,
     momentum,
@@ -52,6 +53,7 @@ from fastsmooth.cli.flags import (
     sam,
     text,
     warmup,
+    weights,
     whole,
 )
 from fastsmooth.cli.stages import ByEpoch, Moment, Stage, Stages
@@ -109,8 +111,8 @@ class Config:
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
     sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
     micro_batch: int | str | None = option(None, "model", "at most so many samples through the model together, to save memory; auto: as many as fit", micro_batch, metavar="N")
-    init: str | None = option(None, "model", "weights to begin with: a file, a run folder, or pretrained (torchvision/ and timm/ networks)", text, metavar="FILE|RUN")
-    freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: 'stem.*'", text, metavar="PATTERN", many=True)
+    init: str | None = option(None, "model", "weights to begin with: a file, a run folder, or pretrained (torchvision/ and timm/ networks)", weights, metavar="FILE|RUN")
+    freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: stem, '*.bias'", text, metavar="PATTERN", many=True)
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
     epochs: int = option(FILLED, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
@@ -172,7 +174,7 @@ class Config:
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
     resume: bool = option(False, "run", "go on with the run in --out")
-    extend: str | None = option(None, "run", "a finished run to go on from, for --epochs more, in a folder of its own", text, metavar="RUN")
+    extend: str | None = option(None, "run", "a finished run to go on from, for --epochs more, in a folder of its own", folder, metavar="RUN")
     keep: str = option("best", "run", "weights that stay: of the best epoch and the last, the last alone, or of every epoch", choices=("best", "last", "all"))
     checkpoint_every: int | None = option(None, "run", "updates between checkpoints (an epoch)", whole(1), metavar="N")
     log_every: int = option(50, "run", "updates between step rows", whole(1), metavar="N")
@@ -308,6 +310,8 @@ def check(c: Config) -> None:
             "--epochs"
         )
     check_step(c)
+    if c.init is not None or c.extend is not None:
+        check_beginning(c)
     if len(c.image_stages) > 1:
         check_stages(c)
     for name, thing in (("steps", "update"), ("eps", "threshold"), ("quantities", "quantity")):
@@ -439,6 +443,24 @@ def check_length(c: Config) -> None:
         raise ConfigError(
             f"--warmup {c.warmup} is longer than the run of {c.epochs} epochs: lower it, or train "
             "for more epochs"
+        )
+
+
+def check_beginning(c: Config) -> None:
+    """Refuse weights that are not to be had, and a run to go on from with what it cannot have."""
+    if c.init == "pretrained" and c.model and not c.model.startswith(("torchvision/", "timm/")):
+        raise ConfigError(
+            f"--init pretrained: no pretrained weights are published for {c.model}: use a network "
+            "of torchvision/ or timm/, give a file as --init FILE, or leave --init out"
+        )
+    if c.extend is not None and c.init is not None:
+        raise ConfigError(
+            "--extend goes on with the weights of its run, and --init has others: give one of them"
+        )
+    if c.extend is not None and c.mode != "normal":
+        raise ConfigError(
+            f"--extend trains a run on, and --mode {c.mode} measures one from its beginning: leave "
+            "one of them out"
         )
 
 
@@ -588,7 +610,7 @@ def setting_of(c: Config) -> str:
     if setting(c) not in PUBLISHED:
         return words
     others = [name for name, value in PUBLISHED_WITH.items() if getattr(c, name) != value]
-    return " ".join([words, *(f"{flag(name)} {getattr(c, name)}" for name in others)])
+    return " ".join([words, *(f"{flag(name)} {shown(getattr(c, name))}" for name in others)])
 
 
 def uses_k2(c: Config) -> bool:

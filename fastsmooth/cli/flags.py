@@ -175,6 +175,16 @@ def code(value: str) -> str:
     return value
 
 
+def folder(value: str) -> str:
+    """A path that is the same wherever it is read."""
+    return os.path.abspath(text(value))
+
+
+def weights(value: str) -> str:
+    """The path of a file or a run, or `pretrained`."""
+    return value if value == "pretrained" else folder(value)
+
+
 def option(
     default: Any,
     group: str,

@@ -34,6 +34,7 @@ from fastsmooth.cli.flags import (
 from fastsmooth.cli.page import SHORT
 from fastsmooth.messages import command
 from fastsmooth.runfolder.files import read_file, read_object
+from fastsmooth.runfolder.read import read_status
 
 
 def parser() -> Parser:
@@ -121,14 +122,77 @@ def parse(argv: list[str]) -> Request:
         raise ConfigError("--json goes with --plan")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if path is not None:
-        lengths = {"epochs", "budget"}  # two ways to say one thing
-        read = {
-            name: value
-            for name, value in read_flags(p, path).items()
-            if not (name in lengths and lengths & given.keys())
-        }
-        given = read | given
+        given = over(read_flags(p, path), given)
+    if not given.get("resume"):  # else the run has its flags already
+        given = over_finished(given)
     return Request(given, **extra)
+
+
+def over(read: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What was read with what is given over it."""
+    lengths = {"epochs", "budget"}  # two ways to say one thing
+    kept = {
+        name: value
+        for name, value in read.items()
+        if not (name in lengths and lengths & given.keys())
+    }
+    return kept | given
+
+
+# The flags of a finished run that --extend cannot give another value: its state would be of
+# something else. The images are compared by their fingerprint.
+SAME_TO_EXTEND = ("dataset", "model", "norm", "seed", "optimizer", "decay_weights_only")
+
+
+def over_finished(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the run that --extend names, where it does, with what is given over them. Raises
+    ConfigError for a run that is not finished, and for flags with which its state could not go
+    on."""
+    if "extend" not in given:
+        return given
+    folder = Path(given["extend"])
+    saved = read_saved(folder)
+    check_finished(folder)
+    if saved.mode != "normal":
+        raise ConfigError(
+            f"--extend {folder}: a run of --mode {saved.mode} ends where it has measured, and is "
+            "not trained on: give a run of --mode normal"
+        )
+    if given.get("dataset") == "auto":  # as what it was recognised
+        given = {key: value for key, value in given.items() if key != "dataset"}
+    # an average that there is can go on with another decay
+    for name in (*SAME_TO_EXTEND, *["ema"] * (saved.ema is None)):
+        before = getattr(saved, name)
+        if given.get(name, before) != before:
+            was = f"has {flag(name)} {shown(before)}, not {shown(given[name])}"
+            if before is None or before is False:
+                was = f"was trained without {flag(name)}"
+            raise ConfigError(
+                f"--extend {folder}: the run {was}: leave the flag out, or begin a run with --init "
+                f"{folder}"
+            )
+    inherited = flags_of(saved)
+    for name in ("init", "extend"):  # how that run began
+        inherited.pop(name, None)
+    both = over(inherited, given)
+    kept = without_idle(both)  # of what is inherited: another method may not use it
+    return {name: value for name, value in both.items() if name in kept or name in given}
+
+
+def check_finished(folder: Path) -> None:
+    """Raises ConfigError where a run has not come to its end, or to a bad one."""
+    state = read_status(folder).get("state")
+    if state == "diverged":
+        raise ConfigError(
+            f"--extend {folder}: the run has diverged, and would go on from there: start a new run "
+            "with a lower --lr"
+        )
+    if state != "done":
+        raise ConfigError(
+            f"--extend {folder}: the run is not finished (its status is "
+            f"{state if isinstance(state, str) else 'unknown'}): finish it with --resume --out "
+            f"{folder}"
+        )
 
 
 def read_flags(p: Parser, path: str) -> dict[str, Any]:

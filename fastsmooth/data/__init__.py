@@ -22,6 +22,7 @@ from fastsmooth.data.images import (
     DataConfig,
     DataError,
     ImageSet,
+    Later,
     Sizes,
     Split,
     decode_all,
@@ -76,13 +77,14 @@ def open_data(
     say: Callable[[str], None] = note,
     sharing: int = 1,
     images: ImageSet | None = None,
+    first_epoch: int = 0,
 ) -> Data:
     """The data set of `config`, a run's resolved Config, behind its loader. Raises DataError.
 
     `say` gets a line where reading takes long, what may not be meant as it is (a class that is
     never tested), and one for each image that cannot be read but may be black. `sharing`: processes
     of this run on this machine, which share its processors and its memory. `images`: what read_set
-    gave.
+    gave. `first_epoch`: the number of the first epoch that will be asked for.
     """
     if config.loader == "dali":
         dali.require()
@@ -95,7 +97,7 @@ def open_data(
     if name != "torch":  # where 0 processes are this one
         threads = max(threads, 1)
     kind, size, seed = config.augment, config.sizes.values[-1], config.seed
-    changing = config.sizes if len(config.sizes.values) > 1 else None
+    changing = Later(config.sizes, first_epoch) if len(config.sizes.values) > 1 else None
     channels = channels_of(config, images)
     times = channels // len(images.mean)
     mean, std = images.mean * times, images.std * times
@@ -196,7 +198,7 @@ def choose(
 ) -> tuple[str, str]:
     """The loader's name, and why it was picked."""
     if config.loader != "auto":
-        return config.loader, "as before" if config.resume else "as asked"
+        return config.loader, "as before" if config.resume or config.extend else "as asked"
     resident, why = fits(config, images, device, sharing)
     if resident:
         return "resident", why

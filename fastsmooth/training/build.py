@@ -25,6 +25,7 @@ from fastsmooth.cli.facts import is_among
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import DataError
+from fastsmooth.freezing import freeze
 from fastsmooth.messages import one_line, warn
 from fastsmooth.models import ModelError, own_size
 from fastsmooth.noise.gradients import undisturbed
@@ -36,7 +37,7 @@ from fastsmooth.runfolder.tracker import Tracker
 from fastsmooth.runfolder.weights import MODEL, ModelFacts
 from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, check_unused, claim
 from fastsmooth.training import device as machine
-from fastsmooth.training import fitting, syncnorm
+from fastsmooth.training import extending, fitting, syncnorm
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.ema import Ema
 from fastsmooth.training.graphs import CudaRecorder
@@ -47,6 +48,7 @@ from fastsmooth.training.objective import objective_of
 from fastsmooth.training.plan import Plan, make_plan, notes, warming
 from fastsmooth.training.sam import Sam
 from fastsmooth.training.step import Step, keep_freed_memory
+from fastsmooth.training.weights import begin_with
 
 PRECISIONS = {
     "fp32": "in float32",
@@ -66,7 +68,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     keep_freed_memory()
     wanted = Path(c.out) if c.out else None
     held: RunFolder | None = None  # the folder of a run that goes on
-    checkpoints = state = None
+    checkpoints = state = origin = None
+    remarks: list[str] = []
     with ranks.together(REFUSALS, ConfigError):
         if wanted and c.resume and ranks.leader:
             held = RunFolder(wanted)  # locked before its checkpoints are read
@@ -74,10 +77,14 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             state = saved_state(checkpoints)
         elif wanted and ranks.leader:
             check_unused(wanted)
-    before = ranks.from_leader(made_with(state))
+        if c.extend and state is None and ranks.leader:
+            state, origin = extending.finished(c.extend)
+    before, origin, first_epoch = ranks.from_leader(
+        (made_with(state), origin, extending.first_epoch(state, origin))
+    )
     with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
         if before:
-            c = parsing.as_before(c, before, f"{c.out}/checkpoints")
+            c = parsing.as_before(c, before, f"{origin.run if origin else c.out}/checkpoints")
             device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
         check_recipe(c)
@@ -97,7 +104,12 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             plan = planned(c, len(read.train), ranks.world)
             c = plan.config
         images = data.open_data(
-            c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
+            c,
+            device,
+            warn if ranks.leader else lambda line: None,
+            ranks.local_world,
+            read,
+            first_epoch,
         )
         check_classes(c, images)
         images.bad.say = warn  # from now on each process meets bad images of its own
@@ -105,8 +117,12 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         c = plan.config
         machine.set_numerics(c, precision, plan.schedule)
         torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm, images.channels).to(device)
-        model = model.to(memory_format=torch.channels_last)
+        model = models.build(c.model, images.classes, c.norm, images.channels)
+        if c.init and not before:  # else all of them come with the state
+            remarks.append(begin_with(c, model, images.classes, ranks.leader))
+        if c.freeze:
+            remarks.append(freeze(model, c.freeze).described(c.freeze, model))
+        model = model.to(device).to(memory_format=torch.channels_last)
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
         one_alone = try_model(c, model, images)
@@ -117,6 +133,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         optimizer = NoisySGD(
             parameter_groups(c, model), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
         )
+        if origin and state is not None:
+            extending.check(state, origin, model, optimizer, images)
         # SyncBatchNorm's exchange would cut the graph at every layer
         compiled = c.compile == "on" or (
             c.compile == "auto" and device.type == "cuda" and not c.sync_bn
@@ -182,6 +200,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             about |= {"precision": precision, "graphs": graphs}
             about |= {"measure": chosen.get("measure"), "micro_batch": c.samples_at_once}
             about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
+            about |= {"weights": remarks} if remarks else {}
+            about |= {"extends": dataclasses.asdict(origin)} if origin else {}
             folder = RunFolder.create(out, c.to_json() | {"micro_batch": micro_batch}, about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
@@ -200,6 +220,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             made_with=chosen | machine.facts(device, ranks.world),
             recorder=recorder,
             ema=Ema(model, c.ema) if c.ema else None,
+            remarks=remarks,
+            origin=origin,
         )
     return run, state, [line for line in (decided, cut) if line]
 
@@ -207,10 +229,13 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
 def begin(run: Run, state: State | None, decided: list[str]) -> None:
     """Stand where the run is to go on, and say what it is."""
     c, plan, ranks = run.config, run.plan, run.ranks
-    if c.resume:
+    if c.resume or run.origin:
         state = ranks.from_leader(state)
         with ranks.together(REFUSALS, ConfigError):
-            go_on(run, state)
+            if state is not None and run.origin:
+                extending.take_over(run, state, run.origin)
+            else:
+                go_on(run, state)
         changes = machine.changes(made_with(state), run.made_with)
         if changes and ranks.leader:
             warn(
@@ -489,7 +514,7 @@ def mixed(c: Config) -> str:
 
 def introduce(run: Run, decided: list[str]) -> None:
     c, say, ranks = run.config, run.progress.say, run.ranks
-    parameters = models.count_parameters(run.model)
+    parameters = f"{models.count_parameters(run.model):,} {'trainable ' * bool(c.freeze)}parameters"
     about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(
         c.dataset, ""
     )
@@ -498,7 +523,7 @@ def introduce(run: Run, decided: list[str]) -> None:
         f"images, {run.data.choice}"
     )
     say(
-        f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} "
+        f"{c.model} ({parameters}), {c.optimizer}, method {c.method}, {c.epochs} "
         f"epochs from lr {c.lr:g}, batch {c.batch_size}"
         + (f", momentum {c.momentum:g}" if c.momentum else "")
         + f", seed {c.seed}, {PRECISIONS[run.step.precision]}"
@@ -525,12 +550,17 @@ def introduce(run: Run, decided: list[str]) -> None:
             f"--micro-batch {at_once}: BatchNorm sees {at_once} samples at a time, so this is "
             "another gradient"
         )
-    for line in [*warming(c, run.plan), *notes(c, run.schedule)]:
+    for line in [*run.remarks, *warming(c, run.plan), *notes(c, run.schedule)]:
         say(line)
     for instrument in run.instruments:
         for line in instrument.introduction():
             say(line)
     if run.tracker.where:
         say(run.tracker.where)
+    if run.origin:
+        say(
+            f"going on from the end of {run.origin.run} ({run.origin.epochs:,} epochs, "
+            f"{run.origin.updates:,} updates); this run counts its own from 0"
+        )
     if run.update:
         say(f"going on from update {run.update:,}, epoch {run.epoch}")

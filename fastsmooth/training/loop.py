@@ -47,6 +47,16 @@ EVAL_CHUNK = {"cpu": 250, "cuda": 1000, "mps": 250}
 NOT_FINITE = 255  # a reason to stop, beside OUT_OF_TIME and the numbers of signals
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A finished run that another goes on from."""
+
+    run: str  # its folder
+    epochs: int  # that it did itself
+    updates: int
+    first_epoch: int  # the data's number of the epoch that comes next
+
+
 class Preempted(Exception):
     """The run was asked to stop and has saved itself; the message is the reason."""
 
@@ -72,6 +82,7 @@ def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
         (name, state["data"][name], limit)
         for name, limit in (("epoch", epochs), ("cursor", images))
     ]
+    places.append(("first_epoch", state["data"].get("first_epoch", 0), math.inf))
     for name, value, limit in places:
         if type(value) is not int or not 0 <= value <= limit:
             raise ValueError(f"its {name} is {value!r}")
@@ -124,6 +135,9 @@ class Run:
     made_with: dict[str, Any] = field(default_factory=dict)
     recorder: Recorder | None = None  # of updates that are captured
     ema: Ema | None = None  # the average of the weights, where there is one
+    # what is said of its weights; the finished run that it is about to go on from
+    remarks: list[str] = field(default_factory=list)
+    origin: Origin | None = None
 
     epoch: int = 0
     update: int = 0
@@ -140,6 +154,12 @@ class Run:
     @property
     def schedule(self) -> Schedule:
         return self.plan.schedule
+
+    @property
+    def data_epoch(self) -> int:
+        """The number of this epoch by which random numbers of the images are drawn: that of the
+        epochs of all runs that this one goes on from."""
+        return self.stream.first_epoch + self.epoch
 
     def __post_init__(self) -> None:
         c = self.config
@@ -254,7 +274,7 @@ class Run:
 
         if self.step.mixer is not None:
             place = self.stream.cursor - self.stream.size
-            self.step.mixer.draw(self.epoch, place, self.plan.sizes(self.epoch))
+            self.step.mixer.draw(self.data_epoch, place, self.plan.sizes(self.epoch))
         measured = any(i.norms_every for i in self.due)
         self.graphs(batch, before_update if due else None, measured)
 
@@ -383,7 +403,7 @@ class Run:
         batches = itertools.islice(
             in_order(len(self.data.test), size), self.ranks.rank, None, self.ranks.world
         )
-        return self.data.test.batches(batches, self.epoch if augmented else None)
+        return self.data.test.batches(batches, self.data_epoch if augmented else None)
 
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.update, "samples": self.samples}

@@ -97,7 +97,7 @@ def measured_epoch(run: Run) -> int | None:
 
     Either way the loss is one fixed function of the parameters.
     """
-    return run.epoch if run.config.measure_augment else None
+    return run.data_epoch if run.config.measure_augment else None
 
 
 def chunk_size(run: Run, point: Point) -> int:
@@ -193,8 +193,9 @@ def function_measured(run: Run, chunk: int) -> str:
         )
     if run.step.normalises_batches:
         how += f": BatchNorm with {statistics}"
+    of = " as a function of the trainable parameters" if c.freeze else ""
     return (
-        f"mean {c.loss_in_words} over the {run.plan.images:,} training images, {images}; the "
+        f"mean {c.loss_in_words}{of} over the {run.plan.images:,} training images, {images}; the "
         f"model in {how}"
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastsmooth.freezing import FrozenNorm
 from fastsmooth.kernels import backend
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.update import MOST_PARTS
@@ -89,7 +90,11 @@ class Step:
         self.norms: SampleNorms | None = None
         self.dtype = torch.bfloat16 if self.autocast else torch.float32  # of the images
         self.micro_batch, self.ranks = micro_batch, ranks or Ranks()
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        norms = [
+            m
+            for m in model.modules()
+            if isinstance(m, _BatchNorm) and not isinstance(m, FrozenNorm)
+        ]
         self.joined = any(isinstance(m, SyncBatchNorm) for m in norms)
         self.normalises_batches = bool(norms)
         # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere
