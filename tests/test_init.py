@@ -242,25 +242,25 @@ def test_published_weights_are_those_that_the_library_loads(monkeypatch, tmp_pat
 
 
 def test_a_run_begins_with_the_weights_of_another(tmp_path):
-    """With those of its newest checkpoint, and the same random numbers as without."""
+    """With its best ones, or those of its newest checkpoint, and the same random numbers as
+    without."""
     one, two, plain = (tmp_path / name for name in ("one", "two", "plain"))
     assert main([*EXACT, "--epochs", "1", "--seed", "5", "--out", str(one)]) == 0
     short = [*EXACT, "--epochs", "1", "--lr", "1e-12", "--batchsize", "1437"]
     found = said(main, [*short, "--init", str(one), "--out", str(two)])
     assert found.code == 0
-    assert f"weights of {one} at update 45: 56 of 56 tensors\n" in found.out
-    env = json.loads((two / "env.json").read_text())
-    assert env["weights"] == [f"weights of {one} at update 45: 56 of 56 tensors"]
+    line = f"weights of {one / 'best.safetensors'}: 56 of 56 tensors"
+    assert f"{line}\n" in found.out
+    assert json.loads((two / "env.json").read_text())["weights"] == [line]
     before, after = final_state(one)["model"], final_state(two)["model"]
     for name, value in after.items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
     assert main([*short, "--out", str(plain)]) == 0
     assert torch.equal(final_state(plain)["rng"][0][0], final_state(two)["rng"][0][0])
-    # the best weights of a run come before the last ones
-    save_file(models.build("resnet8", 10).state_dict(), one / "best.safetensors")
-    _, line = taken(one, "resnet8", 10)
-    assert line.startswith(f"weights of {one / 'best.safetensors'}: ")
+    for name in ("best", "last"):
+        (one / f"{name}.safetensors").unlink()
+    assert taken(one, "resnet8", 10)[1] == f"weights of {one} at update 45: 56 of 56 tensors"
 
 
 def test_a_run_that_goes_on_needs_no_file_of_weights(tmp_path):
