@@ -104,9 +104,11 @@ FLAGS = spread({
     "--mu --mom --sgd-momentum --momentum-factor --opt-momentum --m": "--momentum",
     "--wd --l2 --l2-reg --l2-penalty --decay --weight-decay-rate --opt-weight-decay --reg": "--weight-decay",
     "--norm-weight-decay --bias-weight-decay --transformer-embedding-decay --no-bias-decay --no-weight-decay-on-bn --filter-bias-and-bn --wd-end --weight-decay-end --layer-decay --layerwise-decay --no-bn-wd": "--weight-decay is the same for all parameters, from first to last",
-    "--nesterov --use-nesterov --no-nesterov": "--optimizer shb, nshb and qhm have momentum, none of them Nesterov's",
+    "--nesterov --use-nesterov --no-nesterov": "--optimizer nesterov",
     "--dampening --damp": "--optimizer nshb is momentum with dampening, shb without",
-    "--opt-eps --opt-betas --betas --beta2 --adam --adamw --adam-beta1 --adam-beta2 --adam-epsilon --epsilon --adam-eps --lamb --lars --lion --rmsprop --use-adam --opt-args --opt-kwargs --alpha --lookahead --sam --asam": "its optimizers are sgd, shb, nshb and qhm",
+    "--opt-eps --opt-betas --betas --beta2 --adam-beta1 --adam-beta2 --adam-epsilon --epsilon --adam-eps --opt-args --opt-kwargs --optim-args --alpha": "--optimizer-args betas=0.9,0.95 eps=1e-6 is said to --optimizer torch/AdamW and its like",
+    "--adam --adamw --lamb --lars --lion --rmsprop --use-adam --lookahead": "--optimizer torch/AdamW, timm/lamb and their like are the optimizers of PyTorch and timm",
+    "--asam": "its optimizers are --optimizer sgd, shb, nshb, qhm and nesterov, and those of PyTorch and timm",
     "--clip-grad --clip-grad-norm --clip-mode --clip --clip-norm --clip-value --grad-clip --grad-clip-norm --gradient-clip --gradient-clip-val --gradient-clip-algorithm --max-grad-norm --max-norm --agc": "it clips no gradient",
     "--label-smoothing --label-smoothing-factor --smoothing --ls --label-smooth --bce-loss --bce-target-thresh --jsd-loss --loss --loss-fn --criterion-name --objective --focal --temperature --distill --teacher --kd": "the loss is the plain cross-entropy",
     # what is done
@@ -160,8 +162,10 @@ VALUES = {
     "--mode": spread({"train training": "normal", "sample noise": "sampling"}),
     "--optimizer": spread({
         "momentum sgdm sgd-momentum heavy-ball heavyball polyak": "shb",
-        "nesterov nag": "fastsmooth has no Nesterov momentum",
-        "adam adamw adagrad adadelta nadam radam lamb lars lion rmsprop muon shampoo sam adafactor": "fastsmooth has no adaptive optimizer",
+        "nag sgd-nesterov": "nesterov",
+        **{name.lower(): f"--optimizer torch/{name}" for name in ("Adam", "AdamW", "Adagrad", "Adadelta", "NAdam", "RAdam", "RMSprop", "Adafactor", "Adamax", "ASGD", "Rprop", "Muon")},
+        **{name: f"--optimizer timm/{name}" for name in ("lamb", "lars", "lion", "adopt", "adan")},
+        "sam gsam asam": "--sam rho=0.05",
     }),
     "--dataset": spread({
         "imagefolder image-folder custom dir directory": "folder",

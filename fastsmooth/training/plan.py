@@ -28,7 +28,7 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
         batch_size=c.batch_size,
         optimizer=c.optimizer,
         momentum=c.momentum,
-        nu=c.nu,
+        nu=c.nus if len(c.nu_stages) > 1 else c.nu_stages[0].value,
         c2=c.c2 or 1.0,
         k2=1.0 if c.k2 is None else c.k2,
         version=c.bound_version,
@@ -202,7 +202,8 @@ def within_budget(c: Config, images: int) -> Config:
         )
 
     def held(epochs: int) -> int:
-        lasts = lasting(epochs)
+        # not by --nu, some of whose stages may begin after so few
+        lasts = dataclasses.replace(lasting(epochs), nu=c.nu_stages[0].value)
         return totals(lasts, make_schedule(lasts, images), images)[unit]
 
     # what an epoch holds at most: the first one's updates, since the batch never falls
@@ -236,10 +237,15 @@ def print_plan(c: Config, as_json: bool) -> None:
     if as_json:
         for epoch, p in enumerate(map(schedule, range(epochs))):
             row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}
+            if p.nu is None:
+                del row["nu"]
+            if c.foreign:
+                row["momentum"] = None
             row |= {"image_size": sizes(epoch)} if sizes.changes else {}
             show(json.dumps(row), whole=True)
         return
     layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
+    layout |= {"nu": ">6"} if schedule.nus else {}
     layout |= {"pixels": ">9"} if sizes.changes else {}
     layout |= {"updates": ">9"} if done else {}
     table = Table(layout, least_first=("updates", "momentum"))
@@ -252,9 +258,10 @@ def print_plan(c: Config, as_json: bool) -> None:
             name,
             f"{p.lr:.6g}",
             f"{p.batch_size}",
-            f"{p.momentum:.4g}",
-            f"{schedule.delta(p):.4g}",
+            "" if c.foreign else f"{p.momentum:.4g}",
+            "" if (delta := schedule.delta(p)) is None else f"{delta:.4g}",
         ]
+        cells += [] if p.nu is None else [f"{p.nu:.4g}"]
         cells += [f"{side}x{side}"] if sizes.changes else []
         cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
         show(table.row(cells, columns(sys.stdout)))
@@ -296,7 +303,12 @@ def cost_of_a_folder(c: Config) -> str:
 
 
 def units(c: Config) -> list[str]:
-    """What delta is in, where that is not what it is in the papers."""
+    """What delta is in, where that is not what it is in the papers; why there is none."""
+    if not c.form.bounds:
+        return [
+            f"delta is null: no bound on the noise of {c.optimizer}'s direction is published (C2 "
+            "and the noise scale are measured all the same)"
+        ]
     if not c.assumed:
         return []
     ones = " = ".join([*c.assumed, "1"])
@@ -324,6 +336,8 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
 def why_missed(c: Config, schedule: Schedule, epoch: int) -> str:
     if c.method in SOLVED:
         return "the momentum cannot fall below 0"
+    if schedule.nus:
+        return "nu changes"
     if schedule.batch_size(epoch) == schedule.images:
         return "no batch exceeds the data set"
     if configs.uses_k2(c):
