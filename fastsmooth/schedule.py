@@ -60,8 +60,8 @@ class Smoothing:
 
     Sources: arXiv 2311.08745 for sgd, arXiv 2402.02325 for shb and nshb; qhm is an interpolation of
     ours. For nesterov, and for foreign optimizers, none is published: what hangs on the bound is
-    None then. Raises ValueError for a form or a version that is no row of fastsmooth.forms, with what
-    may have been meant, and for constants out of range.
+    None then. Raises ValueError for a form or a version that is no row of fastsmooth.forms, with
+    what may have been meant, and for constants out of range.
     """
 
     optimizer: str
@@ -123,7 +123,11 @@ class Smoothing:
         near the root is delta computed: elsewhere two points on either side of it, where delta is
         off by more than it can be rounded, tell.
         """
-        if self.bounded(lr, batch_size, 0.0) >= target:
+
+        def falls_short(beta: float) -> bool:
+            return self.bounded(lr, batch_size, beta) < target
+
+        if not falls_short(0.0):
             return 0.0
         if self.bounded(lr, batch_size, highest) <= target:
             return highest
@@ -135,9 +139,7 @@ class Smoothing:
             above = 1.0
         low, high = 0.0, highest
         while low < (middle := (low + high) / 2) < high:
-            if middle <= below:
-                low = middle
-            elif middle < above and self.bounded(lr, batch_size, middle) < target:
+            if middle <= below or (middle < above and falls_short(middle)):
                 low = middle
             else:
                 high = middle
@@ -172,9 +174,9 @@ class Schedule:
 
     Methods and formulas: arXiv 2311.08745 (lr, batch, hybrid, poly, cosine, exp) and arXiv
     2402.02325 (what is solved). Raises ValueError for a method or an optimizer that is no row, with
-    what may have been meant; for a number out of range; for a momentum that the optimizer has no use
-    for, or that a method which lowers it has not got; for a method that is solved and an optimizer
-    without a noise bound; and for a nu that changes where the optimizer has none.
+    what may have been meant; for a number out of range; for a momentum that the optimizer has no
+    use for, or that a method which lowers it has not got; for a method that is solved and an
+    optimizer without a noise bound; and for a nu that changes where the optimizer has none.
     """
 
     method: str

@@ -90,9 +90,8 @@ def test_nesterov_is_that_of_torch_and_goes_on_in_it(weight_decay, dtype):
     ours = NoisySGD(mine, "nesterov", 0.1, 0.9, weight_decay=weight_decay)
     options = {"momentum": 0.9, "weight_decay": weight_decay, "nesterov": True}
     reference = torch.optim.SGD(theirs, lr=0.1, **options)
-    tolerance = (
-        {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-14, "atol": 0}
-    )
+    error = 1e-6 if dtype == torch.float32 else 1e-14
+    tolerance = {"rtol": error, "atol": error}
     for step, (lr, beta) in enumerate(CHANGING[:20]):
         ours.set_point(Point(lr, 1, beta))
         for group in reference.param_groups:

@@ -79,7 +79,7 @@ WITH_DATA_DIR = SETS.keys() - {"digits"}
 WITH_CODE = ("model", "optimizer", "loss")
 
 
-class Foreign(frozenset[str]):
+class Foreign(set[str]):
     """The optimizers that are no forms, by how they are named."""
 
     def __contains__(self, name: object) -> bool:

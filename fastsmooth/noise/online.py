@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.foreign import Foreign
 from fastsmooth.names import about_value
 from fastsmooth.noise import estimators, gradients
 from fastsmooth.noise.estimators import PARTS, Estimate
@@ -94,7 +95,7 @@ class NoiseTracker:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Foreign,
         *,
         samples: int,
         every: int | str,
@@ -142,7 +143,7 @@ class NoiseTracker:
             return None
         return self.measure(x, y, point, update, self.epoch)
 
-    def check_quantities(self, optimizer: torch.optim.Optimizer) -> None:
+    def check_quantities(self, optimizer: torch.optim.Optimizer | Foreign) -> None:
         """Raises ValueError where they cannot be had."""
         if not self.quantities:
             return
@@ -371,7 +372,9 @@ STATE = (
 )
 
 
-def smoothing_of(optimizer: torch.optim.Optimizer, version: str | None) -> Smoothing | None:
+def smoothing_of(
+    optimizer: torch.optim.Optimizer | Foreign, version: str | None
+) -> Smoothing | None:
     """The noise model of an optimizer's directions; None where none is known. Raises ValueError
     for groups of parameters with noise models of their own."""
     if isinstance(optimizer, NoisySGD):

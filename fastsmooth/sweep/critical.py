@@ -375,9 +375,8 @@ def sampling_run(run: SavedRun, step: int) -> Planned:
     left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget"}
     left_out |= {"out", "resume", "max_time", "track_noise", "estimator", "measure"}
     saved = parsing.read_saved(run.path)
-    if (
-        saved.bn != "eval" or saved.keeps_history
-    ):  # a direction has no other mode than training then
+    # a direction with a history has no other mode than training
+    if saved.bn != "eval" or saved.keeps_history:
         left_out.add("bn")
     values = {name: value for name, value in vars(saved).items() if name not in left_out}
     given = {name: v for name, v in values.items() if v is not None and v is not False}

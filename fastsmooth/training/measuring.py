@@ -191,8 +191,7 @@ def function_measured(run: Run, chunk: int) -> str:
     if run.step.normalises_batches:
         how += f": BatchNorm with {statistics}"
     return (
-        f"mean cross-entropy over the {run.plan.images:,} training images, {images}; the "
-        f"model in {how}"
+        f"mean {c.loss} over the {run.plan.images:,} training images, {images}; the model in {how}"
     )
 
 

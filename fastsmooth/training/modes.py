@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
+from fastsmooth.foreign import Driven, Foreign
 from fastsmooth.kernels.tally import State
 from fastsmooth.messages import warn
 from fastsmooth.noise import gradients
@@ -29,7 +30,6 @@ from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.quantities import layers_of
 from fastsmooth.noise.tails import NoiseStatistics
 from fastsmooth.noise.threshold import NormRecord
-from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
@@ -47,7 +47,7 @@ class InstrumentParts(NamedTuple):
 
     plan: Plan
     model: torch.nn.Module  # the one that will be trained
-    optimizer: NoisySGD
+    optimizer: Driven
     data: Data
     ranks: Ranks
     precision: str  # of training: fp32, tf32 or bf16
@@ -440,12 +440,14 @@ class Sampling(Instrument):
                 here[:] = here or [measuring.full_gradient(run, point)]
                 yield here[0]
 
-        over = "mini-batches drawn at one point"
+        over, optimizer = "mini-batches drawn at one point", run.step.optimizer
+        if isinstance(optimizer, Foreign) and optimizer.has_state:
+            over += f", with the state of {optimizer.name} as it stands"
         if replayed:
             over = f"histories, the last {replayed} updates replayed"
         with gradients.undisturbed(run.model, c.bn):
             return gradients.direction_noise(
-                run.step.optimizer,
+                optimizer,
                 lambda draw: measuring.drawn_gradient(run, draw, point),
                 point.batch_size,
                 at,
