@@ -288,7 +288,8 @@ def build(
         ) from None
     if not isinstance(inner, torch.optim.Optimizer):
         raise OptimizerError(
-            f"--optimizer {name}: it makes a {type(inner).__name__}, not a torch.optim.Optimizer"
+            f"--optimizer {name}: it makes a value of type {type(inner).__name__}, no "
+            "torch.optim.Optimizer"
         )
     check_driven(name, inner)
     optimizer = Foreign(name, inner, lr)

@@ -275,7 +275,7 @@ def build(name: str, classes: int, norm: str = "batch", channels: int = 3) -> nn
         from torchvision import models
 
         near = hint(name, BUILDERS) or hint(name, models.list_models(module=models), "torchvision/")
-        every = ", ".join((*BUILDERS, "torchvision/NAME", "timm/NAME"))
+        every = ", ".join((*BUILDERS, "torchvision/NAME", "timm/NAME", "FILE.py:NAME"))
         raise ModelError(f"--model {name}: {f'{near} There are' if near else 'not one of'} {every}")
     if norm == "group" and replace_batchnorm(model) == 0:
         raise ModelError(f"--norm group: {name} has no BatchNorm2d to replace: leave --norm out")
@@ -293,8 +293,8 @@ def from_file(name: str, classes: int, channels: int) -> nn.Module:
         raise ModelError(f"--model {name}: {error}") from None
     if isinstance(make, nn.Module) or not callable(make):
         raise ModelError(
-            f"--model {name}: it is a {type(make).__name__}, not a class or function that makes a "
-            "network of so many classes"
+            f"--model {name}: it is of type {type(make).__name__}, no class or function that makes "
+            "a network of so many classes"
         )
     inputs = {key: channels for key in ("channels", "in_chans") if owncode.takes(make, key)}
     if owncode.takes(make, "num_classes"):
@@ -315,7 +315,7 @@ def from_file(name: str, classes: int, channels: int) -> nn.Module:
         raise ModelError(f"--model {name}: {owncode.fault(error, path)}") from None
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"--model {name}: it makes a {type(model).__name__}, not a torch.nn.Module"
+            f"--model {name}: it makes a value of type {type(model).__name__}, no torch.nn.Module"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(f"--model {name}: it has no parameters to train")

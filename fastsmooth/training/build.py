@@ -368,7 +368,7 @@ def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int)
         with torch.no_grad():
             logits = model.eval()(x)
             if not isinstance(logits, Tensor):
-                raise ValueError(f"its output is a {type(logits).__name__}, not a tensor")
+                raise ValueError(f"its output is of type {type(logits).__name__}, no tensor")
             if logits.shape != (1, classes):
                 raise ValueError(f"its output is {list(logits.shape)}, not [1, {classes}]")
             with undisturbed(model.train(), "train"):

@@ -56,7 +56,7 @@ def own_loss(spec: str, device: torch.device) -> Loss:
             raise ConfigError(f"--loss {spec}: {owncode.fault(error, path)}") from None
     if not callable(loss):
         raise ConfigError(
-            f"--loss {spec}: it is a {type(loss).__name__}, not a function of (logits, target)"
+            f"--loss {spec}: it is of type {type(loss).__name__}, no function of (logits, target)"
         )
     if isinstance(loss, nn.Module):
         if any(p.requires_grad for p in loss.parameters()):
@@ -131,7 +131,8 @@ def called(spec: str, loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
             f"{where}"
         ) from None
     if not isinstance(value, Tensor):
-        raise ConfigError(f"--loss {spec}: it gives a {type(value).__name__}, not a tensor")
+        kind = type(value).__name__
+        raise ConfigError(f"--loss {spec}: it gives a value of type {kind}, no tensor")
     return value
 
 
