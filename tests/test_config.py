@@ -316,7 +316,7 @@ def test_names_and_paths_that_would_break_a_line_are_refused(name, value):
         (["--qqqqqqqq"], "--help lists the flags"),
         (["--method", "batchs"], "did you mean batch?"),
         (["--method", "zzzz"], "choose from constant, lr, batch"),
-        (["--optimizer", "adam"], "choose from sgd, shb, nshb, qhm"),
+        (["--optimizer", "adam"], "fastsmooth calls it --optimizer torch/Adam"),
         (["--dataset", "cifar-10"], "did you mean cifar10?"),
         (["cifar10"], "unexpected 'cifar10'"),
         (["--lr"], "expected one argument"),

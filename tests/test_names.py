@@ -209,7 +209,7 @@ def test_momentum_with_plain_sgd_names_the_optimizer_that_has_it():
         ("--dataset cifar-10", "--dataset cifar-10: did you mean cifar10?"),
         ("--dataset ImageFolder", "--dataset ImageFolder: fastsmooth calls it folder"),
         ("--optimizer SGD", "--optimizer SGD: did you mean sgd?"),
-        ("--optimizer AdamW", "--optimizer AdamW: fastsmooth has no adaptive optimizer: choose from sgd, shb, nshb, qhm"),
+        ("--optimizer AdamW", "--optimizer AdamW: fastsmooth calls it --optimizer torch/AdamW"),
         ("--optimizer momentum", "--optimizer momentum: fastsmooth calls it shb"),
     ],
 )  # fmt: skip

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsmooth import owncode
 from fastsmooth.cli.config import (
     FIELDS,
     FREE_ON_RESUME,
     RESOLVED_ONCE,
+    WITH_CODE,
     Config,
     resolve,
     shown,
@@ -25,6 +27,7 @@ from fastsmooth.cli.flags import (
     ConfigError,
     Parser,
     flag,
+    is_code,
     json_table,
     plain,
     text,
@@ -271,9 +274,20 @@ def saved_config(given: dict[str, Any], source: str) -> Config:
 
 
 def at_home(c: Config, folder: Path) -> Config:
-    """`c` with its images where they lay when the run in `folder` was started, wherever this
-    process was."""
-    home = (read_object(folder / "env.json") or {}).get("data_dir")
+    """`c` with its images and its own code where they lay when the run in `folder` was started,
+    wherever this process was; of code that is gone, with the copy in the folder."""
+    about = read_object(folder / "env.json") or {}
+    home, code = about.get("data_dir"), about.get("code")
+    for field, spec in c.own_code.items():
+        path, name = owncode.split(spec)
+        began = code.get(field) if isinstance(code, dict) else None
+        places = [Path(began.rpartition(":")[0])] if isinstance(began, str) else []
+        places = [place for place in places if place.name == path.name and str(place).isprintable()]
+        for place in (*places, (folder / "code" / path.name).absolute()):
+            if place.is_file():
+                moved: dict[str, Any] = {field: f"{place}:{name}"}
+                c = dataclasses.replace(c, **moved)
+                break
     if isinstance(home, str) and home.isprintable() and os.path.isdir(home):
         return dataclasses.replace(c, data_dir=home)
     return c
@@ -317,6 +331,7 @@ def resumed(given: dict[str, Any]) -> Config:
         given = {key: value for key, value in given.items() if key != "dataset"}
     # what auto chose may give way to what is asked for
     free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
+    free |= {name for name in WITH_CODE if same_code(given.get(name), getattr(saved, name))}
     for name, value in given.items():
         before = getattr(saved, name)
         if name not in free and value != before:
@@ -327,6 +342,15 @@ def resumed(given: dict[str, Any]) -> Config:
                 f"--resume: the run in {given['out']} {was}: leave the flag out, or start a new run"
             )
     return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in free})
+
+
+def same_code(given: str | None, before: str) -> bool:
+    """Whether both name the same in files of one name: where they lie may change, and what is in
+    them is compared by its sum."""
+    if given is None or not (is_code(given) and is_code(before)):
+        return False
+    (path, name), (earlier, its_name) = owncode.split(given), owncode.split(before)
+    return (path.name, name) == (earlier.name, its_name)
 
 
 def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:

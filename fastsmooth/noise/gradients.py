@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.foreign import Driven
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise.estimators import Estimate, sampled
 from fastsmooth.noise.losses import Loss, mean_loss
 from fastsmooth.noise.persample import unchanged
-from fastsmooth.optim import NoisySGD
 
 # The number of the draw by whose order the chunks of the full gradient are cut: higher than that of
 # any direction's mini-batch.
@@ -50,7 +50,7 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
 
 
 @contextmanager
-def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
+def unmoved(model: nn.Module, optimizer: Driven) -> Iterator[None]:
     """Train inside, and have the parameters, their gradients and the optimizer back as they were,
     in the same memory."""
     params = list(model.parameters())
@@ -74,7 +74,7 @@ def trainable(model: nn.Module) -> list[Tensor]:
 
 
 def directions(
-    optimizer: NoisySGD, grads: list[Tensor], params: Sequence[Tensor] | None = None
+    optimizer: Driven, grads: list[Tensor], params: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """optimizer.directions(grads) for gradients in the order of the trainable `params`, and in that
     order, whatever that of the optimizer's groups is; without `params` in the latter.
@@ -186,7 +186,7 @@ class DirectionNoise:
 
 
 def direction_noise(
-    optimizer: NoisySGD,
+    optimizer: Driven,
     gradient: Callable[[int], list[Tensor]],
     batch_size: int,
     at: Callable[[int], AbstractContextManager[list[Tensor]]],

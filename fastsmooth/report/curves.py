@@ -291,8 +291,8 @@ def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel 
 
 
 def tracked(row: dict[str, Any]) -> bool:
-    """Whether a row is of --track-noise."""
-    return real(row.get("k2")) is not None
+    """Whether a row is a measurement of --track-noise. Some have no delta."""
+    return isinstance(row.get("estimator"), str) and real(row.get("c2_sampled")) is not None
 
 
 def by_measurement(name: str) -> Course:

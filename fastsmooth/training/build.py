@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsmooth import data, models
+from fastsmooth import data, foreign, models, owncode
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import pick_device
 from fastsmooth.cli.facts import is_among
-from fastsmooth.cli.flags import ConfigError, flag
+from fastsmooth.cli.flags import ConfigError, flag, is_code
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import DataError
+from fastsmooth.foreign import Driven, OptimizerError
 from fastsmooth.freezing import freeze
 from fastsmooth.messages import one_line, warn
 from fastsmooth.models import ModelError, own_size
@@ -44,8 +45,8 @@ from fastsmooth.training.graphs import CudaRecorder
 from fastsmooth.training.loop import FORMAT, Run
 from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
-from fastsmooth.training.objective import objective_of
-from fastsmooth.training.plan import Plan, make_plan, notes, warming
+from fastsmooth.training.objective import check_loss, objective_of
+from fastsmooth.training.plan import Plan, make_plan, notes, units, warming
 from fastsmooth.training.sam import Sam
 from fastsmooth.training.step import Step, keep_freed_memory
 from fastsmooth.training.weights import begin_with
@@ -55,7 +56,7 @@ PRECISIONS = {
     "tf32": "in float32 with TF32 products",
     "bf16": "in bfloat16 autocast",
 }
-REFUSALS = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
+REFUSALS = (ConfigError, ModelError, OptimizerError, DataError, CheckpointError, RunFolderError)
 State = dict[str, Any]
 
 
@@ -130,16 +131,17 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             check_lone_samples(plan, ranks.world)
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
-        optimizer = NoisySGD(
-            parameter_groups(c, model), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
-        )
+        optimizer = optimizer_of(c, parameter_groups(c, model))
         if origin and state is not None:
             extending.check(state, origin, model, optimizer, images)
         # SyncBatchNorm's exchange would cut the graph at every layer
         compiled = c.compile == "on" or (
             c.compile == "auto" and device.type == "cuda" and not c.sync_bn
         )
-        objective = objective_of(c)
+        objective = objective_of(c, device)
+        if is_code(c.loss):
+            check_loss(c, objective, images.classes, device, ranks.world)
+        code = own_files(c)
         bn = "batch" if c.bn == "batch" else None
         micro_batch, cut = c.micro_batch, ""
         if micro_batch == "auto":
@@ -167,7 +169,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     }
     for instrument in instruments:
         chosen |= instrument.chosen()
-    check_alike(images, model, chosen, ranks)
+    check_alike(images, model, chosen, ranks, code)
     mixer = None
     if c.mixup or c.cutmix:
         mixer = Mixer(c.mixup, c.cutmix, c.seed, images.classes, device)
@@ -188,7 +190,9 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         sam=Sam.parse(c.sam) if c.sam else None,
         top5=c.top5,
     )
-    recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
+    recorder = None
+    if graphs == "on" and isinstance(optimizer, NoisySGD):
+        recorder = CudaRecorder(device, optimizer.settle)
 
     with ranks.together(REFUSALS, ConfigError):
         named = wanted or (default_out(c) if ranks.leader else None)
@@ -202,7 +206,10 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
             about |= {"weights": remarks} if remarks else {}
             about |= {"extends": dataclasses.asdict(origin)} if origin else {}
+            about |= {"code": {k: os.path.abspath(v) for k, v in c.own_code.items()}}
             folder = RunFolder.create(out, c.to_json() | {"micro_batch": micro_batch}, about)
+        if ranks.leader:
+            owncode.keep(out / "code", code)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         run = Run(
@@ -217,7 +224,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             Clock(wait),
             ranks=ranks,
             instruments=instruments,
-            made_with=chosen | machine.facts(device, ranks.world),
+            made_with=chosen | machine.facts(device, ranks.world) | sums(code),
             recorder=recorder,
             ema=Ema(model, c.ema) if c.ema else None,
             remarks=remarks,
@@ -344,6 +351,34 @@ def check_recipe(c: Config) -> None:
         )
 
 
+def optimizer_of(c: Config, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> Driven:
+    """What --optimizer names, over tensors or groups of them. Raises OptimizerError."""
+    if c.foreign:
+        arguments = c.optimizer_args or ()
+        return foreign.build(c.optimizer, arguments, params, c.lr, c.weight_decay)
+    nu = c.nu_stages[0].value
+    return NoisySGD(params, c.optimizer, c.lr, c.momentum, nu, c.weight_decay)
+
+
+def own_files(c: Config) -> dict[str, bytes]:
+    """The files of own code that the run is made of, by their names. Raises ConfigError where two
+    have one name, since they are kept in one folder."""
+    found: dict[str, bytes] = {}
+    try:
+        for path in {owncode.split(spec)[0].resolve() for spec in c.own_code.values()}:
+            for name, content in owncode.files_of(path).items():
+                if found.setdefault(name, content) != content:
+                    raise ConfigError(f"two files of own code are called {name}: rename one")
+    except owncode.CodeError as error:
+        raise ConfigError(str(error)) from None
+    return found
+
+
+def sums(code: dict[str, bytes]) -> dict[str, str]:
+    """What a checkpoint remembers of own code."""
+    return {name: f"sha256 {owncode.digest(content)}" for name, content in code.items()}
+
+
 def planned(c: Config, n: int, processes: int) -> Plan:
     """The plan over n training images. Raises ConfigError for what cannot be done over them."""
     check_batch(c, n, processes)
@@ -364,7 +399,11 @@ def check_batch(c: Config, n: int, processes: int) -> None:
 
 
 def check_alike(
-    images: data.Data, model: torch.nn.Module, chosen: dict[str, Any], ranks: Ranks
+    images: data.Data,
+    model: torch.nn.Module,
+    chosen: dict[str, Any],
+    ranks: Ranks,
+    code: dict[str, bytes],
 ) -> None:
     """Refuse processes that see other images, begin with another model or chose otherwise, as two
     machines may."""
@@ -382,6 +421,7 @@ def check_alike(
     for what, values in (
         ("images", ranks.gather(images.fingerprint)),
         ("model", ranks.gather(weights)),
+        ("code", ranks.gather(sums(code))),
     ):
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
@@ -411,15 +451,25 @@ def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int)
     try:
         with torch.no_grad():
             logits = model.eval()(x)
+            if not isinstance(logits, Tensor):
+                raise ValueError(f"its output is of type {type(logits).__name__}, no tensor")
             if logits.shape != (1, classes):
                 raise ValueError(f"its output is {list(logits.shape)}, not [1, {classes}]")
             with undisturbed(model.train(), "train"):
                 model(x)
         return True
-    except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
+    except Exception as error:
+        foreseen = isinstance(error, RuntimeError | ValueError | AssertionError | AttributeError)
+        if not foreseen and not is_code(c.model):
+            raise
         # PyTorch's words for it
         if str(error).startswith("Expected more than 1 value per channel when training"):
             return False
+        if is_code(c.model):
+            where = owncode.fault(error, owncode.split(c.model)[0])
+            raise ModelError(
+                f"--model {c.model}: on images [1, {x.shape[1]}, {side}, {side}]: {where}"
+            ) from None
         own = own_size(c.model, model)
         remedy = f"another --model than {c.model}"
         if own not in (None, side):
@@ -550,6 +600,10 @@ def introduce(run: Run, decided: list[str]) -> None:
             f"--micro-batch {at_once}: BatchNorm sees {at_once} samples at a time, so this is "
             "another gradient"
         )
+    if is_code(c.loss):
+        say(f"the loss, of training and of testing, is {c.loss}")
+    if not c.form.bounds:
+        say(*units(c))
     for line in [*run.remarks, *warming(c, run.plan), *notes(c, run.schedule)]:
         say(line)
     for instrument in run.instruments:

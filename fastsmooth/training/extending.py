@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.parse import check_finished
 from fastsmooth.data import Data
+from fastsmooth.foreign import Driven
 from fastsmooth.messages import one_line, warn
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.runfolder.read import read_status
@@ -74,7 +74,7 @@ def first_epoch(state: State | None, origin: Origin | None) -> int:
     return found if type(found) is int else 0
 
 
-def check(state: State, origin: Origin, model: nn.Module, optimizer: Optimizer, data: Data) -> None:
+def check(state: State, origin: Origin, model: nn.Module, optimizer: Driven, data: Data) -> None:
     """Refuse a state that is not of these images, this model and this optimizer, before anything is
     written. Raises ConfigError and CheckpointError."""
     try:

@@ -407,8 +407,10 @@ class Run:
 
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
-        row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
-        row |= {"delta": self.schedule.delta(point) if self.config.plain_update else None} | values
+        momentum = None if self.config.foreign else point.momentum  # which is its own affair
+        row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": momentum}
+        row |= {} if point.nu is None else {"nu": point.nu}
+        row |= {"delta": self.plan.delta(point)} | values
         self.folder.row(kind, row)
         self.tracker.row(kind, row)
         return row

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
+from fastsmooth.foreign import Driven, Foreign
 from fastsmooth.kernels.tally import State
 from fastsmooth.messages import warn
 from fastsmooth.noise import gradients
@@ -30,7 +31,6 @@ from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.quantities import layers_of
 from fastsmooth.noise.tails import NoiseStatistics
 from fastsmooth.noise.threshold import NormRecord
-from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
@@ -48,7 +48,7 @@ class InstrumentParts(NamedTuple):
 
     plan: Plan
     model: torch.nn.Module  # the one that will be trained
-    optimizer: NoisySGD
+    optimizer: Driven
     data: Data
     ranks: Ranks
     precision: str  # of training: fp32, tf32 or bf16
@@ -315,7 +315,7 @@ class Crossings(Instrument):
             "optimizer": c.optimizer,
             "lr": c.lr,
             "batch_size": c.batch_size,
-            "momentum": c.momentum,
+            "momentum": None if c.foreign else c.momentum,
             "seed": c.seed,
             "min_epochs": c.min_epochs,
             "first_that_counts": self.earliest,
@@ -459,12 +459,14 @@ class Sampling(Instrument):
                 here[:] = here or [measuring.full_gradient(run, point)]
                 yield here[0]
 
-        over = "mini-batches drawn at one point"
+        over, optimizer = "mini-batches drawn at one point", run.step.optimizer
+        if isinstance(optimizer, Foreign) and optimizer.has_state:
+            over += f", with the state of {optimizer.name} as it stands"
         if replayed:
             over = f"histories, the last {replayed} updates replayed"
         with gradients.undisturbed(run.model, c.bn):
             return gradients.direction_noise(
-                run.step.optimizer,
+                optimizer,
                 lambda draw: measuring.drawn_gradient(run, draw, point),
                 point.batch_size,
                 at,
@@ -486,7 +488,8 @@ class Sampling(Instrument):
             "step": step,
             "lr": point.lr,
             "batch_size": point.batch_size,
-            "momentum": point.momentum,
+            "momentum": None if c.foreign else point.momentum,
+            **({} if point.nu is None else {"nu": point.nu}),
             "noise_norm": norm.value,
             "noise_norm_se": norm.error,
             "full_grad_norm": full.value,

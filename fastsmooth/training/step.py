@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastsmooth.foreign import Driven
 from fastsmooth.freezing import FrozenNorm
 from fastsmooth.kernels import backend
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.update import MOST_PARTS
 from fastsmooth.noise.persample import SampleNorms, training_norms
-from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Exchange, Ranks
 from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.objective import Objective, among_likeliest, labels_of
@@ -61,7 +61,7 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: NoisySGD,
+        optimizer: Driven,
         device: torch.device,
         precision: str,
         compile: bool,
@@ -291,10 +291,13 @@ class Step:
             logits = self.model(x)
         logits = logits.float()
         loss = self.objective.testing if testing else self.objective.training
+        value = loss(logits, y)
+        if value.ndim:  # a value a sample, of own code
+            value = value.mean()
         correct = (logits.argmax(dim=1) == labels_of(y)).sum()
         if testing and self.top5:
             correct = torch.stack([correct, among_likeliest(logits, y, 5)])
-        return loss(logits, y), correct
+        return value, correct
 
     def _forward_for(self, x: Tensor, y: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         """The compiled forward pass; a batch of one runs eagerly, since compilers treat size one as
