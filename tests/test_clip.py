@@ -162,6 +162,14 @@ def test_delta_is_of_plain_updates_alone():
         resolve({"sam": "rho=0.1", "mode": "critical"})
 
 
+def test_published_constants_are_of_plain_cross_entropy():
+    """Another loss has another C2."""
+    published = {"dataset": "cifar100"}
+    assert resolve(published).c2 == 1280
+    for flags in ({"label_smoothing": 0.1}, {"loss": "bce"}):
+        assert resolve(published | flags).assumed == ("c2",)
+
+
 # Weight decay of weights alone
 
 DECAYING = {"weight_decay": 0.3, "decay_weights_only": True}

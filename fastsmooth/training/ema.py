@@ -35,19 +35,23 @@ class Ema:
                 self._live.append(value)
                 self._own.append(places[place])
             self._average[name] = places[place]
-        pairs = list(zip(self._own, self._live, strict=True))
-        self._moved = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._moved, self._copied = self._pairs(True), self._pairs(False)
+
+    def _pairs(self, floating: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages of this kind, and what they are of."""
+        pairs = zip(self._own, self._live, strict=True)
+        kind = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+        return [own for own, _ in kind], [live for _, live in kind]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
-        if self._moved:
-            own, live = zip(*self._moved, strict=True)
-            torch._foreach_lerp_(list(own), list(live), 1 - self.decay)
-        if self._copied:
-            own, live = zip(*self._copied, strict=True)
-            torch._foreach_copy_(list(own), list(live))
+        own, live = self._moved
+        if own:
+            torch._foreach_lerp_(own, live, 1 - self.decay)
+        own, live = self._copied
+        if own:
+            torch._foreach_copy_(own, live)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -496,6 +496,8 @@ class Run:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.best_ema_test_acc = state["best_ema_test_acc"]
+            if not isinstance(self.best_ema_test_acc, float | None):
+                raise ValueError("its best accuracy of the averaged weights is none")
         for instrument in self.instruments:
             instrument.load_state_dict(state["instruments"][instrument.name])
         # a process that joins later begins with the numbers of its own seed

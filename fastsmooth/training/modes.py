@@ -75,13 +75,15 @@ class TrackNoise(Instrument):
         measure: str,
         why: str,
         norms_every: int,
-        about_gradient: list[str],
+        plain_update: bool = True,
+        about_gradient: str = "",
     ):
         """`measure`: apart or step; `why` not as the step, if something is in the way; norms_every:
-        updates from one measurement to the next; about_gradient: lines that say of which gradient,
-        where the update is along another."""
+        updates from one measurement to the next; plain_update: whether delta is defined for the
+        update; about_gradient: a line that says of which gradient C2 is, where the update is along
+        another."""
         self.tracker, self.measure, self.why = tracker, measure, why
-        self.about_gradient = about_gradient
+        self.plain_update, self.about_gradient = plain_update, about_gradient
         self.norms_every = norms_every if measure == "step" else 0
         self.warned = False  # of a precision that does not suffice
 
@@ -125,7 +127,7 @@ class TrackNoise(Instrument):
         measure, why = choose_measure(facts, parts.model, x, y, parts.compiled)
         every = tracker.every
         updates = every.count * (parts.plan.updates_at_first if every.epochs else 1)
-        return cls(tracker, measure, why, updates, about_gradient(c))
+        return cls(tracker, measure, why, updates, c.plain_update, about_gradient(c))
 
     def introduction(self) -> list[str]:
         line = f"noise measured {self.tracker.described()}"
@@ -136,7 +138,7 @@ class TrackNoise(Instrument):
             )
         elif self.why:
             line += f"; apart from the update: {self.why}"
-        return [line, *self.about_gradient]
+        return [line, *[self.about_gradient] * bool(self.about_gradient)]
 
     def chosen(self) -> dict[str, str]:
         return {"estimator": self.tracker.estimator, "measure": self.measure}
@@ -201,7 +203,7 @@ class TrackNoise(Instrument):
                 f"gradient norm, less than {precision} products resolve ({LEAST_NOISE:g}): measure "
                 "it with --precision fp32 (precision_suffices says of which rows this is so)"
             )
-        if not run.config.plain_update:
+        if not self.plain_update:
             values = values | {"delta_measured": None}
         return values | {"precision": precision, "precision_suffices": suffices}
 
@@ -242,11 +244,11 @@ class TrackNoise(Instrument):
         self.tracker.load_state_dict(state)
 
 
-def about_gradient(c: Config) -> list[str]:
+def about_gradient(c: Config) -> str:
     """Of which gradient --track-noise measures C2, where the update is along another."""
     if c.sam:
-        return ["C2 is of the plain gradient at the weights, not of that of --sam"]
-    return ["C2 is of the gradient before it is clipped"] if c.clip_norm else []
+        return "C2 is of the plain gradient at the weights, not of that of --sam"
+    return "C2 is of the gradient before it is clipped" if c.clip_norm else ""
 
 
 class Crossings(Instrument):
