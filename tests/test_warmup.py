@@ -227,7 +227,12 @@ def killed_at(monkeypatch, name, update):
 
 
 @pytest.mark.parametrize(
-    ("name", "update"), [("after_update", 10), ("end_epoch", 8), ("end_epoch", 16)]
+    ("name", "update"),
+    [
+        ("after_update", 10),
+        pytest.param("end_epoch", 8, marks=pytest.mark.full),
+        pytest.param("end_epoch", 16, marks=pytest.mark.full),
+    ],
 )
 def test_a_run_that_is_killed_in_its_warm_up_ends_in_the_same_bits(
     name, update, small, tmp_path, monkeypatch
