@@ -191,7 +191,7 @@ class Schedule:
     decay_epoch: int
     power: float
     gamma: float
-    milestones: tuple[int, ...]
+    milestones: tuple[int, ...] | None
     factor: float
     shifted: bool
     nus: Callable[[int], float] | None  # where nu changes
@@ -213,7 +213,7 @@ class Schedule:
         decay_epoch: int | None = None,
         power: float = 0.9,
         gamma: float = 0.9,
-        milestones: Sequence[int] = (),
+        milestones: Sequence[int] | None = None,
         factor: float = 0.1,
         shifted: bool = False,
     ):
@@ -231,7 +231,7 @@ class Schedule:
             decay_epoch=decay_epoch,
             power=power,
             gamma=gamma,
-            milestones=tuple(milestones),
+            milestones=None if milestones is None else tuple(milestones),
             factor=factor,
             shifted=shifted,
         )
@@ -279,7 +279,7 @@ class Schedule:
             )
 
     def _check_milestones(self) -> None:
-        if not self.milestones:
+        if self.milestones is None:
             raise ValueError(f"method {self.method} needs milestones: the epochs of its steps")
         out = next((m for m in self.milestones if not 1 <= m < self.epochs), None)
         if out is not None:
@@ -451,7 +451,7 @@ def exponential(s: Schedule, epoch: int) -> float:
 
 
 def multistep(s: Schedule, epoch: int) -> float:
-    return s.start.lr * s.factor ** bisect_right(s.milestones, epoch)
+    return s.start.lr * s.factor ** bisect_right(s.milestones or (), epoch)
 
 
 def half_of_decay(s: Schedule, epoch: int) -> float:

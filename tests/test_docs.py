@@ -50,7 +50,7 @@ FOREIGN = {
     "--full",  # of the tests
 }
 # Flags of other trainers that a page names to say how they are answered.
-ANSWERED = {"--wd", "--amp", "--swa", "--milestones"}
+ANSWERED = {"--wd", "--amp", "--swa", "--lr-milestones", "--accum-iter"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,8 @@ def run(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 @cache
 def help_of(command: str) -> str:
-    return run([command, "--help"], ROOT).stdout
+    asked = [command, "--help", *["all"] * (command in ("train", "sweep"))]
+    return run(asked, ROOT).stdout
 
 
 def flags_in(text: str) -> set[str]:

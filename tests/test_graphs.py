@@ -36,6 +36,7 @@ RUNS = {
     "qhm, cosine": ["--optimizer", "qhm", "--method", "cosine", "--weight-decay", "1e-3"],
     "lr and batch": ["--method", "lr-batch", "--optimizer", "shb", "--c2", "50", "--k2", "4"],
     "augmented, group norm": ["--augment", "crop-flip-rotate", "--norm", "group", *HYBRID],
+    "warm-up": ["--warmup", "60", "--method", "step", "--milestones", "2", "--optimizer", "shb"],
     "drop last": ["--drop-last", "--method", "poly", "--power", "0.5"],
     "micro-batches": ["--micro-batch", "16", *HYBRID],
     "threads": ["--loader", "threads", "--augment", "crop-flip", "--chunk", "100", *HYBRID],
@@ -83,7 +84,7 @@ RUNS = {
 }
 # of which each has what no other here has; the rest with --full
 QUICK = [
-    "shb, hybrid", "micro-batches", "threads", "dropout", "bf16", "critical", "sampling",
+    "shb, hybrid", "warm-up", "micro-batches", "threads", "dropout", "bf16", "critical", "sampling",
     "per-sample", "measured steps", "measured steps, batch statistics", "measured steps, tokens",
     "GSAM, clipped, averaged",
 ]  # fmt: skip

@@ -69,7 +69,9 @@ def test_every_method_trains_and_logs_the_points_of_its_schedule(method, tmp_pat
     advance = loop.Run.advance
     monkeypatch.setattr(loop.Run, "advance", spy)
     optimizer = "nshb" if method in SOLVED else "sgd"
-    out = train(tmp_path / "run", "--method", method, "--optimizer", optimizer, "--epochs", "3")
+    steps = ["--milestones", "1", "2"] * (METHODS[method].uses == "milestones")
+    flags = ["--method", method, *steps, "--optimizer", optimizer, "--epochs", "3"]
+    out = train(tmp_path / "run", *flags)
     schedule = make_schedule(read_saved(out), 1437)
     rows = epochs_of(out)
     assert [row["epoch"] for row in rows] == [0, 1, 2]

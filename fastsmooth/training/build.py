@@ -346,8 +346,8 @@ def check_recipe(c: Config) -> None:
     wanted = [f"{flag(n)} {getattr(c, n)}" for n in names if getattr(c, n).startswith("timm/")]
     if wanted and importlib.util.find_spec("timm") is None:
         raise ConfigError(
-            f"--recipe {c.recipe}: {' and '.join(wanted)} need timm, which is not installed: pip "
-            "install timm"
+            f"--recipe {c.recipe}: {' and '.join(wanted)} need{'s' * (len(wanted) == 1)} timm, "
+            "which is not installed: pip install timm"
         )
 
 
