@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -33,6 +34,11 @@ def split(spec: str) -> tuple[Path, str]:
     return Path(file), name
 
 
+def whole(path: Path | str) -> Path:
+    """From the root, by the name it has: a link stays one."""
+    return Path(os.path.abspath(path))
+
+
 def load(spec: str) -> Any:
     """What FILE.py:NAME names. Raises CodeError."""
     path, name = split(spec)
@@ -50,13 +56,13 @@ def module_of(path: Path) -> ModuleType:
         content = read_file(path, LARGEST)
     except OSError as error:
         raise CodeError(f"{path}: {error.strerror}: give a file of Python code") from None
-    key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
+    key = hashlib.sha256(str(whole(path)).encode() + b"\0" + content).hexdigest()[:16]
     private = f"_own_{path.stem}_{key}"
     if private in sys.modules:
         return sys.modules[private]
     module = ModuleType(private)
-    module.__file__ = str(path)
-    beside = str(path.resolve().parent)
+    module.__file__ = str(whole(path))
+    beside = str(whole(path).parent)
     if beside not in sys.path:
         sys.path.append(beside)  # the last place: it hides no other module
     sys.modules[private] = module  # where dataclasses and pickle look for it
@@ -81,9 +87,9 @@ def fault(error: BaseException, path: Path) -> str:
     kind = type(error).__name__ + (f": {words}" if words else "")
     if isinstance(error, SystemExit):
         kind = f"it ends the process ({kind}): keep that under if __name__ == '__main__'"
-    home = path.resolve().parent
+    home = whole(path).parent
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).resolve().parent == home]
+    own = [frame for frame in frames if whole(frame.filename).parent == home]
     return f"{own[-1].filename} line {own[-1].lineno}: {kind}" if own else f"{path}: {kind}"
 
 
@@ -98,12 +104,12 @@ def takes(function: Any, name: str) -> bool:
 def files_of(path: Path) -> dict[str, bytes]:
     """A file that has run and the modules beside it that were imported, by their names. Raises
     CodeError where one cannot be read any more."""
-    home = path.resolve().parent
-    found = {path.resolve()}
+    home = whole(path).parent
+    found = {whole(path)}
     for module in list(sys.modules.values()):
         file = vars(module).get("__file__")
-        if isinstance(file, str) and file.endswith(".py") and Path(file).resolve().parent == home:
-            found.add(Path(file).resolve())
+        if isinstance(file, str) and file.endswith(".py") and whole(file).parent == home:
+            found.add(whole(file))
     try:
         return {file.name: read_file(file, LARGEST) for file in sorted(found)}
     except OSError as error:

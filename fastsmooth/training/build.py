@@ -365,7 +365,7 @@ def own_files(c: Config) -> dict[str, bytes]:
     have one name, since they are kept in one folder."""
     found: dict[str, bytes] = {}
     try:
-        for path in {owncode.split(spec)[0].resolve() for spec in c.own_code.values()}:
+        for path in {owncode.whole(owncode.split(spec)[0]) for spec in c.own_code.values()}:
             for name, content in owncode.files_of(path).items():
                 if found.setdefault(name, content) != content:
                     raise ConfigError(f"two files of own code are called {name}: rename one")
