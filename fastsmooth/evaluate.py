@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("test", "train", "all")
 MOST_CLASSES = 20  # of a confusion table; of more the most frequent confusions are shown
-MOST_ROWS = 20  # classes, or confusions, that are shown
-WIDEST = 24  # columns of a class's name
+MOST_ROWS, MOST_PAIRS = 20, 10  # classes, and confusions, that are shown
+WIDEST, SHORT = 24, 3  # columns of a class's name; of one that heads a column
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def parse(argv: list[str]) -> Request | None:
             f"{what}: {command('evaluate')} RUN, a folder that fastsmooth.train wrote; --data-dir "
             "DIR names images"
         )
+    if given["labels"] is not None and given["data_dir"] is None:
+        raise ConfigError("--labels is of what lies in --data-dir: give that too")
     model = {name: given.pop(name) for name in ("weights", "device", "trust_code", "json")}
     return Request(Path(runs[0]), given, **model)
 
@@ -183,7 +185,7 @@ def lines(run: TrainedRun, request: Request, found: Evaluation, room: int | None
     yield ""
     yield from confusion_lines(tally, rows, room)
     yield ""
-    yield from class_lines(tally, rows)
+    yield from class_lines(rows)
 
 
 def about_model(run: TrainedRun) -> str:
@@ -240,22 +242,29 @@ def confusion_lines(tally: Tally, rows: list[dict[str, Any]], room: int | None) 
         yield "no image is taken for one of another class"
         return
     yield "confusions, the most frequent first"
-    for count, k, other in worst[:MOST_ROWS]:
-        name, taken = (padded(rows[place]["name"]) for place in (k, other))
-        yield f"  {name} taken for {taken} {count:>7,} of {rows[k]['images']:,}"
-    if len(worst) > MOST_ROWS:
-        yield f"  and {len(worst) - MOST_ROWS:,} more pairs: --json has all"
+    shown, rest = worst[:MOST_PAIRS], worst[MOST_PAIRS:]
+    width = max(cells(short(rows[place]["name"])) for _, *pair in shown for place in pair)
+    for count, k, other in shown:
+        name, taken = (padded(rows[place]["name"], width) for place in (k, other))
+        yield f"  {name} taken for {taken} {count:>6,} of {rows[k]['images']:,}"
+    if rest:
+        yield f"  and {len(rest):,} more pairs of classes: --json has all"
 
 
 def table_lines(tally: Tally, rows: list[dict[str, Any]]) -> Iterator[str]:
-    values = tally.confusion.tolist()
-    width = max(len(str(max(map(max, values)))), len(str(len(rows)))) + 1
-    names = [padded(row["name"], max(cells(short(row["name"])) for row in rows)) for row in rows]
-    yield " " * (5 + cells(names[0])) + "".join(f"{k + 1:>{width}}" for k in range(len(rows)))
+    """Columns are headed by the classes' names where these are short, else by numbers."""
+    values, names = tally.confusion.tolist(), [short(row["name"]) for row in rows]
+    widest = max(map(cells, names))
+    heads, numbered = names, widest > SHORT
+    if numbered:
+        heads = [str(k + 1) for k in range(len(rows))]
+    width = max(*map(cells, heads), *(len(str(max(row))) for row in values)) + 1
+    yield " " * (widest + 5 * numbered + 2) + "".join(padded(head, width, True) for head in heads)
     for k, row in enumerate(rows):
         if row["images"]:
+            number = f"{k + 1:>4} " if numbered else ""
             counts = "".join(f"{count or '.':>{width}}" for count in values[k])
-            yield f"{k + 1:>4} {names[k]}{counts}"
+            yield f"  {number}{padded(names[k], widest)}{counts}"
 
 
 def confusions(tally: Tally) -> list[tuple[int, int, int]]:
@@ -266,16 +275,19 @@ def confusions(tally: Tally) -> list[tuple[int, int, int]]:
     return sorted((row for row in found if row[1] != row[2]), key=lambda row: (-row[0], row[1:]))
 
 
-def class_lines(tally: Tally, rows: list[dict[str, Any]]) -> Iterator[str]:
+def class_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Accuracy a class, the worst first."""
-    shown = sorted((row for row in rows if row["images"]), key=lambda row: row["accuracy"])
+    tested = [row for row in rows if row["images"]]
+    tested.sort(key=lambda row: (row["accuracy"], -row["images"]))
+    shown, rest = tested[:MOST_ROWS], tested[MOST_ROWS:]
+    width = max(cells(short(row["name"])) for row in shown)
     yield "accuracy of each class, the worst first"
-    for row in shown[:MOST_ROWS]:
+    for row in shown:
         share = f"{row['accuracy']:.2%}"
-        yield f"  {padded(row['name'])} {share:>8}  {row['correct']:,} of {row['images']:,}"
-    if len(shown) > MOST_ROWS:
-        least = shown[MOST_ROWS]["accuracy"]
-        yield f"  and {len(shown) - MOST_ROWS:,} more of at least {least:.2%}: --json has all"
+        yield f"  {padded(row['name'], width)} {share:>8}  {row['correct']:,} of {row['images']:,}"
+    if rest:
+        least = rest[0]["accuracy"]
+        yield f"  and {len(rest):,} more of at least {least:.2%}: --json has all"
 
 
 def short(name: str) -> str:
@@ -286,9 +298,11 @@ def short(name: str) -> str:
     return name
 
 
-def padded(name: str, width: int = WIDEST) -> str:
+def padded(name: str, width: int, right: bool = False) -> str:
+    """The name in `width` columns, at the left of them or at the right."""
     name = short(name)
-    return name + " " * (width - cells(name))
+    space = " " * (width - cells(name))
+    return space + name if right else name + space
 
 
 if __name__ == "__main__":

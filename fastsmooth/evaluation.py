@@ -24,7 +24,6 @@ from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import compute_float32
-from fastsmooth.cli.facts import FILE_SETS, is_among
 from fastsmooth.data import DataError
 from fastsmooth.data.engines import dali
 from fastsmooth.data.images import ImageSet, Split
@@ -172,32 +171,32 @@ def same_place(one: str, other: str) -> bool:
 
 
 def own_config(run: TrainedRun, asked: Asked, say: Callable[[str], None]) -> Config:
-    """The run's, at the size that it tests at, with a loader that decodes what is judged alone and
-    gives the pixels that the run's own gives."""
+    """The run's, at the size that it tests at, with the loader that it had: decoders differ by a
+    grey level here and there."""
     c = parsing.read_saved(run.path)
-    c = dataclasses.replace(c, image_size=c.sizes.values[-1], on_bad_image=asked.on_bad_image)
-    if not is_among(c.dataset, FILE_SETS):
-        return c
-    by_dali = c.loader == "dali" or (c.loader == "auto" and chosen_loader(run) == "dali")
-    if by_dali and not dali.available():
+    loader = chosen_loader(run) if c.loader == "auto" else c.loader
+    if loader == "dali" and not dali.available():
+        loader = "threads"
         say(
             "the run's images were decoded by NVIDIA DALI, which is not installed here: some "
             "pixels differ by a little"
         )
+    size = c.sizes.values[-1]
     return dataclasses.replace(
-        c, loader="dali" if by_dali and dali.available() else "threads", chunk=None
+        c, image_size=size, loader=loader, chunk=None, on_bad_image=asked.on_bad_image
     )
 
 
-def chosen_loader(run: TrainedRun) -> str | None:
-    """What --loader auto chose when the run was made, as its newest checkpoint says; None where
+def chosen_loader(run: TrainedRun) -> str:
+    """What --loader auto chose when the run was made, as its newest checkpoint says; auto where
     nothing does."""
     try:
         state = Checkpoints(run.path / "checkpoints", lambda line: None).load()
     except CheckpointError:
-        return None
+        state = None
     made_with = (state or {}).get("made_with")
-    return made_with.get("loader") if isinstance(made_with, dict) else None
+    loader = made_with.get("loader") if isinstance(made_with, dict) else None
+    return loader if loader in ("resident", "dali", "threads", "torch") else "auto"
 
 
 def other_config(run: TrainedRun, asked: Asked) -> Config:

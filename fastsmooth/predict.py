@@ -76,7 +76,8 @@ def parser() -> flag_types.Parser:
 
 def parse(argv: list[str]) -> Request | None:
     """The request of a command line; None where it asks for help. Raises ConfigError."""
-    p, words = parser(), [flag_types.plain(word) for word in argv]
+    at = argv.index("--") if "--" in argv else len(argv)
+    p, words = parser(), [flag_types.plain(word) for word in argv[:at]]
     values, rest = p.parse_known_args(words)
     # argparse leaves what follows a flag that has a value
     if any(word.startswith("-") and word != STDIN for word in rest):
@@ -84,7 +85,7 @@ def parse(argv: list[str]) -> Request | None:
     given = vars(values)
     if given.pop("help", False):
         return None
-    named = [*given.pop("files"), *rest]
+    named = [*given.pop("files"), *rest, *argv[at + 1 :]]
     run, files = named[:1], tuple(named[1:])
     if not run:
         raise ConfigError(
