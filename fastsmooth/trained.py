@@ -27,6 +27,7 @@ class Likely(NamedTuple):
 
     name: str  # as people call it
     probability: float  # the model's: the softmax of its logits
+    id: str  # as the data set calls it
 
 
 class Prediction(NamedTuple):
@@ -85,11 +86,19 @@ class TrainedRun(SavedRun):
         return load_model(self)
 
     @cached_property
-    def about_weights(self) -> dict[str, Any]:
-        """What was noted with the weights: epoch, update, test_acc and test_loss they had."""
-        from fastsmooth.runfolder.weights import choose_weights, read_weights
+    def weights_path(self) -> Path:
+        """The file of the weights."""
+        from fastsmooth.runfolder.weights import choose_weights
 
-        return read_weights(choose_weights(self.path, self.weights))[1]
+        return choose_weights(self.path, self.weights)
+
+    @cached_property
+    def about_weights(self) -> dict[str, Any]:
+        """What was noted with the weights: epoch (counted from 0), update, test_acc and test_loss
+        they had."""
+        from fastsmooth.runfolder.weights import read_weights
+
+        return read_weights(self.weights_path)[1]
 
     @cached_property
     def transform(self) -> TestedView:
@@ -102,7 +111,8 @@ class TrainedRun(SavedRun):
     def predict(self, images: Shown | Iterable[Shown], top: int = 5) -> list[Prediction]:
         """The `top` likeliest classes of each image, in their order; of all where there are fewer.
 
-        images: PIL images or paths of files, any number, which are read as they are needed.
+        images: PIL images or paths of files, any number, which are read in threads, some batches
+        ahead, and not kept. Raises DataError for one that cannot be read.
         """
         from fastsmooth.inference import predictions
 
