@@ -39,6 +39,7 @@ ALLOWED = {
     "inference": {"data", "models", "cli", "runfolder", "trained"},
     "saved": {"noise", "data", "models", "cli", "runfolder", "processors"},
     "sharpness": {"saved", "noise", "cli", "runfolder"},
+    "export": {"trained", "models", "data", "report", "schedule", "cli", "runfolder"},
     "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},
     "smooth": {"figures", "cli", "runfolder", "processors"},
     "report": {"figures", "cli", "forms", "runfolder", "schedule", "sweep"},
@@ -100,6 +101,9 @@ QUICK = [
     ("report", "--outt o", 2),
     ("sharpness", "--help", 0),
     ("sharpness", "RUN --algorithm avg_l2", 2),
+    ("export", "--help", 0),
+    ("export", "RUN --to safetensors --push OWNER/NAME", 2),
+    ("export", "RUN --to hub", 2),
     ("smooth", "--help", 0),
     ("smooth", "--noise levi", 2),
 ]

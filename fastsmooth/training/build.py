@@ -155,6 +155,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             about |= {"precision": precision, "graphs": graphs}
             about |= {"measure": chosen.get("measure")}
             about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
+            about |= {"training_images": len(images.train), "test_images": len(images.test)}
+            about |= {"fingerprint": images.fingerprint}
             folder = RunFolder.create(out, c.to_json(), about)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
