@@ -30,7 +30,7 @@ from fastsmooth.names import FLAGS as OTHER_TRAINERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = ("train", "prepare", "sweep", "sharpness", "report", "smooth")
+COMMANDS = ("train", "prepare", "sweep", "sharpness", "export", "report", "smooth")
 KINDS = {"sh", "console", "python", "toml", "bash", "text"}
 PROGRAMS = ("python ", "fastsmooth ", "torchrun ", "make ", "pip ", "bash ")
 READERS = {"ls", "cat", "tail", "grep"}  # of the folder that a command before them has made
