@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from fastsmooth.noise.persample import sample_norms
     from fastsmooth.noise.sharpness import loss_sharpness
     from fastsmooth.optim import NoisySGD
-    from fastsmooth.runfolder.read import read_run as load_run
     from fastsmooth.schedule import Point, Schedule, Smoothing
+    from fastsmooth.trained import load_run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,7 +66,7 @@ _HOMES = {
     "build_model": ("models", "build"),
     "estimators": ("noise.estimators", ""),
     "full_gradient": ("noise.gradients", "full_gradient"),
-    "load_run": ("runfolder.read", "read_run"),
+    "load_run": ("trained", "load_run"),
     "loss_sharpness": ("noise.sharpness", "loss_sharpness"),
     "sample_norms": ("noise.persample", "sample_norms"),
 }

@@ -16,6 +16,8 @@ from fastsmooth.names import hint
 
 COMMANDS = {  # name: its module, what it does
     "train": ("fastsmooth.train", "train or measure one image classifier"),
+    "evaluate": ("fastsmooth.evaluate", "judge what was trained by images with labels"),
+    "predict": ("fastsmooth.predict", "the classes of images, by what was trained"),
     "prepare": ("fastsmooth.prepare.__main__", "smaller copies of images, made once, to train on"),
     "sweep": ("fastsmooth.sweep.__main__", "many runs: grids, seeds, Slurm, Ray"),
     "sharpness": ("fastsmooth.sharpness", "how sharp the minima of saved runs are"),

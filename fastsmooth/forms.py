@@ -1,4 +1,4 @@
-"""The forms of the update, a row each: SGD, SHB, NSHB and QHM.
+"""The forms of the update, a row each: SGD, SHB, NSHB, QHM and Nesterov.
 
 One rule covers them. With g the gradient and u = g + decay p:
 
@@ -7,7 +7,7 @@ One rule covers them. With g the gradient and u = g + decay p:
 
 A row says what alpha, fresh and kept are, how large the noise of the direction may be (the bound
 psi^2 on E||m_t - grad f(x_t)||^2 behind delta = lr psi) and the factor kappa of the critical batch
-size. Nothing here imports torch.
+size; where no paper has published these, there is neither. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -39,17 +39,21 @@ class Form:
     direction: str  # in words, of g the gradient
     # (beta, nu) -> alpha, fresh, kept
     coefficients: Callable[[float, float], tuple[float, float, float]]
-    # by the version that published it; the first is meant where none is named
+    # by the version that published it; the first is meant where none is named; empty where none is
+    # published
     bounds: dict[str, Bound]
-    # (beta, nu) -> kappa in C^2 = b* eps^2 / (kappa lr), for beta > 0
-    kappa: Callable[[float, float], float]
+    # (beta, nu) -> kappa in C^2 = b* eps^2 / (kappa lr), for beta > 0; None where it is not known
+    kappa: Callable[[float, float], float] | None
     has_buffer: bool = True
     # whether the direction has a part of u beside the buffer's; else fresh = 0 and kept = 1
     mixes: bool = False
     uses_nu: bool = False
 
     def bound(self, version: str | None = None) -> Bound:
-        """Raises ValueError for a version that has not published one."""
+        """Raises ValueError for a version that has not published one, and for a form that has
+        none."""
+        if not self.bounds:
+            raise ValueError(f"no noise bound is published for {self.name}, so it has no delta")
         if version is None:
             return next(iter(self.bounds.values()))
         if version not in self.bounds:
@@ -65,6 +69,19 @@ def form_named(name: str) -> Form:
     if name not in FORMS:
         raise ValueError(f"form {name!r}: {about_value('--optimizer', str(name), FORMS)}")
     return FORMS[name]
+
+
+def is_foreign(optimizer: str) -> bool:
+    """Whether the name is of an optimizer that is no form: torch/NAME, timm/NAME, FILE.py:NAME."""
+    return str(optimizer).startswith(("torch/", "timm/")) or ".py:" in str(optimizer)
+
+
+def noise_of(optimizer: str) -> Form:
+    """What is known of the noise of an optimizer's direction: the row of a form, and of a foreign
+    optimizer a row without bounds. Raises ValueError for any other name."""
+    if not is_foreign(optimizer):
+        return form_named(optimizer)
+    return Form(optimizer, "its own", lambda beta, nu: (0.0, 1.0, 0.0), {}, None, has_buffer=False)
 
 
 # The bounds
@@ -154,6 +171,14 @@ ROWS = (
         lambda beta, nu: 1 + nu * beta / (1 - beta),
         mixes=True,
         uses_nu=True,
+    ),
+    Form(
+        "nesterov",
+        "g + beta m, m = beta m + g",  # torch.optim.SGD(nesterov=True)
+        lambda beta, nu: (1.0, 1.0, beta),
+        {},
+        None,
+        mixes=True,
     ),
 )
 FORMS = {form.name: form for form in ROWS}

@@ -40,25 +40,30 @@ class CannotWrite(OSError):
     """What was to be written, `filename`, could not be."""
 
 
+class ReaderGone(OSError):
+    """What was to be written has no reader any more, who may have had enough."""
+
+
 def say(line: str, indent: int = 4) -> None:
     """A line on stdout beside the work: it is lost where nobody reads it. On a narrow terminal it
     goes on `indent` columns in."""
     put_line(line, sys.stdout, indent)
 
 
-def show(*lines: str, indent: int = 4, whole: bool = False) -> None:
+def show(*lines: str, indent: int = 4, whole: bool = False) -> bool:
     """Lines on stdout that the command is there to print; never wrapped if a program may read them
-    (`whole`).
+    (`whole`). False where a reader had enough now.
 
-    Raises CannotWrite where they are lost, unless a reader had enough.
+    Raises CannotWrite where they are lost otherwise.
     """
     if sys.stdout is None:
         raise CannotWrite(errno.EBADF, "it is closed", STDOUT)
     room = None if whole else columns(sys.stdout)
     text = (wrapped(printable(line, sys.stdout), room, indent) for line in lines)
     lost = put("".join(f"{row}\n" for rows in text for row in rows), sys.stdout)
-    if lost:
+    if lost and not isinstance(lost, ReaderGone):
         raise CannotWrite(lost.errno, lost.strerror, STDOUT)
+    return lost is None
 
 
 def note(line: str) -> None:
@@ -86,7 +91,7 @@ def put_line(line: str, stream: TextIO | None, indent: int = 4) -> None:
 
 
 def put(text: str, stream: TextIO | None) -> OSError | None:
-    """Write the text at once; the error where it is lost, unless its reader is gone.
+    """Write the text at once; the error where it is lost, ReaderGone where its reader is gone.
 
     What is written to the stream after that goes nowhere.
     """
@@ -101,7 +106,7 @@ def put(text: str, stream: TextIO | None) -> OSError | None:
         # or Python would fail on what is left in its buffer when it ends
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-        return None if gone else error
+        return ReaderGone(error.errno, error.strerror) if gone else error
     return None
 
 

@@ -7,6 +7,7 @@ Parameter counts of the papers' networks with 100 classes: ResNet-18 11,220,132;
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth import owncode
 from fastsmooth.names import about_value, hint
 
 
@@ -248,15 +250,18 @@ def build(name: str, classes: int, norm: str = "batch", channels: int = 3) -> nn
     out.
 
     `name` is a key of BUILDERS (resnet8, resnet20, resnet18, resnet34, resnet50, wrn-28-10 or
-    mobilenetv2), "torchvision/NAME" or "timm/NAME". norm is batch, or group, with which every
-    BatchNorm2d becomes a GroupNorm. Raises ModelError, a ValueError, where the name is unknown,
-    with what may have been meant, timm is missing, norm is neither, nothing was left to replace, or
-    the network takes no images of so many channels: those of torchvision take 3, the others any.
+    mobilenetv2), "torchvision/NAME", "timm/NAME" or "FILE.py:NAME" (from_file). norm is batch, or
+    group, with which every BatchNorm2d becomes a GroupNorm. Raises ModelError, a ValueError, where
+    the name is unknown, with what may have been meant, timm is missing, own code cannot be used,
+    norm is neither, nothing was left to replace, or the network takes no images of so many
+    channels: those of torchvision take 3, the others any.
     """
     if norm not in NORMS:
         raise ModelError(f"--norm {norm}: {about_value('--norm', str(norm), NORMS)}")
     if name in BUILDERS:
         model = BUILDERS[name](classes=classes, channels=channels)
+    elif ".py:" in name:
+        model = from_file(name, classes, channels)
     elif name.startswith("torchvision/"):
         if channels != 3:
             raise ModelError(
@@ -270,10 +275,55 @@ def build(name: str, classes: int, norm: str = "batch", channels: int = 3) -> nn
         from torchvision import models
 
         near = hint(name, BUILDERS) or hint(name, models.list_models(module=models), "torchvision/")
-        every = ", ".join((*BUILDERS, "torchvision/NAME", "timm/NAME"))
+        every = ", ".join((*BUILDERS, "torchvision/NAME", "timm/NAME", "FILE.py:NAME"))
         raise ModelError(f"--model {name}: {f'{near} There are' if near else 'not one of'} {every}")
     if norm == "group" and replace_batchnorm(model) == 0:
         raise ModelError(f"--norm group: {name} has no BatchNorm2d to replace: leave --norm out")
+    return model
+
+
+def from_file(name: str, classes: int, channels: int) -> nn.Module:
+    """The network that FILE.py:NAME makes: a class or function that is called with the number of
+    classes, as num_classes= where it has such a parameter, else as the first; and with channels= or
+    in_chans= where it has that. Raises ModelError."""
+    path = owncode.split(name)[0]
+    try:
+        make = owncode.load(name)
+    except owncode.CodeError as error:
+        raise ModelError(f"--model {name}: {error}") from None
+    if isinstance(make, nn.Module) or not callable(make):
+        raise ModelError(
+            f"--model {name}: it is of type {type(make).__name__}, no class or function that makes "
+            "a network of so many classes"
+        )
+    inputs = {key: channels for key in ("channels", "in_chans") if owncode.takes(make, key)}
+    if owncode.takes(make, "num_classes"):
+        positional: tuple[int, ...] = ()
+        inputs["num_classes"] = classes
+    else:
+        positional = (classes,)
+    try:
+        inspect.signature(make).bind(*positional, **inputs)
+    except (TypeError, ValueError) as error:  # ValueError: it has no signature
+        raise ModelError(
+            f"--model {name}: it is called with the number of classes, which it does not take "
+            f"({error})"
+        ) from None
+    try:
+        model = make(*positional, **inputs)
+    except Exception as error:
+        raise ModelError(f"--model {name}: {owncode.fault(error, path)}") from None
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"--model {name}: it makes a value of type {type(model).__name__}, no torch.nn.Module"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(f"--model {name}: it has no parameters to train")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ModelError(
+            f"--model {name}: it has layers whose size the first batch decides (Lazy...): give "
+            "their sizes"
+        )
     return model
 
 

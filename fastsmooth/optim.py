@@ -5,6 +5,7 @@
     nshb   m = beta m + (1 - beta) g                   no bias correction: the first direction is (1
            - beta) g
     qhm    d = beta d + (1 - beta) g,  m = (1 - nu) g + nu d        (Ma and Yarats 2019)
+    nesterov  d = beta d + g,  m = g + beta d          torch.optim.SGD(momentum=beta, nesterov=True)
 
 and then p -= lr m, from zero buffers, with g the gradient plus weight_decay p.
 """
@@ -74,10 +75,11 @@ def captured(work: Work) -> bool:
 
 
 class NoisySGD(torch.optim.Optimizer):
-    """The four forms as one torch optimizer. lr and momentum change in place; the buffers stay.
+    """The five forms as one torch optimizer. lr, momentum and nu change in place; the buffers stay.
 
     Args: params, tensors or groups of them as for torch.optim.SGD, all on one device; form, a row
-    of fastsmooth.forms (sgd, shb, nshb or qhm: shb has the bits of torch.optim.SGD with momentum);
+    of fastsmooth.forms (sgd, shb, nshb, qhm or nesterov: shb has the bits of torch.optim.SGD with
+    momentum);
     lr >= 0; momentum, beta in [0, 1); nu in [0, 1], which qhm alone uses; weight_decay >= 0. The
     state of a parameter is its "momentum_buffer", as in torch.optim.SGD, made with the optimizer
     and kept in its memory; sgd has none.
@@ -113,9 +115,13 @@ class NoisySGD(torch.optim.Optimizer):
                 "is PyTorch's SGD with momentum"
             )
         defaults = {"lr": lr, "momentum": momentum, "nu": nu, "weight_decay": weight_decay}
-        if not self.form.has_buffer or self.form.coefficients(momentum, nu) == (1.0, 0.0, 1.0):
-            # without it torch.optim.SGD, which this is, cannot go on from this state
+        alpha_fresh_kept = self.form.coefficients(momentum, nu)
+        nesterov = self.form.mixes and alpha_fresh_kept == (1.0, 1.0, momentum)
+        # without them torch.optim.SGD, which this is, cannot go on from this state
+        if not self.form.has_buffer or nesterov or alpha_fresh_kept == (1.0, 0.0, 1.0):
             defaults["dampening"] = 0.0
+        if nesterov:
+            defaults["nesterov"] = True
         self.partial_norms: Tensor | None = None
         self._numbers: dict[tuple[int, torch.device], Numbers] = {}  # by the number of the group
         self._works: dict[tuple[tuple[int, ...], ...], Work] = {}
@@ -147,9 +153,12 @@ class NoisySGD(torch.optim.Optimizer):
         return None if self.partial_norms is None else self.partial_norms.sum(dim=0)
 
     def set_point(self, point: Point) -> None:
-        """Give every group the lr and the momentum of a Point, in place."""
+        """Give every group the lr and the momentum of a Point, and its nu where it has one, in
+        place."""
         for group in self.param_groups:
             group["lr"], group["momentum"] = point.lr, point.momentum
+            if point.nu is not None:
+                group["nu"] = point.nu
         self._fill()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from fastsmooth.cli.device import compute_float32, pick_device
 from fastsmooth.cli.facts import FILE_SETS, is_among
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data.order import in_order
+from fastsmooth.freezing import freeze
 from fastsmooth.messages import one_line, warn
 from fastsmooth.noise.algorithms import Setting
 from fastsmooth.noise.sharpness import Sharpness, sharpness
@@ -85,6 +86,9 @@ def measured(
         batches = loader.batches(order, setting.seed if images.augment else None)
         results = sharpness(model, batches, setting, rhos)
         entries = [entry_of(result, setting, images, state["update"]) for result in results]
+        if c.loss_in_words != PLAIN:
+            warn(f"{path} was trained on {c.loss_in_words}: its sharpness is that of {PLAIN}")
+            entries = [{"loss": PLAIN} | entry for entry in entries]
         again = [key(entry) for entry in entries]
         kept = [entry for entry in earlier if key(entry) not in again]
         folder.write("sharpness.json", {"results": kept + entries})
@@ -108,7 +112,7 @@ def earlier_results(path: Path) -> list[dict[str, Any]]:
 
 def open_images(path: Path, c: Config, images: Images, device: torch.device) -> data.Data:
     """The run's images, as it read them. Raises DataError or ConfigError."""
-    if images.augment and c.augment == "none":
+    if images.augment and not c.changes:
         raise ConfigError(f"--augment: {path} trained on images as they are: leave it out")
     if is_among(c.dataset, FILE_SETS) and c.loader in ("auto", "resident"):
         c = dataclasses.replace(c, loader="threads")  # decodes what is measured alone
@@ -141,6 +145,8 @@ def load(
         same_images = state["data"]["fingerprint"] == sets.fingerprint
         model.load_state_dict(state["model"])
         standing(state)
+        if c.freeze:  # sharpness is of what was trained
+            freeze(model, c.freeze)
     except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
             f"{path}: its checkpoint is not of {c.model} with {sets.classes} classes: "
@@ -169,6 +175,7 @@ def entry_of(result: Sharpness, setting: Setting, images: Images, update: int) -
     return asked | {"step": update} | dataclasses.asdict(result)
 
 
+PLAIN = "cross-entropy"  # what is measured, whatever a run was trained on
 MEASURED = {f.name for f in dataclasses.fields(Sharpness)} - {"rho"}
 
 

@@ -8,6 +8,7 @@ of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 
-from fastsmooth.forms import FORMS, Bound, Form, form_named
+from fastsmooth.forms import Bound, Form, noise_of
 from fastsmooth.names import about_value
 
 INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and hybrid
@@ -31,11 +32,13 @@ BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 51
 @dataclass(frozen=True)
 class Point:
     """What the optimizer and the loader use during one epoch: the learning rate, how many samples a
-    batch has, and the momentum beta, which is 0 for plain SGD."""
+    batch has, the momentum beta, which is 0 for plain SGD, and the nu of qhm where that changes
+    from one epoch to another; None: the optimizer's own."""
 
     lr: float
     batch_size: int
     momentum: float
+    nu: float | None = None
 
 
 # the share of a momentum buffer's content that is left where its history is said to begin
@@ -51,14 +54,16 @@ def memory(momentum: float) -> int:
 class Smoothing:
     """The noise model behind delta = lr psi, with psi^2 the bound on E||m_t - grad f(x_t)||^2.
 
-    Args: optimizer, a form (sgd, shb, nshb or qhm: fastsmooth.forms); c2 and k2, the papers'
+    Args: optimizer, a form (a row of fastsmooth.forms) or the name of a foreign optimizer, as
+    --optimizer takes it, of whose noise nothing is known; c2 and k2, the papers'
     constants C^2 >= 0 (a bound on E||g_i - grad f||^2 of one sample i) and K^2 >= 0 (on ||g||^2 of
     a mini-batch), both in units of a squared gradient norm; nu, where the form has it; version, of
     the bound where a form has several (nshb: v3, the latest, or v1).
 
     Sources: arXiv 2311.08745 for sgd, arXiv 2402.02325 for shb and nshb; qhm is an interpolation of
-    ours. Raises ValueError for a form or a version that is no row of fastsmooth.forms, with what
-    may have been meant, and for constants out of range.
+    ours. For nesterov, and for foreign optimizers, none is published: what hangs on the bound is
+    None then. Raises ValueError for a form or a version that is no row of fastsmooth.forms, with
+    what may have been meant, and for constants out of range.
     """
 
     optimizer: str
@@ -68,14 +73,20 @@ class Smoothing:
     version: str | None = None
 
     def __post_init__(self) -> None:
-        form_named(self.optimizer).bound(self.version)
+        if self.defined or self.version is not None:
+            _ = self.bound
         for name, ok in (("c2", self.c2 >= 0), ("k2", self.k2 >= 0), ("nu", 0 <= self.weight <= 1)):
             if not ok:
                 raise ValueError(f"{name} {getattr(self, name)} is out of range")
 
     @property
     def form(self) -> Form:
-        return FORMS[self.optimizer]
+        return noise_of(self.optimizer)
+
+    @property
+    def defined(self) -> bool:
+        """Whether there is a bound, and with it delta."""
+        return bool(self.form.bounds)
 
     @property
     def bound(self) -> Bound:
@@ -86,17 +97,25 @@ class Smoothing:
         """nu, which is 1 where the form has none."""
         return self.nu if self.form.uses_nu else 1.0
 
-    def degree(self, lr: float, batch_size: float, momentum: float) -> float:
+    def degree(self, lr: float, batch_size: float, momentum: float) -> float | None:
         """delta, the degree of smoothing at this lr, batch size and beta: lr times psi, the bound
-        on the distance of the search direction from the full gradient, in units of a parameter."""
+        on the distance of the search direction from the full gradient, in units of a parameter.
+        None where no bound is known."""
+        return self.bounded(lr, batch_size, momentum) if self.defined else None
+
+    def bounded(self, lr: float, batch_size: float, momentum: float) -> float:
+        """The same where there is a bound. Raises ValueError where there is none."""
         return lr * math.sqrt(self.noise(batch_size, momentum))
 
     def noise(self, batch_size: float, beta: float) -> float:
-        """The bound psi^2 on E||m_t - grad f(x_t)||^2."""
+        """The bound psi^2 on E||m_t - grad f(x_t)||^2. Raises ValueError where there is none."""
         return self.bound.noise(self.c2 / batch_size, self.k2, beta, self.weight)
 
-    def critical_factor(self, beta: float) -> float:
-        """kappa in C^2 = b* eps^2 / (kappa lr), the estimate from the critical batch size b*."""
+    def critical_factor(self, beta: float) -> float | None:
+        """kappa in C^2 = b* eps^2 / (kappa lr), the estimate from the critical batch size b*; None
+        where it is not known."""
+        if self.form.kappa is None:
+            return None
         return self.form.kappa(beta, self.weight) if beta > 0 else 1.0
 
     def solve_momentum(self, target: float, lr: float, batch_size: float, highest: float) -> float:
@@ -106,19 +125,23 @@ class Smoothing:
         near the root is delta computed: elsewhere two points on either side of it, where delta is
         off by more than it can be rounded, tell.
         """
-        if self.degree(lr, batch_size, 0.0) >= target:
+
+        def falls_short(beta: float) -> bool:
+            return self.bounded(lr, batch_size, beta) < target
+
+        if not falls_short(0.0):
             return 0.0
-        if self.degree(lr, batch_size, highest) <= target:
+        if self.bounded(lr, batch_size, highest) <= target:
             return highest
         below = self.momentum_near(target * (1 - SLACK) / lr, batch_size)
         above = self.momentum_near(target * (1 + SLACK) / lr, batch_size)
-        if not (0 < below < 1 and self.degree(lr, batch_size, below) < target * (1 - SLACK / 4)):
+        if not (0 < below < 1 and self.bounded(lr, batch_size, below) < target * (1 - SLACK / 4)):
             below = 0.0
-        if not (0 < above < 1 and self.degree(lr, batch_size, above) > target * (1 + SLACK / 4)):
+        if not (0 < above < 1 and self.bounded(lr, batch_size, above) > target * (1 + SLACK / 4)):
             above = 1.0
         low, high = 0.0, highest
         while low < (middle := (low + high) / 2) < high:
-            if middle <= below or (middle < above and self.degree(lr, batch_size, middle) < target):
+            if middle <= below or (middle < above and falls_short(middle)):
                 low = middle
             else:
                 high = middle
@@ -143,7 +166,8 @@ class Schedule:
             lr-beta, beta-batch or lr-batch.
         epochs, lr, batch_size, momentum: how long, and what the first epoch has.
         optimizer, nu, c2, k2, version: of the noise model behind delta (Smoothing). A method that
-            solves for lr or momentum is solved by it; for the others it is what delta() uses.
+            solves for lr or momentum is solved by it; for the others it is what delta() uses. nu is
+            a number, or a function that gives the nu of an epoch, which each Point has then.
         images: in the training set; no batch is larger. None: no end of them.
         decay_epoch: epochs between the steps of lr, batch and hybrid; None: a fifth of `epochs`.
         power: the exponent of poly and of the methods that are solved.
@@ -154,8 +178,9 @@ class Schedule:
 
     Methods and formulas: arXiv 2311.08745 (lr, batch, hybrid, poly, cosine, exp) and arXiv
     2402.02325 (what is solved). Raises ValueError for a method or an optimizer that is no row, with
-    what may have been meant; for a number out of range; and for a momentum that the optimizer has
-    no use for, or that a method which lowers it has not got.
+    what may have been meant; for a number out of range; for a momentum that the optimizer has no
+    use for, or that a method which lowers it has not got; for a method that is solved and an
+    optimizer without a noise bound; and for a nu that changes where the optimizer has none.
     """
 
     method: str
@@ -169,6 +194,7 @@ class Schedule:
     milestones: tuple[int, ...] | None
     factor: float
     shifted: bool
+    nus: Callable[[int], float] | None  # where nu changes
 
     def __init__(
         self,
@@ -179,7 +205,7 @@ class Schedule:
         batch_size: int,
         optimizer: str = "sgd",
         momentum: float = 0.0,
-        nu: float = 0.5,
+        nu: float | Callable[[int], float] = 0.5,
         c2: float = 1.0,
         k2: float = 1.0,
         version: str | None = None,
@@ -193,11 +219,14 @@ class Schedule:
     ):
         if decay_epoch is None:
             decay_epoch = max(1, epochs // 5)
+        nus = nu if callable(nu) else None
+        first = nu(0) if callable(nu) else nu
         vars(self).update(  # which a frozen class lets pass
             method=method,
             epochs=epochs,
-            start=Point(lr, batch_size, momentum),
-            smoothing=Smoothing(optimizer, c2, k2, nu, version),
+            start=Point(lr, batch_size, momentum, first if nus else None),
+            smoothing=Smoothing(optimizer, c2, k2, first, version),
+            nus=nus,
             images=images,
             decay_epoch=decay_epoch,
             power=power,
@@ -231,6 +260,13 @@ class Schedule:
         if METHODS[self.method].uses == "milestones":
             self._check_milestones()
         form = self.smoothing.form
+        if self.nus and not form.uses_nu:
+            raise ValueError(f"optimizer {form.name} has no nu: leave it out, or take qhm")
+        if METHODS[self.method].solves and not form.bounds:
+            raise ValueError(
+                f"method {self.method} is solved for delta, and no noise bound is published for "
+                f"{form.name}: use another method, or another optimizer"
+            )
         if momentum and not form.has_buffer:
             raise ValueError(
                 f"optimizer {form.name} has no momentum: leave momentum {momentum} out, or take "
@@ -260,11 +296,17 @@ class Schedule:
             raise ValueError(f"epoch {epoch} is none of 0 to {self.epochs - 1}")
         method, batch = METHODS[self.method], self.batch_solved_for(epoch)
         lr, beta = method.lr(self, epoch), self.start.momentum
+        nu = self.nus(epoch) if self.nus else None
+        smoothing = self.smoothing_with(nu)
         if method.solves == "lr" and epoch > 0:
-            lr = self.target(epoch) / self.smoothing.degree(1.0, batch, beta)
+            lr = self.target(epoch) / smoothing.bounded(1.0, batch, beta)
         if method.solves == "momentum" and epoch > 0:
-            beta = self.smoothing.solve_momentum(self.target(epoch), lr, batch, beta)
-        return Point(lr, self.batch_size(epoch), beta)
+            beta = smoothing.solve_momentum(self.target(epoch), lr, batch, beta)
+        return Point(lr, self.batch_size(epoch), beta, nu)
+
+    def smoothing_with(self, nu: float | None) -> Smoothing:
+        """The noise model at the nu of a Point."""
+        return self.smoothing if nu is None else dataclasses.replace(self.smoothing, nu=nu)
 
     def batch_size(self, epoch: int) -> int:
         """What the loader serves; it never falls from one epoch to the next."""
@@ -276,13 +318,18 @@ class Schedule:
         took the fraction."""
         return METHODS[self.method].batch(self, epoch) if self.shifted else self.batch_size(epoch)
 
-    def delta(self, point: Point) -> float:
-        """The degree of smoothing at a Point (Smoothing.degree)."""
-        return self.smoothing.degree(point.lr, point.batch_size, point.momentum)
+    def delta(self, point: Point) -> float | None:
+        """The degree of smoothing at a Point (Smoothing.degree); None where no bound is known."""
+        return self.bounded(point) if self.smoothing.defined else None
+
+    def bounded(self, point: Point) -> float:
+        """The same where there is a bound. Raises ValueError where there is none."""
+        smoothing = self.smoothing_with(point.nu)
+        return smoothing.bounded(point.lr, point.batch_size, point.momentum)
 
     def target(self, epoch: int) -> float:
         """The delta that a solved method aims at (P1, optimal decay rate)."""
-        return self.delta(self.start) * self.remaining(epoch) ** self.power
+        return self.bounded(self.start) * self.remaining(epoch) ** self.power
 
     def remaining(self, epoch: int) -> float:
         """(M - e) / M, the product of the papers' decay factors; 1 at the first epoch."""
@@ -293,11 +340,13 @@ class Schedule:
 
     def largest_miss(self) -> tuple[int, float, float] | None:
         """(epoch, target delta, reached delta) where the method misses its target most, by over 2
-        %; None if never."""
+        %; None if never, and where there is no delta."""
+        if not self.smoothing.defined:
+            return None
         if METHODS[self.method].solves == "momentum":
             goal_of, reached_of = self.target, self.floor
         elif METHODS[self.method].uses == "decay_epoch":
-            goal_of, reached_of = self.stepped_target, lambda epoch: self.delta(self(epoch))
+            goal_of, reached_of = self.stepped_target, lambda epoch: self.bounded(self(epoch))
         else:
             return None
         worst, ratio = None, 1.02
@@ -309,13 +358,13 @@ class Schedule:
 
     def floor(self, epoch: int) -> float:
         """delta without momentum, below which a method that solves for the momentum cannot fall."""
-        return self.smoothing.degree(
+        return self.smoothing.bounded(
             METHODS[self.method].lr(self, epoch), self.batch_solved_for(epoch), 0.0
         )
 
     def stepped_target(self, epoch: int) -> float:
         """delta of lr, batch and hybrid under plain SGD: 1/sqrt(2) at every step."""
-        return self.delta(self.start) * INV_SQRT2 ** self.steps_taken(epoch)
+        return self.bounded(self.start) * INV_SQRT2 ** self.steps_taken(epoch)
 
     def steps_taken(self, epoch: int) -> int:
         return epoch // self.decay_epoch

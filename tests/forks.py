@@ -154,8 +154,8 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 
 def assert_same_run(out: Path, undisturbed: Path) -> None:
-    """Parameters, buffers, optimizer, random state and rows are equal, and nothing is left lying
-    about."""
+    """Parameters, buffers, optimizer, random state, rows and the files of weights are equal, and
+    nothing is left lying about."""
     assert without_times(read_rows(out)) == without_times(read_rows(undisturbed))
     assert_same_bits(final_state(out), final_state(undisturbed))
     for name in ("critical.json", "noise.json"):
@@ -163,5 +163,9 @@ def assert_same_run(out: Path, undisturbed: Path) -> None:
         if (out / name).exists():
             a, b = (json.loads((folder / name).read_text()) for folder in (out, undisturbed))
             assert_same_bits(a, b, name)
+    weights = [
+        {p.name: p.read_bytes() for p in f.glob("*.safetensors")} for f in (out, undisturbed)
+    ]
+    assert weights[0] == weights[1] and "last.safetensors" in weights[0]
     assert read_status(out)["state"] == "done"
     assert not [p for p in out.rglob("*.tmp") if "wandb" not in str(p)]

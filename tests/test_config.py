@@ -236,9 +236,6 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--milestones": (["0", "0%", "100%", "1.5", "60,120", "%"], ["1", "60", "99%"]),
     "--patience": (["0", "-1", "1000001"], ["1", "1000000"]),
     "--label-smoothing": (["1", "-0.1"], ["0", "0.9"]),
-    "--mixup": (["-0.1"], ["0", "0.2"]),
-    "--cutmix": (["-0.1"], ["0", "1"]),
-    "--random-erasing": (["-0.1", "1.1"], ["0", "1"]),
     "--ema": (["0", "1", "-0.1"], ["0.001", "0.9999"]),
     "--clip-norm": (["0", "-1"], ["1e-9"]),
     "--c2": (["0", "-1"], ["1e-9"]),
@@ -269,6 +266,13 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--checkpoint-every": (["0"], ["1"]),
     "--log-every": (["0"], ["1"]),
     "--full-grad-every": (["0"], ["1"]),
+    "--mixup": (["-0.1", "1e101"], ["0", "0.2", "1e100"]),
+    "--cutmix": (["-0.1", "1e101"], ["0", "1", "1e100"]),
+    "--random-erasing": (["-0.1", "1.1"], ["0", "0.25", "1"]),
+    "--randaugment": (
+        ["0,9", "10,9", "-1,9", "2,31", "2,-1", "2,9.5", "2", "2,", ",9", "2,9,1", "2;9", " ", ""],
+        ["1,0", "9,30", "2,9"],
+    ),
     "--device": (["gpu", "cuda:", "cuda:x", "CPU", ""], ["auto", "cpu", "mps", "cuda", "cuda:12"]),
 }
 
@@ -312,7 +316,7 @@ def test_names_and_paths_that_would_break_a_line_are_refused(name, value):
         (["--qqqqqqqq"], "--help lists the flags"),
         (["--method", "batchs"], "did you mean batch?"),
         (["--method", "zzzz"], "choose from constant, lr, batch"),
-        (["--optimizer", "adam"], "choose from sgd, shb, nshb, qhm"),
+        (["--optimizer", "adam"], "fastsmooth calls it --optimizer torch/Adam"),
         (["--dataset", "cifar-10"], "did you mean cifar10?"),
         (["cifar10"], "unexpected 'cifar10'"),
         (["--lr"], "expected one argument"),

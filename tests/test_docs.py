@@ -50,7 +50,7 @@ FOREIGN = {
     "--full",  # of the tests
 }
 # Flags of other trainers that a page names to say how they are answered.
-ANSWERED = {"--wd", "--amp", "--lr-milestones", "--accum-iter"}
+ANSWERED = {"--wd", "--amp", "--swa", "--lr-milestones", "--accum-iter"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,11 +75,18 @@ RUNS = {
         *("--chunk", "100"),
     ],
     "measured steps, tokens": [*STEP, "every=2", "--model", "of tokens"],
+    "GSAM, clipped, averaged": [
+        *("--sam", "rho=0.1,alpha=0.2", "--clip-norm", "0.5", "--ema", "0.9", "--top5"),
+        *("--loss", "bce", "--label-smoothing", "0.1", "--optimizer", "shb", "--batchsize", "64"),
+        *("--weight-decay", "1e-3", "--decay-weights-only"),
+    ],
+    "measured steps, clipped": [*STEP, "every=2", "--norm", "group", "--clip-norm", "0.5"],
 }
 # of which each has what no other here has; the rest with --full
 QUICK = [
     "shb, hybrid", "warm-up", "micro-batches", "threads", "dropout", "bf16", "critical", "sampling",
     "per-sample", "measured steps", "measured steps, batch statistics", "measured steps, tokens",
+    "GSAM, clipped, averaged",
 ]  # fmt: skip
 full = pytest.mark.full
 

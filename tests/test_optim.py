@@ -1,4 +1,4 @@
-"""The four update forms against torch.optim.SGD, plain float64 loops and closed forms."""
+"""The five update forms against torch.optim.SGD, plain float64 loops and closed forms."""
 
 import copy
 import io
@@ -83,6 +83,49 @@ def test_sgd_and_shb_have_the_bits_of_torch(form, weight_decay, foreach):
         assert equal(buffers(ours, mine), buffers(reference, theirs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.03])
+def test_nesterov_is_that_of_torch_and_goes_on_in_it(weight_decay, dtype):
+    mine, theirs = parameters(dtype), parameters(dtype)
+    ours = NoisySGD(mine, "nesterov", 0.1, 0.9, weight_decay=weight_decay)
+    options = {"momentum": 0.9, "weight_decay": weight_decay, "nesterov": True}
+    reference = torch.optim.SGD(theirs, lr=0.1, **options)
+    error = 1e-6 if dtype == torch.float32 else 1e-14
+    tolerance = {"rtol": error, "atol": error}
+    for step, (lr, beta) in enumerate(CHANGING[:20]):
+        ours.set_point(Point(lr, 1, beta))
+        for group in reference.param_groups:
+            group["lr"], group["momentum"] = lr, beta
+        for params, optimizer in ((mine, ours), (theirs, reference)):
+            set_grads(params, step, dtype)
+            optimizer.step()
+        for x, y in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(x, y, **tolerance)
+    followed = torch.optim.SGD(mine, lr=0.5)  # to be overwritten by what it loads
+    followed.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for params, optimizer in ((mine, followed), (theirs, reference)):
+        set_grads(params, 20, dtype)
+        optimizer.step()
+    for x, y in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+def test_nu_changes_in_place_with_the_point():
+    params, beta = parameters(torch.float64), 0.9
+    optimizer = NoisySGD(params, "qhm", 0.1, beta, nu=0.9)
+    given = gradients(0, torch.float64)
+    for nu in (None, 0.3, 0.7):
+        optimizer.set_point(Point(0.1, 1, beta, nu))
+        share = 1 - beta * (0.9 if nu is None else nu)
+        for direction, g in zip(optimizer.directions(given), given, strict=True):
+            torch.testing.assert_close(direction, share * g, rtol=1e-14, atol=0)
+    set_grads(params, 0, torch.float64)
+    before = copies(params)
+    optimizer.step()
+    for p, start, g in zip(params, before, given, strict=True):
+        torch.testing.assert_close(p.detach(), start - 0.1 * (1 - beta * 0.7) * g)
+
+
 def test_shb_state_goes_on_in_torch_sgd_with_the_same_bits():
     mine, theirs = parameters(), parameters()
     ours = NoisySGD(mine, "shb", 0.1, 0.9, weight_decay=0.01)
@@ -123,6 +166,9 @@ def plain_run(form, steps, lr, beta, nu, weight_decay, dtype=torch.float64):
                     m = memory[i] = b * memory[i] + slope
                 elif form == "nshb":
                     m = memory[i] = b * memory[i] + (1 - b) * slope
+                elif form == "nesterov":
+                    memory[i] = b * memory[i] + slope
+                    m = slope + b * memory[i]
                 else:
                     memory[i] = b * memory[i] + (1 - b) * slope
                     m = (1 - nu) * slope + nu * memory[i]
@@ -132,7 +178,9 @@ def plain_run(form, steps, lr, beta, nu, weight_decay, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.03])
-@pytest.mark.parametrize("form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.7)])
+@pytest.mark.parametrize(
+    "form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.7), ("nesterov", 1.0)]
+)
 def test_every_form_follows_its_definition(form, nu, weight_decay):
     params = parameters(torch.float64)
     optimizer = NoisySGD(params, form, 0.1, momentum_of(form), nu, weight_decay)
@@ -157,7 +205,8 @@ def test_every_form_follows_its_definition(form, nu, weight_decay):
 def test_the_first_direction_comes_from_a_zero_buffer(form):
     params, nu, beta = parameters(torch.float64), 0.7, 0.9
     optimizer = NoisySGD(params, form, 0.1, momentum_of(form, beta), nu)
-    share = {"sgd": 1.0, "shb": 1.0, "nshb": 1 - beta, "qhm": 1 - nu * beta}[form]
+    share = {"sgd": 1.0, "shb": 1.0, "nshb": 1 - beta, "qhm": 1 - nu * beta}
+    share = (share | {"nesterov": 1 + beta})[form]
     given = gradients(0, torch.float64)
     for direction, g in zip(optimizer.directions(given), given, strict=True):
         torch.testing.assert_close(direction, share * g, rtol=1e-14, atol=0)
@@ -187,7 +236,7 @@ def test_qhm_is_sgd_at_nu_zero_and_nshb_at_nu_one():
     assert not equal(finish("qhm", 0.1, 0.9, 0.5), finish("nshb", 0.1, 0.9))
 
 
-@pytest.mark.parametrize("form", ["shb", "nshb", "qhm"])
+@pytest.mark.parametrize("form", ["shb", "nshb", "qhm", "nesterov"])
 def test_without_momentum_every_form_is_sgd(form):
     for x, y in zip(finish(form, 0.1, 0.0, 0.7), finish("sgd", 0.1, 0.0), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
@@ -814,7 +863,8 @@ def test_a_step_along_the_mean_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 @pytest.mark.parametrize(
-    "form, nu", [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7)]
+    "form, nu",
+    [("sgd", 1.0), ("shb", 1.0), ("nshb", 1.0), ("qhm", 0.3), ("qhm", 0.7), ("nesterov", 1.0)],
 )
 def test_search_direction_noise_at_a_frozen_iterate_has_its_closed_form(form, nu, beta):
     """E||m_t - G||^2 over independent coordinates with gradient G and noise of variance s^2."""
@@ -824,6 +874,8 @@ def test_search_direction_noise_at_a_frozen_iterate_has_its_closed_form(form, nu
         "nshb": s**2 * (1 - beta) / (1 + beta),
         "qhm": s**2 * ((1 - nu * beta) ** 2 + nu**2 * beta**2 * (1 - beta) / (1 + beta)),
         "shb": s**2 / (1 - beta**2) + (beta / (1 - beta)) ** 2 * full**2,
+        "nesterov": s**2 * ((1 + beta) ** 2 + beta**4 / (1 - beta**2))
+        + (beta / (1 - beta)) ** 2 * full**2,
     }[form]
     generator = torch.Generator().manual_seed(3)
     x = torch.zeros(coordinates, dtype=torch.float64, requires_grad=True)

@@ -52,7 +52,7 @@ FLAGS = [
     ("--method hybird", "did you mean hybrid?"),
     ("--dataset mnist", "fastsmooth calls it torchvision/MNIST"),
     ("--dataset cifar", "did you mean cifar10 or cifar100?"),
-    ("--optimizer adam", "fastsmooth has no adaptive optimizer: choose from sgd"),
+    ("--optimizer adam", "fastsmooth calls it --optimizer torch/Adam"),
     ("--track-noise 50", "not every=N (updates) or every=Nep (epochs)"),
     ("--track-noise every=0", "not every=N (updates) or every=Nep (epochs)"),
     ("--track-noise every=50 --batchsize 7", "batches of 8 or more, not --batchsize 7"),

@@ -610,7 +610,7 @@ def test_a_schedule_has_the_defaults_of_the_command_line():
         ({"method": "exponential"}, "method 'exponential': fastsmooth calls it exp"),
         ({"method": 3}, "method 3: choose from constant, "),
         ({"optimizer": "sgdm"}, "form 'sgdm': fastsmooth calls it shb"),
-        ({"optimizer": "adam"}, "form 'adam': fastsmooth has no adaptive optimizer: choose from"),
+        ({"optimizer": "adam"}, "form 'adam': fastsmooth calls it --optimizer torch/Adam"),
         ({"optimizer": "nshb", "version": "v2"}, "nshb has no bound of version 'v2'"),
         ({"momentum": 0.9}, "optimizer sgd has no momentum"),
         ({"optimizer": "shb", "momentum": 1.0}, "momentum 1.0 is out of range"),
@@ -625,6 +625,13 @@ def test_a_schedule_has_the_defaults_of_the_command_line():
         ({"c2": -1.0}, "c2 -1.0 is out of range"),
         ({"k2": math.nan}, "k2 nan is out of range"),
         ({"optimizer": "qhm", "nu": 2.0}, "nu 2.0 is out of range"),
+        ({"nu": lambda epoch: 0.5}, "optimizer sgd has no nu"),
+        (
+            {"method": "beta", "optimizer": "nesterov", "momentum": 0.9},
+            "method beta is solved for delta, and no noise bound is published for nesterov",
+        ),
+        ({"method": "lr-batch", "optimizer": "torch/Adam"}, "is published for torch/Adam"),
+        ({"optimizer": "nesterov", "version": "v1"}, "no noise bound is published for nesterov"),
     ],
     ids=str,
 )
@@ -632,6 +639,48 @@ def test_what_no_schedule_can_be_made_of_is_refused_in_words(wrong, words):
     right = {"method": "constant", "epochs": 3, "lr": 0.1, "batch_size": 8}
     with pytest.raises(ValueError, match=re.escape(words)):
         Schedule(**(right | wrong))
+
+
+# Where no bound is published, and where nu changes
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "torch/AdamW", "timm/lamb", "mine.py:Best"])
+def test_without_a_bound_there_is_neither_delta_nor_kappa(optimizer):
+    momentum = 0.9 if optimizer == "nesterov" else 0.0
+    s = Schedule("hybrid", epochs=10, lr=0.1, batch_size=8, optimizer=optimizer, momentum=momentum)
+    assert s(9) == Point(0.1 * math.sqrt(0.75) ** 4, 40, momentum)
+    assert s.delta(s(0)) is None and s.largest_miss() is None
+    assert s.smoothing.degree(0.1, 8, 0.9) is None
+    assert s.smoothing.critical_factor(0.9) is None
+
+
+def test_delta_follows_a_nu_that_changes():
+    def nu(epoch):
+        return 0.9 if epoch < 2 else 0.4
+
+    given = {"epochs": 4, "lr": 0.1, "batch_size": 8, "optimizer": "qhm", "momentum": 0.9}
+    s = Schedule("constant", nu=nu, **given)
+    assert [p.nu for p in s.points()] == [0.9, 0.9, 0.4, 0.4]
+    for p in s.points():
+        expected = 0.1 * math.sqrt((1 + p.nu * 0.9 / 0.1) / 8)
+        assert s.delta(p) == pytest.approx(expected, rel=1e-14)
+    fixed = Schedule("constant", nu=0.9, **given)
+    assert fixed(0) == Point(0.1, 8, 0.9) and fixed.delta(fixed(0)) == s.delta(s(0))
+
+
+@pytest.mark.parametrize("method", ["lr-beta", "beta-batch", "lr-batch"])
+def test_what_is_solved_is_solved_with_the_nu_of_its_epoch(method):
+    s = Schedule(
+        method, epochs=8, lr=0.1, batch_size=8, optimizer="qhm", momentum=0.9,
+        nu=lambda epoch: 0.9 - 0.05 * epoch,
+    )  # fmt: skip
+    met = 0
+    for epoch, p in enumerate(s.points()):
+        if 0 < p.momentum < 0.9 or method == "lr-batch":
+            bound = (1 + p.nu * p.momentum / (1 - p.momentum)) / p.batch_size
+            assert p.lr * math.sqrt(bound) == pytest.approx(s.target(epoch), rel=1e-9), epoch
+            met += 1
+    assert met >= 4
 
 
 # What a schedule costs

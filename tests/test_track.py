@@ -340,18 +340,29 @@ def groups_of_two_nu(params) -> NoisySGD:
 
 
 @pytest.mark.parametrize(
-    "of, words",
+    "of",
     [
-        (lambda p: torch.optim.Adam(p), "Adam: no delta is known"),
-        (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), "with nesterov=True"),
-        (lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.9), "with dampening=0.9.*nshb"),
-        (groups_of_two_nu, r"several nu \(\[0.1, 0.5\]\)"),
+        lambda p: torch.optim.Adam(p),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.9),
+        lambda p: NoisySGD(p, "nesterov", 0.1, 0.9),
     ],
 )
-def test_an_optimizer_without_a_noise_model_is_refused(of, words):
+def test_without_a_noise_model_all_is_measured_but_delta(of):
+    model, (x, y) = small(), images(8)
+    usual = NoisySGD(model.parameters(), "shb", 0.1, 0.9)
+    rows = [
+        NoiseTracker(model, optimizer, samples=100, every=1)(x, y, Point(0.1, 8, 0.9))
+        for optimizer in (of(model.parameters()), usual)
+    ]
+    assert rows[0].pop("delta_measured") is None and rows[1].pop("delta_measured") > 0
+    assert rows[0] == rows[1]
+
+
+def test_groups_of_several_nu_have_no_one_noise_model():
     model = small()
-    with pytest.raises(ValueError, match=words):
-        NoiseTracker(model, of(model.parameters()), samples=100, every=1)
+    with pytest.raises(ValueError, match=r"several nu \(\[0.1, 0.5\]\)"):
+        NoiseTracker(model, groups_of_two_nu(model.parameters()), samples=100, every=1)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def test_the_first_run_reaches_95_percent_on_the_held_out_digits(tmp_path, capsy
     assert summary["final_test_acc"] >= 0.95
     assert read_status(out)["state"] == "done"
     assert {p.name for p in out.iterdir()} == {
-        ".lock", "checkpoints", "config.json", "env.json", "metrics.jsonl", "status.json",
-        "summary.json",
+        ".lock", "best.safetensors", "checkpoints", "config.json", "env.json",
+        "last.safetensors", "metrics.jsonl", "model.json", "status.json", "summary.json",
     }  # fmt: skip
     assert len(list((out / "checkpoints").iterdir())) == 4  # two checkpoints with their manifests
     shown = capsys.readouterr().out

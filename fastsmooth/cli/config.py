@@ -36,12 +36,16 @@ from fastsmooth.cli.facts import (
 )
 from fastsmooth.cli.flags import (
     ConfigError,
+    OrCode,
+    argument,
     budget,
     code,
     device,
     duration,
     every,
     flag,
+    folder,
+    is_code,
     micro_batch,
     milestone,
     momentum,
@@ -52,15 +56,17 @@ from fastsmooth.cli.flags import (
     sam,
     text,
     warmup,
+    weights,
     whole,
 )
 from fastsmooth.cli.stages import ByEpoch, Moment, Stage, Stages
-from fastsmooth.forms import FORMS
+from fastsmooth.forms import FORMS, Form, is_foreign, noise_of
 from fastsmooth.schedule import METHODS, SOLVED
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
 BETA_METHODS = {name for name, method in METHODS.items() if method.solves == "momentum"}
 WITH_BUFFER = {name for name, form in FORMS.items() if form.has_buffer}
+WITH_BOUND = {name for name, form in FORMS.items() if form.bounds}
 WITH_NU = {name for name, form in FORMS.items() if form.uses_nu}
 WITH_K2 = {
     name for name, form in FORMS.items() if any(bound.uses_k2 for bound in form.bounds.values())
@@ -72,6 +78,25 @@ CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
 # the rows of fastsmooth.noise.quantities.QUANTITIES
 QUANTITIES = ("layers", "norm-test", "inner-product", "orthogonality", "cabs", "snr")
 WITH_DATA_DIR = SETS.keys() - {"digits"}
+# the fields that may name own code
+WITH_CODE = ("model", "optimizer", "loss")
+
+
+class Foreign(set[str]):
+    """The optimizers that are no forms, by how they are named."""
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and is_foreign(name)
+
+
+FOREIGN = Foreign({"torch/NAME", "timm/NAME", "FILE.py:NAME"})
+
+
+class Optimizers(tuple[str, ...]):
+    """The names that --optimizer takes."""
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in FORMS or name in FOREIGN)
 
 
 def using(name: str) -> set[str]:
@@ -105,12 +130,12 @@ class Config:
     decoder_host_memory: int = option(8, "data", "the same in host memory", whole(0, 65536), metavar="MB", only=("loader", DALI))
     drop_last: bool = option(False, "data", "drop the last partial batch of an epoch")
 
-    model: str = option(FILLED, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME", text, metavar="NAME")
+    model: str = option(FILLED, "model", "resnet8 resnet20 resnet18 resnet34 resnet50 wrn-28-10 mobilenetv2 torchvision/NAME timm/NAME FILE.py:NAME", code, metavar="NAME")
     norm: str = option("batch", "model", "normalisation layers", choices=("batch", "group"))
     sync_bn: bool = option(False, "model", "several processes: BatchNorm over the batch of all of them", only=("norm", {"batch"}))
     micro_batch: int | str | None = option(None, "model", "at most so many samples through the model together, to save memory; auto: as many as fit", micro_batch, metavar="N")
-    init: str | None = option(None, "model", "weights to begin with: a file, a run folder, or pretrained (torchvision/ and timm/ networks)", text, metavar="FILE|RUN")
-    freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: 'stem.*'", text, metavar="PATTERN", many=True)
+    init: str | None = option(None, "model", "weights to begin with: a file, a run folder, or pretrained (torchvision/ and timm/ networks)", weights, metavar="FILE|RUN")
+    freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: stem, '*.bias'", text, metavar="PATTERN", many=True)
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
     epochs: int = option(FILLED, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
@@ -124,22 +149,22 @@ class Config:
     factor: float = option(0.1, "schedule", "of step, at each of --milestones", real(0, 1, open_low=True), metavar="X", only=("method", using("milestones")))
     warmup: str | None = option(None, "schedule", "lr rises from near 0 over so many updates (500) or epochs (5ep)", warmup, metavar="N|Nep")
     patience: int | None = option(None, "schedule", "end the run after so many epochs without a better test accuracy", whole(1, MOST_EPOCHS), metavar="N")
-    c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X")
+    c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X", only=("optimizer", WITH_BOUND))
     k2: float | None = option(None, "schedule", "squared gradient norm K^2 behind delta", real(0), metavar="X", only=("optimizer", WITH_K2))
     nshb_delta: str = option("v3", "schedule", "published form of the NSHB delta", choices=sorted(FORMS["nshb"].bounds), only=("optimizer", {"nshb"}))
     compat: str = option("none", "schedule", "original: the published code's shifted indices", choices=("none", "original"))
 
-    optimizer: str = option("sgd", "optimizer", "update rule", choices=FORMS)
+    optimizer: str = option("sgd", "optimizer", "update rule", code, choices=Optimizers((*FORMS, *sorted(FOREIGN, reverse=True))), metavar="NAME")
     beta: float = option(0.9, "optimizer", "momentum", momentum, names=("--beta1", "--momentum"), metavar="X", only=("optimizer", WITH_BUFFER))
-    nu: float = option(0.5, "optimizer", "mixing factor of qhm", real(0, 1), metavar="X", only=("optimizer", WITH_NU))
-    weight_decay: float = option(0.0, "optimizer", "L2 penalty added to the gradient", real(0), metavar="X")
+    nu: float | str = option(0.5, "optimizer", "mixing factor of qhm, or stages: '0.9 @0, 0.5 @50%'", stages.number(real(0, 1)), metavar="X", only=("optimizer", WITH_NU))
+    weight_decay: float = option(0.0, "optimizer", "L2 penalty added to the gradient; of torch/, timm/ and own optimizers what they make of it", real(0), metavar="X")
     decay_weights_only: bool = option(False, "optimizer", "no weight decay on norms and biases")
     clip_norm: float | None = option(None, "optimizer", "largest norm of the gradient: a longer one is scaled down to it", positive, metavar="X")
-    optimizer_args: tuple[str, ...] | None = option(None, "optimizer", "of torch/, timm/ and own optimizers: betas=0.9,0.95 eps=1e-6", text, metavar="NAME=VALUE", many=True)
+    optimizer_args: tuple[str, ...] | None = option(None, "optimizer", "of torch/, timm/ and own optimizers: betas=0.9,0.95 eps=1e-6", argument, metavar="NAME=VALUE", many=True, only=("optimizer", FOREIGN))
     sam: str | None = option(None, "optimizer", "sharpness-aware minimisation: rho=0.05; GSAM: rho=0.05,alpha=0.2", sam, metavar="rho=X")
 
     recipe: str | None = option(None, "recipe", "flags of a public reference, which others given override", choices=tuple(RECIPES), metavar="NAME")
-    loss: str = option("cross-entropy", "recipe", "cross-entropy, bce (binary, a class each) or FILE.py:NAME", code, metavar="NAME")
+    loss: str = option("cross-entropy", "recipe", "what is minimised; bce: binary cross-entropy, a class each", code, choices=OrCode(("cross-entropy", "bce", "FILE.py:NAME")), metavar="NAME")
     label_smoothing: float = option(0.0, "recipe", "share of the target spread over all classes", real(0, 1, open_high=True), metavar="X")
     mixup: float = option(0.0, "recipe", "mix pairs of images by a share from Beta(X, X)", real(0), metavar="X")
     cutmix: float = option(0.0, "recipe", "paste a box of another image, its share from Beta(X, X)", real(0), metavar="X")
@@ -172,7 +197,7 @@ class Config:
     deterministic: bool = option(False, "run", "same bits on every run of a GPU, slower")
     out: str | None = option(None, "run", "run folder (runs/<time>-<dataset>-<method>)", text, metavar="DIR")
     resume: bool = option(False, "run", "go on with the run in --out")
-    extend: str | None = option(None, "run", "a finished run to go on from, for --epochs more, in a folder of its own", text, metavar="RUN")
+    extend: str | None = option(None, "run", "a finished run to go on from, for --epochs more, in a folder of its own", folder, metavar="RUN")
     keep: str = option("best", "run", "weights that stay: of the best epoch and the last, the last alone, or of every epoch", choices=("best", "last", "all"))
     checkpoint_every: int | None = option(None, "run", "updates between checkpoints (an epoch)", whole(1), metavar="N")
     log_every: int = option(50, "run", "updates between step rows", whole(1), metavar="N")
@@ -187,13 +212,69 @@ class Config:
 
     @property
     def momentum(self) -> float:
-        """The optimizer's momentum at the start: beta, or 0 for plain SGD."""
-        return self.beta if FORMS[self.optimizer].has_buffer else 0.0
+        """The optimizer's momentum at the start: beta, or 0 for plain SGD; 0 where the momentum is
+        a foreign optimizer's own affair."""
+        return self.beta if self.form.has_buffer else 0.0
+
+    @property
+    def form(self) -> Form:
+        """What is known of the optimizer's direction."""
+        return noise_of(self.optimizer)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the optimizer is none of the forms."""
+        return is_foreign(self.optimizer)
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether a direction may depend on the updates before it."""
+        return self.momentum > 0 or self.foreign
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """What is named as FILE.py:NAME, by its field."""
+        named = {name: getattr(self, name) for name in WITH_CODE}
+        return {name: value for name, value in named.items() if is_code(value)}
+
+    @property
+    def nu_stages(self) -> Stages[float]:
+        """The nu of qhm, and when each begins."""
+        if isinstance(self.nu, str):
+            return stages.numbers(self.nu)
+        return (Stage(self.nu, Moment(Decimal(0), "epochs")),)
+
+    @property
+    def nus(self) -> ByEpoch[float]:
+        """The same by epoch. Raises ConfigError for one that no epoch would have."""
+        return stages.by_epoch(self.nu_stages, self.epochs, flag("nu"))
+
+    @property
+    def changes(self) -> str:
+        """In words what training images are that test images are not, as far as it is settled;
+        mixed ones are made of these."""
+        names = [self.augment] if self.augment not in ("", "none") else []
+        names += [f"randaugment {self.randaugment}"] if self.randaugment else []
+        names += [f"random erasing {self.random_erasing:g}"] if self.random_erasing else []
+        return ", ".join(names)
 
     @property
     def samples_at_once(self) -> int | None:
         """What --micro-batch says, once `auto` is resolved; None: as many as a batch has."""
         return self.micro_batch if isinstance(self.micro_batch, int) else None
+
+    @property
+    def plain_update(self) -> bool:
+        """Whether the update follows the mini-batch gradients of one loss, which delta is of: not
+        where their length, their place or their images are changed. Elsewhere delta is None."""
+        return not (self.sam or self.clip_norm or self.mixup or self.cutmix)
+
+    @property
+    def loss_in_words(self) -> str:
+        """What training minimises and measurements differentiate, of one sample."""
+        names = {"bce": "binary cross-entropy of each class"}
+        smoothed = f" with label smoothing {self.label_smoothing:g}" * bool(self.label_smoothing)
+        return names.get(self.loss, self.loss) + smoothed
 
     @property
     def bound_version(self) -> str | None:
@@ -233,6 +314,8 @@ class Config:
     @property
     def assumed(self) -> tuple[str, ...]:
         """The constants of delta taken as 1: neither given nor published for this setting."""
+        if not self.form.bounds:
+            return ()  # there is no delta
         missing = {"c2": self.c2 is None, "k2": self.k2 is None and uses_k2(self)}
         return tuple(name for name, is_missing in missing.items() if is_missing)
 
@@ -266,9 +349,27 @@ def check(c: Config) -> None:
             f"--batchsize {c.batch_size} exceeds the {c.images} training images of {c.dataset}: "
             "lower --batchsize"
         )
+    if c.method in SOLVED and c.optimizer not in WITH_BOUND:
+        fitting = WITH_BOUND & WITH_BUFFER if c.method in BETA_METHODS else WITH_BOUND
+        raise ConfigError(
+            f"--method {c.method} is solved for delta, which is not known of {c.optimizer}: choose "
+            f"--optimizer {listed(fitting)}, or a method that is not solved"
+        )
+    check_arguments(c)
+    if len(c.nu_stages) > 1:
+        if c.mode == "critical":
+            raise ConfigError("--mode critical holds the noise fixed: give --nu one value")
+        if c.budget is None:  # else only the images tell how many epochs there are
+            _ = c.nus
+    if is_code(c.loss) and c.label_smoothing:
+        raise ConfigError(
+            f"--label-smoothing is of the losses that come along, not of {c.loss}: leave it out, "
+            "and smooth the targets there"
+        )
     if c.method in BETA_METHODS and c.optimizer not in WITH_BUFFER:
         raise ConfigError(
-            f"--method {c.method} changes the momentum: choose --optimizer {listed(WITH_BUFFER)}"
+            f"--method {c.method} changes the momentum: choose --optimizer "
+            f"{listed(WITH_BUFFER & WITH_BOUND)}"
         )
     if c.method in BETA_METHODS and c.beta == 0:
         raise ConfigError(
@@ -285,6 +386,9 @@ def check(c: Config) -> None:
             "--budget has no meaning with --mode sampling, which ends at the last of --steps: use "
             "--epochs"
         )
+    check_step(c)
+    if c.init is not None or c.extend is not None:
+        check_beginning(c)
     if len(c.image_stages) > 1:
         check_stages(c)
     for name, thing in (("steps", "update"), ("eps", "threshold"), ("quantities", "quantity")):
@@ -300,7 +404,7 @@ def check(c: Config) -> None:
             "--quantities are of per-sample gradients: they need --track-noise every=N, and not "
             "--estimator micro-batch"
         )
-    if "cabs" in (c.quantities or ()) and c.momentum:
+    if "cabs" in (c.quantities or ()) and (c.momentum or c.foreign):
         raise ConfigError(
             "--quantities cabs is a rule of SGD without momentum: leave cabs out, or use "
             "--optimizer sgd"
@@ -314,7 +418,7 @@ def check(c: Config) -> None:
             raise ConfigError(
                 f"--bn {c.bn} has no meaning for a full gradient: use --bn train or eval"
             )
-    if c.mode == "sampling" and c.bn == "eval" and c.momentum:
+    if c.mode == "sampling" and c.bn == "eval" and c.keeps_history:
         raise ConfigError(
             f"--bn eval with {c.optimizer}: its direction is made of gradients in training mode, "
             "which the gradient in evaluation mode is not the mean of: use --bn train, or "
@@ -323,6 +427,11 @@ def check(c: Config) -> None:
     if c.sync_bn and c.micro_batch is not None:
         raise ConfigError(
             "--sync-bn wants the whole batch at once, --micro-batch cuts it: leave one of them out"
+        )
+    if c.foreign and c.graphs == "on":
+        raise ConfigError(
+            f"--graphs on captures the updates of our forms, not of {c.optimizer}: leave --graphs "
+            "out"
         )
     if c.sync_bn and c.compile == "on":
         raise ConfigError(
@@ -335,9 +444,55 @@ def check(c: Config) -> None:
         )
     if c.loader == "resident" and c.augment == "resized-crop-flip":
         raise ConfigError("--augment resized-crop-flip decodes whole images: use --loader torch")
+    for name in ("mixup", "cutmix"):
+        if getattr(c, name):
+            check_mixed(c, name)
     for name, value in (("augment", "resized-crop-flip"), ("decode", "reduced")):
         if not is_among(c.dataset, FILE_SETS) and getattr(c, name) == value:
             raise ConfigError(f"{flag(name)} {value} needs image files: {c.dataset} has none")
+
+
+def check_mixed(c: Config, name: str) -> None:
+    """Refuse what has no meaning for a batch of mixed images: its samples are not independent, so
+    its variance is not that of one of them by the number of them."""
+    for other, value in (("mode", c.mode), ("track_noise", c.track_noise)):
+        if value not in (None, "normal"):
+            raise ConfigError(
+                f"{flag(other)} {value} measures the noise of independent samples, and those of a "
+                f"batch that {flag(name)} mixes are not: leave one of them out"
+            )
+    if c.batch_size == 1:
+        raise ConfigError(
+            f"{flag(name)} mixes the images of a batch, and --batchsize 1 has but one: raise "
+            "--batchsize"
+        )
+
+
+def check_step(c: Config) -> None:
+    """Refuse measurements of a plain step of one that is not, and a choice of nothing."""
+    if c.sam and c.mode != "normal":
+        raise ConfigError(
+            f"--mode {c.mode} is of the plain step along a mini-batch gradient, which --sam "
+            "replaces: leave one of them out"
+        )
+    if c.sam and c.measure == "step":
+        raise ConfigError(
+            "--measure step: the update of --sam is along another gradient than the batch's: use "
+            "--measure apart"
+        )
+    if c.clip_norm and c.mode == "sampling":
+        raise ConfigError(
+            "--mode sampling measures how far directions are from the full gradient, and "
+            "--clip-norm makes them those of another function: leave one of them out"
+        )
+    if "cabs" in (c.quantities or ()) and (c.sam or c.clip_norm):
+        name = "sam" if c.sam else "clip_norm"
+        raise ConfigError(
+            f"--quantities cabs is a rule of plain SGD, which {flag(name)} changes: leave one of "
+            "them out"
+        )
+    if c.decay_weights_only and not c.weight_decay:
+        raise ConfigError("--decay-weights-only has no effect without --weight-decay X")
 
 
 def check_schedule(c: Config) -> None:
@@ -371,6 +526,35 @@ def check_length(c: Config) -> None:
             f"--warmup {c.warmup} is longer than the run of {c.epochs} epochs: lower it, or train "
             "for more epochs"
         )
+
+
+def check_beginning(c: Config) -> None:
+    """Refuse weights that are not to be had, and a run to go on from with what it cannot have."""
+    if c.init == "pretrained" and c.model and not c.model.startswith(("torchvision/", "timm/")):
+        raise ConfigError(
+            f"--init pretrained: no pretrained weights are published for {c.model}: use a network "
+            "of torchvision/ or timm/, give a file as --init FILE, or leave --init out"
+        )
+    if c.extend is not None and c.init is not None:
+        raise ConfigError(
+            "--extend goes on with the weights of its run, and --init has others: give one of them"
+        )
+    if c.extend is not None and c.mode != "normal":
+        raise ConfigError(
+            f"--extend trains a run on, and --mode {c.mode} measures one from its beginning: leave "
+            "one of them out"
+        )
+
+
+def check_arguments(c: Config) -> None:
+    """Refuse --optimizer-args that say something twice, or what another flag says."""
+    names = [text.partition("=")[0] for text in c.optimizer_args or ()]
+    for name, other in (("lr", "lr"), ("weight_decay", "weight_decay"), ("params", "freeze")):
+        if name in names:
+            raise ConfigError(f"--optimizer-args {name}: what it is says {flag(other)}")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--optimizer-args gives {twice} more than once: give it once")
 
 
 def check_stages(c: Config) -> None:
@@ -425,16 +609,15 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         values = suited(values)
     # without momentum all draws share one full gradient; with it each draw is the end of a history
     # of its own and needs one more
-    momentum = values.get("beta", 0.9) if values.get("optimizer", "sgd") in WITH_BUFFER else 0.0
+    optimizer = values.get("optimizer", "sgd")
+    momentum = values.get("beta", 0.9) if optimizer in WITH_BUFFER else 0.0
     values.setdefault("draws", 8 if momentum else 16)
-    if follows_augmentation(values.get("mode", "normal"), momentum, values["augment"]):
-        values["measure_augment"] = True
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     # a budget's epochs are not known yet
     values.setdefault("decay_epoch", 0 if "budget" in given else max(1, values["epochs"] // 5))
     try:
-        return given, Config(**values)
+        return given, follow_augmentation(Config(**values))
     except ConfigError as error:
         if any(re.search(rf"{flag(name)}\b(?!-)", str(error)) for name in recipe):
             raise ConfigError(f"--recipe {given['recipe']}: {error}") from None
@@ -474,20 +657,21 @@ def fitted(c: Config, side: int) -> Config:
     --model and --augment.
 
     Images up to SMALL pixels are taken as they are, larger ones at a multiple of STEP. A network
-    for small images (all but torchvision's and timm's) is given SMALL pixels at the most.
+    for small images (all but torchvision's, timm's and own ones) is given SMALL pixels at the most.
     """
-    small = side <= SMALL or (c.model != "" and "/" not in c.model)
+    any_size = c.model.startswith(("torchvision/", "timm/")) or is_code(c.model)
+    small = side <= SMALL or (c.model != "" and not any_size)
     size = min(max(side, SMALLEST_IMAGE), SMALL) if small else min(side // STEP * STEP, USUAL)
     asked = c.augment or defaults_of(c.dataset)["augment"]
     values = suited({"image_size": c.image_size or size, "model": c.model, "augment": asked})
-    follows = follows_augmentation(c.mode, c.momentum, values["augment"])
-    return dataclasses.replace(c, **values, measure_augment=c.measure_augment or follows)
+    return follow_augmentation(dataclasses.replace(c, **values))
 
 
-def follows_augmentation(mode: str, momentum: float, augment: str) -> bool:
-    """Whether a direction is measured on augmented images: where its buffer is made of gradients of
-    augmented ones."""
-    return mode == "sampling" and momentum > 0 and augment not in ("", "none")
+def follow_augmentation(c: Config) -> Config:
+    """`c` whose direction is measured on augmented images where what it keeps of the
+    updates before is made of gradients of augmented ones."""
+    follows = c.mode == "sampling" and c.keeps_history and c.changes != ""
+    return dataclasses.replace(c, measure_augment=True) if follows else c
 
 
 def with_constants(c: Config) -> Config:
@@ -521,11 +705,11 @@ def setting_of(c: Config) -> str:
     if setting(c) not in PUBLISHED:
         return words
     others = [name for name, value in PUBLISHED_WITH.items() if getattr(c, name) != value]
-    return " ".join([words, *(f"{flag(name)} {getattr(c, name)}" for name in others)])
+    return " ".join([words, *(f"{flag(name)} {shown(getattr(c, name))}" for name in others)])
 
 
 def uses_k2(c: Config) -> bool:
-    return FORMS[c.optimizer].bound(c.bound_version).uses_k2
+    return bool(c.form.bounds) and c.form.bound(c.bound_version).uses_k2
 
 
 def listed(names: Iterable[str]) -> str:
@@ -546,6 +730,7 @@ HINTS = {  # where a flag has no effect with this value of the flag that it hang
     ("gamma", "poly"): "; the exponent of poly is --power",
     ("beta", "sgd"): "; PyTorch's SGD with momentum is --optimizer shb",
 }
+OF_ARGUMENTS = "; what a constructor takes is said by --optimizer-args, as in momentum=0.9"
 
 
 def refuse_idle(given: dict[str, Any], c: Config) -> None:
@@ -561,6 +746,8 @@ def refuse_idle(given: dict[str, Any], c: Config) -> None:
         only = FIELDS[name].metadata["only"]
         values = " or ".join(sorted(only[1], key=str))
         hint = HINTS.get((name, getattr(c, only[0])), "")
+        if name in ("beta", "nu") and c.foreign:
+            hint = OF_ARGUMENTS
         raise ConfigError(
             f"{flag(name)} has no effect with {flag(only[0])} {getattr(c, only[0])}: it needs "
             f"{flag(only[0])} {values}{hint}"

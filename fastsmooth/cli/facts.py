@@ -116,7 +116,11 @@ PUBLISHED: dict[tuple[str, str, str, float, float], tuple[float, float | None]] 
     ("cifar100", "nshb", "wrn-28-10", 0.1, 0.9): (1.0, 4.262**2),
 }
 # What else the published code trained with: another value is another gradient noise.
-PUBLISHED_WITH = {"augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0}
+PUBLISHED_WITH = {
+    "augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0, "init": None,
+    "freeze": None, "mixup": 0.0, "cutmix": 0.0, "randaugment": None, "random_erasing": 0.0,
+    "label_smoothing": 0.0, "loss": "cross-entropy",
+}  # fmt: skip
 # of the published code, some without effect
 PUBLISHED_FLAGS = {"decay_epoch", "power", "beta", "nu", "eps", "steps"}
 

@@ -167,12 +167,47 @@ def sam(value: str) -> str:
     return value
 
 
+OWN_CODE = re.compile(r".+\.py:[^\W\d]\w*")
+
+
+def is_code(value: str) -> bool:
+    """Whether it is FILE.py:NAME, a name in a file of the user's."""
+    return OWN_CODE.fullmatch(value) is not None
+
+
 def code(value: str) -> str:
     """FILE.py:NAME, or a name that a list has."""
     text(value)
-    if ".py" in value and not re.fullmatch(r".+\.py:[^\W\d]\w*", value):
+    if re.search(r"\.py(:|$)", value) and not is_code(value):
         raise argparse.ArgumentTypeError(f"{value!r} is not FILE.py:NAME, as in nets.py:small")
     return value
+
+
+def folder(value: str) -> str:
+    """A path that is the same wherever it is read."""
+    return os.path.abspath(text(value))
+
+
+def weights(value: str) -> str:
+    """The path of a file or a run, or `pretrained`."""
+    return value if value == "pretrained" else folder(value)
+
+
+def argument(value: str) -> str:
+    """NAME=VALUE, for a constructor."""
+    text(value)
+    if not re.fullmatch(r"[^\W\d]\w*=.+", value):
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not NAME=VALUE, as in betas=0.9,0.95 or amsgrad=true"
+        )
+    return value
+
+
+class OrCode(tuple[str, ...]):
+    """The names that a flag takes beside FILE.py:NAME."""
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in tuple(self) or is_code(name))
 
 
 def option(

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsmooth import owncode
 from fastsmooth.cli.config import (
     FIELDS,
     FREE_ON_RESUME,
     RESOLVED_ONCE,
+    WITH_CODE,
     Config,
     resolve,
     shown,
@@ -25,6 +27,7 @@ from fastsmooth.cli.flags import (
     ConfigError,
     Parser,
     flag,
+    is_code,
     json_table,
     plain,
     text,
@@ -34,6 +37,7 @@ from fastsmooth.cli.flags import (
 from fastsmooth.cli.page import SHORT
 from fastsmooth.messages import command
 from fastsmooth.runfolder.files import read_file, read_object
+from fastsmooth.runfolder.read import read_status
 
 
 def parser() -> Parser:
@@ -121,14 +125,77 @@ def parse(argv: list[str]) -> Request:
         raise ConfigError("--json goes with --plan")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if path is not None:
-        lengths = {"epochs", "budget"}  # two ways to say one thing
-        read = {
-            name: value
-            for name, value in read_flags(p, path).items()
-            if not (name in lengths and lengths & given.keys())
-        }
-        given = read | given
+        given = over(read_flags(p, path), given)
+    if not given.get("resume"):  # else the run has its flags already
+        given = over_finished(given)
     return Request(given, **extra)
+
+
+def over(read: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What was read with what is given over it."""
+    lengths = {"epochs", "budget"}  # two ways to say one thing
+    kept = {
+        name: value
+        for name, value in read.items()
+        if not (name in lengths and lengths & given.keys())
+    }
+    return kept | given
+
+
+# The flags of a finished run that --extend cannot give another value: its state would be of
+# something else. The images are compared by their fingerprint.
+SAME_TO_EXTEND = ("dataset", "model", "norm", "seed", "optimizer", "decay_weights_only")
+
+
+def over_finished(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the run that --extend names, where it does, with what is given over them. Raises
+    ConfigError for a run that is not finished, and for flags with which its state could not go
+    on."""
+    if "extend" not in given:
+        return given
+    folder = Path(given["extend"])
+    saved = read_saved(folder)
+    check_finished(folder)
+    if saved.mode != "normal":
+        raise ConfigError(
+            f"--extend {folder}: a run of --mode {saved.mode} ends where it has measured, and is "
+            "not trained on: give a run of --mode normal"
+        )
+    if given.get("dataset") == "auto":  # as what it was recognised
+        given = {key: value for key, value in given.items() if key != "dataset"}
+    # an average that there is can go on with another decay
+    for name in (*SAME_TO_EXTEND, *["ema"] * (saved.ema is None)):
+        before = getattr(saved, name)
+        if given.get(name, before) != before:
+            was = f"has {flag(name)} {shown(before)}, not {shown(given[name])}"
+            if before is None or before is False:
+                was = f"was trained without {flag(name)}"
+            raise ConfigError(
+                f"--extend {folder}: the run {was}: leave the flag out, or begin a run with --init "
+                f"{folder}"
+            )
+    inherited = flags_of(saved)
+    for name in ("init", "extend"):  # how that run began
+        inherited.pop(name, None)
+    both = over(inherited, given)
+    kept = without_idle(both)  # of what is inherited: another method may not use it
+    return {name: value for name, value in both.items() if name in kept or name in given}
+
+
+def check_finished(folder: Path) -> None:
+    """Raises ConfigError where a run has not come to its end, or to a bad one."""
+    state = read_status(folder).get("state")
+    if state == "diverged":
+        raise ConfigError(
+            f"--extend {folder}: the run has diverged, and would go on from there: start a new run "
+            "with a lower --lr"
+        )
+    if state != "done":
+        raise ConfigError(
+            f"--extend {folder}: the run is not finished (its status is "
+            f"{state if isinstance(state, str) else 'unknown'}): finish it with --resume --out "
+            f"{folder}"
+        )
 
 
 def read_flags(p: Parser, path: str) -> dict[str, Any]:
@@ -207,9 +274,20 @@ def saved_config(given: dict[str, Any], source: str) -> Config:
 
 
 def at_home(c: Config, folder: Path) -> Config:
-    """`c` with its images where they lay when the run in `folder` was started, wherever this
-    process was."""
-    home = (read_object(folder / "env.json") or {}).get("data_dir")
+    """`c` with its images and its own code where they lay when the run in `folder` was started,
+    wherever this process was; of code that is gone, with the copy in the folder."""
+    about = read_object(folder / "env.json") or {}
+    home, code = about.get("data_dir"), about.get("code")
+    for field, spec in c.own_code.items():
+        path, name = owncode.split(spec)
+        began = code.get(field) if isinstance(code, dict) else None
+        places = [Path(began.rpartition(":")[0])] if isinstance(began, str) else []
+        places = [place for place in places if place.name == path.name and str(place).isprintable()]
+        for place in (*places, (folder / "code" / path.name).absolute()):
+            if place.is_file():
+                moved: dict[str, Any] = {field: f"{place}:{name}"}
+                c = dataclasses.replace(c, **moved)
+                break
     if isinstance(home, str) and home.isprintable() and os.path.isdir(home):
         return dataclasses.replace(c, data_dir=home)
     return c
@@ -253,6 +331,7 @@ def resumed(given: dict[str, Any]) -> Config:
         given = {key: value for key, value in given.items() if key != "dataset"}
     # what auto chose may give way to what is asked for
     free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
+    free |= {name for name in WITH_CODE if same_code(given.get(name), getattr(saved, name))}
     for name, value in given.items():
         before = getattr(saved, name)
         if name not in free and value != before:
@@ -263,6 +342,15 @@ def resumed(given: dict[str, Any]) -> Config:
                 f"--resume: the run in {given['out']} {was}: leave the flag out, or start a new run"
             )
     return dataclasses.replace(saved, **{key: v for key, v in given.items() if key in free})
+
+
+def same_code(given: str | None, before: str) -> bool:
+    """Whether both name the same in files of one name: where they lie may change, and what is in
+    them is compared by its sum."""
+    if given is None or not (is_code(given) and is_code(before)):
+        return False
+    (path, name), (earlier, its_name) = owncode.split(given), owncode.split(before)
+    return (path.name, name) == (earlier.name, its_name)
 
 
 def as_before(c: Config, chosen: dict[str, Any], source: str) -> Config:

@@ -53,7 +53,10 @@ class Progress:
         self.quiet, self.delta_unit = quiet, delta_unit
         self.at_work = Fields(("speed", "batch", "lr", "loss", "left"))
         self.finished = Fields(
-            ("speed", "test loss", "c2", "momentum", "delta", "left", "batch", "lr", "train loss")
+            (
+                *("speed", "test loss", "c2", "momentum", "delta", "left", "batch", "lr"),
+                *("top5", "train loss", "ema acc"),
+            )
         )
         if on_terminal(sys.stdout) and not quiet:
             self._open_bar(done)
@@ -134,6 +137,8 @@ class Progress:
             "train loss": f"train loss {row['train_loss']:.4f}",
             "test loss": f"test loss {row['test_loss']:.4f}",
             "test acc": f"test acc {row['test_acc']:.2%}",
+            "top5": f"top-5 {row['test_top5']:.2%}" if "test_top5" in row else "",
+            "ema acc": f"ema acc {row['ema_test_acc']:.2%}" if "ema_test_acc" in row else "",
             "speed": f"{row['images_per_second']:,.0f} images/s",
             "left": self._left(row["samples"], self._rate(row["samples"], now)),
         }

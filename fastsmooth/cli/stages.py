@@ -25,6 +25,7 @@ SUFFIXES = {"epochs": "", "percent": "%", "updates": "up", "samples": "samples"}
 # the digits are few, so that all arithmetic is exact
 POINT = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?(?:e[0-9])?) *([a-z%]*)")
 SIZES = '"128 @0, 192 @50%, 224 @80%"'  # an example
+NUMBERS = '"0.9 @0, 0.5 @50%"'
 
 
 class Moment(NamedTuple):
@@ -119,13 +120,34 @@ def image_size(low: int, high: int) -> Callable[[str], int | str]:
 
 def sizes(text: str, side: Callable[[str], int] = int) -> Stages[int]:
     """The stages of image sizes in a text. Raises ArgumentTypeError."""
-    stages = parsed(text, side, SIZES)
+    return between_epochs(parsed(text, side, SIZES), "images change their size", SIZES)
+
+
+def number(value: Callable[[str], float]) -> Callable[[str], float | str]:
+    """A parser of one number, or of stages of them, which it gives as `written`."""
+
+    def parse(text: str) -> float | str:
+        if not {"@", ","} & set(text):
+            return value(text)
+        stages = numbers(text, value)
+        return stages[0].value if len(stages) == 1 else written(stages)
+
+    return parse
+
+
+def numbers(text: str, value: Callable[[str], float] = float) -> Stages[float]:
+    """The stages of numbers in a text. Raises ArgumentTypeError."""
+    return between_epochs(parsed(text, value, NUMBERS), "it changes", NUMBERS)
+
+
+def between_epochs(stages: Stages[T], what_changes: str, example: str) -> Stages[T]:
+    """The stages, each of which begins with an epoch. Raises ArgumentTypeError."""
     for each in stages:
         amount, unit = each.begins
         if unit in ("updates", "samples") or (unit == "epochs" and amount % 1):
             raise ArgumentTypeError(
-                f"{each} begins inside an epoch, and images change their size between epochs "
-                f"alone: write {SIZES}, or whole epochs such as @40"
+                f"{each} begins inside an epoch, and {what_changes} between epochs alone: write "
+                f"{example}, or whole epochs such as @40"
             )
     return stages
 

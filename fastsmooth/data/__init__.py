@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastsmooth.data import augment, reduced, sets
+from fastsmooth.data.changes import Changes, changes_of
 from fastsmooth.data.chunks import ChunkedLoader, Engine, Loader
 from fastsmooth.data.engines import dali
 from fastsmooth.data.engines.dali import DaliEngine, Decoder
@@ -21,6 +22,7 @@ from fastsmooth.data.images import (
     DataConfig,
     DataError,
     ImageSet,
+    Later,
     Sizes,
     Split,
     decode_all,
@@ -32,6 +34,7 @@ from fastsmooth.data.memory import MEMORY_SHARE, free_memory
 from fastsmooth.data.sets import READERS
 from fastsmooth.data.source import BadImages, Source
 from fastsmooth.data.stream import Stream
+from fastsmooth.data.view import TestedView
 from fastsmooth.messages import note
 from fastsmooth.processors import processors
 
@@ -42,7 +45,9 @@ CHUNK_OF_FILES = {"cuda": 128}
 
 SAMPLE = 256  # image headers that say what size the others have
 
-__all__ = ["READERS", "Data", "DataError", "Stream", "open_data", "read_set", "usual_side"]
+__all__ = [
+    "READERS", "Data", "DataError", "Stream", "TestedView", "open_data", "read_set", "usual_side",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,9 @@ class Data:
     # one line: in which form the images were found, and what the model made necessary; "" where
     # there is nothing to say
     about: str
-    class_names: tuple[str, ...]  # as people call the classes
+    class_ids: tuple[str, ...]  # as the data set calls the classes, in the order of their numbers
+    class_names: tuple[str, ...]  # as people call them
+    view: TestedView  # what is made of an image that is tested
     bad: BadImages
 
 
@@ -70,13 +77,14 @@ def open_data(
     say: Callable[[str], None] = note,
     sharing: int = 1,
     images: ImageSet | None = None,
+    first_epoch: int = 0,
 ) -> Data:
     """The data set of `config`, a run's resolved Config, behind its loader. Raises DataError.
 
     `say` gets a line where reading takes long, what may not be meant as it is (a class that is
     never tested), and one for each image that cannot be read but may be black. `sharing`: processes
     of this run on this machine, which share its processors and its memory. `images`: what read_set
-    gave.
+    gave. `first_epoch`: the number of the first epoch that will be asked for.
     """
     if config.loader == "dali":
         dali.require()
@@ -89,7 +97,7 @@ def open_data(
     if name != "torch":  # where 0 processes are this one
         threads = max(threads, 1)
     kind, size, seed = config.augment, config.sizes.values[-1], config.seed
-    changing = config.sizes if len(config.sizes.values) > 1 else None
+    changing = Later(config.sizes, first_epoch) if len(config.sizes.values) > 1 else None
     channels = channels_of(config, images)
     times = channels // len(images.mean)
     mean, std = images.mean * times, images.std * times
@@ -103,12 +111,12 @@ def open_data(
             return split
         return replace(split, pixels=split.pixels.repeat(times, axis=-1))
 
-    def loader_of(split: Split, part: str, sizes: Sizes | None) -> Loader:
+    def loader_of(split: Split, part: str, sizes: Sizes | None, changes: Changes | None) -> Loader:
         nonlocal chunk
         if name == "resident":
             first = decoded(split, size_in(0, size, sizes))
             again = partial(decoded, split)
-            return ResidentLoader(first, kind, seed, mean, std, device, sizes, again)
+            return ResidentLoader(first, kind, seed, mean, std, device, sizes, again, changes)
         if split.pixels is not None:
             if sizes:
                 raise DataError(
@@ -120,10 +128,10 @@ def open_data(
         source = Source(split, index, kind, size, seed, bad, smaller, sizes)
         chunk = config.chunk or chunk_size(split, device)
         engine = ENGINES[name](EngineParts(source, chunk, threads, device, config))
-        return ChunkedLoader(engine, split.labels, size, chunk, mean, std, device)
+        return ChunkedLoader(engine, split.labels, size, chunk, mean, std, device, changes)
 
-    train = loader_of(images.train, "train", changing)
-    test = loader_of(images.test, "test", None)
+    train = loader_of(images.train, "train", changing, changes_of(config))
+    test = loader_of(images.test, "test", None, None)
     choice = f"loader {name}: {why}"
     if name != "resident":
         one, many = ("process", "processes") if name == "torch" else ("thread", "threads")
@@ -131,6 +139,7 @@ def open_data(
     if config.decode == "reduced":
         choice += "; JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where no more is wanted"
     about = [images.about] * bool(images.about)
+    mode = "L" if len(images.mean) == 1 else "RGB"
     if times > 1:
         about.append(f"one channel, repeated as the {channels} that {config.model} takes")
     return Data(
@@ -143,7 +152,9 @@ def open_data(
         name,
         choice,
         "; ".join(about),
+        images.classes,
         images.names or images.classes,
+        TestedView(mode, augment.short_side(kind, size), size, channels, tuple(mean), tuple(std)),
         bad,
     )
 
@@ -187,7 +198,7 @@ def choose(
 ) -> tuple[str, str]:
     """The loader's name, and why it was picked."""
     if config.loader != "auto":
-        return config.loader, "as before" if config.resume else "as asked"
+        return config.loader, "as before" if config.resume or config.extend else "as asked"
     resident, why = fits(config, images, device, sharing)
     if resident:
         return "resident", why

@@ -149,7 +149,11 @@ def resized_crop_flip(image: Image.Image, box: list[int], flip: float, size: int
 
 def evaluation_view(image: Image.Image, kind: str, size: int) -> Image.Image:
     """The view that is tested: Resize and CenterCrop."""
-    short = short_side(kind, size)
+    return central(image, short_side(kind, size), size)
+
+
+def central(image: Image.Image, short: int, size: int) -> Image.Image:
+    """The shorter side brought to `short` pixels, and the size x size of the centre kept."""
     if image.size != (size, size) or short != size:
         image = TF.center_crop(TF.resize(image, short, antialias=True), [size, size])
     return image

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsmooth.data.changes import Changes, erase
 from fastsmooth.kernels.augment import augment
 
 
@@ -129,6 +130,31 @@ class Loader:
     size: int  # pixels a side of images as they are tested
     device: torch.device
     tables: dict[torch.dtype, Tensor]  # of `normalisation`, by the dtype of the images
+    changes: Changes | None  # of images in an epoch
+
+    def changes_in(self, epoch: int | None) -> Changes | None:
+        """None for images as they are tested."""
+        return None if epoch is None else self.changes
+
+    def table(self, dtype: torch.dtype, changes: Changes | None) -> Tensor:
+        """What the values of pixels become where they are looked up, [C, 256]: normalised ones, or
+        themselves where RandAugment comes first."""
+        table = self.tables[dtype]
+        if changes is None or not changes.operations:
+            return table
+        return torch.arange(256, device=table.device).to(dtype).expand_as(table).contiguous()
+
+    def change(
+        self, x: Tensor, changes: Changes, epoch: int, index: Tensor, boxes: Tensor | None
+    ) -> None:
+        """Change x [n, C, S, S], looked up in `table`, in place. RandAugment needs the samples,
+        `index` int64 [n], on the CPU; `boxes`, of the samples, are erased."""
+        stored = x.permute(0, 2, 3, 1)
+        if changes.operations:
+            pixels = changes.augmented(x.to(torch.uint8), epoch, index).permute(0, 2, 3, 1)
+            augment(pixels.contiguous(), None, None, self.tables[x.dtype], stored)
+        if boxes is not None:
+            erase(stored, boxes)
 
     def room(self, count: int, dtype: torch.dtype, size: int) -> Images:
         """Memory for `count` samples of size x size pixels, x in this dtype."""
@@ -174,8 +200,10 @@ class ChunkedLoader(Loader):
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        changes: Changes | None = None,
     ):
         self.engine, self.size, self.chunk, self.device = engine, size, chunk, device
+        self.changes = changes
         self.labels = torch.from_numpy(labels).to(device)
         self.tables = tables(mean, std, device)
 
@@ -208,7 +236,12 @@ class ChunkReader:
     def take(self, count: int, into: Images | None = None) -> Images:
         loader = self.loader
         x, y = into or self.room(count)
-        stored = x.permute(0, 2, 3, 1)
+        if not count:
+            return x, y
+        stored, samples = x.permute(0, 2, 3, 1), []
+        epoch = self._present().job.epoch
+        changes = loader.changes_in(epoch)
+        table = loader.table(x.dtype, changes)
         for chunk, part, to in self._parts(count):
             pixels, index = (
                 t[part].to(loader.device, non_blocking=True)
@@ -217,8 +250,15 @@ class ChunkReader:
             moves = chunk.moves
             if moves is not None:
                 moves = moves[part].to(loader.device, non_blocking=True)
-            augment(pixels, None, moves, loader.tables[x.dtype], stored[to])
+            augment(pixels, None, moves, table, stored[to])
             torch.index_select(loader.labels, 0, index, out=y[to])
+            samples.append(chunk.job.index[part])
+        if changes is not None and epoch is not None:
+            index = torch.cat(samples)
+            boxes = None
+            if changes.erasing:
+                boxes = changes.boxes(x.shape[2], epoch, index.to(loader.device))
+            loader.change(x, changes, epoch, index, boxes)
         return x, y
 
     def skip(self, count: int) -> None:

@@ -31,6 +31,21 @@ class Sizes(Protocol):
     def __call__(self, epoch: int) -> int: ...
 
 
+@dataclass(frozen=True)
+class Later:
+    """Sizes of a run whose first epoch has the number `first_epoch`."""
+
+    sizes: Sizes
+    first_epoch: int
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        return self.sizes.values
+
+    def __call__(self, epoch: int) -> int:
+        return self.sizes(max(epoch - self.first_epoch, 0))
+
+
 def size_in(epoch: int | None, tested: int, sizes: Sizes | None) -> int:
     """Pixels a side of images in this epoch; with None, or where no `sizes` are given, those of
     images as they are tested."""
@@ -58,6 +73,10 @@ class DataConfig(Protocol):
     @property
     def augment(self) -> str: ...
     @property
+    def randaugment(self) -> str | None: ...
+    @property
+    def random_erasing(self) -> float: ...
+    @property
     def seed(self) -> int: ...
     @property
     def on_bad_image(self) -> str: ...
@@ -77,6 +96,8 @@ class DataConfig(Protocol):
     def decoder_host_memory(self) -> int: ...  # MB
     @property
     def resume(self) -> bool: ...
+    @property
+    def extend(self) -> str | None: ...
     # fmt: on
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-# Streams keep numbers that serve different ends apart; RandomResizedCrop takes one more stream an
-# attempt.
+# Streams keep numbers that serve different ends apart; RandomResizedCrop and random erasing take
+# one more stream an attempt, RandAugment one an operation.
 ORDER, AUGMENT, DRAW, HISTORY, CROP_ATTEMPT = 0, 1, 2, 3, 16
+RANDAUGMENT, ERASE, ERASE_ATTEMPT = 32, 48, 64
 
 
 def philox(seed: int, epoch: int, index: Tensor, stream: int | Tensor = ORDER) -> Tensor:

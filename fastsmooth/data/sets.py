@@ -113,7 +113,7 @@ def read(config: DataConfig) -> ImageSet:
         name, told = recognised(root, config.labels)
     images = prepared.marked(READERS[name.partition("/")[0]](config), name, root)
     lines = [f"--dataset {name}: {told}" if told else "", images.about]
-    if config.val_share is not None:
+    if config.val_share:
         count = len(images.train) + len(images.test)
         lines.append(
             f"{len(images.test):,} of {count:,} images held out (--val-share {config.val_share:g})"

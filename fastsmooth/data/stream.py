@@ -62,7 +62,8 @@ class Batch:
 
 class Stream:
     """Epoch after epoch of a loader's samples. Its whole state is (seed, epoch, cursor), the cursor
-    in samples.
+    in samples; and `first_epoch`, the number that order and augmentation know its epoch 0 by, which
+    is that of the epochs that another run has seen before.
 
     A global batch of size B is permutation(seed, epoch)[cursor : cursor + B]; rank r of W owns the
     places i of the permutation with i % W == r, and serves its share of the batch. So any batch
@@ -82,11 +83,13 @@ class Stream:
     ):
         self.loader, self.seed, self.epochs, self.fingerprint = loader, seed, epochs, fingerprint
         self.drop_last, self.rank, self.world = drop_last, rank, world
-        self.epoch = self.cursor = 0
+        self.epoch = self.cursor = self.first_epoch = 0
         # global; assign it before the first batch, and again whenever it changes
         self.batch_size = 0
         self.size = 0  # of the batch given last, all ranks together
-        self.order: Callable[[int], Tensor] = lambda epoch: permutation(seed, epoch, len(loader))
+        self.order: Callable[[int], Tensor] = lambda epoch: permutation(
+            seed, self.first_epoch + epoch, len(loader)
+        )
         self._reader: Reader | None = None
 
     def rest_of_epoch(self) -> Iterator[Images]:
@@ -131,6 +134,7 @@ class Stream:
             "seed": self.seed,
             "epoch": self.epoch,
             "cursor": self.cursor,
+            "first_epoch": self.first_epoch,
             "fingerprint": self.fingerprint,
         }
 
@@ -142,6 +146,7 @@ class Stream:
             raise DataError(f"the run was started with --seed {state['seed']}, not {self.seed}")
         self.close()
         self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.first_epoch = state.get("first_epoch", 0)
 
     def branch(self, step: int, history: int) -> Stream:
         """Another stream from the batch given last on, that batch included: update `step` is the
@@ -165,5 +170,6 @@ class Stream:
     def _segments(self, first: int, start: int) -> Iterator[Segment]:
         """This rank's share of every epoch from the `first` on, of that one from place `start`."""
         for epoch in range(first, self.epochs):
-            yield Segment(self.order(epoch)[self.rank :: self.world], epoch, start)
+            own = self.order(epoch)[self.rank :: self.world]
+            yield Segment(own, self.first_epoch + epoch, start)
             start = 0

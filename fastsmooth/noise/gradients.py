@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.foreign import Driven
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise.estimators import Estimate, sampled
 from fastsmooth.noise.losses import Loss, mean_loss
 from fastsmooth.noise.persample import unchanged
-from fastsmooth.optim import NoisySGD
 
 # The number of the draw by whose order the chunks of the full gradient are cut: higher than that of
 # any direction's mini-batch.
@@ -50,7 +50,7 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
 
 
 @contextmanager
-def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
+def unmoved(model: nn.Module, optimizer: Driven) -> Iterator[None]:
     """Train inside, and have the parameters, their gradients and the optimizer back as they were,
     in the same memory."""
     params = list(model.parameters())
@@ -71,6 +71,23 @@ def unmoved(model: nn.Module, optimizer: NoisySGD) -> Iterator[None]:
 def trainable(model: nn.Module) -> list[Tensor]:
     """The parameters that require a gradient, [...] each, in the order of model.parameters()."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def directions(
+    optimizer: Driven, grads: list[Tensor], params: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """optimizer.directions(grads) for gradients in the order of the trainable `params`, and in that
+    order, whatever that of the optimizer's groups is; without `params` in the latter.
+
+    Each is [...] in the shape of its parameter, and so are the new tensors that are returned.
+    """
+    if params is None:
+        return optimizer.directions(grads)
+    places = {p: place for place, p in enumerate(params)}
+    groups = [group["params"] for group in optimizer.param_groups]
+    order = [places[p] for group in groups for p in group if p.requires_grad]
+    found = dict(zip(order, optimizer.directions([grads[i] for i in order]), strict=True))
+    return [found[i] for i in range(len(grads))]
 
 
 # objective(x, y): the mean loss of a model over the batch x [B, ...], y [B, ...], 0-d, with its
@@ -169,7 +186,7 @@ class DirectionNoise:
 
 
 def direction_noise(
-    optimizer: NoisySGD,
+    optimizer: Driven,
     gradient: Callable[[int], list[Tensor]],
     batch_size: int,
     at: Callable[[int], AbstractContextManager[list[Tensor]]],
@@ -178,6 +195,7 @@ def direction_noise(
     keep: Callable[[int, list[Tensor]], None] = lambda draw, omega: None,
     over: str = "mini-batches drawn at one point",
     done: list[Tensor] | None = None,
+    params: Sequence[Tensor] | None = None,
 ) -> DirectionNoise:
     """Compare the direction m_t with the full gradient at the same parameters, `draws` times.
 
@@ -186,13 +204,14 @@ def direction_noise(
     that of a mini-batch of `batch_size` out of n, drawn there. Each noise vector omega = m_t - grad
     f(x_t), in float64, goes through `keep` before it is forgotten. The norms stay on the device
     until all draws are done. `done` has those of the draws that were made before, [3] each, and
-    grows by one a draw. Call it inside `undisturbed`.
+    grows by one a draw. `params`: the trainable parameters in the order of these gradients, where
+    that of the optimizer's groups may be another. Call it inside `undisturbed`.
     """
     norms = [] if done is None else done
     for draw in range(len(norms), draws):
         with at(draw) as full:
             grads = gradient(draw)
-            omega = list(torch._foreach_sub(optimizer.directions(grads), full))
+            omega = list(torch._foreach_sub(directions(optimizer, grads, params), full))
             norms.append(
                 torch.stack([norm(omega), norm(torch._foreach_sub(grads, full)), norm(full)])
             )

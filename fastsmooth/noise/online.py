@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsmooth.foreign import Foreign
 from fastsmooth.names import about_value
 from fastsmooth.noise import estimators, gradients
 from fastsmooth.noise.estimators import PARTS, Estimate
@@ -61,8 +62,8 @@ class NoiseTracker:
 
     Args:
         model: the network; x [B, ...] goes in, a tensor [B, ...] comes out.
-        optimizer: NoisySGD, or torch.optim.SGD, whose momentum is the form shb. Its form and nu are
-            those of the delta that is measured.
+        optimizer: any. The delta that is measured is that of its form, where it is NoisySGD; of
+            shb, where it is torch.optim.SGD; None of others, and where no bound is published.
         samples: in the training set, of which batches are drawn without replacement.
         every: so many updates, or epochs as in "2ep"; then end_epoch() is called after each.
         loss: as sample_norms takes it.
@@ -83,10 +84,10 @@ class NoiseTracker:
     estimate of ||grad f||^2; noise_scale, C2 / ||grad f||^2 of decaying averages in samples (the
     simple noise scale of McCandlish et al. 2018, arXiv 1812.06162), None while the estimate below
     is not positive; delta_measured, the papers' delta (arXiv 2311.08745, 2402.02325) with this
-    batch's C2 and this K^2 at the point's lr, batch size and momentum; estimator and bn.
+    batch's C2 and this K^2 at the point's lr, batch size, momentum and nu; estimator and bn.
 
-    Raises ValueError for an estimator, bn, `every` or quantity that there is not, for an optimizer
-    of which no noise model is known, and for quantities that cannot be had: with the micro-batch
+    Raises ValueError for an estimator, bn, `every` or quantity that there is not, and for
+    quantities that cannot be had: with the micro-batch
     estimator or several processes, and cabs with momentum; NotCovered, a ValueError, at the first
     batch for a model or loss that cannot be measured so.
     """
@@ -94,7 +95,7 @@ class NoiseTracker:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Foreign,
         *,
         samples: int,
         every: int | str,
@@ -142,7 +143,7 @@ class NoiseTracker:
             return None
         return self.measure(x, y, point, update, self.epoch)
 
-    def check_quantities(self, optimizer: torch.optim.Optimizer) -> None:
+    def check_quantities(self, optimizer: torch.optim.Optimizer | Foreign) -> None:
         """Raises ValueError where they cannot be had."""
         if not self.quantities:
             return
@@ -154,9 +155,11 @@ class NoiseTracker:
                 f"{asked}: they need every sample's distance from the mean gradient of the whole "
                 f"batch, of which each of {self.ranks.world} processes has a part: use one process"
             )
-        with_momentum = any(group["momentum"] for group in optimizer.param_groups)
+        plain = isinstance(optimizer, NoisySGD | torch.optim.SGD) and not any(
+            group["momentum"] for group in optimizer.param_groups
+        )
         for name in self.quantities:
-            if name in PLAIN_SGD and with_momentum:
+            if name in PLAIN_SGD and not plain:
                 raise ValueError(f"quantities {name}: its rule is that of SGD without momentum")
 
     def settle(self, x: Tensor, y: Tensor) -> None:
@@ -316,7 +319,6 @@ class NoiseTracker:
         self.recent_c2 = DECAY * self.recent_c2 + (1 - DECAY) * c2.value
         self.recent_full = DECAY * self.recent_full + (1 - DECAY) * full_square
         k2 = self.largest**2
-        smoothing = dataclasses.replace(self.smoothing, c2=max(c2.value, 0.0), k2=k2)
         return {
             "c2_sampled": c2.value,
             "c2_sampled_se": c2.error,
@@ -329,8 +331,16 @@ class NoiseTracker:
             "k2": k2,
             "full_grad_square": self.full_squares / self.count,
             "noise_scale": self.recent_c2 / self.recent_full if self.recent_full > 0 else None,
-            "delta_measured": smoothing.degree(point.lr, point.batch_size, point.momentum),
+            "delta_measured": self.degree(max(c2.value, 0.0), k2, point),
         }
+
+    def degree(self, c2: float, k2: float, point: Point) -> float | None:
+        """delta of these constants at a Point; None where no bound is known."""
+        if self.smoothing is None:
+            return None
+        nu = self.smoothing.nu if point.nu is None else point.nu
+        smoothing = dataclasses.replace(self.smoothing, c2=c2, k2=k2, nu=nu)
+        return smoothing.degree(point.lr, point.batch_size, point.momentum)
 
     def end_epoch(self) -> float | None:
         """Begin the next epoch; the mean C2 of the measurements in the last one, None if none."""
@@ -362,25 +372,21 @@ STATE = (
 )
 
 
-def smoothing_of(optimizer: torch.optim.Optimizer, version: str | None) -> Smoothing:
-    """The noise model of an optimizer's directions. Raises ValueError where none is known."""
+def smoothing_of(
+    optimizer: torch.optim.Optimizer | Foreign, version: str | None
+) -> Smoothing | None:
+    """The noise model of an optimizer's directions; None where none is known. Raises ValueError
+    for groups of parameters with noise models of their own."""
     if isinstance(optimizer, NoisySGD):
         nus = {group["nu"] for group in optimizer.param_groups}
         if len(nus) > 1:
             raise ValueError(f"the groups of parameters have several nu ({sorted(nus)}): give one")
         return Smoothing(optimizer.form.name, nu=nus.pop(), version=version)
+    groups = optimizer.param_groups
     if not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError(
-            f"{type(optimizer).__name__}: no delta is known of its directions: use NoisySGD, or "
-            "torch.optim.SGD"
-        )
-    for group in optimizer.param_groups:
-        if group["nesterov"] or group["dampening"]:
-            name = "nesterov" if group["nesterov"] else "dampening"
-            raise ValueError(
-                f"torch.optim.SGD with {name}={group[name]}: no delta is known of its directions: "
-                "leave it out, or use NoisySGD, whose form nshb has momentum with dampening"
-            )
+        return None
+    if any(group["nesterov"] or group["dampening"] for group in groups):
+        return None
     return Smoothing("shb", version=version)  # which without momentum is sgd
 
 

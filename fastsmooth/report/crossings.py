@@ -167,6 +167,8 @@ def sfo_curve(a: Analysis, color: str, known: list[Variance]) -> list[Curve]:
 def theory_mark(a: Analysis, c: Constant, line: tuple[tuple[float, float], ...]) -> Mark | None:
     """On the curve at kappa lr C^2 / eps^2; None where that lies outside the batches tried."""
     b = a.batch_of(c.value)
+    if b is None:
+        return None
     for (x, y), (x2, y2) in pairwise(line):
         if x <= b <= x2:
             share = math.log(b / x) / math.log(x2 / x)
@@ -187,6 +189,8 @@ def critical_words(a: Analysis, known: list[Variance]) -> str:
     text += censored_words(a)
     for c in constants(a, known):
         b, tried = a.batch_of(c.value), [float(b.batch_size) for b in reached(a)]
+        if b is None:
+            continue
         text += f"; theory's κ lr C² / ε² = {b:,.4g} from {c.source}, {c.value:.4g}"
         if not min(tried) <= b <= max(tried):
             text += ", outside the batches that were tried (no square)"

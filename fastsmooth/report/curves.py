@@ -290,12 +290,17 @@ def measured_panel(title: str, facet: Facet, name: str, height: float) -> Panel 
     return panel
 
 
+def tracked(row: dict[str, Any]) -> bool:
+    """Whether a row is a measurement of --track-noise. Some have no delta."""
+    return isinstance(row.get("estimator"), str) and real(row.get("c2_sampled")) is not None
+
+
 def by_measurement(name: str) -> Course:
     """A number of the rows of --track-noise, at their updates."""
 
     def course(run: SavedRun) -> dict[float, tuple[float, float]]:
         rows = run.of_kind("measure")
-        known = [row for row in rows if real(row.get("delta_measured")) is not None]
+        known = [row for row in rows if tracked(row)]
         at = [(real(row.get("step")), real(row.get(name))) for row in known]
         return {x: (x, y) for x, y in at if x is not None and y is not None}
 
@@ -322,7 +327,7 @@ def estimators(facets: Iterable[Facet]) -> list[str]:
         for line in facet.lines
         for run in line.group.runs
         for row in run.of_kind("measure")
-        if real(row.get("delta_measured")) is not None
+        if tracked(row)
     )
     pairs = {(groups.shown(row.get("estimator")), groups.shown(row.get("bn"))) for row in rows}
     return sorted(f"{estimator}, BatchNorm {bn}" for estimator, bn in pairs)

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
-from fastsmooth.forms import FORMS
+from fastsmooth.forms import FORMS, is_foreign
 from fastsmooth.messages import say, warn
 from fastsmooth.runfolder.numbers import LARGEST, SMALLEST, deviation, exact, mean, number
 from fastsmooth.runfolder.read import SavedRun, read_run, read_status
@@ -108,7 +108,7 @@ class Analysis:
     group: dict[str, Any]  # the settings that all have, from their config.json
     eps: float
     batches: tuple[BatchResult, ...]  # by batch size
-    kappa: float
+    kappa: float | None  # None where no convergence theorem gives it, nor then C^2
     k2: float | None  # the largest squared gradient norm that any of the runs met
     k2_mean_square: float | None  # the mean over runs of the mean squared gradient norm
 
@@ -158,22 +158,27 @@ class Analysis:
 
     @property
     def c2_critical(self) -> float | None:
-        return None if self.best is None else self.grad_variance(self.best)
+        if self.best is None or self.kappa is None:
+            return None
+        return self.grad_variance(self.best, self.kappa)
 
     @property
     def c2_range(self) -> tuple[float, float] | None:
         """c2_critical at the two ends of the floor."""
-        if self.bracket is None:
+        if self.bracket is None or self.kappa is None:
             return None
         low, high = self.bracket
-        return self.grad_variance(low), self.grad_variance(high)
+        return self.grad_variance(low, self.kappa), self.grad_variance(high, self.kappa)
 
-    def grad_variance(self, batch_size: float) -> float:
+    def grad_variance(self, batch_size: float, kappa: float) -> float:
         """C^2 = b* eps^2 / (kappa lr)."""
-        return batch_size * self.eps**2 / (self.kappa * self.group["lr"])
+        return batch_size * self.eps**2 / (kappa * self.group["lr"])
 
-    def batch_of(self, grad_variance: float) -> float:
-        """The theory's b* = kappa lr C^2 / eps^2 for a C^2 that is known otherwise."""
+    def batch_of(self, grad_variance: float) -> float | None:
+        """The theory's b* = kappa lr C^2 / eps^2 for a C^2 that is known otherwise; None where
+        kappa is not known."""
+        if self.kappa is None:
+            return None
         return self.kappa * self.group["lr"] * grad_variance / self.eps**2
 
     def to_json(self) -> dict[str, Any]:
@@ -247,7 +252,7 @@ def analyse_group(runs: list[SavedRun], eps: float) -> Analysis:
         settings(config),
         eps,
         results,
-        smoothing.critical_factor(runs[0].critical["momentum"]),
+        smoothing.critical_factor(runs[0].critical["momentum"] or 0.0),
         max(largest) ** 2 if largest else None,
         mean(squares) if squares else None,
     )
@@ -268,12 +273,19 @@ def sound(run: SavedRun) -> bool:
         and all(threshold(name) and crossing(value) for name, value in crossings.items())
         and all(isinstance(c.get(name), int) and number(c[name]) for name in ("batch_size", "seed"))
         and c["batch_size"] > 0
-        and number(c.get("momentum"))
-        and 0 <= c["momentum"] < 1
         and number(run.config.get("lr"))
         and run.config["lr"] > 0
-        and run.config.get("optimizer") in FORMS
+        and number(run.config.get("nu", 1.0))
+        and known(run.config.get("optimizer"), c.get("momentum"))
     )
+
+
+def known(optimizer: Any, momentum: Any) -> bool:
+    """Whether it is the name of an optimizer, with a momentum as it may have: none is said of one
+    that is no form."""
+    if not isinstance(optimizer, str) or optimizer not in FORMS:
+        return isinstance(optimizer, str) and is_foreign(optimizer) and momentum is None
+    return number(momentum) and 0 <= momentum < 1
 
 
 def threshold(name: str) -> bool:
@@ -363,7 +375,8 @@ def sampling_run(run: SavedRun, step: int) -> Planned:
     left_out = {"mode", "eps", "criterion", "min_epochs", "full_grad_every", "budget"}
     left_out |= {"out", "resume", "max_time", "track_noise", "estimator", "measure"}
     saved = parsing.read_saved(run.path)
-    if saved.bn != "eval" or saved.momentum:  # a direction has no other mode than training then
+    # a direction with a history has no other mode than training
+    if saved.bn != "eval" or saved.keeps_history:
         left_out.add("bn")
     values = {name: value for name, value in vars(saved).items() if name not in left_out}
     given = {name: v for name, v in values.items() if v is not None and v is not False}
@@ -377,16 +390,18 @@ def print_curve(curve: Analysis, entry: dict[str, Any]) -> None:
     if curve.censored:
         sizes = ", ".join(map(str, curve.censored))
         without = f"; left out, since censored at the first update that counts: b {sizes}"
-    if curve.bracket is None or curve.c2_range is None:  # no b*, nor anything of it
+    if curve.bracket is None:  # no b*, nor anything of it
         say(f"{about}: no batch size reached it with every seed{without}")
         return
     if curve.at_edge:
         edge = "; the floor reaches the edge of what was tried, so b* may lie outside"
-    (low, high), (least, most) = curve.bracket, curve.c2_range
-    line = (
-        f"{about}: b* {curve.best} (N within {FLAT:.0%} from {low} to {high}{edge}{without}), "
-        f"c2_critical {curve.c2_critical:.4g} ({least:.4g} to {most:.4g})"
-    )
+    low, high = curve.bracket
+    line = f"{about}: b* {curve.best} (N within {FLAT:.0%} from {low} to {high}{edge}{without})"
+    if curve.c2_range is None:
+        line += ", c2_critical unknown: no theorem gives its kappa"
+    else:
+        least, most = curve.c2_range
+        line += f", c2_critical {curve.c2_critical:.4g} ({least:.4g} to {most:.4g})"
     if curve.k2 is not None:
         line += f", k2 {curve.k2:.4g}"
     if entry["c2_sampled"] is not None:

@@ -171,7 +171,7 @@ def grid_runs(given: dict[str, Any], own: dict[str, Any], out: Path) -> list[Pla
         asked |= axes.keys()
         if math.prod(len(listed(axes, name)) for name in axes) > MOST_RUNS:
             raise ConfigError(f"the grid has over {MOST_RUNS:,} runs: give fewer values")
-        for one in combinations(axes):
+        for one in map(parsing.over_finished, combinations(axes)):
             kept = configs.without_idle(one)
             comes_to = configs.resolve(kept).to_json()
             distinct.setdefault(json.dumps(comes_to, sort_keys=True), kept)

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsmooth import data, models
+from fastsmooth import data, foreign, models, owncode
 from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import pick_device
 from fastsmooth.cli.facts import is_among
-from fastsmooth.cli.flags import ConfigError, flag
+from fastsmooth.cli.flags import ConfigError, flag, is_code
 from fastsmooth.cli.progress import Progress
 from fastsmooth.data import DataError
+from fastsmooth.foreign import Driven, OptimizerError
+from fastsmooth.freezing import freeze
 from fastsmooth.messages import one_line, warn
 from fastsmooth.models import ModelError, own_size
 from fastsmooth.noise.gradients import undisturbed
@@ -33,23 +35,28 @@ from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.runfolder.machine import environment
 from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.weights import MODEL, ModelFacts
 from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, check_unused, claim
 from fastsmooth.training import device as machine
-from fastsmooth.training import fitting, syncnorm
+from fastsmooth.training import extending, fitting, syncnorm
 from fastsmooth.training.clock import Clock
+from fastsmooth.training.ema import Ema
 from fastsmooth.training.graphs import CudaRecorder
 from fastsmooth.training.loop import FORMAT, Run
+from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
-from fastsmooth.training.objective import objective_of
-from fastsmooth.training.plan import Plan, make_plan, notes, warming
+from fastsmooth.training.objective import check_loss, objective_of
+from fastsmooth.training.plan import Plan, make_plan, notes, units, warming
+from fastsmooth.training.sam import Sam
 from fastsmooth.training.step import Step, keep_freed_memory
+from fastsmooth.training.weights import begin_with
 
 PRECISIONS = {
     "fp32": "in float32",
     "tf32": "in float32 with TF32 products",
     "bf16": "in bfloat16 autocast",
 }
-REFUSALS = (ConfigError, ModelError, DataError, CheckpointError, RunFolderError)
+REFUSALS = (ConfigError, ModelError, OptimizerError, DataError, CheckpointError, RunFolderError)
 State = dict[str, Any]
 
 
@@ -62,7 +69,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     keep_freed_memory()
     wanted = Path(c.out) if c.out else None
     held: RunFolder | None = None  # the folder of a run that goes on
-    checkpoints = state = None
+    checkpoints = state = origin = None
+    remarks: list[str] = []
     with ranks.together(REFUSALS, ConfigError):
         if wanted and c.resume and ranks.leader:
             held = RunFolder(wanted)  # locked before its checkpoints are read
@@ -70,10 +78,14 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             state = saved_state(checkpoints)
         elif wanted and ranks.leader:
             check_unused(wanted)
-    before = ranks.from_leader(made_with(state))
+        if c.extend and state is None and ranks.leader:
+            state, origin = extending.finished(c.extend)
+    before, origin, first_epoch = ranks.from_leader(
+        (made_with(state), origin, extending.first_epoch(state, origin))
+    )
     with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
         if before:
-            c = parsing.as_before(c, before, f"{c.out}/checkpoints")
+            c = parsing.as_before(c, before, f"{origin.run if origin else c.out}/checkpoints")
             device = pick_device(c.device, torch, c.precision)
             machine.take_over_threads(before)
         check_recipe(c)
@@ -93,15 +105,25 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             plan = planned(c, len(read.train), ranks.world)
             c = plan.config
         images = data.open_data(
-            c, device, warn if ranks.leader else lambda line: None, ranks.local_world, read
+            c,
+            device,
+            warn if ranks.leader else lambda line: None,
+            ranks.local_world,
+            read,
+            first_epoch,
         )
+        check_classes(c, images)
         images.bad.say = warn  # from now on each process meets bad images of its own
         plan = plan or planned(c, len(images.train), ranks.world)
         c = plan.config
         machine.set_numerics(c, precision, plan.schedule)
         torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm, images.channels).to(device)
-        model = model.to(memory_format=torch.channels_last)
+        model = models.build(c.model, images.classes, c.norm, images.channels)
+        if c.init and not before:  # else all of them come with the state
+            remarks.append(begin_with(c, model, images.classes, ranks.leader))
+        if c.freeze:
+            remarks.append(freeze(model, c.freeze).described(c.freeze, model))
+        model = model.to(device).to(memory_format=torch.channels_last)
         if ranks.rank > 0:  # the same weights, but other numbers for dropout
             torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
         one_alone = try_model(c, model, images)
@@ -109,14 +131,17 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             check_lone_samples(plan, ranks.world)
         if c.sync_bn and ranks.world > 1:
             syncnorm.convert(model)
-        optimizer = NoisySGD(
-            model.parameters(), c.optimizer, c.lr, c.momentum, c.nu, c.weight_decay
-        )
+        optimizer = optimizer_of(c, parameter_groups(c, model))
+        if origin and state is not None:
+            extending.check(state, origin, model, optimizer, images)
         # SyncBatchNorm's exchange would cut the graph at every layer
         compiled = c.compile == "on" or (
             c.compile == "auto" and device.type == "cuda" and not c.sync_bn
         )
-        objective = objective_of(c)
+        objective = objective_of(c, device)
+        if is_code(c.loss):
+            check_loss(c, objective, images.classes, device, ranks.world)
+        code = own_files(c)
         bn = "batch" if c.bn == "batch" else None
         micro_batch, cut = c.micro_batch, ""
         if micro_batch == "auto":
@@ -144,7 +169,10 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     }
     for instrument in instruments:
         chosen |= instrument.chosen()
-    check_alike(images, model, chosen, ranks)
+    check_alike(images, model, chosen, ranks, code)
+    mixer = None
+    if c.mixup or c.cutmix:
+        mixer = Mixer(c.mixup, c.cutmix, c.seed, images.classes, device)
     sizes = len(set(plan.sizes.values))
     step = Step(
         model,
@@ -157,8 +185,14 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         bn,
         sizes,
         objective,
+        mixer=mixer,
+        clip_norm=c.clip_norm,
+        sam=Sam.parse(c.sam) if c.sam else None,
+        top5=c.top5,
     )
-    recorder = CudaRecorder(device, optimizer.settle) if graphs == "on" else None
+    recorder = None
+    if graphs == "on" and isinstance(optimizer, NoisySGD):
+        recorder = CudaRecorder(device, optimizer.settle)
 
     with ranks.together(REFUSALS, ConfigError):
         named = wanted or (default_out(c) if ranks.leader else None)
@@ -170,7 +204,12 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             about |= {"precision": precision, "graphs": graphs}
             about |= {"measure": chosen.get("measure"), "micro_batch": c.samples_at_once}
             about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
+            about |= {"weights": remarks} if remarks else {}
+            about |= {"extends": dataclasses.asdict(origin)} if origin else {}
+            about |= {"code": {k: os.path.abspath(v) for k, v in c.own_code.items()}}
             folder = RunFolder.create(out, c.to_json() | {"micro_batch": micro_batch}, about)
+        if ranks.leader:
+            owncode.keep(out / "code", code)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         run = Run(
@@ -185,8 +224,11 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             Clock(wait),
             ranks=ranks,
             instruments=instruments,
-            made_with=chosen | machine.facts(device, ranks.world),
+            made_with=chosen | machine.facts(device, ranks.world) | sums(code),
             recorder=recorder,
+            ema=Ema(model, c.ema) if c.ema else None,
+            remarks=remarks,
+            origin=origin,
         )
     return run, state, [line for line in (decided, cut) if line]
 
@@ -194,10 +236,13 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
 def begin(run: Run, state: State | None, decided: list[str]) -> None:
     """Stand where the run is to go on, and say what it is."""
     c, plan, ranks = run.config, run.plan, run.ranks
-    if c.resume:
+    if c.resume or run.origin:
         state = ranks.from_leader(state)
         with ranks.together(REFUSALS, ConfigError):
-            go_on(run, state)
+            if state is not None and run.origin:
+                extending.take_over(run, state, run.origin)
+            else:
+                go_on(run, state)
         changes = machine.changes(made_with(state), run.made_with)
         if changes and ranks.leader:
             warn(
@@ -216,7 +261,26 @@ def begin(run: Run, state: State | None, decided: list[str]) -> None:
         c.delta_unit,
     )
     introduce(run, decided)
+    run.folder.write(MODEL, described(run).to_json())
     run.folder.status("running", "", run.update)
+
+
+def described(run: Run) -> ModelFacts:
+    """What model.json says."""
+    c, view = run.config, run.data.view
+    return ModelFacts(
+        c.model,
+        c.norm,
+        view.channels,
+        run.data.class_ids,
+        run.data.class_names,
+        view.mode,
+        view.resize,
+        view.size,
+        view.mean,
+        view.std,
+        sum(p.numel() for p in run.model.parameters()),
+    )
 
 
 @contextlib.contextmanager
@@ -287,6 +351,34 @@ def check_recipe(c: Config) -> None:
         )
 
 
+def optimizer_of(c: Config, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> Driven:
+    """What --optimizer names, over tensors or groups of them. Raises OptimizerError."""
+    if c.foreign:
+        arguments = c.optimizer_args or ()
+        return foreign.build(c.optimizer, arguments, params, c.lr, c.weight_decay)
+    nu = c.nu_stages[0].value
+    return NoisySGD(params, c.optimizer, c.lr, c.momentum, nu, c.weight_decay)
+
+
+def own_files(c: Config) -> dict[str, bytes]:
+    """The files of own code that the run is made of, by their names. Raises ConfigError where two
+    have one name, since they are kept in one folder."""
+    found: dict[str, bytes] = {}
+    try:
+        for path in {owncode.whole(owncode.split(spec)[0]) for spec in c.own_code.values()}:
+            for name, content in owncode.files_of(path).items():
+                if found.setdefault(name, content) != content:
+                    raise ConfigError(f"two files of own code are called {name}: rename one")
+    except owncode.CodeError as error:
+        raise ConfigError(str(error)) from None
+    return found
+
+
+def sums(code: dict[str, bytes]) -> dict[str, str]:
+    """What a checkpoint remembers of own code."""
+    return {name: f"sha256 {owncode.digest(content)}" for name, content in code.items()}
+
+
 def planned(c: Config, n: int, processes: int) -> Plan:
     """The plan over n training images. Raises ConfigError for what cannot be done over them."""
     check_batch(c, n, processes)
@@ -307,7 +399,11 @@ def check_batch(c: Config, n: int, processes: int) -> None:
 
 
 def check_alike(
-    images: data.Data, model: torch.nn.Module, chosen: dict[str, Any], ranks: Ranks
+    images: data.Data,
+    model: torch.nn.Module,
+    chosen: dict[str, Any],
+    ranks: Ranks,
+    code: dict[str, bytes],
 ) -> None:
     """Refuse processes that see other images, begin with another model or chose otherwise, as two
     machines may."""
@@ -325,6 +421,7 @@ def check_alike(
     for what, values in (
         ("images", ranks.gather(images.fingerprint)),
         ("model", ranks.gather(weights)),
+        ("code", ranks.gather(sums(code))),
     ):
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
@@ -354,15 +451,25 @@ def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int)
     try:
         with torch.no_grad():
             logits = model.eval()(x)
+            if not isinstance(logits, Tensor):
+                raise ValueError(f"its output is of type {type(logits).__name__}, no tensor")
             if logits.shape != (1, classes):
                 raise ValueError(f"its output is {list(logits.shape)}, not [1, {classes}]")
             with undisturbed(model.train(), "train"):
                 model(x)
         return True
-    except (RuntimeError, ValueError, AssertionError, AttributeError) as error:
+    except Exception as error:
+        foreseen = isinstance(error, RuntimeError | ValueError | AssertionError | AttributeError)
+        if not foreseen and not is_code(c.model):
+            raise
         # PyTorch's words for it
         if str(error).startswith("Expected more than 1 value per channel when training"):
             return False
+        if is_code(c.model):
+            where = owncode.fault(error, owncode.split(c.model)[0])
+            raise ModelError(
+                f"--model {c.model}: on images [1, {x.shape[1]}, {side}, {side}]: {where}"
+            ) from None
         own = own_size(c.model, model)
         remedy = f"another --model than {c.model}"
         if own not in (None, side):
@@ -374,6 +481,28 @@ def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int)
             f"the model cannot take {side}x{side} images{stage} ({one_line(error)[:200]}): use "
             f"{remedy}"
         ) from None
+
+
+def check_classes(c: Config, images: data.Data) -> None:
+    if c.top5 and images.classes < 5:
+        raise ConfigError(
+            f"--top5: {c.dataset} has {images.classes} classes, all of them among the five "
+            "likeliest: leave --top5 out"
+        )
+
+
+def parameter_groups(c: Config, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The parameters of a model as an optimizer takes them: one group; two under
+    --decay-weights-only, the second without weight decay, of all that have at most one dimension:
+    biases, and the scales and shifts of normalisation layers."""
+    params = list(model.parameters())
+    if not c.decay_weights_only:
+        return [{"params": params}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim > 1]},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def check_lone_samples(plan: Plan, processes: int) -> None:
@@ -426,9 +555,16 @@ def pixels(run: Run) -> str:
     return f"{listed} (pixels), tested at {tested}"
 
 
+def mixed(c: Config) -> str:
+    """How training batches are mixed, in words."""
+    kinds = [f"{name} {getattr(c, name):g}" for name in ("mixup", "cutmix") if getattr(c, name)]
+    how = " or ".join(kinds) + ", as often one as the other" * (len(kinds) > 1)
+    return f"training batches are mixed by {how}: train_loss and train_acc are of mixed images"
+
+
 def introduce(run: Run, decided: list[str]) -> None:
     c, say, ranks = run.config, run.progress.say, run.ranks
-    parameters = models.count_parameters(run.model)
+    parameters = f"{models.count_parameters(run.model):,} {'trainable ' * bool(c.freeze)}parameters"
     about = {"digits": " (1,797 handwritten digits of 8x8 pixels, shipped with fastsmooth)"}.get(
         c.dataset, ""
     )
@@ -437,17 +573,19 @@ def introduce(run: Run, decided: list[str]) -> None:
         f"images, {run.data.choice}"
     )
     say(
-        f"{c.model} ({parameters:,} parameters), {c.optimizer}, method {c.method}, {c.epochs} "
+        f"{c.model} ({parameters}), {c.optimizer}, method {c.method}, {c.epochs} "
         f"epochs from lr {c.lr:g}, batch {c.batch_size}"
         + (f", momentum {c.momentum:g}" if c.momentum else "")
         + f", seed {c.seed}, {PRECISIONS[run.step.precision]}"
     )
-    augmented = "no augmentation" if c.augment == "none" else f"augmented by {c.augment}"
+    augmented = f"augmented by {c.changes}" if c.changes else "no augmentation"
     if run.data.about:
         say(run.data.about)
     for line in decided:
         say(line)
     say(f"{run.data.classes:,} classes, images brought to {pixels(run)}, {augmented}")
+    if run.step.mixer is not None:
+        say(mixed(c))
     if run.plan.sizes.changes and run.device.type == "cuda":
         say("no update is captured as a CUDA graph: one is of images of one size")
     if ranks.world > 1:
@@ -462,12 +600,21 @@ def introduce(run: Run, decided: list[str]) -> None:
             f"--micro-batch {at_once}: BatchNorm sees {at_once} samples at a time, so this is "
             "another gradient"
         )
-    for line in [*warming(c, run.plan), *notes(c, run.schedule)]:
+    if is_code(c.loss):
+        say(f"the loss, of training and of testing, is {c.loss}")
+    if not c.form.bounds:
+        say(*units(c))
+    for line in [*run.remarks, *warming(c, run.plan), *notes(c, run.schedule)]:
         say(line)
     for instrument in run.instruments:
         for line in instrument.introduction():
             say(line)
     if run.tracker.where:
         say(run.tracker.where)
+    if run.origin:
+        say(
+            f"going on from the end of {run.origin.run} ({run.origin.epochs:,} epochs, "
+            f"{run.origin.updates:,} updates); this run counts its own from 0"
+        )
     if run.update:
         say(f"going on from update {run.update:,}, epoch {run.epoch}")

@@ -61,7 +61,7 @@ def choose_graphs(c: Config, device: torch.device, kernels: str, processes: int)
     be: without a GPU, and without its kernels, since the others read numbers on the host.
 
     A graph is of images of one size, at their place in memory; where the size changes, none is
-    captured.
+    captured. Nor is the update of an optimizer that is none of our forms.
     """
     if c.graphs == "on" and device.type != "cuda":
         raise ConfigError(
@@ -71,7 +71,7 @@ def choose_graphs(c: Config, device: torch.device, kernels: str, processes: int)
         raise ConfigError(f"--graphs on needs --kernels triton, not {kernels}: use --graphs auto")
     if c.graphs != "auto":
         return c.graphs
-    fits = kernels == "triton" and processes == 1 and len(c.image_stages) == 1
+    fits = kernels == "triton" and processes == 1 and len(c.image_stages) == 1 and not c.foreign
     return "on" if fits and not c.deterministic else "off"
 
 

@@ -84,8 +84,8 @@ def report(run: Run, seconds: float) -> None:
             f"captured {run.graphs.captured} batch sizes as CUDA graphs in "
             f"{run.clock.read('capture'):.1f} s"
         )
-    if run.last_epoch:
-        say(f"final test accuracy {run.last_epoch['test_acc']:.2%}, best {run.best_test_acc:.2%}")
+    for line in accuracies(run, run.last_epoch) if run.last_epoch else []:
+        say(line)
     if early:
         say(early)
     for instrument in run.instruments:
@@ -100,6 +100,19 @@ def report(run: Run, seconds: float) -> None:
             "the rest"
         )
     run.folder.close()
+
+
+def accuracies(run: Run, last: dict[str, Any]) -> list[str]:
+    """What the tests after the last epoch, whose row `last` is, and before said."""
+    lines = [f"final test accuracy {last['test_acc']:.2%}, best {run.best_test_acc:.2%}"]
+    if "test_top5" in last:
+        lines[0] += f"; within the five likeliest {last['test_top5']:.2%} in the end"
+    if "ema_test_acc" in last:
+        line = f"of the averaged weights (--ema) {last['ema_test_acc']:.2%}"
+        lines.append(f"{line}, best {run.best_ema_test_acc:.2%}")
+        if "ema_test_top5" in last:
+            lines[1] += f"; within the five likeliest {last['ema_test_top5']:.2%} in the end"
+    return lines
 
 
 def ended_early(run: Run) -> str:

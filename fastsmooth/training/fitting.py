@@ -9,8 +9,8 @@ from torch import nn
 
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
+from fastsmooth.foreign import Driven
 from fastsmooth.noise.gradients import undisturbed
-from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.training.ending import ran_out_of_memory
 from fastsmooth.training.objective import Objective
@@ -62,7 +62,7 @@ class Trial:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: NoisySGD,
+        optimizer: Driven,
         shape: tuple[int, int, int, int],
         precision: str,
         bn: str | None,

@@ -42,6 +42,7 @@ OBSTACLES: tuple[tuple[Callable[[Facts], bool], str], ...] = (
         lambda f: f.config.bn not in ("train", "batch"),
         "--bn {bn} measures another gradient than the one that trains",
     ),
+    (lambda f: f.config.sam is not None, "--sam trains along another gradient"),
     (lambda f: f.config.samples_at_once is not None, "--micro-batch cuts the batch"),
     (
         lambda f: f.processes > 1,

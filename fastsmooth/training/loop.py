@@ -29,10 +29,12 @@ from fastsmooth.runfolder.tracker import Tracker
 from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
+from fastsmooth.training.ema import Ema
 from fastsmooth.training.ending import OUT_OF_TIME
 from fastsmooth.training.graphs import LARGEST, LEAST, LEAST_ASKED, Graphs, Kind, Pace, Recorder
+from fastsmooth.training.keeping import Keeper
 from fastsmooth.training.plan import Plan
-from fastsmooth.training.step import Step
+from fastsmooth.training.step import Step, Tested
 from fastsmooth.training.update import Update
 
 FORMAT = 3  # of the state in a checkpoint; another number is refused
@@ -43,6 +45,16 @@ TEST_BATCH, TEST_BATCH_CUDA = 250, 2000
 # with many, halved until they fit in its memory.
 EVAL_CHUNK = {"cpu": 250, "cuda": 1000, "mps": 250}
 NOT_FINITE = 255  # a reason to stop, beside OUT_OF_TIME and the numbers of signals
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A finished run that another goes on from."""
+
+    run: str  # its folder
+    epochs: int  # that it did itself
+    updates: int
+    first_epoch: int  # the data's number of the epoch that comes next
 
 
 class Preempted(Exception):
@@ -70,6 +82,7 @@ def check_standing(state: dict[str, Any], images: int, epochs: int) -> None:
         (name, state["data"][name], limit)
         for name, limit in (("epoch", epochs), ("cursor", images))
     ]
+    places.append(("first_epoch", state["data"].get("first_epoch", 0), math.inf))
     for name, value, limit in places:
         if type(value) is not int or not 0 <= value <= limit:
             raise ValueError(f"its {name} is {value!r}")
@@ -121,11 +134,16 @@ class Run:
     # what the bits depend on besides the flags
     made_with: dict[str, Any] = field(default_factory=dict)
     recorder: Recorder | None = None  # of updates that are captured
+    ema: Ema | None = None  # the average of the weights, where there is one
+    # what is said of its weights; the finished run that it is about to go on from
+    remarks: list[str] = field(default_factory=list)
+    origin: Origin | None = None
 
     epoch: int = 0
     update: int = 0
     samples: int = 0
     best_test_acc: float | None = None
+    best_ema_test_acc: float | None = None
     best_epoch: int | None = None  # the first one that had it
     last_epoch: dict[str, Any] = field(default_factory=dict)
 
@@ -137,9 +155,16 @@ class Run:
     def schedule(self) -> Schedule:
         return self.plan.schedule
 
+    @property
+    def data_epoch(self) -> int:
+        """The number of this epoch by which random numbers of the images are drawn: that of the
+        epochs of all runs that this one goes on from."""
+        return self.stream.first_epoch + self.epoch
+
     def __post_init__(self) -> None:
         c = self.config
-        self.updates = Update(self.step, self.device, self.instruments)
+        self.updates = Update(self.step, self.device, self.instruments, self.ema)
+        self.keeper = Keeper(c.keep, c.model, self.folder.path, self.model, self.ema, self.ranks)
         self.kept = self.updates.kept
         self.meter, self.window = self.updates.meter, self.updates.window
         strict = c.graphs == "on"
@@ -247,6 +272,9 @@ class Run:
                 values = instrument.before_update(self, *batch.images(), point)
                 self.measured(instrument, point, values)
 
+        if self.step.mixer is not None:
+            place = self.stream.cursor - self.stream.size
+            self.step.mixer.draw(self.data_epoch, place, self.plan.sizes(self.epoch))
         measured = any(i.norms_every for i in self.due)
         self.graphs(batch, before_update if due else None, measured)
 
@@ -292,6 +320,7 @@ class Run:
 
     def stop(self, asked: int) -> NoReturn:
         self.save(final=True)  # which refuses what is not finite
+        self.keeper.last({"epoch": self.epoch, "step": self.update}, final=False)
         raise Preempted("--max-time" if asked == OUT_OF_TIME else signal.Signals(asked).name)
 
     def log_step(self, point: Point) -> None:
@@ -316,7 +345,9 @@ class Run:
         samples = self.meter.count
         evaluated = self.clock.read("eval")
         with self.clock.measure("eval"):
-            test_loss, test_acc = self.step.evaluate(self.test_batches())
+            tested = self.step.evaluate(self.test_batches())
+            averaged = self.tested_average()
+        test_loss, test_acc, _ = tested
         if not math.isfinite(test_loss):
             raise Diverged(f"the test loss is not finite after update {self.update}")
         train_seconds = self.clock.read("train") + self.epoch_seconds_before
@@ -325,6 +356,7 @@ class Run:
             "train_acc": train_acc,
             "test_loss": test_loss,
             "test_acc": test_acc,
+            **more_of(tested, averaged),
             "c2_sampled": None,
             "precision": self.step.precision,
             "train_seconds": round(train_seconds, 3),
@@ -337,8 +369,11 @@ class Run:
             values |= instrument.end_epoch()
         self.last_epoch = self.row("epoch", point, values)
         self.progress.epoch(self.last_epoch)
+        self.keeper.after_epoch(self.last_epoch, self.best_test_acc, self.best_ema_test_acc)
         if self.best_test_acc is None or test_acc > self.best_test_acc:
             self.best_test_acc, self.best_epoch = test_acc, self.epoch
+        if averaged is not None:
+            self.best_ema_test_acc = max(averaged.accuracy, self.best_ema_test_acc or 0.0)
         self.meter.reset()
         self.train_seconds += self.clock.read("train")
         self.clock.seconds["train"] = self.epoch_seconds_before = 0.0
@@ -347,8 +382,16 @@ class Run:
         if last or not self.config.checkpoint_every:
             self.save(final=last)
 
+    def tested_average(self) -> Tested | None:
+        """What the test images say of the average of the weights, where there is one."""
+        if self.ema is None:
+            return None
+        with self.ema.in_place():
+            return self.step.evaluate(self.test_batches())
+
     def finish(self) -> None:
-        """Write what the instruments have found."""
+        """Write the last weights, and what the instruments have found."""
+        self.keeper.last(self.last_epoch, final=True)
         for instrument in self.instruments:
             self.write_files(instrument)
 
@@ -360,12 +403,14 @@ class Run:
         batches = itertools.islice(
             in_order(len(self.data.test), size), self.ranks.rank, None, self.ranks.world
         )
-        return self.data.test.batches(batches, self.epoch if augmented else None)
+        return self.data.test.batches(batches, self.data_epoch if augmented else None)
 
     def row(self, kind: str, point: Point, values: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.update, "samples": self.samples}
-        row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": point.momentum}
-        row |= {"delta": self.schedule.delta(point)} | values
+        momentum = None if self.config.foreign else point.momentum  # which is its own affair
+        row |= {"lr": point.lr, "batch_size": point.batch_size, "momentum": momentum}
+        row |= {} if point.nu is None else {"nu": point.nu}
+        row |= {"delta": self.plan.delta(point)} | values
         self.folder.row(kind, row)
         self.tracker.row(kind, row)
         return row
@@ -428,7 +473,13 @@ class Run:
             "made_with": self.made_with,
             "eval_chunk": self.eval_chunk,
             "epoch_seconds": self.clock.read("train") + self.epoch_seconds_before,
+            **self.state_of_average(),
         }
+
+    def state_of_average(self) -> dict[str, Any]:
+        if self.ema is None:
+            return {}
+        return {"ema": self.ema.state_dict(), "best_ema_test_acc": self.best_ema_test_acc}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved. Raises DataError where that was with other images."""
@@ -442,6 +493,11 @@ class Run:
         self.meter.load_state_dict(state["meter"])
         self.window.load_state_dict(state["window"])
         self.kept.updates.fill_(self.update)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.best_ema_test_acc = state["best_ema_test_acc"]
+            if not isinstance(self.best_ema_test_acc, float | None):
+                raise ValueError("its best accuracy of the averaged weights is none")
         for instrument in self.instruments:
             instrument.load_state_dict(state["instruments"][instrument.name])
         # a process that joins later begins with the numbers of its own seed
@@ -459,6 +515,7 @@ class Run:
             "final_test_loss": self.last_epoch.get("test_loss"),
             "best_test_acc": self.best_test_acc,
             "best_epoch": self.best_epoch,
+            **self.summary_of_more(),
             "epochs": self.epoch,
             "updates": self.update,
             "samples": self.samples,
@@ -466,3 +523,20 @@ class Run:
             "captured_graphs": self.graphs.captured,
             "bad_images": len(set().union(*self.ranks.gather(sorted(self.data.bad.reasons)))),
         }
+
+    def summary_of_more(self) -> dict[str, Any]:
+        """Of what --top5 and --ema add to the rows of epochs."""
+        last = self.last_epoch
+        found = {f"final_{name}": last[name] for name in MORE if name in last}
+        return found | ({"best_ema_test_acc": self.best_ema_test_acc} if self.ema else {})
+
+
+# What an epoch's row has of --top5 and --ema.
+MORE = ("test_top5", "ema_test_acc", "ema_test_loss", "ema_test_top5")
+
+
+def more_of(tested: Tested, averaged: Tested | None) -> dict[str, Any]:
+    """These columns; none of a flag that is off."""
+    values = [tested.top5]
+    values += [averaged.accuracy, averaged.loss, averaged.top5] if averaged else [None] * 3
+    return {name: v for name, v in zip(MORE, values, strict=True) if v is not None}

@@ -97,7 +97,7 @@ def measured_epoch(run: Run) -> int | None:
 
     Either way the loss is one fixed function of the parameters.
     """
-    return run.epoch if run.config.measure_augment else None
+    return run.data_epoch if run.config.measure_augment else None
 
 
 def chunk_size(run: Run, point: Point) -> int:
@@ -182,7 +182,7 @@ def drawn_gradient(run: Run, draw: int, point: Point) -> list[Tensor]:
 def function_measured(run: Run, chunk: int) -> str:
     """In words: the function of the parameters whose full gradient is taken."""
     c = run.config
-    images = f"augmented as in the epoch ({c.augment})" if c.measure_augment else "not augmented"
+    images = f"augmented as in the epoch ({c.changes})" if c.measure_augment else "not augmented"
     how, statistics = "evaluation mode", "running statistics"
     if c.bn == "train":
         share = chunk if run.step.joined else -(-chunk // run.ranks.world)
@@ -193,8 +193,9 @@ def function_measured(run: Run, chunk: int) -> str:
         )
     if run.step.normalises_batches:
         how += f": BatchNorm with {statistics}"
+    of = " as a function of the trainable parameters" if c.freeze else ""
     return (
-        f"mean cross-entropy over the {run.plan.images:,} training images, {images}; the "
+        f"mean {c.loss_in_words}{of} over the {run.plan.images:,} training images, {images}; the "
         f"model in {how}"
     )
 

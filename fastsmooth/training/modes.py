@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data import Data
+from fastsmooth.foreign import Driven, Foreign
 from fastsmooth.kernels.tally import State
 from fastsmooth.messages import warn
 from fastsmooth.noise import gradients
@@ -29,7 +31,6 @@ from fastsmooth.noise.persample import NotCovered
 from fastsmooth.noise.quantities import layers_of
 from fastsmooth.noise.tails import NoiseStatistics
 from fastsmooth.noise.threshold import NormRecord
-from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.files import new_aside, rename, writing
 from fastsmooth.runfolder.numbers import exact
@@ -47,7 +48,7 @@ class InstrumentParts(NamedTuple):
 
     plan: Plan
     model: torch.nn.Module  # the one that will be trained
-    optimizer: NoisySGD
+    optimizer: Driven
     data: Data
     ranks: Ranks
     precision: str  # of training: fp32, tf32 or bf16
@@ -68,10 +69,21 @@ class TrackNoise(Instrument):
 
     name = "track"
 
-    def __init__(self, tracker: NoiseTracker, measure: str, why: str, norms_every: int):
+    def __init__(
+        self,
+        tracker: NoiseTracker,
+        measure: str,
+        why: str,
+        norms_every: int,
+        plain_update: bool = True,
+        about_gradient: str = "",
+    ):
         """`measure`: apart or step; `why` not as the step, if something is in the way; norms_every:
-        updates from one measurement to the next."""
+        updates from one measurement to the next; plain_update: whether delta is defined for the
+        update; about_gradient: a line that says of which gradient C2 is, where the update is along
+        another."""
         self.tracker, self.measure, self.why = tracker, measure, why
+        self.plain_update, self.about_gradient = plain_update, about_gradient
         self.norms_every = norms_every if measure == "step" else 0
         self.warned = False  # of a precision that does not suffice
 
@@ -115,7 +127,7 @@ class TrackNoise(Instrument):
         measure, why = choose_measure(facts, parts.model, x, y, parts.compiled)
         every = tracker.every
         updates = every.count * (parts.plan.updates_at_first if every.epochs else 1)
-        return cls(tracker, measure, why, updates)
+        return cls(tracker, measure, why, updates, c.plain_update, about_gradient(c))
 
     def introduction(self) -> list[str]:
         line = f"noise measured {self.tracker.described()}"
@@ -126,7 +138,7 @@ class TrackNoise(Instrument):
             )
         elif self.why:
             line += f"; apart from the update: {self.why}"
-        return [line]
+        return [line, *[self.about_gradient] * bool(self.about_gradient)]
 
     def chosen(self) -> dict[str, str]:
         return {"estimator": self.tracker.estimator, "measure": self.measure}
@@ -191,6 +203,8 @@ class TrackNoise(Instrument):
                 f"gradient norm, less than {precision} products resolve ({LEAST_NOISE:g}): measure "
                 "it with --precision fp32 (precision_suffices says of which rows this is so)"
             )
+        if not self.plain_update:
+            values = values | {"delta_measured": None}
         return values | {"precision": precision, "precision_suffices": suffices}
 
     def timed(self, run: Run, measure: Callable[[], Values]) -> Values:
@@ -228,6 +242,13 @@ class TrackNoise(Instrument):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tracker.load_state_dict(state)
+
+
+def about_gradient(c: Config) -> str:
+    """Of which gradient --track-noise measures C2, where the update is along another."""
+    if c.sam:
+        return "C2 is of the plain gradient at the weights, not of that of --sam"
+    return "C2 is of the gradient before it is clipped" if c.clip_norm else ""
 
 
 class Crossings(Instrument):
@@ -296,7 +317,7 @@ class Crossings(Instrument):
             "optimizer": c.optimizer,
             "lr": c.lr,
             "batch_size": c.batch_size,
-            "momentum": c.momentum,
+            "momentum": None if c.foreign else c.momentum,
             "seed": c.seed,
             "min_epochs": c.min_epochs,
             "first_that_counts": self.earliest,
@@ -440,12 +461,14 @@ class Sampling(Instrument):
                 here[:] = here or [measuring.full_gradient(run, point)]
                 yield here[0]
 
-        over = "mini-batches drawn at one point"
+        over, optimizer = "mini-batches drawn at one point", run.step.optimizer
+        if isinstance(optimizer, Foreign) and optimizer.has_state:
+            over += f", with the state of {optimizer.name} as it stands"
         if replayed:
             over = f"histories, the last {replayed} updates replayed"
         with gradients.undisturbed(run.model, c.bn):
             return gradients.direction_noise(
-                run.step.optimizer,
+                optimizer,
                 lambda draw: measuring.drawn_gradient(run, draw, point),
                 point.batch_size,
                 at,
@@ -454,6 +477,7 @@ class Sampling(Instrument):
                 keep,
                 over,
                 norms,
+                gradients.trainable(run.model),
             )
 
     def values(self, run: Run, step: int, noise: gradients.DirectionNoise) -> Values:
@@ -466,7 +490,8 @@ class Sampling(Instrument):
             "step": step,
             "lr": point.lr,
             "batch_size": point.batch_size,
-            "momentum": point.momentum,
+            "momentum": None if c.foreign else point.momentum,
+            **({} if point.nu is None else {"nu": point.nu}),
             "noise_norm": norm.value,
             "noise_norm_se": norm.error,
             "full_grad_norm": full.value,

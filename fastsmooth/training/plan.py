@@ -29,7 +29,7 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
         batch_size=c.batch_size,
         optimizer=c.optimizer,
         momentum=c.momentum,
-        nu=c.nu,
+        nu=c.nus if len(c.nu_stages) > 1 else c.nu_stages[0].value,
         c2=c.c2 or 1.0,
         k2=1.0 if c.k2 is None else c.k2,
         version=c.bound_version,
@@ -47,6 +47,11 @@ def steps_of(c: Config) -> list[int]:
     """The epochs of --milestones, as far as the run has them."""
     epochs = stages.epochs_of(c.milestones or (), c.epochs)
     return sorted({epoch for epoch in epochs if 0 < epoch < c.epochs})
+
+
+def delta_of(c: Config, schedule: Schedule, point: Point) -> float | None:
+    """delta at a Point; None where the update is not one that it is defined for."""
+    return schedule.delta(point) if c.plain_update else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,10 @@ class Plan:
     def samples_at_first(self) -> int:
         """Of the first epoch."""
         return min(self.updates_at_first * self.config.batch_size, self.images)
+
+    def delta(self, point: Point) -> float | None:
+        """delta at a Point; None where the update is not one that it is defined for."""
+        return delta_of(self.config, self.schedule, point)
 
     def epoch_of(self, update: int) -> int:
         """The epoch of an update, both counted from 0; the last one for what comes after."""
@@ -243,7 +252,8 @@ def within_budget(c: Config, images: int) -> Config:
         )
 
     def held(epochs: int) -> int:
-        lasts = lasting(epochs)
+        # not by --nu, some of whose stages may begin after so few
+        lasts = dataclasses.replace(lasting(epochs), nu=c.nu_stages[0].value)
         return totals(lasts, make_schedule(lasts, images), images)[unit]
 
     # what an epoch holds at most: the first one's updates, since the batch never falls
@@ -277,7 +287,11 @@ def print_plan(c: Config, as_json: bool) -> None:
     if as_json:
         begun = 0  # updates before the epoch
         for epoch, p in enumerate(map(schedule, range(epochs))):
-            row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": schedule.delta(p)}
+            row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": delta_of(c, schedule, p)}
+            if p.nu is None:
+                del row["nu"]
+            if c.foreign:
+                row["momentum"] = None
             row |= {"image_size": sizes(epoch)} if sizes.changes else {}
             if plan and plan.moves(begun):
                 last = begun + done[epoch][0] - 1
@@ -287,6 +301,7 @@ def print_plan(c: Config, as_json: bool) -> None:
             show(json.dumps(row), whole=True)
         return
     layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
+    layout |= {"nu": ">6"} if schedule.nus else {}
     layout |= {"pixels": ">9"} if sizes.changes else {}
     layout |= {"updates": ">9"} if done else {}
     table = Table(layout, least_first=("updates", "momentum"))
@@ -299,9 +314,10 @@ def print_plan(c: Config, as_json: bool) -> None:
             name,
             f"{p.lr:.6g}",
             f"{p.batch_size}",
-            f"{p.momentum:.4g}",
-            f"{schedule.delta(p):.4g}",
+            "-" if c.foreign else f"{p.momentum:.4g}",
+            "-" if (delta := delta_of(c, schedule, p)) is None else f"{delta:.4g}",
         ]
+        cells += [] if p.nu is None else [f"{p.nu:.4g}"]
         cells += [f"{side}x{side}"] if sizes.changes else []
         cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
         show(table.row(cells, columns(sys.stdout)))
@@ -319,6 +335,7 @@ def cost(plan: Plan) -> str:
     """What the run will compute."""
     c = plan.config
     updates, samples = (sum(column) for column in zip(*plan.epochs(), strict=True))
+    samples *= 2 if c.sam else 1
     most = "at most " if c.mode == "critical" else ""
     line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
     if plan.measured:
@@ -344,8 +361,13 @@ def cost_of_a_folder(c: Config) -> str:
 
 
 def units(c: Config) -> list[str]:
-    """What delta is in, where that is not what it is in the papers."""
-    if not c.assumed:
+    """What delta is in, where that is not what it is in the papers; why there is none."""
+    if not c.form.bounds:
+        return [
+            f"delta is null: no bound on the noise of {c.optimizer}'s direction is published (C2 "
+            "and the noise scale are measured all the same)"
+        ]
+    if not (c.assumed and c.plain_update):
         return []
     ones = " = ".join([*c.assumed, "1"])
     flags = " and ".join(map(flag, c.assumed))
@@ -372,8 +394,21 @@ def warming(c: Config, plan: Plan | None) -> list[str]:
 
 
 def notes(c: Config, schedule: Schedule) -> list[str]:
-    """Where delta is not what the method aims at."""
+    """Where delta is not what the method aims at, or is nothing; and what is minimised, where that
+    is not the loss of the tests."""
     found = []
+    if c.loss_in_words != "cross-entropy":
+        found.append(
+            f"the training loss is {c.loss_in_words}; the test loss is plain cross-entropy"
+        )
+    if not c.plain_update:
+        names = ("sam", "clip_norm", "mixup", "cutmix")
+        flags = " and ".join(flag(name) for name in names if getattr(c, name))
+        found.append(
+            f"delta is not given: it is defined for updates along mini-batch gradients, not for "
+            f"{flags}"
+        )
+        return found
     missed = schedule.largest_miss()
     if missed and not (c.assumed and configs.uses_k2(c)):
         epoch, target, reached = missed
@@ -387,6 +422,8 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
 def why_missed(c: Config, schedule: Schedule, epoch: int) -> str:
     if c.method in SOLVED:
         return "the momentum cannot fall below 0"
+    if schedule.nus:
+        return "nu changes"
     if schedule.batch_size(epoch) == schedule.images:
         return "no batch exceeds the data set"
     if configs.uses_k2(c):

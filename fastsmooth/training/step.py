@@ -6,23 +6,34 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastsmooth.foreign import Driven
+from fastsmooth.freezing import FrozenNorm
 from fastsmooth.kernels import backend
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.update import MOST_PARTS
 from fastsmooth.noise.persample import SampleNorms, training_norms
-from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Exchange, Ranks
-from fastsmooth.training.objective import Objective, labels_of
+from fastsmooth.training.mixing import Mixer
+from fastsmooth.training.objective import Objective, among_likeliest, labels_of
+from fastsmooth.training.sam import Sam
 from fastsmooth.training.syncnorm import SyncBatchNorm
 
 RECOMPILATIONS = 8  # of one size of images, after which PyTorch runs eagerly: its own default
+
+
+class Tested(NamedTuple):
+    """Means over test images."""
+
+    loss: float
+    accuracy: float
+    top5: float | None  # accuracy within the five likeliest classes, where that is asked for
 
 
 class Step:
@@ -41,12 +52,16 @@ class Step:
     ||g_k - mean||^2 of each afterwards; else they are added up. With several `ranks`, each
     has its share of the batch, and all end with the same gradient and the same buffers: those of
     BatchNorm are the mean over the samples of what each process found for its share.
+
+    `clip_norm`: update() first scales a gradient that is longer down to it. `sam`: gradient()
+    leaves the gradient of SAM in .grad. With either of them the gradients of parts are added up.
+    `top5`: evaluate() looks at the five likeliest classes too.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: NoisySGD,
+        optimizer: Driven,
         device: torch.device,
         precision: str,
         compile: bool,
@@ -55,6 +70,11 @@ class Step:
         bn: str | None = None,
         sizes: int = 1,
         objective: Objective = Objective(),  # noqa: B008  # a tuple, which nobody changes
+        *,
+        mixer: Mixer | None = None,
+        clip_norm: float | None = None,
+        sam: Sam | None = None,
+        top5: bool = False,
     ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.precision, self.autocast, self.compile = precision, precision == "bf16", compile
@@ -64,16 +84,25 @@ class Step:
         # of what products norms of samples are made: float32 is three of TF32 on a GPU
         thrice = precision == "fp32" and backend.choose(device, torch.float32) == "triton"
         self.norms_in = "tf32x3" if thrice else precision
-        self.bn, self.objective = bn, objective
+        self.bn, self.objective, self.mixer, self.top5 = bn, objective, mixer, top5
+        self.clip_norm, self.sam = clip_norm, sam
+        self._norm: Tensor | None = None  # of the gradient of the last update before it was clipped
         self.norms: SampleNorms | None = None
         self.dtype = torch.bfloat16 if self.autocast else torch.float32  # of the images
         self.micro_batch, self.ranks = micro_batch, ranks or Ranks()
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        norms = [
+            m
+            for m in model.modules()
+            if isinstance(m, _BatchNorm) and not isinstance(m, FrozenNorm)
+        ]
         self.joined = any(isinstance(m, SyncBatchNorm) for m in norms)
         self.normalises_batches = bool(norms)
         # what the processes exchange; the statistics of SyncBatchNorm are the same everywhere
         # already
         self._params = [p for p in model.parameters() if p.requires_grad]
+        # the same as the optimizer has them, which takes the gradients of parts in its order
+        groups = [group["params"] for group in optimizer.param_groups]
+        self._in_groups = [p for params in groups for p in params if p.requires_grad]
         kept = [m for m in norms if m.running_mean is not None]
         own = [m for m in kept if not isinstance(m, SyncBatchNorm)]
         names = ("running_mean", "running_var")
@@ -99,9 +128,19 @@ class Step:
         the gradients of its parts for the update.
 
         x [b, C, H, W], of `dtype`, and y [b] are this process's share of a batch of `size` samples:
-        all of it, where size is not given.
+        all of it, where size is not given. With a `mixer` it is mixed first, as that has drawn.
+        With SAM loss and hits are those at the weights.
         """
         size = size or len(y)
+        if self.mixer is not None:
+            x, y = self.mixer(x, y)
+        sums = self._gradient(x, y, size)
+        if self.sam is not None:
+            self.sam.apply(self.model, self._params, lambda: self._gradient(x, y, size))
+        return sums
+
+    def _gradient(self, x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """gradient() at the weights as they are."""
         self.optimizer.zero_grad(set_to_none=True)
         sums: tuple[Tensor, Tensor] | None = None
         parts, self._apart = list(self.parts(x, y)), []
@@ -117,7 +156,7 @@ class Step:
             (loss if apart else weighted).backward()
             if apart:
                 self._apart.append(
-                    [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+                    [torch.zeros_like(p) if p.grad is None else p.grad for p in self._in_groups]
                 )
                 self.optimizer.zero_grad(set_to_none=True)
         if sums is None:  # an empty share
@@ -139,19 +178,21 @@ class Step:
                 self.model, x, y, loss=self.objective.training, bn=self.bn, precision=precision
             )
         for p, g in zip(self._params, self.norms.grads, strict=True):
-            p.grad = g
+            p.grad = g if self.clip_norm is None else g.clone()  # the norms are of the whole
         return self.norms.loss, (logits.argmax(dim=1) == y).sum()
 
     def parts_apart(self, size: int) -> int:
         """In how many parts the update takes the gradient of a batch of `size` samples."""
         if self._exchange or not self.micro_batch or size % self.micro_batch:
             return 1
+        if self.sam is not None or self.clip_norm is not None:
+            return 1
         count = size // self.micro_batch
         return count if count <= MOST_PARTS else 1
 
     def parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What goes through the model together, of x [b, C, H, W] and y [b]; an empty share does so
-        only where the other processes wait for it."""
+        """What goes through the model together, of x [b, C, H, W] and y [b], or [b, classes] once
+        it is mixed; an empty share does so only where the other processes wait for it."""
         if self.micro_batch and len(y) > self.micro_batch:
             return zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True)
         return iter([(x, y)] if len(y) or self.joined else [])
@@ -194,11 +235,13 @@ class Step:
     @torch.no_grad()
     def show_gradient(self) -> None:
         """Have the gradient of the batch in .grad also where the update takes those of parts."""
-        for grads in zip(self._params, *self._apart, strict=True) if self._apart else ():
+        for grads in zip(self._in_groups, *self._apart, strict=True) if self._apart else ():
             p, *own = grads
             p.grad = torch.stack(own).mean(dim=0)
 
     def update(self) -> None:
+        if self.clip_norm is not None:
+            self._norm = nn.utils.clip_grad_norm_(self._params, self.clip_norm)
         if not self._apart:
             self.optimizer.step()
             return
@@ -206,16 +249,27 @@ class Step:
         self.spread[: len(noise)].copy_(noise)
         self._apart = []
 
+    @property
+    def squared_norms(self) -> Tensor:
+        """||g||^2, before it was clipped, and ||m_t||^2 of the last update in parts whose sum they
+        are, [parts, 2]."""
+        norms = self.optimizer.partial_norms
+        assert norms is not None  # of the update just made
+        if self._norm is None:
+            return norms
+        return torch.stack([self._norm.to(norms.dtype).square(), norms[:, 1].sum()]).unsqueeze(0)
+
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """(mean loss, accuracy) over all samples of `batches` in evaluation mode, each weighted the
-        same; a batch is x [b, C, H, W] and y [b].
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tested:
+        """Means over all samples of `batches` in evaluation mode, each weighted the same; a batch
+        is x [b, C, H, W] and y [b].
 
         With several processes, each gives its own batches, and the means are over those of all.
         """
         self.model.eval()
         loss_sum = torch.zeros((), dtype=wide_dtype(self.device), device=self.device)
-        correct_sum = torch.zeros((), dtype=torch.int64, device=self.device)
+        hits = (2,) if self.top5 else (1,)
+        correct_sum = torch.zeros(hits, dtype=torch.int64, device=self.device)
         count = 0
         for x, y in batches:
             loss, correct = self._forward_for(x, y)(x, y, self.autocast, True)
@@ -224,10 +278,11 @@ class Step:
             count += len(y)
         self.model.train()
         samples = torch.full_like(loss_sum, count)
-        sums = torch.stack([loss_sum, correct_sum.to(loss_sum.dtype), samples])
+        sums = torch.stack([loss_sum, samples, *correct_sum.to(loss_sum.dtype)])
         self.ranks.sum_([sums])
-        all_loss, all_correct, all_samples = sums.tolist()
-        return all_loss / all_samples, all_correct / all_samples
+        all_loss, all_samples, *all_correct = sums.tolist()
+        accuracy, *top5 = [number / all_samples for number in all_correct]
+        return Tested(all_loss / all_samples, accuracy, top5[0] if top5 else None)
 
     def _plain_forward(
         self, x: Tensor, y: Tensor, autocast: bool, testing: bool = False
@@ -236,7 +291,13 @@ class Step:
             logits = self.model(x)
         logits = logits.float()
         loss = self.objective.testing if testing else self.objective.training
-        return loss(logits, y), (logits.argmax(dim=1) == labels_of(y)).sum()
+        value = loss(logits, y)
+        if value.ndim:  # a value a sample, of own code
+            value = value.mean()
+        correct = (logits.argmax(dim=1) == labels_of(y)).sum()
+        if testing and self.top5:
+            correct = torch.stack([correct, among_likeliest(logits, y, 5)])
+        return value, correct
 
     def _forward_for(self, x: Tensor, y: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         """The compiled forward pass; a batch of one runs eagerly, since compilers treat size one as

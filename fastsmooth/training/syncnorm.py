@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastsmooth.freezing import FrozenNorm
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.ranks import talking
 
@@ -54,6 +55,8 @@ class SyncBatchNorm(_BatchNorm):
 def convert(model: nn.Module) -> nn.Module:
     """The model with a SyncBatchNorm, of the same parameters and buffers, for each BatchNorm."""
     for name, child in model.named_children():
+        if isinstance(child, FrozenNorm):
+            continue
         if isinstance(child, _BatchNorm):
             about = (child.num_features, child.eps, child.momentum, child.affine)
             new = SyncBatchNorm(*about, child.track_running_stats)
@@ -62,6 +65,8 @@ def convert(model: nn.Module) -> nn.Module:
             if like is not None:  # its device and dtype
                 new.to(like)
             new.load_state_dict(child.state_dict())
+            for own, before in zip(new.parameters(), child.parameters(), strict=True):
+                own.requires_grad_(before.requires_grad)
             setattr(model, name, new.train(child.training))
         else:
             convert(child)

@@ -17,6 +17,7 @@ from fastsmooth.data.chunks import Images
 from fastsmooth.kernels import tally
 from fastsmooth.kernels.tally import Sums
 from fastsmooth.noise.instrument import Instrument
+from fastsmooth.training.ema import Ema
 from fastsmooth.training.step import Step
 
 
@@ -52,15 +53,21 @@ class Meter:
 
 
 class Update:
-    """Forward, backward, optimizer, meters.
+    """Forward, backward, optimizer, the average of the weights where there is one, meters.
 
     `kept` is what is kept of them on the device, kernels.tally.State; `bad_seen` the number of the
     first update that was not finite, 0 if none was, on the host: on a GPU late by as many updates
     as the host is ahead.
     """
 
-    def __init__(self, step: Step, device: torch.device, instruments: list[Instrument]):
-        self.step, self.instruments = step, instruments
+    def __init__(
+        self,
+        step: Step,
+        device: torch.device,
+        instruments: list[Instrument],
+        ema: Ema | None = None,
+    ):
+        self.step, self.instruments, self.ema = step, instruments, ema
         self.kept = tally.zeros(device)
         self.meter, self.window = Meter(self.kept.epoch), Meter(self.kept.window)
         self.bad_seen = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -85,8 +92,9 @@ class Update:
             loss, correct = self.step.gradient(x, y, size)
         before_update()
         self.step.update()
-        norms = self.step.optimizer.partial_norms
-        assert norms is not None  # of the update just made
+        if self.ema is not None:
+            self.ema.update()
+        norms = self.step.squared_norms
         tally.tally(norms, loss, correct, self.kept, size, cursor, len(y))
         for instrument in self.instruments:
             instrument.observe(self.kept)

@@ -18,6 +18,7 @@ from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split
 from fastsmooth.data.layouts.common import (
     divided,
     existing,
+    kept_whole,
     listed,
     needs_share,
     put_together,
@@ -119,6 +120,10 @@ def chosen(config: DataConfig, path: Path, names: Sequence[str]) -> list[tuple[s
         found[role] = name
     has = some(names) or "nothing"
     splits = [split for split, kind in found if kind == "images"]
+    if kept_whole(config) and splits and "train" not in splits:
+        splits = [min(splits, key=["", "test", "val"].index)]
+        found = {("", kind): name for (split, kind), name in found.items() if split == splits[0]}
+        splits = [""]
     if "train" not in splits and "" not in splits:
         raise DataError(f"{path} holds no training images: wanted {WANTS}; it has {has}")
     wanted = [""]
@@ -413,7 +418,7 @@ def of_pixels(
     if train.pixels is None:
         raise ValueError("a set of files is normalised by what is known of photographs")
     mean, std = moments(train.pixels)
-    if not any(std):
+    if not any(std) and not kept_whole(config):
         raise DataError(
             f"--data-dir {config.data_dir}: all pixels of the training images are alike: there is "
             "nothing to learn"

@@ -58,6 +58,12 @@ def held_out(names: Iterable[str], share: float) -> np.ndarray:
     return np.array([int.from_bytes(digest[:8], "big") < limit for digest in digests], bool)
 
 
+def kept_whole(config: DataConfig) -> bool:
+    """Whether images without a split are read in one piece, all of them as those to train on: a
+    share of 0, which no flag gives. What is evaluated is read so, and may be of one class."""
+    return config.val_share == 0
+
+
 def needs_share(config: DataConfig, what: str) -> float:
     """--val-share, for images that `what` says are in one piece. Raises DataError without it."""
     if config.val_share is None:
@@ -70,7 +76,7 @@ def needs_share(config: DataConfig, what: str) -> float:
 
 def refuse_share(config: DataConfig, what: str) -> None:
     """Raises DataError where --val-share is given of images that `what` says are split already."""
-    if config.val_share is not None:
+    if config.val_share:
         raise DataError(f"{what} already: leave --val-share out")
 
 
@@ -90,6 +96,8 @@ def shared_out(config: DataConfig, everything: Split, keys: Sequence[str]) -> tu
     """(train, test): the images whose keys --val-share holds out are the test. Raises DataError
     where none is left for one of them. `keys`: the name of each image, wherever the set lies."""
     share = needs_share(config, f"--data-dir {config.data_dir} holds {len(everything):,} images")
+    if kept_whole(config):
+        return everything, everything.take(np.empty(0, np.int64))
     test = held_out(keys, share)
     for part, count in (("training", (~test).sum()), ("test", test.sum())):
         if not count:
@@ -118,19 +126,19 @@ def put_together(
 ) -> ImageSet:
     """A set of encoded images, normalised as ImageNet is, with remarks on classes that are never
     tested. Raises DataError for one class, and for classes without training images."""
-    if len(classes) < 2:
+    if len(classes) < 2 and not kept_whole(config):
         raise DataError(
             f"--data-dir {config.data_dir} has images of {len(classes)} classes: at least two are "
             "needed"
         )
     untrained = missing(train, classes)
-    if untrained:
+    if untrained and not kept_whole(config):
         raise DataError(
             f"--data-dir {config.data_dir} has no training images of class {untrained[0]!r}"
             f"{more(untrained)}: add some, or leave that class out"
         )
     lines = list(remarks)
-    if untested := missing(test, classes):
+    if len(test) and (untested := missing(test, classes)):
         lines.append(f"no test images of class {untested[0]!r}{more(untested)}: never tested")
     return ImageSet(
         train, test, tuple(classes), IMAGENET_MEAN, IMAGENET_STD, tuple(lines), about, tuple(names)

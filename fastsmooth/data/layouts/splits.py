@@ -16,6 +16,7 @@ from fastsmooth.data.images import DataConfig, DataError, ImageSet, Split, other
 from fastsmooth.data.layouts.common import (
     class_order,
     is_folder,
+    kept_whole,
     listed,
     needs_share,
     put_together,
@@ -96,6 +97,8 @@ def parts_of(config: DataConfig, names: Sequence[str], what: str, whole: str = "
             )
         by_word.setdefault(next(iter(words), ""), []).append(name)
     word = next((word for word in TESTS if word in by_word), "")
+    if word and "train" not in by_word and kept_whole(config):
+        by_word, word = {"": by_word[word]}, ""
     if word and "train" not in by_word:
         raise DataError(
             f"--data-dir {root} has {what} named {word} and none named train: give those to train "

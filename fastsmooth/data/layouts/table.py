@@ -27,6 +27,7 @@ from fastsmooth.data.layouts.common import (
     existing_folder,
     is_folder,
     is_image,
+    kept_whole,
     listed,
     more,
     needs_share,
@@ -123,6 +124,8 @@ def split_up(
     remarks: list[str],
 ) -> ImageSet:
     """The set of the images by part of the split, "" for those of which nothing is said."""
+    if kept_whole(config) and len(by_part) == 1:  # of one part alone
+        by_part = {"": next(iter(by_part.values()))}
     whole = by_part.pop("", [])
     if whole and by_part:
         raise DataError(

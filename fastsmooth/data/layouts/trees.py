@@ -17,6 +17,7 @@ from fastsmooth.data.layouts.common import (
     existing,
     is_folder,
     is_image,
+    kept_whole,
     listed,
     loose,
     more,
@@ -49,6 +50,8 @@ def read(config: DataConfig) -> ImageSet:
         return split_tree(config)
     root = existing(config)
     beside = [name for name in TESTS if (root / name).is_dir()]
+    if beside and kept_whole(config):
+        return split_tree(config)
     if beside:
         raise DataError(
             f"--data-dir {root} has {beside[0]}/ to test on already: leave --val-share out"
@@ -59,13 +62,19 @@ def read(config: DataConfig) -> ImageSet:
 def whole_tree(config: DataConfig, root: Path) -> ImageSet:
     """The tree root/CLASS/IMAGE, of which --val-share is held out."""
     inside = by_class(root)
+    if kept_whole(config):
+        inside = {name: paths for name, paths in inside.items() if paths}
+        if not inside:
+            raise DataError(
+                f"{root} has no images in folders of classes: looked for {SUFFIXES}{flat(root)}"
+            )
     classes = tuple(inside)
     if empty := [name for name in classes if not inside[name]]:
         raise DataError(
             f"{root / empty[0]} has no images{more(empty)}: put some there or remove the folder "
             f"(looked for {SUFFIXES})"
         )
-    if len(classes) < 2:
+    if len(classes) < 2 and not kept_whole(config):
         raise DataError(
             f"{root} has {len(classes)} class folders: at least two are needed{flat(root)}"
         )
