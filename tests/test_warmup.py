@@ -361,7 +361,9 @@ def test_an_end_at_the_last_epoch_is_none_by_patience(small, tmp_path, accuracie
     assert read_status(tmp_path / "run")["reason"] == ""
 
 
-@pytest.mark.parametrize("update", [25, 32, 40])
+@pytest.mark.parametrize(
+    "update", [25, *(pytest.param(u, marks=pytest.mark.full) for u in (32, 40))]
+)
 def test_patience_counts_on_in_a_run_that_is_stopped(
     update, small, tmp_path, accuracies, monkeypatch
 ):
