@@ -97,6 +97,12 @@ def test_a_box_is_the_one_that_torchvision_makes_of_its_share_and_centre(size, m
     assert clipped > 50
 
 
+def test_before_the_first_draw_nothing_is_mixed():
+    x, y = batch(4)
+    images, shares = Mixer(1.0, 1.0, 0, 5, CPU)(x, y)
+    assert torch.equal(images, x) and torch.equal(shares, F.one_hot(y, 5).float())
+
+
 def test_an_empty_share_of_a_batch_stays_empty():
     mixer = Mixer(1.0, 1.0, 0, 5, CPU)
     mixer.draw(0, 0, 8)

@@ -56,8 +56,8 @@ class Mixer:
     def __init__(self, mixup: float, cutmix: float, seed: int, classes: int, device: torch.device):
         self.mixup, self.cutmix, self.seed, self.device = mixup, cutmix, seed, device
         self.classes = torch.arange(classes, device=device)
-        # own and other share of images, then of targets; top, left, bottom, right
-        self.numbers = torch.zeros(8, device=device)
+        # own and other share of images, then of targets; top, left, bottom, right: nothing is mixed
+        self.numbers = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], device=device)
 
     def draw(self, epoch: int, place: int, size: int) -> None:
         """Have the batch that begins at this place of the epoch, of size x size pixels, mixed by
