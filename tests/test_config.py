@@ -72,7 +72,7 @@ def other(name, now):
         if bool in kinds(name)
         else ("cpu",)
         if name == "device"
-        else ("9", "0.7", "x", "every=9", "updates=9")
+        else ("9", "0.7", "x", "every=9", "updates=9", "2,9", "rho=9")
     ):
         if value is True:
             return True
@@ -201,6 +201,9 @@ def test_the_real_valued_flags_are_all_there():
         "beta",
         "nu",
         "weight_decay",
+        "clip_norm",
+        "label_smoothing",
+        "ema",
         "eps",
         "max_time",
         "hw_decoder_load",
@@ -224,6 +227,10 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--beta": (["1", "-0.1", "1.5"], ["0", "0.9999"]),
     "--nu": (["-0.1", "1.1"], ["0", "1"]),
     "--weight-decay": (["-1e-9"], ["0"]),
+    "--clip-norm": (["0", "-1"], ["1e-9"]),
+    "--label-smoothing": (["-0.1", "1"], ["0", "0.999"]),
+    "--ema": (["0", "1", "-0.1"], ["0.1", "0.9999"]),
+    "--sam": (["rho=0", "rho=0.1,alpha=0", "0.1", "alpha=1"], ["rho=1e-9", "rho=0.1,alpha=0.2"]),
     "--eps": (["0", "-0.5"], ["1e-9"]),
     "--max-time": (
         ["0", "0s", "-5", "5d", "1h30m", " 5", "h", "9" * 400, "1e400h"],
