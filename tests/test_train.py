@@ -118,7 +118,7 @@ def test_evaluation_is_exact():
     step = Step(model, NoisySGD(model.parameters(), "sgd", 0.1), CPU, "fp32", False)
     for x, y in data.train.batches([torch.arange(64)]):
         step.gradient(x, y)
-    loss, accuracy = step.evaluate(data.test.batches(torch.arange(360).split(77)))
+    loss, accuracy, _ = step.evaluate(data.test.batches(torch.arange(360).split(77)))
     assert model.training
     x, y = next(data.test.batches([torch.arange(360)]))
     with torch.no_grad():
