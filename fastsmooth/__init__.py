@@ -117,7 +117,8 @@ def open_data(
         loader: auto, resident, dali, threads or torch.
         device: that of the batches: auto, cpu, cuda, cuda:N or mps.
         seed: of the augmentation, which is a function of (seed, epoch, sample).
-        flags: any other flag of fastsmooth.train about data, such as workers=4.
+        flags: any other flag of fastsmooth.train about data, such as workers=4, and randaugment and
+            random_erasing.
 
     Returns Data: train and test, whose batches(indices, epoch) give x, float32 [B, C, S, S]
     normalised, and y, int64 [B], augmented unless epoch is None; classes, size, channels (C: 1 of
@@ -135,6 +136,7 @@ def open_data(
     from fastsmooth.names import about_value
 
     of_data = [name for name, f in config.FIELDS.items() if f.metadata["group"] == "data"]
+    of_data += ["randaugment", "random_erasing"]
     for name in flags:
         if name not in of_data:
             raise config.ConfigError(f"open_data: {name}: {about_value('', name, of_data)}")

@@ -21,6 +21,7 @@ COMMANDS = {  # name: its module, what it does
     "prepare": ("fastsmooth.prepare.__main__", "smaller copies of images, made once, to train on"),
     "sweep": ("fastsmooth.sweep.__main__", "many runs: grids, seeds, Slurm, Ray"),
     "sharpness": ("fastsmooth.sharpness", "how sharp the minima of saved runs are"),
+    "export": ("fastsmooth.export.__main__", "a trained model as safetensors, ONNX, for the Hub"),
     "report": ("fastsmooth.report.__main__", "tables, figures and one HTML page of any runs"),
     "smooth": ("fastsmooth.smooth.__main__", "explicit smoothing of known functions"),
 }

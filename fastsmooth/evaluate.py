@@ -261,10 +261,11 @@ def table_lines(tally: Tally, rows: list[dict[str, Any]]) -> Iterator[str]:
     width = max(*map(cells, heads), *(len(str(max(row))) for row in values)) + 1
     yield " " * (widest + 5 * numbered + 2) + "".join(padded(head, width, True) for head in heads)
     for k, row in enumerate(rows):
-        if row["images"]:
-            number = f"{k + 1:>4} " if numbered else ""
-            counts = "".join(f"{count or '.':>{width}}" for count in values[k])
-            yield f"  {number}{padded(names[k], widest)}{counts}"
+        if not row["images"] and not numbered:  # else the row says what its column is
+            continue
+        number = f"{k + 1:>4} " if numbered else ""
+        counts = "".join(f"{count or '.':>{width}}" for count in values[k])
+        yield f"  {number}{padded(names[k], widest)}{counts if row['images'] else ''}".rstrip()
 
 
 def confusions(tally: Tally) -> list[tuple[int, int, int]]:

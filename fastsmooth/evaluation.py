@@ -182,9 +182,7 @@ def own_config(run: TrainedRun, asked: Asked, say: Callable[[str], None]) -> Con
             "pixels differ by a little"
         )
     size = c.sizes.values[-1]
-    return dataclasses.replace(
-        c, image_size=size, loader=loader, chunk=None, on_bad_image=asked.on_bad_image
-    )
+    return dataclasses.replace(c, image_size=size, loader=loader, on_bad_image=asked.on_bad_image)
 
 
 def chosen_loader(run: TrainedRun) -> str:

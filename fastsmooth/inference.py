@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastsmooth import models
+from fastsmooth import models, owncode
 from fastsmooth.cli import flags
 from fastsmooth.cli.device import pick_device
-from fastsmooth.cli.flags import ConfigError
+from fastsmooth.cli.flags import ConfigError, is_code
 from fastsmooth.data.images import DataError
 from fastsmooth.data.index import load_formats
 from fastsmooth.data.view import TestedView
@@ -47,7 +47,8 @@ def load_model(run: TrainedRun) -> nn.Module:
     device. Raises RunError, ModelError and ConfigError."""
     facts = run.facts
     device = device_named(run.device)
-    model = models.build(facts.network, len(facts.classes), facts.norm, facts.channels)
+    network = network_of(run)
+    model = models.build(network, len(facts.classes), facts.norm, facts.channels)
     path = run.weights_path
     try:
         model.load_state_dict(read_weights(path)[0])
@@ -57,6 +58,22 @@ def load_model(run: TrainedRun) -> nn.Module:
         ) from None
     model = model.eval().requires_grad_(False).to(device)
     return model.to(memory_format=torch.channels_last)  # as it was trained and tested
+
+
+def network_of(run: TrainedRun) -> str:
+    """What models.build is to make: of a network from a Python file that which the run folder has a
+    copy of. Raises RunError where that file may not be run."""
+    network = run.facts.network
+    if not is_code(network):
+        return network
+    path, name = owncode.split(network)
+    if not run.trust_code:
+        raise RunError(
+            f"{run.path}: its network is {name} of a Python file, {path}, which would be run: say "
+            "trust_code=True, or --trust-code, if you trust it"
+        )
+    copy = run.path / "code" / path.name
+    return f"{copy if copy.is_file() else path}:{name}"
 
 
 def device_named(name: str) -> torch.device:

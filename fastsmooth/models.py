@@ -282,6 +282,11 @@ def build(name: str, classes: int, norm: str = "batch", channels: int = 3) -> nn
     return model
 
 
+# what torchvision is told of GoogLeNet and Inception, which return a tuple in training unless their
+# auxiliary heads are off (and warn about the default of init_weights)
+QUIRKS = {key: {"aux_logits": False, "init_weights": True} for key in ("googlenet", "inception_v3")}
+
+
 def from_file(name: str, classes: int, channels: int) -> nn.Module:
     """The network that FILE.py:NAME makes: a class or function that is called with the number of
     classes, as num_classes= where it has such a parameter, else as the first; and with channels= or
@@ -338,12 +343,7 @@ def from_torchvision(name: str, classes: int) -> nn.Module:
             'list them with python -c "from torchvision import models; '
             'print(*models.list_models(module=models))"'
         )
-    # GoogLeNet and Inception return a tuple in training unless their auxiliary heads are off
-    # (and warn about the default of init_weights)
-    quirks = {
-        key: {"aux_logits": False, "init_weights": True} for key in ("googlenet", "inception_v3")
-    }
-    return models.get_model(name, weights=None, num_classes=classes, **quirks.get(name, {}))
+    return models.get_model(name, weights=None, num_classes=classes, **QUIRKS.get(name, {}))
 
 
 def from_timm(name: str, classes: int, channels: int) -> nn.Module:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from fastsmooth.names import hint
-from fastsmooth.runfolder.files import read_file, replace
+from fastsmooth.runfolder.files import read_file, replace, writing
 
 LARGEST = 1 << 22  # bytes of a file of code
 LISTED = 8  # names of a file that a message lists
@@ -118,17 +118,17 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 def keep(folder: Path, files: dict[str, bytes]) -> None:
     """Put copies of the files into a folder. One that is there with other content stays, with its
-    sum in its name. Raises OSError."""
-    if files:
-        folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        copy = folder / name
-        if copy.exists():
-            before = read_file(copy, LARGEST)
-            if before == content:
-                continue
-            replace(copy.with_stem(f"{copy.stem}-{digest(before)}"), before)
-        replace(copy, content)
+    sum in its name. Raises CannotWrite."""
+    with writing(folder):
+        if files:
+            folder.mkdir(exist_ok=True)
+        for name, content in files.items():
+            copy = folder / name
+            before = read_file(copy, LARGEST) if copy.exists() else content
+            if before != content:
+                replace(copy.with_stem(f"{copy.stem}-{digest(before)}"), before)
+            if before != content or not copy.exists():
+                replace(copy, content)
 
 
 def digest(content: bytes) -> str:

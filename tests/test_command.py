@@ -13,6 +13,7 @@ from said import refused, said
 
 from fastsmooth import __main__ as every
 from fastsmooth import __version__, evaluate, predict, sharpness, train
+from fastsmooth.export import __main__ as export
 from fastsmooth.messages import command
 from fastsmooth.prepare import __main__ as prepare
 from fastsmooth.report import __main__ as report
@@ -69,7 +70,7 @@ def test_a_command_does_what_its_module_does(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main = {
         m.__spec__.name.removeprefix("fastsmooth.").split(".")[0]: m.main
-        for m in (train, evaluate, predict, prepare, sweep, sharpness, report, smooth)
+        for m in (train, evaluate, predict, prepare, sweep, sharpness, export, report, smooth)
     }[name]
     for argv in (["--help"], ["--no-such-flag"]):
         assert said(every.main, [name, *argv]) == said(main, argv)

@@ -371,8 +371,14 @@ def test_the_table_is_as_the_matrix_is():
     low, high = (f"{share:.2%}" for share in wilson(109, 115))
     assert f"accuracy  94.78%: 109 of 115, 95 % interval {low} to {high}" in rows
     at = next(i for i, row in enumerate(rows) if row.startswith("confusion"))
-    assert [row.split() for row in rows[at + 1 : at + 4]] == [
-        ["1", "2", "3"], ["1", "cat", "5", "1", "."], ["3", "dog", "2", "3", "104"],
+    assert [row.split() for row in rows[at + 1 : at + 5]] == [
+        ["1", "2", "3"], ["1", "cat", "5", "1", "."], ["2", "a", "longer", "name"],
+        ["3", "dog", "2", "3", "104"],
+    ]  # fmt: skip
+    short = printed(["a", "b", "c"], [[5, 1, 0], [0, 0, 0], [2, 3, 104]]).splitlines()
+    at = next(i for i, row in enumerate(short) if row.startswith("confusion"))
+    assert [row.split() for row in short[at + 1 : at + 4]] == [
+        ["a", "b", "c"], ["a", "5", "1", "."], ["c", "2", "3", "104"],
     ]  # fmt: skip
     assert [row.split()[:2] for row in rows[-2:]] == [["cat", "83.33%"], ["dog", "95.41%"]]
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from exact import EXACT
+from forks import finish
 from rows import read_rows
 from torch.nn import functional as F
 
@@ -154,6 +155,15 @@ def test_an_interrupted_run_goes_on_in_the_same_bits(name, words, net, tmp_path,
         rows_of(tmp_path / "halves", "epoch")[-1]["test_loss"]
         == rows_of(tmp_path / "whole", "epoch")[-1]["test_loss"]
     )
+
+
+@pytest.mark.full
+def test_two_processes_train_as_one_does(net, tmp_path):
+    argv = [*QUICK, "--model", net, "--optimizer", "torch/AdamW", "--lr", "0.003"]
+    for world in (1, 2):
+        finish(argv, tmp_path / f"run-{world}", world)
+    mine, theirs = (weights(tmp_path / f"run-{world}") for world in (2, 1))
+    close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_c2_at_a_point_does_not_hang_on_the_optimizer(net, tmp_path):

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from said import ending, redirected, refused, said
 
 import fastsmooth as fs
 from fastsmooth import inference
 from fastsmooth.predict import Named, main
+from fastsmooth.runfolder.weights import write_weights
 from fastsmooth.train import main as train
 
 
@@ -346,6 +348,24 @@ def test_an_image_that_cannot_be_read_raises_from_python(run, tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match=r"a\.png: not an image that can be read: remove it"):
         fs.load_run(run).predict([image(), tmp_path / "a.png"])
+
+
+@pytest.mark.parametrize("network", ["torchvision/mobilenet_v3_small", "timm/resnet10t"])
+def test_others_load_the_weights_by_their_own_means(network, tmp_path):
+    """As docs/use.md has it."""
+    family, _, name = network.partition("/")
+    library = pytest.importorskip({"torchvision": "torchvision.models"}.get(family, family))
+    torch.manual_seed(0)
+    model, path = fs.build_model(network, 7).eval(), tmp_path / "best.safetensors"
+    write_weights(tmp_path, "best", model.state_dict(), {"epoch": 3})
+    if family == "timm":
+        other = library.create_model(name, num_classes=7, checkpoint_path=str(path))
+    else:
+        other = getattr(library, name)(num_classes=7)
+        other.load_state_dict(load_file(path))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(other.eval()(x), model(x))
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,8 @@ def wanted_torch() -> Wanted | None:
 
 def extra(package: Extra, c: Config, torch: ModuleType | None) -> Row:
     """The row of a package; it is BAD where `c` asks for the package and it cannot be used."""
-    needed = {"dali": c.loader == "dali", "timm": c.model.startswith("timm/")}
+    timm = c.model.startswith("timm/") or c.optimizer.startswith("timm/")
+    needed = {"dali": c.loader == "dali", "timm": timm}
     asked = needed.get(package.name, False)
     wrong = BAD if asked else NOTE
     cuda = torch.version.cuda if torch is not None else None

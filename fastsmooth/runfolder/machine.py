@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastsmooth import __version__
+
 
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -26,6 +28,7 @@ def environment() -> dict[str, Any]:
         "command": [sys.executable, *sys.argv],
         "time": now(),
         "python": platform.python_version(),
+        "fastsmooth": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,

@@ -12,6 +12,8 @@ from typing import Any
 
 from fastsmooth.runfolder.files import finite, lines_of, read_object
 
+EXPORTED = "model.safetensors"  # the weights in a folder for the Hub; no run has any of this name
+
 
 def read_status(path: Path) -> dict[str, Any]:
     """status.json of a run folder; empty where there is none that can be read."""
@@ -88,13 +90,18 @@ def read_run(path: Path | str) -> SavedRun:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders among and below `paths`, each once, sorted within each path. Raises RunError
-    where one has none."""
+    """The run folders among and below `paths`, each once, sorted within each path. What
+    fastsmooth.export made for the Hub has a config.json too, and is none. Raises RunError where a
+    path has none."""
     runs: dict[Path, None] = {}
     for path in paths:
         if not os.path.isdir(path):  # that of Path raises what a name that is too long meets
             raise RunError(f"{path}: no such folder: name run folders, or folders that hold them")
-        inside = sorted(Path(base) for base, _, files in os.walk(path) if "config.json" in files)
+        inside = sorted(
+            Path(base)
+            for base, _, files in os.walk(path)
+            if "config.json" in files and EXPORTED not in files
+        )
         if not inside:
             raise RunError(
                 f"{path} holds no run folder (none with a config.json): name a folder that "

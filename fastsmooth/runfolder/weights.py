@@ -99,10 +99,15 @@ def write_weights(
 ) -> None:
     """NAME.safetensors, whole or as it was before, with what there is to say about it. The same
     tensors and words give the same bytes. Raises CannotWrite."""
+    # one entry, since the format has several in no certain order
+    replace(folder / f"{name}{ENDING}", packed(tensors, {OURS: json.dumps(about)}))
+
+
+def packed(tensors: Mapping[str, Tensor], words: dict[str, str]) -> bytes:
+    """A safetensors file of the tensors, with the words as its metadata."""
     # each its own memory in the usual order, which the format wants
     own = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-    # one entry, since the format has several in no certain order
-    replace(folder / f"{name}{ENDING}", save(own, {OURS: json.dumps(about)}))
+    return save(own, words)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -204,6 +204,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             about |= {"precision": precision, "graphs": graphs}
             about |= {"measure": chosen.get("measure"), "micro_batch": c.samples_at_once}
             about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
+            about |= {"training_images": len(images.train), "test_images": len(images.test)}
+            about |= {"fingerprint": images.fingerprint}
             about |= {"weights": remarks} if remarks else {}
             about |= {"extends": dataclasses.asdict(origin)} if origin else {}
             about |= {"code": {k: os.path.abspath(v) for k, v in c.own_code.items()}}

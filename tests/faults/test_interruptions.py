@@ -40,6 +40,14 @@ STEPS = ["--decay-epoch", "1"]
 SHB, NSHB = ["--optimizer", "shb", "--lr", "0.02"], ["--optimizer", "nshb"]
 QHM = ["--optimizer", "qhm"]
 CONSTANTS = ["--c2", "100", "--k2", "4"]
+# every flag of a recipe, and those of them under which noise is measured
+WITHOUT_MIXING = [
+    "--label-smoothing", "0.1", "--randaugment", "2,9", "--random-erasing", "0.5",
+    "--ema", "0.9", "--clip-norm", "1", "--weight-decay", "1e-3", "--decay-weights-only",
+    "--warmup", "30", "--patience", "2", "--top5", "--freeze", "stem", "--keep", "all",
+    "--augment", "crop-flip", "--lr", "0.02",
+]  # fmt: skip
+RECIPE = [*WITHOUT_MIXING, "--mixup", "0.2", "--cutmix", "1", "--sam", "rho=0.05,alpha=0.2"]
 RUNS = {
     "constant": [],
     "lr": ["--method", "lr", *STEPS],
@@ -86,10 +94,17 @@ RUNS = {
     ],
     "tracked, per-sample": ["--track-noise", "every=10", "--norm", "group", *QHM],
     "tracked, micro-batch": ["--track-noise", "every=10"],
-}
+    "recipe": [*RECIPE, "--optimizer", "nesterov"],
+    "recipe, nu in steps": [*RECIPE, "--optimizer", "qhm", "--nu", "0.9 @0, 0.5 @1"],
+    "recipe, AdamW": [*RECIPE, "--optimizer", "torch/AdamW"],
+    "recipe, micro-batches, threads": [*RECIPE, "--micro-batch", "16", "--loader", "threads"],
+    "recipe without SAM, tracked": [
+        *WITHOUT_MIXING, "--optimizer", "shb", "--track-noise", "every=10", "--norm", "group",
+    ],
+}  # fmt: skip
 
 
-FEW = ("hybrid", "critical, full-grad", "sampling")
+FEW = ("hybrid", "critical, full-grad", "sampling", "recipe")
 
 
 def kill_once(argv: list[str], out: Path, at: float) -> bool:
@@ -114,7 +129,7 @@ def test_killed_at_random_instants(name, tmp_path, cases):
     if name == "DALI":
         pytest.importorskip("nvidia.dali")
     few = 2 if name in FEW else 0
-    number = cases("kill -9 at random instants, 22 kinds of run", 10, few)
+    number = cases(f"kill -9 at random instants, {len(RUNS)} kinds of run", 10, few)
     if number == 0:
         pytest.skip("with --full")
     argv = [*BASE, *RUNS[name]]

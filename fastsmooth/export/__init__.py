@@ -1,0 +1,1 @@
+"""The trained model of a run in the forms that other programs open."""
