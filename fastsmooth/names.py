@@ -70,7 +70,7 @@ FLAGS = spread({
     "--shuffle --no-shuffle --sampler --worker-seeding --weighted-sampler": "every epoch is a permutation of its own, which --seed and the epoch fix",
     "--download --dataset-download --no-download": "CIFAR's archives and torchvision's data sets are fetched into --data-dir where they are absent",
     "--aug --augmentation --data-augmentation --data-aug --transform --transforms --aug-repeats --aug-splits --ra-sampler --ra-reps --augmix-severity --color-jitter --color-jitter-prob --grayscale-prob --gaussian-blur-prob --hflip --vflip --flip --random-flip --random-crop --scale --ratio --three-augment": "--augment none, crop-flip, crop-flip-rotate or resized-crop-flip, --randaugment and --random-erasing are all that it has",
-    "--auto-augment --aa --autoaugment --rand-aug --rand-augment --trivialaugment --ra-magnitude --ra-num-ops": "--randaugment N,M does N random operations of magnitude M on each image",
+    "--auto-augment --aa --autoaugment --rand-aug --trivialaugment --ra-magnitude --ra-num-ops": "--randaugment N,M does N random operations of magnitude M on each image",
     "--reprob --random-erase --random-erase-prob": "--random-erasing",
     "--remode --recount --resplit": "--random-erasing P erases one box of an image, with probability P, to the mean of images",
     "--no-aug --no-augment --no-augmentation --no-data-aug": "--augment none",
@@ -131,7 +131,7 @@ FLAGS = spread({
     "--bce-loss --bce": "--loss bce",
     "--loss-fn --criterion-name --objective": "--loss",
     "--bce-target-thresh --jsd-loss --focal --temperature --distill --teacher --kd": "--loss is cross-entropy, bce or a function of your own",
-    "--top-5 --topk --top-k --acc5": "--top5",
+    "--topk --top-k --acc5": "--top5",
     # what is done
     "-e --eval --evaluate --eval-only --evaluation --test --test-only --val --validate --validation --do-eval --do-predict --only-eval --no-eval --eval-freq --eval-every --eval-interval --eval-steps --evaluation-strategy --eval-strategy --val-interval --val-freq --val-check-interval --check-val-every-n-epoch --test-freq --eval-metric --tta --do-train --train --train-only": "every epoch ends with a test; fastsmooth.evaluate judges a saved run by any images",
     "--resume-from --resume-path --resume-from-checkpoint --resume-checkpoint --ckpt --ckpt-path --checkpoint --checkpoint-path --checkpoint-file --load --load-from --load-checkpoint --load-path --load-model --model-path --restore --restore-file --continue --continue-train --auto-resume --start-epoch --start-step --no-resume-opt --last-epoch --snapshot": "--resume --out DIR goes on with the run in DIR",
@@ -151,7 +151,7 @@ FLAGS = spread({
     # the run
     "-o --output --output-dir --outdir --out-dir --save-dir --savedir --save --save-path --save-model --save-model-path --log-dir --logdir --log-path --logs --results-dir --result-dir --work-dir --workdir --checkpoint-dir --ckpt-dir --default-root-dir --exp --exp-name --exp-dir --experiment --experiment-name --expname --name --run-name --tag --project-dir --logging-dir --tensorboard-dir --summary-dir": "--out",
     "-p --print-freq --print-every --print-interval --log-freq --log-interval --log-steps --log-every-n-steps --logging-steps --logging-strategy --report-freq --display --verbose-step": "--log-every",
-    "--save-freq --save-every --save-interval --save-steps --save-period --checkpoint-freq --checkpoint-interval --checkpoint-epochs --checkpoint-hist --ckpt-interval --save-epoch --save-strategy --save-total-limit --recovery-interval --keep": "--checkpoint-every N saves every N updates, and the last two checkpoints are kept",
+    "--save-freq --save-every --save-interval --save-steps --save-period --checkpoint-freq --checkpoint-interval --checkpoint-epochs --checkpoint-hist --ckpt-interval --save-epoch --save-strategy --save-total-limit --recovery-interval": "--checkpoint-every N saves every N updates, and the last two checkpoints are kept",
     "--random-seed --manual-seed --manualseed --seed-everything --rng-seed --data-seed --torch-seed --random-state": "--seed",
     "--use-deterministic-algorithms --deterministic-algorithms --reproducible --cudnn-deterministic --full-determinism": "--deterministic",
     "--cudnn-benchmark --benchmark --no-benchmark": "cuDNN searches for its fastest algorithm where the batch stays the same, unless --deterministic",

@@ -74,7 +74,7 @@ def other(name, now):
         if bool in kinds(name)
         else ("cpu",)
         if name == "device"
-        else ("9", "0.7", "x", "every=9", "updates=9", "2,9", "rho=9")
+        else ("9", "0.7", "x", "every=9", "updates=9", "2,9", "rho=9", ".")
     ):
         if value is True:
             return True

@@ -330,8 +330,7 @@ def accuracies(monkeypatch):
     evaluate = step.Step.evaluate
 
     def found(self, batches):
-        loss, _ = evaluate(self, batches)
-        return loss, given.pop(0)
+        return evaluate(self, batches)._replace(accuracy=given.pop(0))
 
     monkeypatch.setattr(step.Step, "evaluate", found)
     return given

@@ -387,9 +387,11 @@ def warming(c: Config, plan: Plan | None) -> list[str]:
     if plan and unit == "epochs":
         length += f", {plan.warmup:,} updates"
     many = f"{plan.warmup}" if plan else "W" if unit == "epochs" else f"{amount}"
+    schedule = plan.schedule if plan else make_schedule(c, None)
+    has_delta = delta_of(c, schedule, schedule.start) is not None
     return [
-        f"--warmup {c.warmup}: lr, and delta with it, rises over the first {length}: at update t, "
-        f"counted from 0, it is (t + 1) / {many} of that of the epoch"
+        f"--warmup {c.warmup}: lr{', and delta with it,' * has_delta} rises over the first "
+        f"{length}: at update t, counted from 0, it is (t + 1) / {many} of that of the epoch"
     ]
 
 
