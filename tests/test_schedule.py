@@ -594,6 +594,16 @@ def test_shifted_batch_ends_near_8192_from_any_start():
 # How it is made
 
 
+class Alike:
+    """A nu that is 0.5 at every epoch, whose name is the same in every process."""
+
+    def __call__(self, epoch: int) -> float:
+        return 0.5
+
+    def __repr__(self) -> str:
+        return "0.5 at every epoch"
+
+
 def test_a_schedule_has_the_defaults_of_the_command_line():
     c = resolve({})
     mine = Schedule(c.method, epochs=c.epochs, lr=c.lr, batch_size=c.batch_size)
@@ -625,7 +635,7 @@ def test_a_schedule_has_the_defaults_of_the_command_line():
         ({"c2": -1.0}, "c2 -1.0 is out of range"),
         ({"k2": math.nan}, "k2 nan is out of range"),
         ({"optimizer": "qhm", "nu": 2.0}, "nu 2.0 is out of range"),
-        ({"nu": lambda epoch: 0.5}, "optimizer sgd has no nu"),
+        ({"nu": Alike()}, "optimizer sgd has no nu"),
         (
             {"method": "beta", "optimizer": "nesterov", "momentum": 0.9},
             "method beta is solved for delta, and no noise bound is published for nesterov",
