@@ -24,7 +24,7 @@ from fastsmooth.cli.facts import FILE_SETS, is_among
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.data.order import in_order
 from fastsmooth.freezing import freeze
-from fastsmooth.messages import one_line, warn
+from fastsmooth.messages import note, one_line, warn
 from fastsmooth.noise.algorithms import Setting
 from fastsmooth.noise.sharpness import Sharpness, sharpness
 from fastsmooth.processors import keep_within_quota
@@ -145,8 +145,9 @@ def load(
         same_images = state["data"]["fingerprint"] == sets.fingerprint
         model.load_state_dict(state["model"])
         standing(state)
-        if c.freeze:  # sharpness is of what was trained
+        if c.freeze:
             freeze(model, c.freeze)
+            note(f"{path}: measured over the parameters that --freeze left to train")
     except Exception as error:  # a sound file of another program may fail anywhere
         raise CheckpointError(
             f"{path}: its checkpoint is not of {c.model} with {sets.classes} classes: "

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from fastsmooth import __version__
 from fastsmooth.cli import check_data, doctor
-from fastsmooth.cli import config as configs
 from fastsmooth.cli import parse as parsing
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.device import pick_device
@@ -50,14 +49,14 @@ def carry_out(argv: list[str]) -> int:
         elif request.version:
             show(f"fastsmooth {__version__}")
         elif request.plan:
-            print_plan(configs.resolve(request.given), request.json)
+            print_plan(parsing.configured(request.given), request.json)
         elif request.doctor:
-            doctor.examine(configs.resolve(request.given))
+            doctor.examine(parsing.configured(request.given))
         elif request.check_data:
-            check_data.check(configs.resolve(request.given))
+            check_data.check(parsing.configured(request.given))
         else:
             resume = request.given.get("resume", False)
-            configured = parsing.resumed if resume else configs.resolve
+            configured = parsing.resumed if resume else parsing.configured
             return carry_through(configured(request.given))
         return DONE
     except ConfigError as error:

@@ -36,7 +36,9 @@ def get_num_threads(): return 3
 """
 NUMPY = b"__version__ = '2.0.0'\nclass ndarray: pass"
 PILLOW = {"PIL/__init__.py": b"", "PIL/Image.py": b"__version__ = '12.0.0'\nopen = open"}
-HERE = {"torch/__init__.py": TORCH, "numpy/__init__.py": NUMPY, **PILLOW}  # all but torchvision
+SAFETENSORS = {"safetensors/__init__.py": b"__version__ = '0.9.0'\nsafe_open = open"}
+# all but torchvision
+HERE = {"torch/__init__.py": TORCH, "numpy/__init__.py": NUMPY, **PILLOW, **SAFETENSORS}
 RAISES = b"print('noise')\nraise "
 
 

@@ -187,6 +187,14 @@ def test_what_would_not_be_its_state_is_refused(short):
         assert refused(main, ["--extend", str(short), *words]).startswith(line)
 
 
+def test_a_run_that_measured_is_refused(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"mode": "critical"}))
+    assert "a run of --mode critical ends where it has measured" in refused(
+        main, ["--extend", str(copied)]
+    )
+
+
 @pytest.mark.parametrize("state", ["running", "preempted", "failed", "diverged", None])
 def test_a_run_that_is_not_done_is_refused(state, copied):
     (copied / "status.json").write_text(json.dumps({"state": state}))
@@ -203,6 +211,7 @@ def test_a_run_that_is_not_done_is_refused(state, copied):
 def test_a_folder_without_the_state_of_a_run_is_refused(copied, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     line = refused(main, ["--extend", str(tmp_path / "none"), *out])
+    assert line.startswith("--extend ")
     assert "No such file or directory: is this a run folder?" in line
     newest = max((copied / "checkpoints").glob("*.pt"), key=lambda p: int(p.stem.split("-")[1]))
     newest.write_bytes(newest.read_bytes()[:-1])

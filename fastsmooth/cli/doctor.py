@@ -96,6 +96,7 @@ REQUIRED = {  # each after those that it imports, so that the one to blame comes
     "pillow": Required("PIL.Image", "open", "5.3", "pillow"),
     "torch": Required("torch", "Tensor", "2.10", TORCH),
     "torchvision": Required("torchvision", "ops", "0.25", TORCH),
+    "safetensors": Required("safetensors", "safe_open", "0.4", "safetensors"),
 }
 EXTRAS = (
     Extra("triton", "triton", ("triton", "pytorch-triton"), "the kernels on a GPU", "triton"),

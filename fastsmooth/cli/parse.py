@@ -126,8 +126,6 @@ def parse(argv: list[str]) -> Request:
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if path is not None:
         given = over(read_flags(p, path), given)
-    if not given.get("resume"):  # else the run has its flags already
-        given = over_finished(given)
     return Request(given, **extra)
 
 
@@ -142,6 +140,11 @@ def over(read: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return kept | given
 
 
+def configured(given: dict[str, Any]) -> Config:
+    """The Config of a new run. Raises ConfigError."""
+    return resolve(over_finished(given))
+
+
 # The flags of a finished run that --extend cannot give another value: its state would be of
 # something else. The images are compared by their fingerprint.
 SAME_TO_EXTEND = ("dataset", "model", "norm", "seed", "optimizer", "decay_weights_only")
@@ -154,7 +157,10 @@ def over_finished(given: dict[str, Any]) -> dict[str, Any]:
     if "extend" not in given:
         return given
     folder = Path(given["extend"])
-    saved = read_saved(folder)
+    try:
+        saved = read_saved(folder)
+    except ConfigError as error:
+        raise ConfigError(f"--extend {error}") from None
     check_finished(folder)
     if saved.mode != "normal":
         raise ConfigError(
