@@ -3,10 +3,6 @@
 import functools
 import json
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +25,6 @@ from fastsmooth.training.ending import ran_out_of_memory
 from fastsmooth.training.objective import Objective
 from fastsmooth.training.plan import make_plan
 
-ROOT = Path(__file__).parents[1]
 LINE = ["--batchsize", "400", "--epochs", "1", "--seed", "5"]
 
 
@@ -293,40 +288,3 @@ def limit_by_rank(first: int, second: int) -> None:
 def test_sync_bn_wants_the_whole_batch():
     words = refused(main, ["--sync-bn", "--micro-batch", "auto"])
     assert words.startswith("--sync-bn wants the whole batch at once, --micro-batch cuts it")
-
-
-@pytest.mark.full
-def test_a_limit_of_the_system_is_found(tmp_path):
-    """RLIMIT_AS, as of ulimit -v: the number that is found trains, the whole batch does not."""
-    code = (
-        "import resource, sys, re, torch, torchvision\n"
-        "from fastsmooth.training import build\n"
-        "from fastsmooth.train import main\n"
-        "torch.set_num_threads(1)\n"
-        "held = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10\n"
-        "most = held + (int(sys.argv[1]) << 20)\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
-        "sys.exit(main(sys.argv[2:]))"
-    )
-    flags = [
-        "--model",
-        "wrn-28-10",
-        "--batchsize",
-        "512",
-        "--norm",
-        "group",
-        "--budget",
-        "updates=1",
-    ]
-
-    def trained(name, *more):
-        line = [sys.executable, "-c", code, "1500", *flags, *more, "--out", str(tmp_path / name)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(line, env=environment, capture_output=True, text=True)
-
-    whole = trained("whole")
-    assert whole.returncode == 2 and "out of memory in main memory" in whole.stderr
-    found = trained("found", "--micro-batch", "auto")
-    assert found.returncode == 0, found.stderr
-    number = re.search(r"micro-batch (\d+): 512 samples do not fit", found.stdout)
-    assert number and int(number[1]) < 512
