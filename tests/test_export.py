@@ -30,7 +30,7 @@ from fastsmooth import models
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.export import graphs, loading, work
 from fastsmooth.export.__main__ import main
-from fastsmooth.export.hub import crop_share, order_hash
+from fastsmooth.export.hub import crop_share, files_of, order_hash
 from fastsmooth.runfolder import files
 from fastsmooth.runfolder.read import RunError, find_runs
 from fastsmooth.sharpness import main as sharpness
@@ -200,6 +200,14 @@ def test_what_cannot_be_a_graph_is_refused_in_one_line(runs):
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+def test_without_onnxruntime_the_line_says_that_logits_were_not_compared(runs, monkeypatch):
+    facts = fs.load_run(runs["grey"]).facts
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 4)).eval()
+    monkeypatch.setattr(graphs, "find_spec", lambda name: None)
+    _, line = graphs.to_onnx(model, facts)
+    assert "logits were not compared, which needs onnxruntime" in line
+
+
 # The Hub
 
 
@@ -349,13 +357,14 @@ def keys_of(seed: int, count: int) -> np.ndarray:
 
 
 def test_a_sampling_run_and_a_critical_run_have_their_numbers_on_the_card(tmp_path):
-    short = ["--steps", "2", "--draws", "2", "--epochs", "1", "--model", "resnet8"]
-    assert train(["--mode", "sampling", *short, "--out", str(tmp_path / "s")]) == 0
+    grey = [*images(tmp_path / "grey", 1), "--model", "resnet8", "--batchsize", "8"]
+    short = ["--steps", "2", "--draws", "2", "--epochs", "1"]
+    assert train(["--mode", "sampling", *grey, *short, "--out", str(tmp_path / "s")]) == 0
     _, text = hub(tmp_path / "s", tmp_path / "net")
     (point,) = fs.load_run(tmp_path / "s").noise["points"]
     for what, key in (("C2, from drawn", "c2_sampled"), ("norm of the noise", "noise_norm")):
         row = row_of(text, what)
-        assert row[0].endswith("batch 32") and row[3:] == [point["se_over"], "2"]
+        assert row[0].endswith("batch 8") and row[3:] == [point["se_over"], "2"]
         assert row[1] == f"{point[key]:.4g}"
         assert float(row[2]) == pytest.approx(point[f"{key}_se"], rel=0.06)
     assert point["function"] in text
@@ -387,6 +396,27 @@ def test_a_card_without_measurements_has_none(runs, tmp_path):
     for name in ("README.md", "config.json", "model.json"):
         assert str(runs["torchvision"].parent) not in (tmp_path / "net" / name).read_text()
     assert "--data-dir DIR" in text
+
+
+def test_of_a_network_of_own_code_the_card_says_that_it_is_not_there(runs, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["grey"], out)
+    config = json.loads((out / "config.json").read_text()) | {
+        "model": "/home/me/my nets/net.py:Net"
+    }
+    (out / "config.json").write_text(json.dumps(config))
+    model = fs.load_run(out, "last").model
+    run = fs.load_run(out, "last")
+    facts = dataclasses.replace(run.facts, network=config["model"])
+    vars(run)["facts"] = facts
+    folder = files_of(model, run, None)
+    text = folder["README.md"].decode()
+    assert "made by code that is not in this folder, net.py:Net: without it" in text
+    assert 'fs.load_run(".", "model", trust_code=True)' in text and "--model net.py:Net" in text
+    assert json.loads(folder["model.json"])["network"] == "net.py:Net"
+    assert not any(b"/home/me" in data for name, data in folder.items() if "model.s" not in name)
+    (*_, last) = loading.of_export(facts, "safetensors", "x.safetensors")
+    assert last.endswith("# model: what Net of /home/me/my nets/net.py makes")
 
 
 def test_what_others_wrote_in_a_run_is_no_markup(runs, tmp_path):
@@ -507,6 +537,7 @@ BAD = {  # flags after RUN, what is done to the run before, words of the refusal
         "--to onnx --weights epoch-9", None, "no weights 'epoch-9': it has best, last",
     ),
     "an ending": ("--to torch-export --out x.pt", None, "let it end in .pt2"),
+    "no name": ("--to hub --out .", None, "--out .: name the file or folder"),
     "a push of a file": ("--to onnx --push a/b", None, "--push uploads the folder of --to hub"),
     "no repository": ("--to hub --push model", None, "named OWNER/NAME"),
     "a repository with a space": ("--to hub --push a/../b", None, "named OWNER/NAME"),

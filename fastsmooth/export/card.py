@@ -198,7 +198,10 @@ def training(
     sizes = f", {counts[0]} training and {counts[1]} test images" if all(counts) else ""
     rows: list[tuple[str, str | None]] = [
         ("data", data_name(config) + sizes),
-        ("fingerprint of the images and labels (SHA-256)", word(env.get("fingerprint"))),
+        (
+            "fingerprint of the data: SHA-256 of its labels, and of its pixels or file names",
+            word(env.get("fingerprint")),
+        ),
         ("augmentation", config.augment),
         ("began from", began_from(config)),
         ("method", config.method),
@@ -420,6 +423,8 @@ def of_sharpness(run: TrainedRun) -> Iterable[Row]:
             continue
         adaptive = "adaptive " if entry.get("adaptive") is True else ""
         what = f"sharpness, {adaptive}{word(entry.get('algorithm'))}, rho {entry.get('rho')}"
+        for name in ("augment", "normalize_logits", "random_start"):
+            what += f", --{name.replace('_', '-')}" if entry.get(name) is True else ""
         images, batch = (whole(real(entry.get(name))) for name in ("samples", "batch"))
         over = f"batches of {batch} of {images} images ({word(entry.get('split'))})"
         yield what, figure(value), said(real(entry.get("error"))), over, update_of(entry)

@@ -128,7 +128,7 @@ def compared(logits: Logits, model: nn.Module, facts: ModelFacts, by: str) -> st
             )
         apart.append((found - wanted).abs().max().item())
         largest.append(wanted.abs().max().item())
-        if not apart[-1] <= TOLERANCE * max(largest[-1], 1.0):  # nor NaN
+        if not apart[-1] <= TOLERANCE * largest[-1]:  # nor NaN
             raise ConfigError(
                 f"the logits of {by} are {apart[-1]:.2g} from those of {facts.network}, the "
                 f"largest of which is {largest[-1]:.3g}: nothing was written: use --to safetensors"

@@ -99,6 +99,8 @@ def timm_config(model: nn.Module, facts: ModelFacts) -> dict[str, Any]:
         names = zip(facts.classes, facts.class_names, strict=True)
         labels["label_descriptions"] = dict(names)
     channels = {} if facts.channels == 3 else {"in_chans": facts.channels}
+    # else timm warns that those of its own weights are of three channels
+    model.pretrained_cfg |= {"mean": facts.mean, "std": facts.std}  # type: ignore[operator]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         save_config_for_hf(model, str(path), model_config=dict(labels), model_args=channels)

@@ -71,6 +71,8 @@ def parse(argv: list[str]) -> Request | None:
 def check(request: Request) -> None:
     """Refuse what can be seen to be wrong before the run is opened."""
     form, out, push = request.to, request.out, request.push
+    if out is not None and out.name in ("", ".."):
+        raise ConfigError(f"--out {out}: name the file or folder that is to be written")
     if push is not None and form != "hub":
         raise ConfigError(f"--push uploads the folder of --to hub, not of --to {form}")
     if push is not None and not re.fullmatch(REPOSITORY, push, re.ASCII):
