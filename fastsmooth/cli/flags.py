@@ -163,7 +163,10 @@ def sam(value: str) -> str:
             f"{value!r} is not rho=X (SAM) or rho=X,alpha=X (GSAM), as in rho=0.05"
         )
     for part in value.split(","):
-        positive(part.partition("=")[2])
+        try:
+            positive(part.partition("=")[2])
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{value!r}: {error}") from None
     return value
 
 

@@ -43,9 +43,11 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
     )
 
 
-def steps_of(c: Config) -> list[int]:
-    """The epochs of --milestones, as far as the run has them."""
-    epochs = stages.epochs_of(c.milestones or (), c.epochs)
+def steps_of(c: Config) -> list[int] | None:
+    """The epochs of --milestones, as far as the run has them; None without any."""
+    if c.milestones is None:
+        return None
+    epochs = stages.epochs_of(c.milestones, c.epochs)
     return sorted({epoch for epoch in epochs if 0 < epoch < c.epochs})
 
 
