@@ -230,7 +230,7 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--clip-norm": (["0", "-1"], ["1e-9"]),
     "--label-smoothing": (["-0.1", "1"], ["0", "0.999"]),
     "--ema": (["0", "1", "-0.1"], ["0.1", "0.9999"]),
-    "--sam": (["rho=0", "rho=0.1,alpha=0", "0.1", "alpha=1"], ["rho=1e-9", "rho=0.1,alpha=0.2"]),
+    "--sam": (["0.1", "alpha=1"], ["rho=1e-9", "rho=0.1,alpha=0.2"]),
     "--eps": (["0", "-0.5"], ["1e-9"]),
     "--max-time": (
         ["0", "0s", "-5", "5d", "1h30m", " 5", "h", "9" * 400, "1e400h"],
