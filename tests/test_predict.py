@@ -1,6 +1,7 @@
 """fastsmooth predict and load_run's model: what a trained network says of image files."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -188,6 +189,8 @@ def test_images_of_any_kind_are_predicted_from_files_and_from_memory(mode, run, 
     with Image.open(path) as stored:
         alone = loaded.predict(stored)[0].likely
         rgb = stored.convert("RGB")
+        grey = dataclasses.replace(loaded.transform, mode="L")
+        assert torch.equal(grey(stored), grey(path))
     assert loaded.predict(path)[0].likely == alone == loaded.predict(rgb)[0].likely
     ended = said(main, [str(run), str(path), "--top", "2", "--device", "cpu"])
     pairs = [f"{name} {probability:.4f}" for name, probability, _ in alone[:2]]

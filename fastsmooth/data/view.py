@@ -39,9 +39,7 @@ class TestedView:
     def __call__(self, image: Image.Image | str | PathLike[str]) -> Tensor:
         if not isinstance(image, Image.Image):
             image = open_image(Paths([str(Path(image))]), 0)
-        # by way of RGB, as a file is read: of 16-bit or CMYK images it makes a difference
-        image = image.convert("RGB").convert(self.mode)
-        image = augment.central(image, self.resize, self.size)
+        image = augment.central(image.convert(self.mode), self.resize, self.size)
         pixels = torch.from_numpy(pixels_of(image).copy()).permute(2, 0, 1).long()
         table = normalisation(self.mean, self.std, pixels.device)
         pixels = pixels.expand(self.channels, -1, -1).flatten(1)
