@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,10 +42,10 @@ from fastsmooth.training import extending, fitting, syncnorm
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.ema import Ema
 from fastsmooth.training.graphs import CudaRecorder
-from fastsmooth.training.loop import FORMAT, Run
+from fastsmooth.training.loop import FORMAT, Origin, Run
 from fastsmooth.training.mixing import Mixer
 from fastsmooth.training.modes import INSTRUMENTS, InstrumentParts
-from fastsmooth.training.objective import check_loss, objective_of
+from fastsmooth.training.objective import Objective, check_loss, objective_of
 from fastsmooth.training.plan import Plan, make_plan, notes, units, warming
 from fastsmooth.training.sam import Sam
 from fastsmooth.training.step import Step, keep_freed_memory
@@ -60,6 +60,39 @@ REFUSALS = (ConfigError, ModelError, OptimizerError, DataError, CheckpointError,
 State = dict[str, Any]
 
 
+class Before(NamedTuple):
+    """What there is of a run that goes on, or of the finished run that it begins from. The first
+    three are the first process's alone, None elsewhere; and None where there is no such run."""
+
+    folder: RunFolder | None  # locked
+    checkpoints: Checkpoints | None
+    state: State | None
+    made_with: dict[str, Any]
+    origin: Origin | None
+    first_epoch: int  # the data's number of the run's first epoch
+
+
+class Machine(NamedTuple):
+    """What computes, as it was chosen."""
+
+    device: torch.device
+    kernels: str
+    precision: str
+    graphs: str
+    compiled: bool
+
+
+class Trained(NamedTuple):
+    """What is trained, and by what."""
+
+    model: torch.nn.Module
+    optimizer: Driven
+    objective: Objective
+    code: dict[str, bytes]  # the files of own code that they are made of
+    one_alone: bool  # whether the model can train on a single sample
+    remarks: list[str]  # of its weights
+
+
 def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State | None, list[str]]:
     """(the run, the state to go on from, what images and memory decided in words): everything that
     can be refused, in the order of the data's path.
@@ -67,172 +100,220 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
     keep_freed_memory()
-    wanted = Path(c.out) if c.out else None
-    held: RunFolder | None = None  # the folder of a run that goes on
-    checkpoints = state = origin = None
-    remarks: list[str] = []
-    with ranks.together(REFUSALS, ConfigError):
-        if wanted and c.resume and ranks.leader:
-            held = RunFolder(wanted)  # locked before its checkpoints are read
-            checkpoints = Checkpoints(wanted / "checkpoints", warn)
-            state = saved_state(checkpoints)
-        elif wanted and ranks.leader:
-            check_unused(wanted)
-        if c.extend and state is None and ranks.leader:
-            state, origin = extending.finished(c.extend)
-    before, origin, first_epoch = ranks.from_leader(
-        (made_with(state), origin, extending.first_epoch(state, origin))
-    )
-    with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
-        if before:
-            c = parsing.as_before(c, before, f"{origin.run if origin else c.out}/checkpoints")
+    before = look_back(c, ranks)
+    with ranks.together(REFUSALS, ConfigError), as_it_began(c, before.made_with):
+        if before.made_with:
+            source = f"{before.origin.run if before.origin else c.out}/checkpoints"
+            c = parsing.as_before(c, before.made_with, source)
             device = pick_device(c.device, torch, c.precision)
-            machine.take_over_threads(before)
+            machine.take_over_threads(before.made_with)
         check_recipe(c)
         # before their first use, which would warn in other words
-        kernels = machine.choose_kernels(c, device)
-        precision = machine.choose_precision(c, device)
-        graphs = machine.choose_graphs(c, device, kernels, ranks.world)
-        read, decided = data.read_set(c), ""
-        if c.dataset == "auto":
-            c = dataclasses.replace(c, dataset=read.layout)
-        if not (c.image_size and c.augment):
-            side = data.usual_side(read)
-            c, asked = configs.fitted(c, side), c
-            decided = "" if asked.image_size else choice(c, asked, side)
-        plan = None
-        if len(c.image_stages) > 1:  # by the epochs of the plan
-            plan = planned(c, len(read.train), ranks.world)
-            c = plan.config
-        images = data.open_data(
-            c,
-            device,
-            warn if ranks.leader else lambda line: None,
-            ranks.local_world,
-            read,
-            first_epoch,
-        )
-        check_classes(c, images)
-        images.bad.say = warn  # from now on each process meets bad images of its own
-        plan = plan or planned(c, len(images.train), ranks.world)
+        on = choose_machine(c, device, ranks)
+        plan, images, decided = open_images(c, device, ranks, before.first_epoch)
         c = plan.config
-        machine.set_numerics(c, precision, plan.schedule)
-        torch.manual_seed(c.seed)
-        model = models.build(c.model, images.classes, c.norm, images.channels)
-        if c.init and not before:  # else all of them come with the state
-            remarks.append(begin_with(c, model, images.classes, ranks.leader))
-        if c.freeze:
-            remarks.append(freeze(model, c.freeze).described(c.freeze, model))
-        model = model.to(device).to(memory_format=torch.channels_last)
-        if ranks.rank > 0:  # the same weights, but other numbers for dropout
-            torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
-        one_alone = try_model(c, model, images)
-        if not one_alone:
-            check_lone_samples(plan, ranks.world)
-        if c.sync_bn and ranks.world > 1:
-            syncnorm.convert(model)
-        optimizer = optimizer_of(c, parameter_groups(c, model))
-        if origin and state is not None:
-            extending.check(state, origin, model, optimizer, images)
-        # SyncBatchNorm's exchange would cut the graph at every layer
-        compiled = c.compile == "on" or (
-            c.compile == "auto" and device.type == "cuda" and not c.sync_bn
-        )
-        objective = objective_of(c, device)
-        if is_code(c.loss):
-            check_loss(c, objective, images.classes, device, ranks.world)
-        code = own_files(c)
-        bn = "batch" if c.bn == "batch" else None
-        micro_batch, cut = c.micro_batch, ""
-        if micro_batch == "auto":
-            share, shape = fitting.largest_share(plan, images, ranks.world)
-            trial = fitting.Trial(model, optimizer, shape, precision, bn, objective)
-            one_left = partial(fitting.one_left, plan, ranks.world, one_alone)
-            few = fitting.what_fits(share, trial.fits, one_left)
-    if micro_batch == "auto":
-        c = dataclasses.replace(c, micro_batch=fitting.smallest_of(ranks, few, share))
-        plan = dataclasses.replace(plan, config=c)
-        cut = fitting.told(share, c.samples_at_once)
-    with ranks.together(REFUSALS, ConfigError), as_it_began(c, before):
+        machine.set_numerics(c, on.precision, plan.schedule)
+        trained = make_trained(plan, images, device, ranks, before)
+    plan, cut = cut_to_fit(plan, images, trained, on, ranks)
+    c, asked = plan.config, c
+    with ranks.together(REFUSALS, ConfigError), as_it_began(c, before.made_with):
         parts = InstrumentParts(
-            plan, model, optimizer, images, ranks, precision, compiled, objective
+            plan,
+            trained.model,
+            trained.optimizer,
+            images,
+            ranks,
+            on.precision,
+            on.compiled,
+            trained.objective,
         )
         made = [make(parts) for make in INSTRUMENTS]
         instruments = [instrument for instrument in made if instrument is not None]
     chosen = {
         "device": device.type,
         "loader": images.loader,
-        "compile": "on" if compiled else "off",
-        "precision": precision,
-        "kernels": kernels,
+        "compile": "on" if on.compiled else "off",
+        "precision": on.precision,
+        "kernels": on.kernels,
         "micro_batch": c.samples_at_once,
     }
     for instrument in instruments:
         chosen |= instrument.chosen()
-    check_alike(images, model, chosen, ranks, code)
-    mixer = None
-    if c.mixup or c.cutmix:
-        mixer = Mixer(c.mixup, c.cutmix, c.seed, images.classes, device)
-    sizes = len(set(plan.sizes.values))
-    step = Step(
-        model,
-        optimizer,
-        device,
-        precision,
-        compiled,
-        c.samples_at_once,
-        ranks,
-        bn,
-        sizes,
-        objective,
-        mixer=mixer,
-        clip_norm=c.clip_norm,
-        sam=Sam.parse(c.sam) if c.sam else None,
-        top5=c.top5,
-    )
+    check_alike(images, trained.model, chosen, ranks, trained.code)
+    step = make_step(plan, images, trained, on, ranks)
     recorder = None
-    if graphs == "on" and isinstance(optimizer, NoisySGD):
-        recorder = CudaRecorder(device, optimizer.settle)
+    if on.graphs == "on" and isinstance(trained.optimizer, NoisySGD):
+        recorder = CudaRecorder(device, trained.optimizer.settle)
 
     with ranks.together(REFUSALS, ConfigError):
-        named = wanted or (default_out(c) if ranks.leader else None)
+        named = Path(c.out) if c.out else default_out(c) if ranks.leader else None
     out = Path(ranks.from_leader(named))
     with ranks.together(REFUSALS, ConfigError):
-        folder: RunFolder | Unwritten = held or Unwritten(out)
-        if ranks.leader and not held:
-            about = environment() | {"kernels": kernels, "processes": ranks.world}
-            about |= {"precision": precision, "graphs": graphs}
+        folder: RunFolder | Unwritten = before.folder or Unwritten(out)
+        if ranks.leader and not before.folder:
+            about = {"kernels": on.kernels, "processes": ranks.world}
+            about |= {"precision": on.precision, "graphs": on.graphs}
             about |= {"measure": chosen.get("measure"), "micro_batch": c.samples_at_once}
-            about |= {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
-            about |= {"training_images": len(images.train), "test_images": len(images.test)}
-            about |= {"fingerprint": images.fingerprint}
-            about |= {"weights": remarks} if remarks else {}
-            about |= {"extends": dataclasses.asdict(origin)} if origin else {}
+            about |= about_images(c, images)
+            about |= {"weights": trained.remarks} if trained.remarks else {}
+            about |= {"extends": dataclasses.asdict(before.origin)} if before.origin else {}
             about |= {"code": {k: os.path.abspath(v) for k, v in c.own_code.items()}}
-            folder = RunFolder.create(out, c.to_json() | {"micro_batch": micro_batch}, about)
+            folder = RunFolder.create(out, asked.to_json(), environment() | about)
         if ranks.leader:
-            owncode.keep(out / "code", code)
+            owncode.keep(out / "code", trained.code)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         run = Run(
             plan,
             images,
-            model,
+            trained.model,
             step,
             device,
             folder,
-            checkpoints or Checkpoints(out / "checkpoints", warn),
+            before.checkpoints or Checkpoints(out / "checkpoints", warn),
             tracker,
             Clock(wait),
             ranks=ranks,
             instruments=instruments,
-            made_with=chosen | machine.facts(device, ranks.world) | sums(code),
+            made_with=chosen | machine.facts(device, ranks.world) | sums(trained.code),
             recorder=recorder,
-            ema=Ema(model, c.ema) if c.ema else None,
-            remarks=remarks,
-            origin=origin,
+            ema=Ema(trained.model, c.ema) if c.ema else None,
+            remarks=trained.remarks,
+            origin=before.origin,
         )
-    return run, state, [line for line in (decided, cut) if line]
+    return run, before.state, [line for line in (decided, cut) if line]
+
+
+def look_back(c: Config, ranks: Ranks) -> Before:
+    """What the run goes on from. Raises what REFUSALS lists, in every process."""
+    wanted = Path(c.out) if c.out else None
+    folder = checkpoints = state = origin = None
+    with ranks.together(REFUSALS, ConfigError):
+        if wanted and c.resume and ranks.leader:
+            folder = RunFolder(wanted)  # locked before its checkpoints are read
+            checkpoints = Checkpoints(wanted / "checkpoints", warn)
+            state = saved_state(checkpoints)
+        elif wanted and ranks.leader:
+            check_unused(wanted)
+        if c.extend and state is None and ranks.leader:
+            state, origin = extending.finished(c.extend)
+    told = made_with(state), origin, extending.first_epoch(state, origin)
+    return Before(folder, checkpoints, state, *ranks.from_leader(told))
+
+
+def choose_machine(c: Config, device: torch.device, ranks: Ranks) -> Machine:
+    """Raises ConfigError for what this machine has not got."""
+    kernels = machine.choose_kernels(c, device)
+    precision = machine.choose_precision(c, device)
+    graphs = machine.choose_graphs(c, device, kernels, ranks.world)
+    # SyncBatchNorm's exchange would cut the graph at every layer
+    compiled = c.compile == "on" or (
+        c.compile == "auto" and device.type == "cuda" and not c.sync_bn
+    )
+    return Machine(device, kernels, precision, graphs, compiled)
+
+
+def open_images(
+    c: Config, device: torch.device, ranks: Ranks, first_epoch: int
+) -> tuple[Plan, data.Data, str]:
+    """(the plan over the images, the images behind their loader, what they decided in words)."""
+    read, decided = data.read_set(c), ""
+    if c.dataset == "auto":
+        c = dataclasses.replace(c, dataset=read.layout)
+    if not (c.image_size and c.augment):
+        side = data.usual_side(read)
+        c, asked = configs.fitted(c, side), c
+        decided = "" if asked.image_size else choice(c, asked, side)
+    plan = None
+    if len(c.image_stages) > 1:  # by the epochs of the plan
+        plan = planned(c, len(read.train), ranks.world)
+        c = plan.config
+    say = warn if ranks.leader else lambda line: None
+    images = data.open_data(c, device, say, ranks.local_world, read, first_epoch)
+    check_classes(c, images)
+    images.bad.say = warn  # from now on each process meets bad images of its own
+    return plan or planned(c, len(images.train), ranks.world), images, decided
+
+
+def make_trained(
+    plan: Plan, images: data.Data, device: torch.device, ranks: Ranks, before: Before
+) -> Trained:
+    """The model, tried out, with its optimizer and its loss."""
+    c = plan.config
+    torch.manual_seed(c.seed)
+    model, remarks = models.build(c.model, images.classes, c.norm, images.channels), []
+    if c.init and not before.made_with:  # else all of them come with the state
+        remarks.append(begin_with(c, model, images.classes, ranks.leader))
+    if c.freeze:
+        remarks.append(freeze(model, c.freeze).described(c.freeze, model))
+    model = model.to(device).to(memory_format=torch.channels_last)
+    if ranks.rank > 0:  # the same weights, but other numbers for dropout
+        torch.manual_seed((c.seed + ranks.rank * 0x9E3779B97F4A7C15) % 2**63)
+    one_alone = try_model(c, model, images)
+    if not one_alone:
+        check_lone_samples(plan, ranks.world)
+    if c.sync_bn and ranks.world > 1:
+        syncnorm.convert(model)
+    optimizer = optimizer_of(c, parameter_groups(c, model))
+    if before.origin and before.state is not None:
+        extending.check(before.state, before.origin, model, optimizer, images)
+    objective = objective_of(c, device)
+    if is_code(c.loss):
+        check_loss(c, objective, images.classes, device, ranks.world)
+    return Trained(model, optimizer, objective, own_files(c), one_alone, remarks)
+
+
+def cut_to_fit(
+    plan: Plan, images: data.Data, trained: Trained, on: Machine, ranks: Ranks
+) -> tuple[Plan, str]:
+    """The plan with what --micro-batch auto means here, and what that is in words."""
+    if plan.config.micro_batch != "auto":
+        return plan, ""
+    with ranks.together(REFUSALS, ConfigError):
+        share, shape = fitting.largest_share(plan, images, ranks.world)
+        bn = batchnorm_of(plan.config)
+        trial = fitting.Trial(
+            trained.model, trained.optimizer, shape, on.precision, bn, trained.objective
+        )
+        one_left = partial(fitting.one_left, plan, ranks.world, trained.one_alone)
+        few = fitting.what_fits(share, trial.fits, one_left)
+    at_once = fitting.smallest_of(ranks, few, share)
+    c = dataclasses.replace(plan.config, micro_batch=at_once)
+    return dataclasses.replace(plan, config=c), fitting.told(share, c.samples_at_once)
+
+
+def make_step(plan: Plan, images: data.Data, trained: Trained, on: Machine, ranks: Ranks) -> Step:
+    c, mixer = plan.config, None
+    if c.mixup or c.cutmix:
+        mixer = Mixer(c.mixup, c.cutmix, c.seed, images.classes, on.device)
+    return Step(
+        trained.model,
+        trained.optimizer,
+        on.device,
+        on.precision,
+        on.compiled,
+        c.samples_at_once,
+        ranks,
+        batchnorm_of(c),
+        len(set(plan.sizes.values)),
+        trained.objective,
+        mixer=mixer,
+        clip_norm=c.clip_norm,
+        sam=Sam.parse(c.sam) if c.sam else None,
+        top5=c.top5,
+    )
+
+
+def batchnorm_of(c: Config) -> str | None:
+    """What Step wants to know of BatchNorm."""
+    return "batch" if c.bn == "batch" else None
+
+
+def about_images(c: Config, images: data.Data) -> dict[str, Any]:
+    """What env.json says of them."""
+    about: dict[str, Any] = {"data_dir": os.path.abspath(c.data_dir), "images": images.about}
+    about |= {"training_images": len(images.train), "test_images": len(images.test)}
+    return about | {"fingerprint": images.fingerprint}
 
 
 def begin(run: Run, state: State | None, decided: list[str]) -> None:

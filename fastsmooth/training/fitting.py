@@ -15,7 +15,7 @@ from fastsmooth.ranks import Ranks
 from fastsmooth.training.ending import ran_out_of_memory
 from fastsmooth.training.objective import Objective
 from fastsmooth.training.plan import Plan
-from fastsmooth.training.step import Step
+from fastsmooth.training.step import Step, return_freed_memory
 
 SPARE = 16  # of a GPU's free memory, one part in so many stays free for what comes beside a step
 
@@ -88,6 +88,7 @@ class Trial:
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        return_freed_memory()
         return False
 
     def _gradient(self, samples: int) -> None:

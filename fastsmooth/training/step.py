@@ -340,6 +340,15 @@ def never_guard_on_sizes() -> None:
     torch.backends.nnpack.set_flags(False)
 
 
+def return_freed_memory() -> None:
+    """Give the system back what glibc has kept: where memory is limited, others than malloc have
+    none else, such as oneDNN for the code that it generates."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next step: returning it costs a page fault for
     every 4 kB of activations."""
