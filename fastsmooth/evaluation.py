@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -199,9 +200,21 @@ def chosen_loader(run: TrainedRun) -> str:
 
 def other_config(run: TrainedRun, asked: Asked) -> Config:
     """A Config that finds the images that are asked for; those without a split in one piece."""
-    given = {"data_dir": asked.data_dir, "dataset": asked.dataset, "labels": asked.labels}
+    given = {
+        "data_dir": tested_alone(asked.data_dir or ""),
+        "dataset": asked.dataset,
+        "labels": asked.labels,
+    }
     c = configs.resolve({name: value for name, value in given.items() if value is not None})
     return dataclasses.replace(c, val_share=0.0)
+
+
+def tested_alone(data_dir: str) -> str:
+    """Of a folder that has a test set beside no training set, that of the test set."""
+    folder = Path(data_dir)
+    parts = [part for part in ("test", "val", "valid") if (folder / part).is_dir()]
+    alone = len(parts) == 1 and not (folder / "train").exists()
+    return str(folder / parts[0]) if alone else data_dir
 
 
 def parts_of(images: ImageSet, asked: Asked, c: Config) -> tuple[str, list[Split]]:

@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -192,6 +193,13 @@ class Foreign:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
+        # as they were saved: torch gives them the dtype of the parameter
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for p, number in zip(self.params, numbers, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                held = self.inner.state[p][key]
+                if isinstance(value, Tensor) and held.dtype != value.dtype:
+                    self.inner.state[p][key] = value.to(held.device, copy=True)
 
     @torch.no_grad()
     def try_out(self) -> None:

@@ -7,12 +7,11 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import fspath
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fastsmooth import models, owncode
@@ -123,7 +122,7 @@ def predictions(
         for (image, _), (values, places) in zip(
             seen, likeliest(run.model, batch, top), strict=True
         ):
-            path = "" if isinstance(image, Image.Image) else fspath(image)
+            path = fspath(image) if isinstance(image, str | PathLike) else ""
             pairs = zip(values, places, strict=True)
             likely = (Likely(facts.class_names[k], p, facts.classes[k]) for p, k in pairs)
             yield Prediction(path, tuple(likely))

@@ -58,12 +58,17 @@ def ready_device(name: str) -> torch.device:
 
 
 def measure_sharpness(
-    path: Path, setting: Setting, rhos: Sequence[float], images: Images, device: torch.device
+    path: Path,
+    setting: Setting,
+    rhos: Sequence[float],
+    images: Images,
+    device: torch.device,
+    trust_code: bool = False,
 ) -> list[dict[str, Any]]:
     """The entries of one run, one for each rho, after they are written to its sharpness.json and
     metrics.jsonl. Raises ConfigError where the run cannot be measured."""
     try:
-        return measured(path, setting, rhos, images, device)
+        return measured(path, setting, rhos, images, device, trust_code)
     except (models.ModelError, data.DataError, CheckpointError, RunFolderError) as error:
         raise ConfigError(str(error)) from error
     except torch.OutOfMemoryError:
@@ -73,10 +78,15 @@ def measure_sharpness(
 
 
 def measured(
-    path: Path, setting: Setting, rhos: Sequence[float], images: Images, device: torch.device
+    path: Path,
+    setting: Setting,
+    rhos: Sequence[float],
+    images: Images,
+    device: torch.device,
+    trust_code: bool,
 ) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    c = parsing.read_saved(path)
+    c = parsing.read_saved(path, with_code=trust_code)
     earlier = earlier_results(path)
     with closing(RunFolder(path)) as folder:  # nobody goes on with the run meanwhile
         sets = open_images(path, c, images, device)

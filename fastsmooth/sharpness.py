@@ -51,6 +51,7 @@ class Request:
     device: str
     data_dir: str | None
     json: bool
+    trust_code: bool
 
     def described(self) -> str:
         s, images = self.setting, "test" if self.test else "training"
@@ -91,6 +92,7 @@ def parser() -> flag_types.Parser:
     add("--augment", "--data-augm-sharpness", action="store_true", help="augmented as the run trained, by the numbers of epoch --seed")
     add("--seed", default=d.seed, type=flag_types.whole(0, 2**32 - 1), metavar="N", help=f"of draws, random starts and augmentation ({d.seed})")
     add("--device", default="auto", type=flag_types.device, metavar="DEV", help="auto, cpu, cuda, cuda:N or mps (auto)")
+    add("--trust-code", action="store_true", help="run the Python file in a run folder that its network came from")
     add("--data-dir", type=flag_types.text, metavar="DIR", help="where the run's images are now (as in its config.json)")
     add("--json", action="store_true", help="one JSON object a result")
     add("-h", "--help", action="store_true", default=SUPPRESS, help="this page")
@@ -176,7 +178,9 @@ def carry_out(argv: list[str]) -> int:
         say(table.heading(columns(sys.stdout)))
 
     def measure(path: Path) -> list[dict[str, Any]]:
-        return saved.measure_sharpness(path, request.setting, request.rho, images, device)
+        return saved.measure_sharpness(
+            path, request.setting, request.rho, images, device, request.trust_code
+        )
 
     return max(attempt(path, measure, request.json, table) for path in request.runs)
 

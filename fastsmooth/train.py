@@ -32,7 +32,16 @@ from fastsmooth.messages import (
 )
 from fastsmooth.processors import keep_within_quota
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.training.ending import LOST, Ending, conclude, failed, out_of_memory, report, watch
+from fastsmooth.training.ending import (
+    LOST,
+    Ending,
+    conclude,
+    failed,
+    out_of_memory,
+    report,
+    still_there,
+    watch,
+)
 from fastsmooth.training.plan import print_plan
 
 
@@ -115,9 +124,7 @@ def carry_through(c: Config) -> int:
             f"{run.folder.path}"
         )
     except Diverged as error:
-        ended = Ending(
-            DIVERGED, "diverged", str(error), "diverged", f"{error}; the last checkpoint is finite"
-        )
+        ended = Ending(DIVERGED, "diverged", str(error), "diverged", f"{error}{still_there(run)}")
     except RankLost as lost:
         ended = Ending(**lost.words) if lost.words else LOST
     except KeyboardInterrupt:

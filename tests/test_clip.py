@@ -135,7 +135,7 @@ def test_rows_of_a_clipped_run(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--clip-norm 1 --mode sampling", "--mode sampling measures how far"),
+        ("--clip-norm 1 --mode sampling", "--mode sampling is of updates along"),
         ("--clip-norm 0", "--clip-norm: 0 is out of range"),
         ("--clip-norm 1 --track-noise every=2 --quantities cabs", "--quantities cabs is a rule"),
         ("--decay-weights-only", "--decay-weights-only has no effect without --weight-decay"),

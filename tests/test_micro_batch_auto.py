@@ -32,6 +32,8 @@ def limit_forward(samples: int, kind: str = "") -> None:
     """A forward pass in training mode of more samples runs out of memory."""
     forward = step.Step._plain_forward
 
+    fitting.TRIED.add("cpu")
+
     def limited(self, x, y, *more):
         if len(y) > samples and self.model.training:
             if kind:
@@ -47,6 +49,7 @@ def limit_forward(samples: int, kind: str = "") -> None:
 def limited(monkeypatch):
     """Call it with a number of samples."""
     monkeypatch.setattr(step.Step, "_plain_forward", step.Step._plain_forward)  # put back later
+    monkeypatch.setattr(fitting, "TRIED", {*fitting.TRIED})
     return limit_forward
 
 
@@ -192,7 +195,14 @@ def test_a_batch_that_does_not_fit_is_cut_as_by_hand(kind, tmp_path, limited):
     assert final_state(tmp_path / "auto")["made_with"]["micro_batch"] == 100
 
 
-def test_a_batch_that_fits_is_not_cut(tmp_path):
+def test_a_processor_is_not_tried(tmp_path):
+    lines = run(tmp_path / "run", "--micro-batch", "auto")
+    assert "--micro-batch auto: whole batches, since what fits is tried on a GPU alone" in lines
+    assert final_state(tmp_path / "run")["made_with"]["micro_batch"] is None
+
+
+def test_a_batch_that_fits_is_not_cut(tmp_path, limited):
+    limited(400)
     line = ["--measure", "step", "--track-noise", "every=2", "--norm", "group"]
     run(tmp_path / "plain", *line)
     lines = run(tmp_path / "auto", *line, "--micro-batch", "auto")

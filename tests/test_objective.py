@@ -45,7 +45,7 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_their_gradients_are_those_of_timm(name):
     flags, theirs = LOSSES[name]
-    ours = objective_of(resolve(flags)).training
+    ours = objective_of(resolve(flags), CPU).training
     logits, y = batch()
     slopes = []
     for loss in (ours, theirs):
@@ -57,7 +57,7 @@ def test_losses_and_their_gradients_are_those_of_timm(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_means_of_what_single_samples_have(name):
-    loss = objective_of(resolve(LOSSES[name][0])).training
+    loss = objective_of(resolve(LOSSES[name][0]), CPU).training
     logits, y = batch()
     alone = torch.stack([loss(x[None], t[None]) for x, t in zip(logits, y, strict=True)])
     torch.testing.assert_close(loss(logits, y, reduction="none"), alone, rtol=1e-12, atol=0)
@@ -66,7 +66,7 @@ def test_losses_are_means_of_what_single_samples_have(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_label_and_its_share_of_one_are_the_same_target(name):
-    loss = objective_of(resolve(LOSSES[name][0])).training
+    loss = objective_of(resolve(LOSSES[name][0]), CPU).training
     logits, y = batch()
     shares = F.one_hot(y, CLASSES).double()
     torch.testing.assert_close(loss(logits, shares), loss(logits, y), rtol=1e-12, atol=0)
@@ -79,14 +79,14 @@ def test_smoothing_of_mixed_labels_is_the_mixture_of_smoothed_ones():
     share = torch.tensor(0.3, dtype=torch.float64)
     mixed = share * F.one_hot(y, CLASSES) + (1 - share) * F.one_hot(other, CLASSES)
     for flags in ({"label_smoothing": 0.1}, {"loss": "bce", "label_smoothing": 0.1}):
-        loss = objective_of(resolve(flags)).training
+        loss = objective_of(resolve(flags), CPU).training
         apart = share * loss(logits, y) + (1 - share) * loss(logits, other)
         torch.testing.assert_close(loss(logits, mixed), apart, rtol=1e-12, atol=0)
 
 
 def test_tests_are_by_plain_cross_entropy_whatever_is_minimised():
     for flags, _ in LOSSES.values():
-        assert objective_of(resolve(flags)).testing is F.cross_entropy
+        assert objective_of(resolve(flags), CPU).testing is F.cross_entropy
 
 
 def test_a_run_trains_on_its_loss_and_is_tested_by_cross_entropy(tmp_path):
@@ -164,7 +164,7 @@ def test_the_function_that_is_measured_is_named_and_is_the_one_that_trains():
     c = resolve({"loss": "bce", "label_smoothing": 0.2, "norm": "group"})
     model = models.build("resnet8", 10, "group")
     optimizer = NoisySGD(model.parameters(), "sgd", 0.1)
-    step = Step(model, optimizer, CPU, "fp32", False, objective=objective_of(c))
+    step = Step(model, optimizer, CPU, "fp32", False, objective=objective_of(c, CPU))
     x, y = torch.randn(6, 3, 8, 8), torch.arange(6)
     expected = BinaryCrossEntropy(smoothing=0.2)(model(x), y)
     torch.testing.assert_close(step.measured_loss(x, y), expected)
@@ -203,5 +203,5 @@ def test_the_noise_of_the_smoothed_loss_is_measured(tmp_path):
 
 
 def test_the_loss_of_a_step_is_plain_cross_entropy_where_no_flag_says_otherwise():
-    assert objective_of(resolve({})) == Objective()
+    assert objective_of(resolve({}), CPU) == Objective()
     assert resolve({}).loss_in_words == "cross-entropy"

@@ -273,7 +273,9 @@ def test_a_run_goes_on_from_any_directory_and_with_its_copy(folder, monkeypatch)
     assert found.code == 0 and not found.err
     assert alike(folder / "other", folder / "whole")
     flags = ["--samples", "8", "--batch", "4", "--n-iters", "1"]
-    assert said(sharpness.main, [str(folder / "other"), *flags]).code == 0
+    refused = said(sharpness.main, [str(folder / "other"), *flags])
+    assert refused.code == 2 and "code.py: No such file or directory" in refused.err
+    assert said(sharpness.main, [str(folder / "other"), *flags, "--trust-code"]).code == 0
 
 
 def test_changed_code_is_said_and_the_earlier_stays(folder):

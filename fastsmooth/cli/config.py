@@ -480,10 +480,10 @@ def check_step(c: Config) -> None:
             "--measure step: the update of --sam is along another gradient than the batch's: use "
             "--measure apart"
         )
-    if c.clip_norm and c.mode == "sampling":
+    if c.clip_norm and c.mode != "normal":
         raise ConfigError(
-            "--mode sampling measures how far directions are from the full gradient, and "
-            "--clip-norm makes them those of another function: leave one of them out"
+            f"--mode {c.mode} is of updates along mini-batch gradients as they are, which "
+            "--clip-norm shortens: leave one of them out"
         )
     if "cabs" in (c.quantities or ()) and (c.sam or c.clip_norm):
         name = "sam" if c.sam else "clip_norm"

@@ -118,7 +118,8 @@ PUBLISHED: dict[tuple[str, str, str, float, float], tuple[float, float | None]] 
 # What else the published code trained with: another value is another gradient noise.
 PUBLISHED_WITH = {
     "augment": "crop-flip-rotate", "norm": "batch", "weight_decay": 0.0, "init": None,
-    "freeze": None, "mixup": 0.0, "cutmix": 0.0, "randaugment": None, "random_erasing": 0.0,
+    "extend": None, "freeze": None, "mixup": 0.0, "cutmix": 0.0, "randaugment": None,
+    "random_erasing": 0.0,
     "label_smoothing": 0.0, "loss": "cross-entropy",
 }  # fmt: skip
 # of the published code, some without effect

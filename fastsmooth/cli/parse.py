@@ -181,7 +181,7 @@ def over_finished(given: dict[str, Any]) -> dict[str, Any]:
                 f"{folder}"
             )
     inherited = flags_of(saved)
-    for name in ("init", "extend"):  # how that run began
+    for name in ("init", "extend", "warmup"):  # how that run began
         inherited.pop(name, None)
     both = over(inherited, given)
     kept = without_idle(both)  # of what is inherited: another method may not use it
@@ -248,8 +248,9 @@ def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
-def read_saved(folder: Path) -> Config:
-    """The Config that a run folder was started with."""
+def read_saved(folder: Path, with_code: bool = False) -> Config:
+    """The Config that a run folder was started with. `with_code`: the code that lies in the folder
+    may be run."""
     path = folder / "config.json"
     try:
         saved = json.loads(read_file(path).decode())
@@ -258,7 +259,7 @@ def read_saved(folder: Path) -> Config:
         raise ConfigError(f"{path}: {error.strerror}: is this a run folder?") from None
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged, so the run cannot be identified: {error}") from None
-    return at_home(saved_config(given, str(path)), folder)
+    return at_home(saved_config(given, str(path)), folder, with_code)
 
 
 def saved_config(given: dict[str, Any], source: str) -> Config:
@@ -279,9 +280,9 @@ def saved_config(given: dict[str, Any], source: str) -> Config:
     return Config(**values)
 
 
-def at_home(c: Config, folder: Path) -> Config:
+def at_home(c: Config, folder: Path, with_code: bool = False) -> Config:
     """`c` with its images and its own code where they lay when the run in `folder` was started,
-    wherever this process was; of code that is gone, with the copy in the folder."""
+    wherever this process was; `with_code`: of code that is gone, with the copy in the folder."""
     about = read_object(folder / "env.json") or {}
     home, code = about.get("data_dir"), about.get("code")
     for field, spec in c.own_code.items():
@@ -289,7 +290,8 @@ def at_home(c: Config, folder: Path) -> Config:
         began = code.get(field) if isinstance(code, dict) else None
         places = [Path(began.rpartition(":")[0])] if isinstance(began, str) else []
         places = [place for place in places if place.name == path.name and str(place).isprintable()]
-        for place in (*places, (folder / "code" / path.name).absolute()):
+        copies = [(folder / "code" / path.name).absolute()] * with_code
+        for place in (*places, *copies):
             if place.is_file():
                 moved: dict[str, Any] = {field: f"{place}:{name}"}
                 c = dataclasses.replace(c, **moved)
@@ -329,7 +331,7 @@ def resumed(given: dict[str, Any]) -> Config:
     started with."""
     if "out" not in given:
         raise ConfigError("--resume needs --out DIR: the run folder to go on with")
-    saved = read_saved(Path(given["out"]))
+    saved = read_saved(Path(given["out"]), with_code=True)
     if given.get("method") == "sampling":
         given = {key: value for key, value in given.items() if key != "method"}
         given["mode"] = "sampling"

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsmooth.data import augment
 from fastsmooth.data.chunks import normalisation
 from fastsmooth.data.files import Paths
-from fastsmooth.data.images import open_image, pixels_of
+from fastsmooth.data.images import DataError, open_image, pixels_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TestedView:
     brought to; size, those of the centre that is kept; channels of the network, 3 of an L image
     repeat it; mean and std, one a channel, of values from 0 to 1.
 
-    Raises DataError for a file that cannot be read.
+    Raises DataError for a file that cannot be read, and for what is neither.
     """
 
     mode: str
@@ -38,6 +38,9 @@ class TestedView:
 
     def __call__(self, image: Image.Image | str | PathLike[str]) -> Tensor:
         if not isinstance(image, Image.Image):
+            if not isinstance(image, str | PathLike):
+                kind = type(image).__name__
+                raise DataError(f"an image of type {kind}: give a PIL image, or the path of a file")
             image = open_image(Paths([str(Path(image))]), 0)
         image = augment.central(image.convert(self.mode), self.resize, self.size)
         pixels = torch.from_numpy(pixels_of(image).copy()).permute(2, 0, 1).long()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,8 @@ def training(
             "fingerprint of the data: SHA-256 of its labels, and of its pixels or file names",
             word(env.get("fingerprint")),
         ),
-        ("augmentation", config.augment),
+        ("augmentation", config.changes or "none"),
+        ("mixing", mixing(config)),
         ("began from", began_from(config)),
         ("method", config.method),
         ("learning rate", first_and_last(run, "lr")),
@@ -210,7 +212,7 @@ def training(
         ("momentum", first_and_last(run, "momentum")),
         ("optimizer", without_folder(config.optimizer)),
         ("weight decay", f"{config.weight_decay:g}"),
-        ("loss", without_folder(config.loss)),
+        ("loss", without_folder(config.loss_in_words)),
         ("delta of the schedule, computed", first_and_last(run, "delta", config.delta_unit)),
         ("epochs of the run", whole(len(groups.epochs(run)))),
         ("these weights", f"{run.weights}, of {standing(about)}"),
@@ -298,7 +300,13 @@ def words_of(config: Config) -> list[str]:
 def shell(word: str) -> str:
     """The word as a shell reads it, in a page that is read too."""
     word = clean(word).replace("`", "'")
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII) else json.dumps(word)
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII) else shlex.quote(word)
+
+
+def mixing(config: Config) -> str | None:
+    """How training images were mixed."""
+    kinds = [(name, getattr(config, name)) for name in ("mixup", "cutmix")]
+    return " and ".join(f"{name} {value:g}" for name, value in kinds if value) or None
 
 
 def without_folder(value: str) -> str:

@@ -66,7 +66,8 @@ def files_of(model: nn.Module, run: TrainedRun, repository: str | None) -> dict[
         about = {"fastsmooth": __version__} | public(config)
     environment = read_object(run.path / "env.json") or {}
     images = environment.get("training_images")
-    order = order_hash(config.seed, images)
+    # of a run that goes on from another one the first epoch has another number
+    order = None if config.extend else order_hash(config.seed, images)
     text = card.text(run, facts, config, environment, order, repository)
     contents = {"config.json": about, MODEL: facts.to_json()}
     files = {EXPORTED: to_safetensors(model, run)}

@@ -153,7 +153,8 @@ def choose_weights(folder: Path, name: str | None) -> Path:
     if name not in there:
         have = f"it has {', '.join(there)}" if there else "it has none yet"
         raise RunError(
-            f"{folder} has no weights {name!r}: {have}: weights are written as an epoch ends"
+            f"{folder} has no weights {name!r}: {have}: they are written as an epoch or the "
+            "run ends, best-ema and last-ema with --ema, epoch-N with --keep all"
         )
     return folder / f"{name}{ENDING}"
 

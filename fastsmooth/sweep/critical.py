@@ -35,7 +35,7 @@ NO_RESULT = {
     "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir",
     "workers", "chunk", "loader",
     "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "measure", "device",
-    "kernels", "graphs",
+    "kernels", "graphs", "ema", "keep", "top5", "recipe",
     "decay_epoch", "epochs", "budget",
 }  # fmt: skip
 # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published

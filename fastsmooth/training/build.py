@@ -100,7 +100,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
     The run folder comes last. What one process refuses, all refuse, so that none waits for another.
     """
     keep_freed_memory()
-    before = look_back(c, ranks)
+    before, given = look_back(c, ranks), c
     with ranks.together(REFUSALS, ConfigError), as_it_began(c, before.made_with):
         if before.made_with:
             source = f"{before.origin.run if before.origin else c.out}/checkpoints"
@@ -115,7 +115,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
         machine.set_numerics(c, on.precision, plan.schedule)
         trained = make_trained(plan, images, device, ranks, before)
     plan, cut = cut_to_fit(plan, images, trained, on, ranks)
-    c, asked = plan.config, c
+    c = plan.config
     with ranks.together(REFUSALS, ConfigError), as_it_began(c, before.made_with):
         parts = InstrumentParts(
             plan,
@@ -158,7 +158,8 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             about |= {"weights": trained.remarks} if trained.remarks else {}
             about |= {"extends": dataclasses.asdict(before.origin)} if before.origin else {}
             about |= {"code": {k: os.path.abspath(v) for k, v in c.own_code.items()}}
-            folder = RunFolder.create(out, asked.to_json(), environment() | about)
+            said = {name: getattr(given, name) for name in configs.RESOLVED_ONCE}
+            folder = RunFolder.create(out, c.to_json() | said, environment() | about)
         if ranks.leader:
             owncode.keep(out / "code", trained.code)
         tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
@@ -197,7 +198,10 @@ def look_back(c: Config, ranks: Ranks) -> Before:
             check_unused(wanted)
         if c.extend and state is None and ranks.leader:
             state, origin = extending.finished(c.extend)
-    told = made_with(state), origin, extending.first_epoch(state, origin)
+    made = made_with(state)
+    if origin is not None:  # whose batches were others
+        made.pop("micro_batch", None)
+    told = made, origin, extending.first_epoch(state, origin)
     return Before(folder, checkpoints, state, *ranks.from_leader(told))
 
 
@@ -269,17 +273,20 @@ def cut_to_fit(
     """The plan with what --micro-batch auto means here, and what that is in words."""
     if plan.config.micro_batch != "auto":
         return plan, ""
+    tried = on.device.type in fitting.TRIED
     with ranks.together(REFUSALS, ConfigError):
         share, shape = fitting.largest_share(plan, images, ranks.world)
+        few = share
         bn = batchnorm_of(plan.config)
         trial = fitting.Trial(
             trained.model, trained.optimizer, shape, on.precision, bn, trained.objective
         )
         one_left = partial(fitting.one_left, plan, ranks.world, trained.one_alone)
-        few = fitting.what_fits(share, trial.fits, one_left)
+        if tried:
+            few = fitting.what_fits(share, trial.fits, one_left)
     at_once = fitting.smallest_of(ranks, few, share)
     c = dataclasses.replace(plan.config, micro_batch=at_once)
-    return dataclasses.replace(plan, config=c), fitting.told(share, c.samples_at_once)
+    return dataclasses.replace(plan, config=c), fitting.told(share, c.samples_at_once, tried)
 
 
 def make_step(plan: Plan, images: data.Data, trained: Trained, on: Machine, ranks: Ranks) -> Step:
@@ -328,10 +335,10 @@ def begin(run: Run, state: State | None, decided: list[str]) -> None:
                 go_on(run, state)
         changes = machine.changes(made_with(state), run.made_with)
         if changes and ranks.leader:
-            warn(
-                f"going on with {changes}: the bits may differ from those of a run that is not "
-                "interrupted"
-            )
+            differ = "the bits may differ from those of a run that is not interrupted"
+            if run.origin:
+                differ = "what was trained before was trained otherwise"
+            warn(f"going on with {changes}: {differ}")
     run.begun = True
     name = machine.device_name(run.device) if ranks.world == 1 else f"{ranks.world} processes"
     run.progress = Progress(
@@ -567,7 +574,7 @@ def takes(c: Config, model: torch.nn.Module, x: Tensor, classes: int, side: int)
 
 
 def check_classes(c: Config, images: data.Data) -> None:
-    if c.top5 and images.classes < 5:
+    if c.top5 and images.classes <= 5:
         raise ConfigError(
             f"--top5: {c.dataset} has {images.classes} classes, all of them among the five "
             "likeliest: leave --top5 out"
@@ -645,6 +652,19 @@ def mixed(c: Config) -> str:
     return f"training batches are mixed by {how}: train_loss and train_acc are of mixed images"
 
 
+# What else changes an update, which the lines of a run do not name otherwise.
+BESIDES = ("weight_decay", "decay_weights_only", "clip_norm", "sam", "ema", "patience")
+
+
+def besides(c: Config) -> str:
+    """Those of them that the run has, and the recipe that they may come from; empty without."""
+    flags = [name for name in BESIDES if getattr(c, name) != configs.FIELDS[name].default]
+    values = (getattr(c, name) for name in flags)
+    said = [flag(n) if v is True else f"{flag(n)} {v}" for n, v in zip(flags, values, strict=True)]
+    recipe = [f"recipe {c.recipe}"] if c.recipe else []
+    return ", ".join(recipe + said)
+
+
 def introduce(run: Run, decided: list[str]) -> None:
     c, say, ranks = run.config, run.progress.say, run.ranks
     parameters = f"{models.count_parameters(run.model):,} {'trainable ' * bool(c.freeze)}parameters"
@@ -687,6 +707,8 @@ def introduce(run: Run, decided: list[str]) -> None:
         say(f"the loss, of training and of testing, is {c.loss}")
     if not c.form.bounds:
         say(*units(c))
+    if words := besides(c):
+        say(words)
     for line in [*run.remarks, *warming(c, run.plan), *notes(c, run.schedule)]:
         say(line)
     for instrument in run.instruments:

@@ -62,6 +62,14 @@ def failed(error: BaseException, run: Run | None) -> Ending:
     return Ending(code, "failed", line, "error", said)
 
 
+def still_there(run: Run | None) -> str:
+    """What a run that has diverged leaves to go on from, in words after a semicolon."""
+    with contextlib.suppress(OSError):
+        if run is not None and run.checkpoints.steps():
+            return "; the last checkpoint is finite"
+    return ""
+
+
 def report(run: Run, seconds: float) -> None:
     """Write and say what came out of a run that has reached its end."""
     run.finish()
@@ -156,7 +164,7 @@ def conclude(ended: Ending, run: Run | None, ranks: Ranks | None) -> None:
 NO_MEMORY = (
     "can't allocate memory",
     "could not create a primitive",
-    "bad alloc",
+    "bad_alloc",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
@@ -178,15 +186,15 @@ def out_of_memory(error: BaseException, run: Run | None, c: Config, torch: Any) 
     )
     gpu = isinstance(error, torch.OutOfMemoryError)
     line = f"out of memory {'on the GPU' if gpu else 'in main memory'} at batch {batch}"
-    if c.micro_batch == "auto" and run is not None:
-        together = run.config.samples_at_once or batch
+    together = 1 if run is None else run.config.samples_at_once or batch
+    if c.micro_batch == "auto" and together > 1:
         return (
             f"{line}, of which {together} samples together did fit before the run: give "
-            f"--micro-batch {max(1, together // 2)}, with --resume too, or lower --batchsize"
+            f"--micro-batch {together // 2}, with --resume too, or lower --batchsize"
         )
     return (
-        f"{line}: --micro-batch N computes the same batch N samples at a time, --micro-batch auto "
-        "finds how many fit; or lower --batchsize"
+        f"{line}: --micro-batch N computes the same batch N samples at a time, on a GPU "
+        "--micro-batch auto finds how many fit; or lower --batchsize"
     )
 
 

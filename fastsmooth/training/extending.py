@@ -13,6 +13,7 @@ from fastsmooth.cli.parse import check_finished
 from fastsmooth.data import Data
 from fastsmooth.foreign import Driven
 from fastsmooth.messages import one_line, warn
+from fastsmooth.optim import HYPERPARAMETERS
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.runfolder.read import read_status
 from fastsmooth.training.loop import FORMAT, Origin, Run
@@ -107,8 +108,6 @@ def take_over(run: Run, state: State, origin: Origin) -> None:
             | {"optimizer": with_flags(state["optimizer"], run)}
             | {"epoch": 0, "update": 0, "samples": 0, "last_epoch": {}}
             | {"best_test_acc": None, "best_epoch": None, "best_ema_test_acc": None}
-            # an average that begins here begins at the weights that there are
-            | {"ema": state.get("ema", state["model"])}
             | {"meter": run.meter.state_dict(), "window": run.window.state_dict()}
             | {"instruments": {i.name: i.state_dict() for i in run.instruments}}
             | {"asked": [], "epoch_seconds": 0.0}
@@ -120,9 +119,12 @@ def take_over(run: Run, state: State, origin: Origin) -> None:
 def with_flags(before: State, run: Run) -> State:
     """The state of the finished run's optimizer with the hyperparameters that the flags say now."""
     now = run.step.optimizer
+    # what such a flag does not say may be counted there
+    arguments = [text.partition("=")[0] for text in run.config.optimizer_args or ()]
+    said = {*HYPERPARAMETERS, *arguments}
     fresh = now.state_dict()["param_groups"]
     groups = [
-        group | {name: own[name] for name in now.defaults if name in own}
+        group | {name: own[name] for name in said if name in own}
         for group, own in zip(before["param_groups"], fresh, strict=True)
     ]
     return before | {"param_groups": groups}

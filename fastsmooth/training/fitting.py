@@ -17,6 +17,9 @@ from fastsmooth.training.objective import Objective
 from fastsmooth.training.plan import Plan
 from fastsmooth.training.step import Step, return_freed_memory
 
+# Whose memory says when it is full. A processor's is promised beyond what there is, and where a
+# limit refuses it (ulimit -v), oneDNN has none left for its code, and may end the process.
+TRIED = {"cuda", "mps"}
 SPARE = 16  # of a GPU's free memory, one part in so many stays free for what comes beside a step
 
 
@@ -153,8 +156,10 @@ def smallest_of(ranks: Ranks, found: int, share: int) -> int | None:
     return fewest if fewest < share else None
 
 
-def told(share: int, samples: int | None) -> str:
-    """The same in words."""
+def told(share: int, samples: int | None, tried: bool) -> str:
+    """The same in words; `tried`: or it was not."""
+    if not tried:
+        return "--micro-batch auto: whole batches, since what fits is tried on a GPU alone"
     if samples is None:
         return f"--micro-batch auto: the largest batch fits in memory ({share} samples together)"
     return f"micro-batch {samples}: {share} samples do not fit in memory together"

@@ -391,7 +391,9 @@ class Run:
 
     def finish(self) -> None:
         """Write the last weights, and what the instruments have found."""
-        self.keeper.last(self.last_epoch, final=True)
+        tested = self.last_epoch.get("step") == self.update
+        row = self.last_epoch if tested else {"epoch": self.epoch, "step": self.update}
+        self.keeper.last(row, final=True)
         for instrument in self.instruments:
             self.write_files(instrument)
 

@@ -401,13 +401,14 @@ def notes(c: Config, schedule: Schedule) -> list[str]:
     """Where delta is not what the method aims at, or is nothing; and what is minimised, where that
     is not the loss of the tests."""
     found = []
-    if c.loss_in_words != "cross-entropy":
+    if c.loss_in_words != "cross-entropy" and "loss" not in c.own_code:
         found.append(
             f"the training loss is {c.loss_in_words}; the test loss is plain cross-entropy"
         )
     if not c.plain_update:
         names = ("sam", "clip_norm", "mixup", "cutmix")
-        flags = " and ".join(flag(name) for name in names if getattr(c, name))
+        *most, last = [flag(name) for name in names if getattr(c, name)]
+        flags = f"{', '.join(most)} and {last}" if most else last
         found.append(
             f"delta is not given: it is defined for updates along mini-batch gradients, not for "
             f"{flags}"

@@ -193,7 +193,7 @@ def of_torchvision(network: str) -> Weights:
     if weights is None:
         raise none_published(f"torchvision/{network}")
     with contextlib.redirect_stdout(io.StringIO()):  # torch.hub tells where from, and where to
-        tensors = weights.get_state_dict(progress=False, check_hash=True)
+        tensors = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     return Weights(f"torchvision/{network} ({weights.name})", tensors)
 
 
