@@ -201,7 +201,7 @@ def chosen_loader(run: TrainedRun) -> str:
 def other_config(run: TrainedRun, asked: Asked) -> Config:
     """A Config that finds the images that are asked for; those without a split in one piece."""
     given = {
-        "data_dir": tested_alone(asked.data_dir or ""),
+        "data_dir": asked.data_dir and tested_alone(asked.data_dir),
         "dataset": asked.dataset,
         "labels": asked.labels,
     }
