@@ -123,3 +123,30 @@ def test_keep_last_keeps_no_others(tmp_path):
     last = fs.load_run(out).of_kind("epoch")[-1]
     about = fs.load_run(out).about_weights
     assert all(about[name] == last[name] for name in ("epoch", "test_acc", "test_loss"))
+
+
+def test_the_last_weights_claim_no_test_that_was_before_them(tmp_path):
+    """Of a run that ends inside an epoch."""
+    out = tmp_path / "run"
+    assert main(["--budget", "updates=60", "--out", str(out)]) == 0
+    tested = fs.load_run(out, "last").about_weights  # the end of a budget is tested
+    assert (tested["update"], tested["test_acc"] is None) == (60, False)
+    flags = [
+        "--mode",
+        "sampling",
+        "--steps",
+        "50",
+        "--draws",
+        "2",
+        "--out",
+        str(tmp_path / "other"),
+    ]
+    assert main(flags) == 0
+    untested = fs.load_run(tmp_path / "other", "last").about_weights
+    assert untested["update"] == 50 and untested["test_acc"] is None
+
+
+def test_what_is_no_image_is_refused_in_words(run_folder):
+    for thing in (torch.zeros(3, 8, 8), 3, None):
+        with pytest.raises(ValueError, match="give a PIL image, or the path of a file"):
+            fs.load_run(run_folder).predict([thing])
