@@ -165,7 +165,7 @@ class HostCase:
 RESNET18 = 11_220_144
 CASES = (
     HostCase("resnet18"),
-    *(UpdateCase("resnet18", form) for form in FORMS),
+    *(UpdateCase("resnet18", name) for name, form in FORMS.items() if form.bounds),
     NoiseCase(2, RESNET18, steps=8),
     NoiseCase(8, RESNET18, steps=4),
     NoiseCase(32, RESNET18, steps=4),
@@ -533,8 +533,9 @@ def travelled(form: str, steps: int) -> tuple[float, float]:
     gradient is always 1."""
     m = direction = total = 0.0
     for _ in range(steps):
-        m = BETA * m + (1.0 if form == "shb" else 1 - BETA)
-        direction = {"sgd": 1.0, "shb": m, "nshb": m, "qhm": (1 - NU) + NU * m}[form]
+        alpha, fresh, kept = FORMS[form].coefficients(BETA, NU)
+        m = BETA * m + alpha
+        direction = fresh + kept * m
         total += direction
     return total, direction
 

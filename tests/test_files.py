@@ -28,6 +28,8 @@ WRITERS = {
         "open",
     ): "the part of a download, which goes on where it stopped and is named once its sum is right",
     ("checkpoint.py", "save"): "into memory",
+    ("foreign.py", "save"): "into memory",
+    ("work.py", "os.rename"): "a folder, whose files are written by the one function before",
     ("index.py", "savez"): "into memory",
     ("tars.py", "savez"): "into memory",
     ("pdf.py", "print_pdf"): "into memory",

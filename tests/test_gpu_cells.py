@@ -98,7 +98,7 @@ def test_a_kernel_that_is_wrong_is_told_and_the_others_are_checked(told, monkeyp
         for row in rows
         if row["case"].startswith("update/") and "/K" not in row["case"] and "errors" in row
     }
-    assert len(wrong) == 8 and cell.failed
+    assert len(wrong) == 10 and cell.failed
     assert any(row["case"].startswith("augment/") and row["right"] for row in rows)
 
 

@@ -153,7 +153,7 @@ def test_a_stream_goes_on_with_another_chunk_and_another_number_of_ranks(loader,
         state = first.state_dict()
         first.close()
         assert {name: type(value) for name, value in state.items()} == {
-            "seed": int, "epoch": int, "cursor": int, "fingerprint": str,
+            "seed": int, "epoch": int, "cursor": int, "fingerprint": str, "first_epoch": int,
         }  # fmt: skip
         assert state["epoch"] == 1 and 0 < state["cursor"] < n
         state = json.loads(json.dumps(state))
