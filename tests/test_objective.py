@@ -180,7 +180,7 @@ def test_the_noise_of_the_smoothed_loss_is_measured(tmp_path):
     """C2 of --track-noise beside gradients of single samples by autograd, of the loss that
     trains."""
     flags = ["--loss", "bce", "--label-smoothing", "0.1", "--norm", "group", "--batchsize", "16"]
-    flags += ["--track-noise", "every=1", "--budget", "updates=1", "--kernels", "reference"]
+    flags += ["--track-noise", "every=1", "--budget", "updates=1"]
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     (row,) = (row for row in read_rows(tmp_path / "run") if row["kind"] == "measure")
     torch.manual_seed(0)
