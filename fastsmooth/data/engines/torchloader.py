@@ -3,6 +3,7 @@ reference of the engines."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing.connection
 import signal
 import sys
@@ -189,6 +190,12 @@ def without_remarks() -> Iterator[None]:
         sys.unraisablehook = before
 
 
+def leave_alone(worker: int) -> None:
+    """Have the process of a worker, a fork, free nothing that was garbage before: what threads of
+    the first process belong to (a pipeline of DALI) would end it."""
+    gc.freeze()
+
+
 class Items:
     """What the DataLoader takes its lists of items from; exchanged before each pass."""
 
@@ -289,6 +296,7 @@ class TorchEngine:
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.pinned,
+            worker_init_fn=leave_alone,
             # without one of its own each pass would move the global random state
             generator=torch.Generator(),
         )
