@@ -64,22 +64,13 @@ def parser() -> flag_types.Parser:
     add("--on-bad-image", default="raise", choices=of["on_bad_image"]["choices"], help="raise: stop; zeros: show it black and count it (raise)")
     add("--ignore-unknown", action="store_true", help="leave out images of classes that the run has not")
     add = p.add_argument_group("the model").add_argument
-    add_model_flags(add)
+    flag_types.add_model_flags(add)
     add("--batch-size", "--batchsize", "-b", type=flag_types.whole(1), metavar="N", help="images through it together (as the run tests)")
     add = p.add_argument_group("other").add_argument
     add("--json", action="store_true", help="one JSON object with all numbers, the whole confusion matrix among them")
     add("-h", "--help", action="store_true", default=SUPPRESS, help="this page")
     # fmt: on
     return p
-
-
-def add_model_flags(add: Any) -> None:
-    """The flags that say which model of a run, and where it computes."""
-    # fmt: off
-    add("--weights", type=flag_types.text, metavar="NAME", help="best, last, best-ema, last-ema or epoch-N (the best that there are, else the last)")
-    add("--device", default="auto", type=flag_types.device, metavar="DEV", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    add("--trust-code", action="store_true", help="run the Python file that the network came from")
-    # fmt: on
 
 
 def parse(argv: list[str]) -> Request | None:

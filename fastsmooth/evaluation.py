@@ -28,6 +28,7 @@ from fastsmooth.cli.device import compute_float32
 from fastsmooth.data import DataError
 from fastsmooth.data.engines import dali
 from fastsmooth.data.images import ImageSet, Split
+from fastsmooth.data.layouts.trees import TESTS
 from fastsmooth.data.order import in_order
 from fastsmooth.data.source import BadImages
 from fastsmooth.inference import in_batches, reading
@@ -212,7 +213,7 @@ def other_config(run: TrainedRun, asked: Asked) -> Config:
 def tested_alone(data_dir: str) -> str:
     """Of a folder that has a test set beside no training set, that of the test set."""
     folder = Path(data_dir)
-    parts = [part for part in ("test", "val", "valid") if (folder / part).is_dir()]
+    parts = [part for part in TESTS if (folder / part).is_dir()]
     alone = len(parts) == 1 and not (folder / "train").exists()
     return str(folder / parts[0]) if alone else data_dir
 

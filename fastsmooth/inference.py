@@ -50,7 +50,7 @@ def load_model(run: TrainedRun) -> nn.Module:
     model = models.build(network, len(facts.classes), facts.norm, facts.channels)
     path = run.weights_path
     try:
-        model.load_state_dict(read_weights(path)[0])
+        model.load_state_dict(read_weights(path))
     except RuntimeError as error:
         raise RunError(
             f"{path} has not the weights of {facts.network}: {one_line(error)[:200]}"

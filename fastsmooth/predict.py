@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli.flags import ConfigError
-from fastsmooth.evaluate import add_model_flags
 from fastsmooth.messages import (
     BAD_INPUT,
     DONE,
@@ -66,7 +65,7 @@ def parser() -> flag_types.Parser:
     add = p.add_argument
     add("files", nargs="*", metavar="RUN FILES", help="a run folder that fastsmooth.train wrote; images, folders of images, or - for a list of them, a line each, on standard input")
     add("--top", default=1, type=flag_types.whole(1), metavar="K", help="the K likeliest classes (1)")
-    add_model_flags(add)
+    flag_types.add_model_flags(add)
     add("--csv", action="store_true", help="with a header and quotes: path, class, probability, class_2, probability_2 and so on")
     add("--json", action="store_true", help="one JSON object a line")
     add("-h", "--help", action="store_true", default=SUPPRESS, help="this page")

@@ -125,23 +125,20 @@ class Smoothing:
         near the root is delta computed: elsewhere two points on either side of it, where delta is
         off by more than it can be rounded, tell.
         """
-
-        def falls_short(beta: float) -> bool:
-            return self.bounded(lr, batch_size, beta) < target
-
-        if not falls_short(0.0):
+        degree = partial(self.bounded, lr, batch_size)  # of a beta
+        if degree(0.0) >= target:
             return 0.0
-        if self.bounded(lr, batch_size, highest) <= target:
+        if degree(highest) <= target:
             return highest
         below = self.momentum_near(target * (1 - SLACK) / lr, batch_size)
         above = self.momentum_near(target * (1 + SLACK) / lr, batch_size)
-        if not (0 < below < 1 and self.bounded(lr, batch_size, below) < target * (1 - SLACK / 4)):
+        if not (0 < below < 1 and degree(below) < target * (1 - SLACK / 4)):
             below = 0.0
-        if not (0 < above < 1 and self.bounded(lr, batch_size, above) > target * (1 + SLACK / 4)):
+        if not (0 < above < 1 and degree(above) > target * (1 + SLACK / 4)):
             above = 1.0
         low, high = 0.0, highest
         while low < (middle := (low + high) / 2) < high:
-            if middle <= below or (middle < above and falls_short(middle)):
+            if middle <= below or (middle < above and degree(middle) < target):
                 low = middle
             else:
                 high = middle

@@ -96,9 +96,9 @@ class TrainedRun(SavedRun):
     def about_weights(self) -> dict[str, Any]:
         """What was noted with the weights: epoch (counted from 0), update, test_acc and test_loss
         they had."""
-        from fastsmooth.runfolder.weights import read_weights
+        from fastsmooth.runfolder.weights import read_about
 
-        return read_weights(self.weights_path)[1]
+        return read_about(self.weights_path)
 
     @cached_property
     def transform(self) -> TestedView:

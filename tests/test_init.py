@@ -24,7 +24,7 @@ from fastsmooth.freezing import FrozenNorm, freeze
 from fastsmooth.models import ModelError
 from fastsmooth.noise.gradients import undisturbed
 from fastsmooth.train import main
-from fastsmooth.training import weights
+from fastsmooth.training import beginning
 from fastsmooth.training.syncnorm import SyncBatchNorm, convert
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -40,7 +40,7 @@ def taken(path, name="torchvision/resnet18", classes=1000, channels=3):
     torch.manual_seed(0)
     model = models.build(name, classes, channels=channels)
     state = torch.get_rng_state()
-    line = weights.begin_with(resolve({"model": name, "init": str(path)}), model, classes)
+    line = beginning.begin_with(resolve({"model": name, "init": str(path)}), model, classes)
     assert torch.equal(torch.get_rng_state(), state)
     return model.eval(), line
 
@@ -136,7 +136,7 @@ def test_another_shape_is_refused_with_both(tmp_path):
 
 
 def test_a_width_that_is_the_number_of_classes_is_no_head(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "FAMILIES", ())
+    monkeypatch.setattr(beginning, "FAMILIES", ())
     narrow = models.CifarResNet(models.BasicBlock, [3, 3, 3], [8, 32, 64], 16).state_dict()
     torch.save(narrow, tmp_path / "w.pth")
     assert "is [8, 8, 3, 3], and in resnet20 [16, 16, 3, 3]" in cannot(
@@ -156,7 +156,7 @@ def test_weights_of_another_network_are_refused_with_its_name(tmp_path, monkeypa
         tmp_path / "own.pth", "torchvision/resnet18"
     )
     torch.save({"a": torch.zeros(2)}, tmp_path / "few.pth")
-    monkeypatch.setattr(weights, "FAMILIES", ())
+    monkeypatch.setattr(beginning, "FAMILIES", ())
     assert cannot(tmp_path / "few.pth").endswith(": give weights of resnet20")
 
 

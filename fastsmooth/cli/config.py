@@ -82,14 +82,14 @@ WITH_DATA_DIR = SETS.keys() - {"digits"}
 WITH_CODE = ("model", "optimizer", "loss")
 
 
-class Foreign(set[str]):
+class ForeignNames(set[str]):
     """The optimizers that are no forms, by how they are named."""
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and is_foreign(name)
 
 
-FOREIGN = Foreign({"torch/NAME", "timm/NAME", "FILE.py:NAME"})
+FOREIGN = ForeignNames({"torch/NAME", "timm/NAME", "FILE.py:NAME"})
 
 
 class Optimizers(tuple[str, ...]):

@@ -105,43 +105,26 @@ def text(value: str) -> str:
     return value
 
 
-def device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not auto, cpu, cuda, cuda:N or mps")
-    return value
+def like(pattern: str, what: str) -> Callable[[str], str]:
+    """A parser of text of a pattern; `what` it is that other text is not."""
+
+    def parse(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise argparse.ArgumentTypeError(f"{value!r} is {what}")
+        return value
+
+    return parse
 
 
-def every(value: str) -> str:
-    if not re.fullmatch(r"every=[1-9]\d{0,8}(ep)?", value):
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is not every=N (updates) or every=Nep (epochs)"
-        )
-    return value
-
-
-def budget(value: str) -> str:
-    if not re.fullmatch(r"(epochs|updates|samples)=[1-9]\d{0,17}", value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not epochs=N, updates=N or samples=N")
-    return value
+device = like(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", "not auto, cpu, cuda, cuda:N or mps")
+every = like(r"every=[1-9]\d{0,8}(ep)?", "not every=N (updates) or every=Nep (epochs)")
+budget = like(r"(epochs|updates|samples)=[1-9]\d{0,17}", "not epochs=N, updates=N or samples=N")
+warmup = like(r"[1-9]\d{0,8}(ep)?", "not N (updates) or Nep (epochs)")
+milestone = like(r"[1-9]\d{0,6}|[1-9]\d?%", "no epoch such as 60, nor a share such as 30%")
 
 
 def micro_batch(value: str) -> int | str:
     return value if value == "auto" else whole(1)(value)
-
-
-def warmup(value: str) -> str:
-    if not re.fullmatch(r"[1-9]\d{0,8}(ep)?", value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not N (updates) or Nep (epochs)")
-    return value
-
-
-def milestone(value: str) -> str:
-    """An epoch, or a percentage of them."""
-    if not re.fullmatch(r"[1-9]\d{0,6}|[1-9]\d?%", value):
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is no epoch such as 60, nor a share such as 30%"
-        )
-    return value
 
 
 def randaugment(value: str) -> str:
@@ -239,6 +222,17 @@ def option(
         "only": only,
     }
     return field(default=default, metadata=metadata)
+
+
+def add_model_flags(add: Callable[..., object], devices: bool = True) -> None:
+    """The flags of a command that takes the model of a run: which of its weights and, where there
+    are `devices` to choose from, where it computes."""
+    names = "best, last, best-ema, last-ema or epoch-N (the best that there are, else the last)"
+    add("--weights", type=text, metavar="NAME", help=names)
+    if devices:
+        places = "auto, cpu, cuda, cuda:N or mps (auto)"
+        add("--device", default="auto", type=device, metavar="DEV", help=places)
+    add("--trust-code", action="store_true", help="run the Python file that the network came from")
 
 
 positive = real(0, open_low=True)

@@ -105,17 +105,23 @@ def moment(text: str) -> Moment:
     return Moment(amount, unit)
 
 
-def image_size(low: int, high: int) -> Callable[[str], int | str]:
-    """A parser of the pixels a side of all images, or of stages, which it gives as `written`."""
-    side = whole(low, high)
+def staged(
+    one: Callable[[str], T], stages: Callable[[str, Callable[[str], T]], Stages[T]]
+) -> Callable[[str], T | str]:
+    """A parser of one value, or of `stages` of them, which it gives as `written`."""
 
-    def parse(text: str) -> int | str:
+    def parse(text: str) -> T | str:
         if not {"@", ","} & set(text):
-            return side(text)
-        stages = sizes(text, side)
-        return stages[0].value if len(stages) == 1 else written(stages)
+            return one(text)
+        found = stages(text, one)
+        return found[0].value if len(found) == 1 else written(found)
 
     return parse
+
+
+def image_size(low: int, high: int) -> Callable[[str], int | str]:
+    """A parser of the pixels a side of all images, or of stages, which it gives as `written`."""
+    return staged(whole(low, high), sizes)
 
 
 def sizes(text: str, side: Callable[[str], int] = int) -> Stages[int]:
@@ -125,14 +131,7 @@ def sizes(text: str, side: Callable[[str], int] = int) -> Stages[int]:
 
 def number(value: Callable[[str], float]) -> Callable[[str], float | str]:
     """A parser of one number, or of stages of them, which it gives as `written`."""
-
-    def parse(text: str) -> float | str:
-        if not {"@", ","} & set(text):
-            return value(text)
-        stages = numbers(text, value)
-        return stages[0].value if len(stages) == 1 else written(stages)
-
-    return parse
+    return staged(value, numbers)
 
 
 def numbers(text: str, value: Callable[[str], float] = float) -> Stages[float]:

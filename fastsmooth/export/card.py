@@ -158,7 +158,10 @@ def results(run: TrainedRun, config: Config, environment: dict[str, Any]) -> str
     if accuracy is not None:
         rows.append((f"test accuracy of these weights{over}", f"{accuracy:.2%}"))
     if loss is not None:
-        rows.append(("test loss of these weights", figure(loss)))
+        function = "mean cross-entropy"
+        if "loss" in config.own_code:
+            function = f"mean {without_folder(config.loss)}"
+        rows.append((f"test loss of these weights: {function}", figure(loss)))
     final = groups.last(run, "test_acc")
     if final is not None:
         rows.append(("test accuracy after the last epoch of the run", f"{final:.2%}"))

@@ -42,10 +42,9 @@ def parser() -> flag_types.Parser:
     add("run", nargs="?", metavar="RUN", type=flag_types.text, help="a run folder that fastsmooth.train wrote")
     add("--to", choices=ENDINGS, metavar="FORM", help="safetensors: for torchvision, timm, PyTorch; onnx; torch-export: a .pt2; hub: a folder for the Hugging Face Hub, with a model card")
     add("--out", type=flag_types.text, metavar="PATH", help="the file, or of hub the folder (RUN/export/NAME, by the name of the weights)")
-    add("--weights", type=flag_types.text, metavar="NAME", help="best, last, best-ema, last-ema or epoch-N (those with the best test accuracy)")
+    flag_types.add_model_flags(add, devices=False)
     add("--overwrite", action="store_true", help="replace what an export wrote there before")
     add("--push", type=flag_types.text, metavar="OWNER/NAME", help="hub: upload the folder to this repository, made where there is none")
-    add("--trust-code", action="store_true", help="run the Python file that the network came from")
     add("-h", "--help", action="store_true", default=SUPPRESS, help="this page")
     # fmt: on
     return p

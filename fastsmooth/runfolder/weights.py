@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,20 +111,32 @@ def packed(tensors: Mapping[str, Tensor], words: dict[str, str]) -> bytes:
     return save(own, words)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, what was said about them) of a safetensors file. Raises RunError."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises RunError."""
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What was said about the weights in a safetensors file, none of which is read. Raises
+    RunError."""
+    with opened(path) as file:
+        return told((file.metadata() or {}).get(OURS, ""))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. What is wrong with it, until it is closed, is a RunError."""
     try:
         size_of(path)  # refuses a pipe, which would keep its reader waiting
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            words = (file.metadata() or {}).get(OURS, "")
+            yield file
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or one_line(error)}") from None
     except (SafetensorError, ValueError) as error:
         raise RunError(
             f"{path} is no safetensors file, or damaged: {one_line(error)[:200]}"
         ) from None
-    return tensors, told(words)
 
 
 def told(words: str) -> dict[str, Any]:
@@ -161,5 +174,5 @@ def choose_weights(folder: Path, name: str | None) -> Path:
 
 def accuracy(path: Path) -> float:
     """The test accuracy that a file of weights says it had."""
-    value = read_weights(path)[1].get("test_acc")
+    value = read_about(path).get("test_acc")
     return float(value) if isinstance(value, int | float) else -1.0

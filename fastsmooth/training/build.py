@@ -39,6 +39,7 @@ from fastsmooth.runfolder.weights import MODEL, ModelFacts
 from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, check_unused, claim
 from fastsmooth.training import device as machine
 from fastsmooth.training import extending, fitting, syncnorm
+from fastsmooth.training.beginning import begin_with
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.ema import Ema
 from fastsmooth.training.graphs import CudaRecorder
@@ -49,7 +50,6 @@ from fastsmooth.training.objective import Objective, check_loss, objective_of
 from fastsmooth.training.plan import Plan, make_plan, notes, units, warming
 from fastsmooth.training.sam import Sam
 from fastsmooth.training.step import Step, keep_freed_memory
-from fastsmooth.training.weights import begin_with
 
 PRECISIONS = {
     "fp32": "in float32",

@@ -43,7 +43,7 @@ def finished(folder: str) -> tuple[State, Origin]:
         first = whole(place.get("first_epoch", 0)) + whole(place["epoch"])
         first += whole(place["cursor"]) > 0  # --budget ended it inside an epoch
     except Exception as error:  # a sound file of another program may fail anywhere
-        raise foreign(folder, error) from None
+        raise unsuited(folder, error) from None
     if update != read_status(path).get("step"):
         raise CheckpointError(
             f"--extend {folder}: its newest valid checkpoint is of update {update:,}, and the run "
@@ -58,7 +58,7 @@ def whole(value: Any) -> int:
     return value
 
 
-def foreign(folder: str, error: Exception) -> CheckpointError:
+def unsuited(folder: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"--extend {folder}: its checkpoint is not of a run with these flags "
         f"({one_line(error)[:200]}): start a new run"
@@ -93,7 +93,7 @@ def check(state: State, origin: Origin, model: nn.Module, optimizer: Driven, dat
     except ConfigError:
         raise
     except Exception as error:  # a sound file of another program may fail anywhere
-        raise foreign(origin.run, error) from None
+        raise unsuited(origin.run, error) from None
 
 
 def take_over(run: Run, state: State, origin: Origin) -> None:
@@ -113,7 +113,7 @@ def take_over(run: Run, state: State, origin: Origin) -> None:
             | {"asked": [], "epoch_seconds": 0.0}
         )
     except Exception as error:  # a sound file of another program may fail anywhere
-        raise foreign(origin.run, error) from None
+        raise unsuited(origin.run, error) from None
 
 
 def with_flags(before: State, run: Run) -> State:

@@ -450,8 +450,8 @@ ALLOWED = {  # (file, call): why
         "kernels/native.py",
         "warnings.warn",
     ): "kernels import nothing of the package; end_with's showwarning tells it",
-    ("fastsmooth/training/weights.py", "logging.getLogger"): "to silence another library's",
-    ("fastsmooth/training/weights.py", "logger.setLevel"): "the same",
+    ("fastsmooth/training/beginning.py", "logging.getLogger"): "to silence another library's",
+    ("fastsmooth/training/beginning.py", "logger.setLevel"): "the same",
     ("kernels/aot.py", "argparse.ArgumentParser"): "only as the class that is derived from",
 }
 SOURCES = sorted(

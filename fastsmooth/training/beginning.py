@@ -64,14 +64,14 @@ def begin_with(c: Config, model: nn.Module, classes: int, aloud: bool = True) ->
     """
     assert c.init is not None
     path = None if c.init == "pretrained" else Path(c.init)
-    found = read_weights(path) if path else published(c.model, aloud)
+    found = weights_at(path) if path else published(c.model, aloud)
     return fit(model, found, f"--init {c.init}", c.model, classes)
 
 
 # Where weights come from
 
 
-def read_weights(path: Path) -> Weights:
+def weights_at(path: Path) -> Weights:
     """The weights in a file or a run folder. Raises ConfigError."""
     try:
         if path.is_dir():
