@@ -32,12 +32,14 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
     """Measure with BatchNorm's running statistics (`eval`) or those of the batch (anything else),
     leaving no trace.
 
-    `eval` is the whole model's evaluation mode; else it is in training mode, so dropout is on.
+    `eval` is the whole model's evaluation mode; else it is in training mode, so dropout is on; a
+    model that is in it already keeps the modes of its modules, some of which may be frozen.
     """
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    model.train(bn != "eval")
+    if bn == "eval" or not model.training:
+        model.train(bn != "eval")
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield

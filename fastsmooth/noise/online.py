@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +60,12 @@ class NoiseTracker:
     they were.
 
         noise = NoiseTracker(model, optimizer, samples=len(train), every=50)
-        row = noise(x, y, point)  # once before each update; None where none is due
+        row = noise(x, y)  # once before each update; None where none is due
 
     Args:
-        model: the network; x [B, ...] goes in, a tensor [B, ...] comes out.
+        model: the network; x [B, ...] goes in, a tensor [B, ...] comes out. Of one that
+            DistributedDataParallel wraps every process measures its share of each batch, and all
+            get the row of the whole.
         optimizer: any. The delta that is measured is that of its form, where it is NoisySGD; of
             shb, where it is torch.optim.SGD; None of others, and where no bound is published.
         samples: in the training set, of which batches are drawn without replacement.
@@ -70,12 +74,19 @@ class NoiseTracker:
         estimator: per-sample, of the batch as one; micro-batch, of GROUPS parts of it, each a
             forward pass of its own; auto: per-sample wherever that has a clear meaning.
         bn: BatchNorm while measuring: train or eval, the mode of the model; or batch or frozen,
-            which per-sample gradients in training mode know (sample_norms).
+            which per-sample gradients in training mode know (sample_norms). In train the modules
+            of a model in training mode are measured in the modes that they have.
         version: of the bound behind delta, where the form has several (Smoothing).
-        ranks: the processes that share every batch, where there are several.
+        ranks: the processes that share every batch; None: those of DistributedDataParallel, where
+            that wraps the model, else this one alone.
         quantities: of QUANTITIES (fastsmooth.noise.quantities), whose columns join the row; they
             come out of the same norms, so that "auto" means per-sample then.
         precision: of per-sample products of float32 on a GPU, as sample_norms takes it.
+
+    Under autocast to bfloat16 gradients are measured in bfloat16 as they are trained. Under
+    autocast to float16, whose gradients vanish without a scaled loss, they are measured without
+    autocast, in float32. What torch.compile has made of the model is left out of it: a measurement
+    runs as plain PyTorch does.
 
     A row has, of the batch of B samples with mean gradient g, squared gradient norms as unit:
     c2_sampled, an unbiased estimate of C2 = E||g_i - grad f||^2; c2_sampled_se, its standard error,
@@ -84,12 +95,14 @@ class NoiseTracker:
     estimate of ||grad f||^2; noise_scale, C2 / ||grad f||^2 of decaying averages in samples (the
     simple noise scale of McCandlish et al. 2018, arXiv 1812.06162), None while the estimate below
     is not positive; delta_measured, the papers' delta (arXiv 2311.08745, 2402.02325) with this
-    batch's C2 and this K^2 at the point's lr, batch size, momentum and nu; estimator and bn.
+    batch's C2 and this K^2 at the point's lr, batch size, momentum and nu, None where the groups of
+    parameters have several of one of them and no point says which; estimator and bn.
 
     Raises ValueError for an estimator, bn, `every` or quantity that there is not, and for
     quantities that cannot be had: with the micro-batch
-    estimator or several processes, and cabs with momentum; NotCovered, a ValueError, at the first
-    batch for a model or loss that cannot be measured so.
+    estimator or several processes, and cabs with momentum; NotCovered, a ValueError, for a model
+    whose parameters are not whole in every process (FSDP, DeepSpeed, DataParallel), and at the
+    first batch for a model or loss that cannot be measured so.
     """
 
     def __init__(
@@ -114,10 +127,11 @@ class NoiseTracker:
                 raise ValueError(f"{name} {value!r}: {about_value(f'--{name}', str(value), known)}")
         if samples < 1:
             raise ValueError(f"samples {samples} is out of range: it is 1 or more")
-        self.model, self.loss, self.bn = model, loss, bn
+        self.model, own_ranks = unwrapped(model)
+        self.loss, self.bn, self.optimizer = loss, bn, optimizer
         self.every, self.estimator, self.why = Every.parse(every), estimator, ""
         self.smoothing, self.n = smoothing_of(optimizer, version), samples
-        self.ranks, self.precision = ranks or Ranks(), precision
+        self.ranks, self.precision = ranks or own_ranks, precision
         self.quantities = tuple(quantities)
         self.check_quantities(optimizer)
         self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
@@ -128,20 +142,53 @@ class NoiseTracker:
         self.recent_c2 = self.recent_full = 0.0  # decaying averages
         self.epoch_c2: list[float] = []
 
-    def __call__(self, x: Tensor, y: Tensor, point: Point) -> dict[str, Any] | None:
+    def __call__(
+        self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], point: Point | None = None
+    ) -> dict[str, Any] | None:
         """Call it once before each update, with its batch x [B, ...], y [B, ...]: the row of a
         measurement, None where none is due.
+
+        A batch whose gradient is accumulated over micro-batches comes as two lists, of their x and
+        of their y; they are measured one after the other, each about its own mean, so that one at a
+        time is in memory. Several processes give their shares of the batch, each as many tensors.
+        `point` is what is in force for the update; None: what the optimizer's groups say, at the
+        size of this batch.
 
         A batch too small to measure (the last of an epoch) leaves it to the next. Raises ValueError
         where all batches of the point's size are too small, NotCovered and FloatingPointError.
         """
         update, self.update = self.update, self.update + 1
-        if self.estimator == "auto" and len(y) > 1:
-            self.settle(x, y)
-        self.check_size(point.batch_size)
-        if not self.due(update, self.epoch, len(y)):
+        xs, ys = (list(given) if not isinstance(given, Tensor) else [given] for given in (x, y))
+        if self.estimator == "auto" and len(ys[0]) > 1:
+            with as_measured(ys[0].device):
+                self.settle(xs[0], ys[0])
+        if point is not None:
+            self.check_size(point.batch_size)
+        if not self.every.period(update, self.epoch) > self.last_period:
             return None
-        return self.measure(x, y, point, update, self.epoch)
+        size = sum(sum(sizes) for sizes in self.ranks.gather([len(part) for part in ys]))
+        if not self.due(update, self.epoch, size):
+            return None
+        with as_measured(ys[0].device):
+            return self.measure(xs, ys, point or self.own_point(size), update, self.epoch, size)
+
+    @property
+    def wants_next(self) -> bool:
+        """Whether a call for the update to come would measure, if its batch is not too small."""
+        return self.every.period(self.update, self.epoch) > self.last_period
+
+    def skip(self) -> None:
+        """In the place of a call, before an update that no measurement is due for."""
+        self.update += 1
+
+    def own_point(self, batch_size: int) -> Point | None:
+        """What the optimizer's groups say of the update to come, None where they differ."""
+        found = {
+            (float(group["lr"]), group.get("momentum", 0.0), group.get("nu"))
+            for group in self.optimizer.param_groups
+        }
+        lr, momentum, nu = found.pop()
+        return None if found else Point(lr, batch_size, momentum, nu)
 
     def check_quantities(self, optimizer: torch.optim.Optimizer | Foreign) -> None:
         """Raises ValueError where they cannot be had."""
@@ -203,30 +250,40 @@ class NoiseTracker:
         return self.every.period(update, epoch) > self.last_period and fits
 
     def measure(
-        self, x: Tensor, y: Tensor, point: Point, update: int, epoch: int, size: int | None = None
+        self,
+        x: Tensor | list[Tensor],
+        y: Tensor | list[Tensor],
+        point: Point | None,
+        update: int,
+        epoch: int,
+        size: int | None = None,
     ) -> dict[str, Any]:
-        """The row of a measurement before update number `update`, from x [B, ...] and y [B, ...].
+        """The row of a measurement before update number `update`, from x [B, ...] and y [B, ...],
+        or from micro-batches of such.
 
         With several processes x and y are this one's share of a batch of `size` samples. Leaves no
         trace in the model. Raises FloatingPointError for a gradient that is not finite, and
         ValueError for a batch of too few samples, or of more than there are.
         """
-        size = size or len(y)
+        xs, ys = (given if isinstance(given, list) else [given] for given in (x, y))
+        size = size or sum(map(len, ys))
         if self.estimator == "auto":
-            self.settle(x, y)
+            self.settle(xs[0], ys[0])
         self.check_size(size)
         if size > self.n:
             raise ValueError(f"a batch of {size} samples, where the training set has {self.n}")
         with gradients.undisturbed(self.model, self.bn):
-            c2, grad_square, found = self.estimate(x, y, size)
+            c2, grad_square, found = self.estimate(xs, ys, size)
         row = self.row(c2, grad_square, size, point, update, epoch)
         return row | self.more_of(found, c2, point)
 
-    def more_of(self, found: SampleNorms | None, c2: Estimate, point: Point) -> dict[str, Any]:
+    def more_of(
+        self, found: SampleNorms | None, c2: Estimate, point: Point | None
+    ) -> dict[str, Any]:
         """The columns of the quantities, from the norms that C2 was estimated from."""
         if found is None or not self.quantities:
             return {}
-        measured = measured_of(found, self.model, self.n, c2, point.lr)
+        measured = measured_of(found, self.model, self.n, c2, point.lr if point else math.nan)
         return {key: v for name in self.quantities for key, v in QUANTITIES[name](measured).items()}
 
     def of_norms(self, found: SampleNorms, point: Point, update: int, epoch: int) -> dict[str, Any]:
@@ -252,7 +309,13 @@ class NoiseTracker:
         return self.row(c2, grad_square, sum(sizes), point, update, epoch)
 
     def row(
-        self, c2: Estimate, grad_square: float, size: int, point: Point, update: int, epoch: int
+        self,
+        c2: Estimate,
+        grad_square: float,
+        size: int,
+        point: Point | None,
+        update: int,
+        epoch: int,
     ) -> dict[str, Any]:
         """That of an estimate of C2 and of ||g||^2, taken in. Raises FloatingPointError."""
         if not (math.isfinite(c2.value) and math.isfinite(grad_square)):
@@ -261,29 +324,62 @@ class NoiseTracker:
         return self.take_in(c2, grad_square, size, point)
 
     def estimate(
-        self, x: Tensor, y: Tensor, size: int
+        self, xs: list[Tensor], ys: list[Tensor], size: int
     ) -> tuple[Estimate, float, SampleNorms | None]:
         """(C2, ||g||^2, the norms they are made of) of a batch of `size` samples, the first two in
         the unit of a squared gradient norm; norms of parts of a batch are None.
 
-        x [B, ...] and y [B, ...] are this process's share of the batch. Call it inside
-        gradients.undisturbed. Raises NotCovered for a model, loss or batch that cannot be measured
-        so, and RankLost.
+        xs [B, ...] and ys [B, ...] each are this process's share of the batch, one tensor or
+        micro-batches. Call it inside gradients.undisturbed. Raises NotCovered for a model, loss or
+        batch that cannot be measured so, and RankLost.
         """
         if self.estimator == "per-sample":
+            return self.by_samples(xs, ys, size)
+        if len(ys) == 1:  # cut as one: a part is GROUPS times smaller
+            sizes = [len(part) for part in ys[0].tensor_split(GROUPS)]
+            xs, ys = list(xs[0].split(sizes)), list(ys[0].split(sizes))
+        groups = in_groups(list(zip(xs, ys, strict=True)))
+        sizes = [sum(len(y) for _, y in group) for group in groups]
+        grads = [self.mean_gradient(group) for group in groups]
+        mean = self.over_all(estimators.weighted_mean(grads, sizes), sum(sizes) / size)
+        c2 = estimators.micro_batch(grads, mean, sizes, self.n, self.ranks.gather)
+        return c2, gradients.norm(mean).item() ** 2, None
+
+    def mean_gradient(self, parts: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """That of all samples of `parts`, (x [B, ...], y [B, ...]) each, a tensor a parameter."""
+        objective = gradients.objective_of(self.model, self.loss)
+        samples = sum(len(y) for _, y in parts)
+        total: list[Tensor] = []
+        for x, y in parts:
+            own = gradients.batch_gradient(self.model, x, y, objective, len(y) / samples)
+            total = list(torch._foreach_add(total, own)) if total else own
+        return total
+
+    def by_samples(
+        self, xs: list[Tensor], ys: list[Tensor], size: int
+    ) -> tuple[Estimate, float, SampleNorms | None]:
+        """estimate() from per-sample norms: of each micro-batch about its own mean gradient."""
+        alone = len(ys) == 1 and self.ranks.world == 1
+        if self.quantities and not alone:
+            raise NotCovered(
+                f"quantities {' '.join(self.quantities)}: they need every sample's distance from "
+                f"the mean gradient of the whole batch, which comes in {len(ys)} micro-batches: "
+                "leave them out, or give the batch as one"
+            )
+        noises: list[list[float]] = []
+        mean: list[Tensor] = []
+        for x, y in zip(xs, ys, strict=True):
             found = norms(self.model, x, y, self.bn, self.loss, self.precision)
             assert found.noise is not None  # it was asked for
-            c2 = estimators.per_sample(self.ranks.gather(found.noise.tolist()), self.n)
-            if self.ranks.world == 1:
+            noises.append(found.noise.tolist())
+            if alone:
+                c2 = estimators.per_sample(noises, self.n)
                 return c2, found.grad_square.item(), found
-            whole = self.over_all(found.grads, len(y) / size)
-            return c2, gradients.norm(whole).item() ** 2, found
-        sizes = [len(part) for part in y.tensor_split(GROUPS)]
-        parts = zip(x.split(sizes), y.split(sizes), strict=True)
-        objective = gradients.objective_of(self.model, self.loss)
-        grads = [gradients.batch_gradient(self.model, *part, objective) for part in parts]
-        mean = self.over_all(estimators.weighted_mean(grads, sizes), len(y) / size)
-        c2 = estimators.micro_batch(grads, mean, sizes, self.n, self.ranks.gather)
+            share = torch._foreach_mul(found.grads, len(y) / size)
+            mean = list(torch._foreach_add(mean, share) if mean else share)
+        everyone = [noise for process in self.ranks.gather(noises) for noise in process]
+        self.ranks.sum_(mean)
+        c2 = estimators.per_sample(everyone, self.n)
         return c2, gradients.norm(mean).item() ** 2, None
 
     def over_all(self, grads: list[Tensor], share: float) -> list[Tensor]:
@@ -299,7 +395,7 @@ class NoiseTracker:
         return grads
 
     def take_in(
-        self, c2: Estimate, grad_square: float, batch_size: int, point: Point
+        self, c2: Estimate, grad_square: float, batch_size: int, point: Point | None
     ) -> dict[str, Any]:
         """Update what runs over the measurements.
 
@@ -334,9 +430,9 @@ class NoiseTracker:
             "delta_measured": self.degree(max(c2.value, 0.0), k2, point),
         }
 
-    def degree(self, c2: float, k2: float, point: Point) -> float | None:
-        """delta of these constants at a Point; None where no bound is known."""
-        if self.smoothing is None:
+    def degree(self, c2: float, k2: float, point: Point | None) -> float | None:
+        """delta of these constants at a Point; None where no bound or no point is known."""
+        if self.smoothing is None or point is None:
             return None
         nu = self.smoothing.nu if point.nu is None else point.nu
         smoothing = dataclasses.replace(self.smoothing, c2=c2, k2=k2, nu=nu)
@@ -370,6 +466,46 @@ STATE = (
     "recent_full",
     "epoch_c2",
 )
+
+
+def in_groups(parts: list[Any]) -> list[list[Any]]:
+    """At most GROUPS lists of neighbours, of about the same number each."""
+    count = min(len(parts), GROUPS)
+    ends = [len(parts) * i // count for i in range(count + 1)]
+    return [parts[start:end] for start, end in itertools.pairwise(ends)]
+
+
+# Wrappers by the name of their class, whose packages need not be here; in them no process, or no
+# replica, has the whole of a parameter
+SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
+    """The network that DistributedDataParallel wraps, and the processes that share its batches; any
+    other as it is, and this process alone. Raises NotCovered for one that is sharded."""
+    compiled = getattr(model, "_orig_mod", model)
+    name = type(compiled).__name__
+    if name in SHARDED or any(type(p).__name__ == "DTensor" for p in compiled.parameters()):
+        what = name if name in SHARDED else "a model whose parameters are DTensors"
+        raise NotCovered(
+            f"{what}: no process holds every parameter whole, so that norms of gradients cannot "
+            "be had: measure under DistributedDataParallel, or with one process"
+        )
+    if isinstance(compiled, nn.parallel.DistributedDataParallel):
+        group = compiled.process_group
+        ranks = Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
+        return compiled.module, ranks
+    return model, Ranks()
+
+
+@contextmanager
+def as_measured(device: torch.device) -> Iterator[None]:
+    """Around a measurement in a training loop that may have its own precision and compiler."""
+    kind = device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    plain = torch.autocast(kind, enabled=False) if half else nullcontext()
+    with torch.compiler.set_stance("force_eager"), plain:
+        yield
 
 
 def smoothing_of(
