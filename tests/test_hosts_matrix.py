@@ -4,7 +4,6 @@ samples in float64, and training beside itself unmeasured, bit for bit."""
 
 import copy
 import itertools
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from forks import free_port
+from forks import SERVER, free_port
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -125,6 +124,11 @@ def in_segments(function: Callable, x: torch.Tensor) -> torch.Tensor:
     return checkpoint_sequential([function, nn.Identity()], 2, x, use_reentrant=False)
 
 
+def call_compiled(model: Net) -> nn.Module:
+    model.around = torch.compile(lambda function, x: function(x), backend="aot_eager")
+    return model
+
+
 def middle_compiled(model: Net) -> nn.Module:
     model.middle = torch.compile(model.middle, backend="aot_eager")
     return model
@@ -152,9 +156,7 @@ HOSTS = {
     "compiled": Host(partial(torch.compile, backend="aot_eager")),
     "compiled in place": Host(in_place("aot_eager")),
     "a compiled part": Host(middle_compiled),
-    "a compiled function": Host(
-        options={"around": torch.compile(lambda f, x: f(x), backend="aot_eager")}
-    ),
+    "a compiled function": Host(call_compiled),
     "compiled, checkpoints": Host(
         partial(torch.compile, backend="aot_eager"), options={"around": again[False]}
     ),
@@ -612,8 +614,7 @@ def as_rank(rank: int, port: int, folder: Path) -> None:
 def two(tmp_path_factory) -> list[dict]:
     """What two processes found, by rank."""
     folder, port = tmp_path_factory.mktemp("two"), free_port()
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=as_rank, args=(rank, port, folder)) for rank in range(2)]
+    processes = [SERVER.Process(target=as_rank, args=(rank, port, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
