@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastsmooth.noise.losses import Loss, NotCovered, name_of
 from fastsmooth.noise.online import NoiseTracker
+from fastsmooth.noise.quantities import PLAIN_SGD
 
 Numbers = dict[str, float]
 
@@ -108,3 +109,12 @@ def instead(holder: object, name: str, value: Any) -> Iterator[None]:
             setattr(holder, name, before)
         else:
             delattr(holder, name)
+
+
+def clipped(noise: NoiseTracker) -> None:
+    """Where the host clips gradients: no published delta holds, and there is none. Raises
+    ValueError for quantities whose rule is that of an update that is not clipped."""
+    for name in noise.quantities:
+        if name in PLAIN_SGD:
+            raise ValueError(f"quantities {name}: its rule is that of SGD without clipping")
+    noise.smoothing = None

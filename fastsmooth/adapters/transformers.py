@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastsmooth.adapters.common import OfEach, Watch, instead
+from fastsmooth.adapters.common import OfEach, Watch, clipped, instead
 from fastsmooth.noise.losses import Loss, NotCovered
 from fastsmooth.noise.online import Every, NoiseTracker, unwrapped
 
@@ -47,6 +47,7 @@ class NoiseCallback(TrainerCallback):
         samples: in the training set; None: the length of trainer.train_dataset.
         options: NoiseTracker's own.
 
+    Where the Trainer clips gradients (max_grad_norm, by default 1.0) there is no delta_measured.
     `watch.noise` is the NoiseTracker, from the beginning of trainer.train() on. What it counts is
     part of the Trainer's checkpoints, so that a training that is taken up again goes on measuring
     as it would have.
@@ -78,7 +79,7 @@ class NoiseCallback(TrainerCallback):
         trainer = self.trainer
         _, ranks = unwrapped(trainer.model_wrapped)
         noise = NoiseTracker(
-            OneInput(trainer.model, half=args.fp16),
+            OneInput(trainer.model, scaled=args.fp16),
             getattr(trainer.optimizer, "optimizer", trainer.optimizer),  # inside accelerate's
             samples=self.samples or length_of(trainer.train_dataset),
             loss=self.loss or loss_of(trainer),
@@ -89,6 +90,8 @@ class NoiseCallback(TrainerCallback):
             noise.load_state_dict(state.stateful_callbacks[KEY])
         else:  # of a checkpoint from before anything was measured
             noise.update, noise.epoch = state.global_step, int(state.epoch or 0)
+        if args.max_grad_norm:
+            clipped(noise)
         self.watch = Watch(noise, trainer.log)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -174,13 +177,13 @@ class OneInput(nn.Module):
     """A model that takes a dict of tensors and gives logits, as one from a tensor to a tensor: of
     a single input that input itself, of several their bytes, uint8 [B, bytes].
 
-    half: whether accelerate has its forward() compute in float16, in which gradients vanish unless
-    their loss is scaled; here it computes in the precision of its parameters.
+    scaled: whether accelerate has its forward() compute in float16, in which gradients vanish where
+    their loss is not scaled; here it computes in the precision of its parameters.
     """
 
-    def __init__(self, model: nn.Module, half: bool):
+    def __init__(self, model: nn.Module, scaled: bool):
         super().__init__()
-        self.model, self.half = model, half
+        self.model, self.scaled = model, scaled
         self.layouts: dict[tuple[torch.dtype, torch.Size], Layout] = {}  # by the kind of x
 
     def taken(self, inputs: dict[str, Any], label_names: list[str]) -> tuple[Tensor, Tensor]:
@@ -201,8 +204,8 @@ class OneInput(nn.Module):
         for name, value in tensors.items():
             if value.shape[:1] != y.shape[:1]:
                 raise NotCovered(
-                    f"the input {name} {list(value.shape)} does not begin with the {len(y)} samples "
-                    "of the batch"
+                    f"the input {name} {list(value.shape)} does not begin with the {len(y)} "
+                    "samples of the batch"
                 )
         kinds = tuple((name, v.dtype, v.shape[1:]) for name, v in tensors.items())
         others = {name: v for name, v in inputs.items() if name not in tensors}
@@ -218,10 +221,8 @@ class OneInput(nn.Module):
         tensors = {layout.tensors[0][0]: x}
         if len(layout.tensors) > 1:
             tensors = dict(of_bytes(x, layout))
-        model = self.model
-        if self.half and hasattr(model, "_original_forward"):
-            model = model._original_forward
-        return logits_of(model(**tensors, **layout.others))
+        own_forward = getattr(self.model, "_original_forward", None) if self.scaled else None
+        return logits_of((own_forward or self.model)(**tensors, **layout.others))
 
 
 def as_bytes(tensors: dict[str, Tensor]) -> Tensor:
