@@ -33,6 +33,13 @@ from fastsmooth.noise.online import ESTIMATORS, MODES, Every, NoiseTracker
 from fastsmooth.noise.quantities import QUANTITIES
 
 NEEDED = ("epoch", "model", "loader", "optimizer", "args")  # of train_one_epoch's arguments
+# of a measurement: what stands before it, its column and its form
+SAID = (
+    ("  C2: ", "c2_sampled", ".4g"),
+    (" +- ", "c2_sampled_se", ".2g"),
+    ("  Scale: ", "noise_scale", ".4g"),
+    ("  Delta: ", "delta_measured", ".4g"),
+)
 MEANS = {"noise_c2": "noise/c2_sampled", "noise_delta": "noise/delta_measured"}
 
 
@@ -162,14 +169,13 @@ class EpochWatch:
     def log(self, primary: bool, numbers: Numbers) -> None:
         """Of a measurement, on every process; one says it."""
         self.rows.append(numbers)
-        words = [f"C2: {numbers['noise/c2_sampled']:.4g} +- {numbers['noise/c2_sampled_se']:.2g}"]
-        words += [
-            f"{word}: {numbers[f'noise/{name}']:.4g}"
-            for word, name in (("scale", "noise_scale"), ("delta", "delta_measured"))
+        words = [
+            f"{before}{numbers[f'noise/{name}']:{form}}"
+            for before, name, form in SAID
             if f"noise/{name}" in numbers
         ]
         if primary:
-            self.say(f"Noise: {self.epoch} [{self.watch.noise.update - 1:>4d}]  {'  '.join(words)}")
+            self.say(f"Noise: {self.epoch} [{self.watch.noise.update - 1:>4d}]{''.join(words)}")
 
     def of_epoch(self) -> dict[str, float | None]:
         """What is added to an epoch's metrics, the same keys each time; None of what was not
