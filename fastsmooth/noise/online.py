@@ -143,7 +143,12 @@ class NoiseTracker:
         self.epoch_c2: list[float] = []
 
     def __call__(
-        self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], point: Point | None = None
+        self,
+        x: Tensor | Sequence[Tensor],
+        y: Tensor | Sequence[Tensor],
+        point: Point | None = None,
+        *,
+        scale: float = 1.0,
     ) -> dict[str, Any] | None:
         """Call it once before each update, with its batch x [B, ...], y [B, ...]: the row of a
         measurement, None where none is due.
@@ -152,10 +157,12 @@ class NoiseTracker:
         of their y; they are measured one after the other, each about its own mean, so that one at a
         time is in memory. Several processes give their shares of the batch, each as many tensors.
         `point` is what is in force for the update; None: what the optimizer's groups say, at the
-        size of this batch.
+        size of this batch, with `scale` times their lr: the update gets so much of the batch's mean
+        gradient, where a trainer divides few micro-batches by the usual number of them.
 
-        A batch too small to measure (the last of an epoch) leaves it to the next. Raises ValueError
-        where all batches of the point's size are too small, NotCovered and FloatingPointError.
+        A batch too small to measure, or with a micro-batch of a single sample (the last of an
+        epoch), leaves it to the next. Raises ValueError where all batches of the point's size are
+        too small, NotCovered and FloatingPointError.
         """
         update, self.update = self.update, self.update + 1
         xs, ys = (list(given) if not isinstance(given, Tensor) else [given] for given in (x, y))
@@ -166,11 +173,17 @@ class NoiseTracker:
             self.check_size(point.batch_size)
         if not self.every.period(update, self.epoch) > self.last_period:
             return None
-        size = sum(sum(sizes) for sizes in self.ranks.gather([len(part) for part in ys]))
-        if not self.due(update, self.epoch, size):
+        gathered = self.ranks.gather([len(part) for part in ys])
+        sizes = [size for process in gathered for size in process]
+        size = sum(sizes)
+        # about the mean gradient of a micro-batch that has one sample (the last of an epoch) there
+        # is no noise
+        single = self.estimator == "per-sample" and min(sizes) == 1 < max(sizes)
+        if single or not self.due(update, self.epoch, size):
             return None
         with as_measured(ys[0].device):
-            return self.measure(xs, ys, point or self.own_point(size), update, self.epoch, size)
+            point = point or self.own_point(size, scale)
+            return self.measure(xs, ys, point, update, self.epoch, size)
 
     @property
     def wants_next(self) -> bool:
@@ -181,10 +194,10 @@ class NoiseTracker:
         """In the place of a call, before an update that no measurement is due for."""
         self.update += 1
 
-    def own_point(self, batch_size: int) -> Point | None:
+    def own_point(self, batch_size: int, scale: float) -> Point | None:
         """What the optimizer's groups say of the update to come, None where they differ."""
         found = {
-            (float(group["lr"]), group.get("momentum", 0.0), group.get("nu"))
+            (scale * float(group["lr"]), group.get("momentum", 0.0), group.get("nu"))
             for group in self.optimizer.param_groups
         }
         lr, momentum, nu = found.pop()
