@@ -35,31 +35,57 @@ class Watch:
     ):
         self.noise, self.log, self.autocast = noise, log, autocast
         self.kept: list[tuple[Tensor, Tensor]] = []
+        self.seen = 0  # micro-batches of the update to come
 
     def batch(self, x: Tensor, y: Tensor) -> None:
         """Of each micro-batch x [B, ...], y [B, ...] of the update to come, in the form in which
         the model gets it. Kept until the update, where that is measured."""
-        if self.noise.wants_next:
+        # none where a measurement falls due between two of them, as an epoch may begin there: those
+        # that are left are not the batch
+        if self.noise.wants_next and len(self.kept) == self.seen:
             self.kept.append((x, y))
+        self.seen += 1
 
-    def before_update(self) -> None:
-        """Before each update, while the parameters are still those of its batch.
+    def forget(self) -> None:
+        """Where the gradient of the micro-batches so far is set to zero before an update."""
+        self.kept, self.seen = [], 0
 
-        A gradient that is not finite is a warning: what becomes of the training is the host's to
-        say. Raises NotCovered for a model or loss that cannot be measured.
+    def before_update(self, divisor: int | None = None) -> dict[str, Any] | None:
+        """Before each update, while the parameters are still those of its batch: the row of a
+        measurement, None where none is due.
+
+        divisor: what the host divides the sum of its micro-batches' mean gradients by; None: their
+        number. A gradient that is not finite is a warning: what becomes of the training is the
+        host's to say. Raises NotCovered for a model or loss that cannot be measured.
         """
-        kept, self.kept = self.kept, []
+        kept, seen = self.kept, self.seen
+        self.forget()
         if not kept:
-            return self.noise.skip()
+            self.noise.skip()
+            return None
         xs, ys = zip(*kept, strict=True)
         try:
             with self.autocast():
-                row = self.noise(xs, ys)
+                row = self.noise(xs, ys, scale=seen / (divisor or seen))
         except FloatingPointError as error:
             warnings.warn(f"gradient noise not measured: {error}", stacklevel=2)
-            return
+            return None
         if row:
             self.log(numbers_of(row))
+        return row
+
+
+def pair_of(batch: Any, remedy: str) -> tuple[Tensor, Tensor]:
+    """x [B, ...] and y [B, ...] of a batch that is such a pair. Raises NotCovered for any other;
+    `remedy` says what to do then."""
+    parts = tuple(batch) if isinstance(batch, list | tuple) else ()
+    if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
+        return parts
+    of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
+    raise NotCovered(
+        f"a batch is a {type(batch).__name__}{of}, not two tensors x [B, ...] and y [B, ...]: "
+        f"{remedy}"
+    )
 
 
 def numbers_of(row: dict[str, Any]) -> Numbers:

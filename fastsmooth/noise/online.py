@@ -147,7 +147,12 @@ class NoiseTracker:
         self.epoch_c2: list[float] = []
 
     def __call__(
-        self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], point: Point | None = None
+        self,
+        x: Tensor | Sequence[Tensor],
+        y: Tensor | Sequence[Tensor],
+        point: Point | None = None,
+        *,
+        scale: float = 1.0,
     ) -> dict[str, Any] | None:
         """Call it once before each update, with its batch x [B, ...], y [B, ...]: the row of a
         measurement, None where none is due.
@@ -159,11 +164,13 @@ class NoiseTracker:
         micro-batch estimator between them (between GROUPS groups of neighbours, where there are
         more).
         `point` is what is in force for the update; None: what the optimizer's groups say, at the
-        size of this batch.
+        size of this batch, with `scale` times their lr: the update gets so much of the batch's mean
+        gradient, where a trainer divides few micro-batches by the usual number of them.
 
-        A batch too small to measure (the last of an epoch) leaves it to the next; a second one in a
-        row is a warning. Raises ValueError where all batches of the point's size are too small,
-        NotCovered, on every process where one of them does, and FloatingPointError.
+        A batch too small to measure, or with a micro-batch that is (the last of an epoch), leaves
+        it to the next; a second one in a row is a warning. Raises ValueError where all batches of
+        the point's size are too small, NotCovered, on every process where one of them does, and
+        FloatingPointError.
         """
         update, self.update = self.update, self.update + 1
         xs, ys = (list(given) if not isinstance(given, Tensor) else [given] for given in (x, y))
@@ -180,7 +187,8 @@ class NoiseTracker:
                 self.leave_out(sizes)
                 return None
             self.too_small = 0
-            return self.measure(xs, ys, point or self.own_point(size), update, self.epoch, size)
+            point = point or self.own_point(size, scale)
+            return self.measure(xs, ys, point, update, self.epoch, size)
 
     def settle_together(self, x: Tensor, y: Tensor) -> None:
         """settle(), the same on every process: per-sample where all can."""
@@ -219,10 +227,10 @@ class NoiseTracker:
         """In the place of a call, before an update that no measurement is due for."""
         self.update += 1
 
-    def own_point(self, batch_size: int) -> Point | None:
+    def own_point(self, batch_size: int, scale: float) -> Point | None:
         """What the optimizer's groups say of the update to come, None where they differ."""
         found = {
-            (float(group["lr"]), group.get("momentum", 0.0), group.get("nu"))
+            (scale * float(group["lr"]), group.get("momentum", 0.0), group.get("nu"))
             for group in self.optimizer.param_groups
         }
         lr, momentum, nu = found.pop()
