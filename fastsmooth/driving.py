@@ -61,7 +61,8 @@ class BatchSchedule(Sampler[list[int]]):
     set_epoch() before each epoch, as with DistributedSampler, and has no state_dict() between.
 
     `epoch`, `batch` and `update`: of the batch to be trained on next, its epoch, its number in the
-    epoch and its number in the training, each counted from 0. len(): the batches of that epoch.
+    epoch and its number in the training, each counted from 0. len(): the batches of that epoch, 0
+    after the end of a Schedule, where `point` and another pass raise ValueError.
 
     Raises ValueError for values out of range, a batch size that is no whole number of 1 or more, an
     epoch in which a process would have no sample of a batch, or that has no batch.
@@ -115,6 +116,8 @@ class BatchSchedule(Sampler[list[int]]):
         return self._size(self.epoch, self.update)
 
     def __len__(self) -> int:
+        if isinstance(self.schedule, Schedule) and self.epoch >= self.schedule.epochs:
+            return 0  # who asks after the training is told so
         if self._length is None:
             rest = sum(1 for _ in self._ends(self.epoch, self.cursor, self.update))
             self._length = self.batch + rest

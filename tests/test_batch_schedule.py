@@ -607,3 +607,79 @@ def test_the_state_alone_puts_its_numbers_into_the_groups():
     fs.torch_lr_scheduler(other, HYBRID).load_state_dict(scheduler.state_dict())
     assert [g["lr"] for g in other.param_groups] == [g["lr"] for g in optimizer.param_groups]
     assert other.param_groups[1]["lr"] == pytest.approx(HYBRID(3).lr / 10, rel=1e-12)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_lightning_trains_by_both(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    schedule = schedule_of("hybrid", decay_epoch=1, epochs=4)
+    batches, seen = fs.BatchSchedule(schedule, N, seed=3), []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(1, 3)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
+            scheduler = fs.torch_lr_scheduler(optimizer, schedule, samples=N)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+        def training_step(self, index, _):
+            lr = self.optimizers().param_groups[0]["lr"]
+            seen.append((self.current_epoch, index.tolist(), lr))
+            return self.net(index[:, None] / N).square().mean()
+
+        def on_train_batch_end(self, *_):
+            batches.step()
+
+    trainer = lightning.Trainer(
+        max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Module(), loader_of(batches))
+    whole = list(uninterrupted(schedule.batch_size, "epoch", 4))
+    assert [index for _, index, _ in seen] == whole
+    assert all(lr == schedule(epoch).lr for epoch, _, lr in seen)
+
+
+@pytest.mark.full
+def test_the_hf_trainer_trains_by_both(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    schedule = schedule_of("hybrid", decay_epoch=1, epochs=4)
+    batches, seen = fs.BatchSchedule(schedule, N, seed=3), []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(1, 3)
+
+        def forward(self, index):
+            seen.append((index.tolist(), optimizer.param_groups[0]["lr"]))
+            return {"loss": self.net(index[:, None] / N).square().mean()}
+
+    class Told(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            batches.step()
+
+    class Trainer(transformers.Trainer):
+        def get_train_dataloader(self):
+            loader = loader_of(batches)
+            loader.collate_fn = lambda index: {"index": torch.tensor(index)}
+            return self.accelerator.prepare(loader)
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    scheduler = fs.torch_lr_scheduler(optimizer, schedule, samples=N)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", logging_steps=1, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, optimizers=(optimizer, scheduler), callbacks=[Told()])
+    trainer.train()
+    whole = list(uninterrupted(schedule.batch_size, "epoch", 4))
+    assert [index for index, _ in seen] == whole
+    expected = [schedule(e).lr for e, n in enumerate(schedule.updates(N)) for _ in range(n)]
+    assert [lr for _, lr in seen] == expected
