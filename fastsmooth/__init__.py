@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastsmooth.data import Data
+    from fastsmooth.driving import BatchSchedule, torch_lr_scheduler
     from fastsmooth.models import build as build_model
     from fastsmooth.noise import estimators
     from fastsmooth.noise.estimators import Estimate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchSchedule",
     "Estimate",
     "NoiseTracker",
     "NoisySGD",
@@ -47,6 +49,7 @@ __all__ = [
     "loss_sharpness",
     "open_data",
     "sample_norms",
+    "torch_lr_scheduler",
 ]
 
 # The kernels stand in a top-level folder of the checkout; an installed copy has them inside the
@@ -57,6 +60,7 @@ if (_root / "pyproject.toml").is_file():
 
 # name here -> the module it is in, and its name there; without one it is the module
 _HOMES = {
+    "BatchSchedule": ("driving", "BatchSchedule"),
     "Estimate": ("noise.estimators", "Estimate"),
     "NoiseTracker": ("noise.online", "NoiseTracker"),
     "NoisySGD": ("optim", "NoisySGD"),
@@ -69,6 +73,7 @@ _HOMES = {
     "load_run": ("trained", "load_run"),
     "loss_sharpness": ("noise.sharpness", "loss_sharpness"),
     "sample_norms": ("noise.persample", "sample_norms"),
+    "torch_lr_scheduler": ("driving", "torch_lr_scheduler"),
 }
 
 

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 # What each part may import of the others; all may say something, by messages and terminal.
 ALLOWED = {
     # what it exports, each loaded when it is asked for
-    "__init__": {"schedule", "optim", "noise", "models", "data", "cli", "names", "trained"},
+    "__init__": {
+        "schedule", "optim", "noise", "models", "data", "cli", "names", "trained", "driving",
+    },
     "__main__": {"names"},
     "terminal": set(),
     "messages": set(),
@@ -33,6 +35,7 @@ ALLOWED = {
     "data": {"kernels", "runfolder", "processors", "names"},
     "noise": {"kernels", "schedule", "ranks", "optim", "foreign", "names"},
     "adapters": {"noise", "schedule", "cli"},
+    "driving": {"data", "optim", "schedule"},
     "training": {
         "noise", "data", "optim", "foreign", "owncode", "models", "schedule", "ranks", "cli",
         "runfolder", "kernels", "processors", "freezing",
