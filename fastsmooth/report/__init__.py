@@ -1,2 +1,2 @@
-"""Run folders in, figures and one page out: python -m fastsmooth.report RUNS... [--out DIR].
-Nothing here imports torch."""
+"""Run folders in, figures, tables and one page out: python -m fastsmooth.report RUNS... Nothing here
+imports torch."""
