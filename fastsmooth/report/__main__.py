@@ -11,7 +11,7 @@ from fastsmooth.cli import flags as flag_types
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.figures import NO_PDF, files_of, pdf
 from fastsmooth.messages import DONE, command, end_with, exit_code, note, say, show, warn
-from fastsmooth.report import page, table, watch
+from fastsmooth.report import page, table
 from fastsmooth.runfolder.files import replace
 from fastsmooth.runfolder.read import RunError, SavedRun, read_runs
 from fastsmooth.runfolder.write import RunFolderError, refusing
@@ -19,6 +19,8 @@ from fastsmooth.terminal import columns
 
 INSTEAD = ("table", "csv", "watch")  # of files: these write none
 OF_WATCH = ("port", "every")
+PORTS = range(8750, 8850)  # of which --watch takes the first that is free
+EVERY = 2.0  # seconds
 
 
 def parser() -> flag_types.Parser:
@@ -52,13 +54,13 @@ def parser() -> flag_types.Parser:
         "--port",
         metavar="N",
         type=flag_types.whole(1, 65535),
-        help=f"of --watch; by default the first free one from {watch.FIRST_PORT}",
+        help=f"of --watch; by default the first free one from {PORTS[0]}",
     )
     p.add_argument(
         "--every",
         metavar="SECONDS",
         type=flag_types.real(0.1, 3600),
-        help=f"of --watch: between looks at the files; by default {watch.EVERY:g}",
+        help=f"of --watch: between looks at the files; by default {EVERY:g}",
     )
     return p
 
@@ -73,7 +75,9 @@ def report(argv: list[str]) -> int:
     asked = parser().parse_args(argv)
     check(asked)
     if asked.watch:
-        return watch.watch(asked.runs, asked.port, asked.every or watch.EVERY)
+        from fastsmooth.report.watch import watch  # a server, which nothing else needs
+
+        return watch(asked.runs, [asked.port] if asked.port else PORTS, asked.every or EVERY)
     runs, left_out = read_runs(asked.runs)
     for why in left_out:
         warn(why)

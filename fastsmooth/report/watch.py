@@ -23,23 +23,25 @@ from fastsmooth.messages import DONE, failure, one_line, say, tell, warn
 from fastsmooth.report import groups, page
 from fastsmooth.runfolder.read import FILES, RunError, SavedRun, find_runs, read_run
 
-HOST, FIRST_PORT, PORTS = "127.0.0.1", 8750, 100
+HOST = "127.0.0.1"
 LOCAL = {HOST, "localhost", "[::1]"}  # as a tunnel's near end may be called too
-EVERY = 2.0  # seconds between looks at the files
 MOST_RUNNING = 20  # runs that are named at the top of the page
 LOST = "fastsmooth report --watch has ended or cannot be reached: this is its last page."
 
 Stamp = tuple[tuple[int, int, int] | None, ...]  # of each file of a run: time, size, inode
 
 
-def watch(paths: Sequence[Path], port: int | None, every: float) -> int:
-    """Serve the page of the runs in `paths` until Ctrl-C, which is how this ends: then it is done.
-    Raises RunError for a path that is no folder, ConfigError where no port is free."""
+def watch(paths: Sequence[Path], ports: Sequence[int], every: float) -> int:
+    """Serve the page of the runs in `paths`, at the first of `ports` that is free, until Ctrl-C:
+    that is how this ends, and it is done then. `every`: seconds between looks at the files.
+
+    Raises RunError for a path that is no folder, ConfigError where no port is free.
+    """
     for path in paths:
         if not os.path.isdir(path):
             find_runs([path])  # which says so
     watched = Watched(paths, every)
-    with listening(port, watched) as server:
+    with listening(ports, watched) as server:
         try:
             watched.look()
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -168,18 +170,19 @@ class Server(ThreadingMixIn, TCPServer):
             tell("error", failure(error)[1])
 
 
-def listening(port: int | None, watched: Watched) -> Server:
-    """A server at the port or, where none is given, at the first that is free."""
-    for number in [port] if port else range(FIRST_PORT, FIRST_PORT + PORTS):
+def listening(ports: Sequence[int], watched: Watched) -> Server:
+    """A server at the first port that is free."""
+    why = ""
+    for port in ports:
         try:
-            server = Server((HOST, number), Answer)
+            server = Server((HOST, port), Answer)
         except OSError as error:
             why = error.strerror or one_line(error)
             continue
         server.watched = watched
         return server
-    asked = f"--port {port}" if port else f"every port from {FIRST_PORT} to {number}"
-    raise ConfigError(f"{asked}: {why}: choose another --port" + ", or leave it out" * bool(port))
+    asked = f"--port {ports[0]}" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}"
+    raise ConfigError(f"{asked}: {why}: give another --port, or none for the first that is free")
 
 
 class Answer(BaseHTTPRequestHandler):
