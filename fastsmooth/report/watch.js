@@ -15,7 +15,8 @@
   const put = page => {
     version = about(page, "version");
     const height = part => part.getBoundingClientRect().top;
-    const read = [...document.querySelectorAll("section")].filter(part => 1 > height(part)).pop();
+    const begun = part => innerHeight / 2 > height(part);
+    const read = scrollY ? [...document.querySelectorAll("section")].filter(begun).pop() : null;
     const [id, above, x, y] = [read?.id, read ? height(read) : 0, scrollX, scrollY];
     const open = [...document.querySelectorAll("details[open]")].map(it => it.closest("section").id);
     document.title = page.title;
