@@ -1,5 +1,5 @@
-"""examples/: each is short, runs with no arguments, and stands word for word in a page of docs/ with
-what it prints."""
+"""examples/: each is short, runs with no arguments, and stands word for word in a page of docs/,
+with what it prints."""
 
 import os
 import re
