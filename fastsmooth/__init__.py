@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastsmooth.noise.persample import sample_norms
     from fastsmooth.noise.sharpness import loss_sharpness
     from fastsmooth.optim import NoisySGD
+    from fastsmooth.report.runs import load_runs
     from fastsmooth.schedule import Point, Schedule, Smoothing
     from fastsmooth.trained import load_run
 
@@ -46,6 +47,7 @@ __all__ = [
     "estimators",
     "full_gradient",
     "load_run",
+    "load_runs",
     "loss_sharpness",
     "open_data",
     "sample_norms",
@@ -71,6 +73,7 @@ _HOMES = {
     "estimators": ("noise.estimators", ""),
     "full_gradient": ("noise.gradients", "full_gradient"),
     "load_run": ("trained", "load_run"),
+    "load_runs": ("report.runs", "load_runs"),
     "loss_sharpness": ("noise.sharpness", "loss_sharpness"),
     "sample_norms": ("noise.persample", "sample_norms"),
     "torch_lr_scheduler": ("driving", "torch_lr_scheduler"),

@@ -167,6 +167,10 @@ FLAGS = spread({
     "--wandb --use-wandb --log-wandb --enable-wandb --with-wandb --report-to --logger --track-wandb --wandb-offline --offline": "--wandb-mode",
     "--wandb-name --wandb-run-name --wandb-id --wandb-resume-id --wandb-group --wandb-tags --wandb-dir": "Weights & Biases gets the name of the run folder, --out",
     "--tensorboard --tb --use-tensorboard --writer --mlflow --comet --neptune --csv --log-csv": "metrics.jsonl in the run folder holds every row; --wandb-mode sends them to Weights & Biases too",
+    # the report
+    "--live --follow --serve --server --browser --refresh --auto-refresh": "--watch",
+    "--interval --poll --poll-interval --refresh-interval --reload-interval": "--every",
+    "--bind --host": "--watch answers this machine alone, at --port: ssh -L brings the page elsewhere",
     "-c --cfg --config-file --config-path --cfg-path --yaml --yaml-file --params --hparams --opts --args-file": "--config",
 })  # fmt: skip
 # The same of the values of a flag. An answer that is no value of the flag says why there is none.

@@ -14,6 +14,7 @@ ALLOWED = {
     # what it exports, each loaded when it is asked for
     "__init__": {
         "schedule", "optim", "noise", "models", "data", "cli", "names", "trained", "driving",
+        "report",
     },
     "__main__": {"names"},
     "terminal": set(),
@@ -52,7 +53,7 @@ ALLOWED = {
     "export": {"trained", "models", "data", "report", "schedule", "cli", "runfolder"},
     "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},
     "smooth": {"figures", "cli", "runfolder", "processors"},
-    "report": {"figures", "cli", "forms", "runfolder", "schedule", "sweep"},
+    "report": {"figures", "cli", "forms", "names", "runfolder", "schedule", "sweep"},
 }  # fmt: skip
 
 
@@ -116,6 +117,8 @@ QUICK = [
     ("sweep", "--out o --lr nan", 2),
     ("report", "--help", 0),
     ("report", "--outt o", 2),
+    ("report", "RUNS --table --csv", 2),
+    ("report", "RUNS --watch --out o", 2),
     ("sharpness", "--help", 0),
     ("sharpness", "RUN --algorithm avg_l2", 2),
     ("export", "--help", 0),
