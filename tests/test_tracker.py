@@ -314,6 +314,18 @@ def test_two_runs_of_one_name_and_seed_are_two_and_a_resumed_one_is_itself(tmp_p
     assert ("define_metric", ("*",), {"step_metric": "update"}) in calls
 
 
+def test_a_run_that_wandb_did_not_know_is_told_whole_and_another_one_from_there_on(
+    tmp_path, monkeypatch
+):
+    module, calls = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "lr": 0.5}\n{"kind": 1}\n')
+    for _ in range(2):
+        tracked(tmp_path).row("step", {"step": 4, "lr": 0.25})
+    told = [args[0] for name, args, _ in calls if name == "log"]
+    assert [row["update"] for row in told] == [3, 4, 4] and told[0]["step/lr"] == 0.5
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"id": 3}', b'{"id": "../x"}', b'{"id": ""}', None]
 )
