@@ -44,6 +44,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 FOREIGN = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),  # torchrun
     *("--signals-to-handle", "--shutdown-timeout"),
+    *("--project", "--space-id", "--logdir"),  # trackio, tensorboard
     *(
         "--nodes",
         "--ntasks-per-node",
