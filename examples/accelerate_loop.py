@@ -21,7 +21,7 @@ noise = AcceleratedTracker(accelerator, model, optimizer, samples=len(train), ev
 accelerator.register_for_checkpointing(noise)
 for x, y in loader:
     with accelerator.accumulate(model):
-        row = noise(x, y)  # for each micro-batch; a row with the last of an update, if any
+        row = noise(x, y)  # for each micro-batch; a row with the last of an update
         accelerator.backward(F.cross_entropy(model(x), y))
         optimizer.step()
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 import csv
 import tempfile
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -26,14 +27,13 @@ class Digits(pl.LightningModule):
 
 
 pl.seed_everything(0)
-images = fs.open_data("digits", device="cpu").train
-train = TensorDataset(*next(images.batches([torch.arange(len(images))])))
+digits = fs.open_data("digits", device="cpu").train.batches([torch.arange(1437)])
 with tempfile.TemporaryDirectory() as folder:
     logger = CSVLogger(folder)
     noise = NoiseCallback(every=15, loss=F.cross_entropy, model="net")
     quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=logger, callbacks=[noise], **quiet)
-    trainer.fit(Digits(), DataLoader(train, batch_size=32, shuffle=True))
-    for row in csv.DictReader(open(f"{logger.log_dir}/metrics.csv")):
+    trainer.fit(Digits(), DataLoader(TensorDataset(*next(digits)), batch_size=32, shuffle=True))
+    for row in csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines()):
         c2, delta = (float(row[f"noise/{name}"]) for name in ("c2_sampled", "delta_measured"))
         print(f"update {row['step']}: C2 {c2:.3g}, delta {delta:.3g}")

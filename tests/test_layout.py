@@ -32,7 +32,7 @@ ALLOWED = {
     "cli": {"forms", "schedule", "runfolder", "names", "owncode", "processors", "data", "kernels"},
     "data": {"kernels", "runfolder", "processors", "names"},
     "noise": {"kernels", "schedule", "ranks", "optim", "foreign", "names"},
-    "adapters": {"noise", "schedule"},
+    "adapters": {"noise", "schedule", "cli"},
     "training": {
         "noise", "data", "optim", "foreign", "owncode", "models", "schedule", "ranks", "cli",
         "runfolder", "kernels", "processors", "freezing",

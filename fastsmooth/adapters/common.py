@@ -4,14 +4,16 @@ measured, measure it before the update is made, and hand on the numbers."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastsmooth.noise.losses import NotCovered
+from fastsmooth.noise.losses import Loss, NotCovered, name_of
 from fastsmooth.noise.online import NoiseTracker
+from fastsmooth.noise.quantities import PLAIN_SGD
 
 Numbers = dict[str, float]
 
@@ -93,3 +95,52 @@ def numbers_of(row: dict[str, Any]) -> Numbers:
         for name, value in row.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+class OfEach:
+    """A loss of a host that gives one number for a batch and has no reduction: its values for the
+    single samples are what it gives for each alone, whose mean NoiseTracker compares with it.
+
+    Raises NotCovered, a ValueError, for one that fails for a sample alone.
+    """
+
+    def __init__(self, loss: Loss):
+        self.loss = loss
+        self.__name__ = name_of(loss).removeprefix("the loss ")
+
+    def __call__(self, output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        """Of output [B, ...] and target [B, ...]: 0-d, or [B] with reduction="none"."""
+        if reduction != "none":
+            return self.loss(output, target)
+        try:
+            each = zip(output.split(1), target.split(1), strict=True)
+            return torch.stack([self.loss(o, t).mean() for o, t in each])
+        except Exception as error:
+            raise NotCovered(
+                f"{name_of(self)} fails for a sample alone, so that no gradient belongs to one "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+
+@contextmanager
+def instead(holder: object, name: str, value: Any) -> Iterator[None]:
+    """Have `value` as the attribute `name` of an object, and afterwards what it was before."""
+    own = name in vars(holder)
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(holder, name, before)
+        else:
+            delattr(holder, name)
+
+
+def clipped(noise: NoiseTracker) -> None:
+    """Where the host clips gradients: no published delta holds, and there is none. Raises
+    ValueError for quantities whose rule is that of an update that is not clipped."""
+    for name in noise.quantities:
+        if name in PLAIN_SGD:
+            raise ValueError(f"quantities {name}: its rule is that of SGD without clipping")
+    noise.smoothing = None
