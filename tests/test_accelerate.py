@@ -188,6 +188,8 @@ def test_delta_is_that_of_the_optimizer_that_was_prepared():
     ):
         prepared = accelerator.prepare(optimizer)
         row = AcceleratedTracker(accelerator, model, prepared, samples=70, every=1)(x, y)
+        other = AcceleratedTracker(accelerator, model, prepared, samples=70, every=1, clips=True)
+        assert other(x, y) == row | {"delta_measured": None}
         assert (row["delta_measured"] is not None) == known
         if known:
             smoothing = fs.Smoothing("shb", c2=row["c2_sampled"], k2=row["k2"])

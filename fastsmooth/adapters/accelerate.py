@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from fastsmooth.adapters.common import Numbers, Watch, pair_of
+from fastsmooth.adapters.common import Numbers, Watch, clipped, instead, pair_of
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.online import NoiseTracker
 
@@ -35,6 +35,8 @@ class AcceleratedTracker:
             before this one.
         model, optimizer: what accelerator.prepare gave.
         samples, every, options: as NoiseTracker has them.
+        clips: whether the loop clips the gradient: then delta_measured is None, and the rest is of
+            the gradient before it.
 
     In a row the batch is that of an update: all its micro-batches, of all processes. Gradients are
     measured in the precision in which the prepared model makes them; under fp16, where they vanish
@@ -52,6 +54,7 @@ class AcceleratedTracker:
         *,
         samples: int,
         every: int | str,
+        clips: bool = False,
         **options: Any,
     ):
         if accelerator.mixed_precision == "fp8":
@@ -67,6 +70,8 @@ class AcceleratedTracker:
                 f"{accelerator.num_processes} processes share every batch, of which this model "
                 "knows nothing: give the one that accelerator.prepare returned"
             )
+        if clips:
+            clipped(noise)
         half = accelerator.mixed_precision == "fp16"
         self.accelerator = accelerator
         self.watch = Watch(
@@ -102,9 +107,5 @@ def own_forward(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes without the autocast that accelerator.prepare has put around its
     forward."""
     network = getattr(model, "_orig_mod", model)  # of one that torch.compile wraps
-    prepared = network.forward
-    network.forward = vars(network).get("_original_forward", prepared)
-    try:
+    with instead(network, "forward", vars(network).get("_original_forward", network.forward)):
         yield
-    finally:
-        network.forward = prepared

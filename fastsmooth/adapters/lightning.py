@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsmooth.adapters.common import Numbers, Watch, pair_of
+from fastsmooth.adapters.common import Numbers, Watch, clipped, pair_of
 from fastsmooth.noise.losses import Loss, NotCovered
 from fastsmooth.noise.online import Every, NoiseTracker, unwrapped
 
@@ -23,7 +23,7 @@ except ImportError:  # the same under its other name; its Trainer takes callback
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-PRECISIONS = ("64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
+PRECISIONS = ("64-true", "32-true", "bf16-true", "16-mixed", "bf16-mixed")
 
 
 class NoiseCallback(Callback):
@@ -89,7 +89,7 @@ class NoiseCallback(Callback):
             **self.options,
         )
         if trainer.gradient_clip_val or overrides(pl_module, "configure_gradient_clipping"):
-            noise.smoothing = None  # of what is left of a gradient no bound is known
+            clipped(noise)
         state = self.state_dict()
         if trainer.global_step and state:  # this fit goes on with one before
             noise.load_state_dict(state)
