@@ -195,9 +195,15 @@ def graphs_of(made: Callable[[], Any]) -> tuple[Any, int]:
     return made(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+# which take seconds each to compile
+SLOW = ("compiled in place", "a compiled function", "compiled, checkpoints")
+
+
 # of Dynamo's own look at a tensor inside a graph
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    "host", [pytest.param(h, marks=pytest.mark.full) if h in SLOW else h for h in HOSTS]
+)
 def test_what_is_measured_is_right_and_training_goes_on_in_the_same_bits(host):
     case = HOSTS[host]
     (plain, _), graphs = graphs_of(lambda: trained(case, measure=False))
