@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import fastsmooth as fs
 from fastsmooth.noise.online import GROUPS
 from fastsmooth.noise.persample import NotCovered
+from fastsmooth.ranks import Ranks
 
 N = 200  # samples of the training set, of which batches are
 
@@ -195,9 +196,15 @@ def graphs_of(made: Callable[[], Any]) -> tuple[Any, int]:
     return made(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+# which take seconds each to compile
+SLOW = ("compiled in place", "a compiled function", "compiled, checkpoints")
+
+
 # of Dynamo's own look at a tensor inside a graph
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    "host", [pytest.param(h, marks=pytest.mark.full) if h in SLOW else h for h in HOSTS]
+)
 def test_what_is_measured_is_right_and_training_goes_on_in_the_same_bits(host):
     case = HOSTS[host]
     (plain, _), graphs = graphs_of(lambda: trained(case, measure=False))
@@ -361,6 +368,17 @@ def test_parameters_in_float16_are_refused(estimator):
         fs.sample_norms(model, x.half(), y)
 
 
+def test_autocast_keeps_no_cast_of_a_measurement():
+    model, seen = net(), []
+    model.around = lambda function, x: (
+        seen.append(torch.is_autocast_cache_enabled()),
+        function(x),
+    )[1]
+    with bf16():
+        tracker(model)(*samples(8))
+        assert seen and not any(seen) and torch.is_autocast_cache_enabled()
+
+
 def test_under_autocast_to_float16_norms_are_those_of_float32():
     """Of a loss so small nothing would be left in float16."""
 
@@ -499,6 +517,15 @@ def test_models_that_are_nowhere_whole_are_refused(name):
     model = nn.DataParallel(net()) if name == "DataParallel" else type(name, (Net,), {})()
     with pytest.raises(NotCovered, match=f"^{name}: no process holds every parameter whole"):
         tracker(model)
+
+
+def test_batch_statistics_of_several_processes_are_refused():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(WithNorm())
+    with pytest.raises(NotCovered, match=r"^SyncBatchNorm: the samples of all processes mix"):
+        tracker(model, ranks=Ranks(0, 2))
+    tracker(model, ranks=Ranks(0, 2), bn="eval")
+    row = tracker(model, bn="eval")(*samples(8))
+    assert row["c2_sampled"] == pytest.approx(within(model.eval(), [samples(8)]), rel=1e-5)
 
 
 class WithNorm(Net):

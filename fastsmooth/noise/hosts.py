@@ -35,8 +35,9 @@ def check_precision(model: nn.Module) -> None:
 
 @contextmanager
 def precise(device: torch.device) -> Iterator[None]:
-    """Inside, autocast is off where it is to float16; and keeps no cast of a weight: it would go on
-    with one that a pass without a graph has left, and the weight would get no gradient."""
+    """Inside, autocast is off where it is to float16; and keeps no cast of a weight, which would
+    take memory until the loop's own block ends, and with which, where a pass without a graph has
+    left it, some versions of PyTorch would go on: the weight would get no gradient."""
     kind, before = device.type, torch.is_autocast_cache_enabled()
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     torch.set_autocast_cache_enabled(False)

@@ -104,8 +104,9 @@ class NoiseTracker:
     Raises ValueError for an estimator, bn, `every` or quantity that there is not, and for
     quantities that cannot be had: with the micro-batch estimator or several processes, and cabs
     with momentum; NotCovered, a ValueError, for a model whose parameters are not whole in every
-    process (FSDP, DeepSpeed, DataParallel), and at the first batch for a model or loss that cannot
-    be measured so, or parameters in float16.
+    process (FSDP, DeepSpeed, DataParallel) or whose batch statistics are those of several
+    (SyncBatchNorm), and at the first batch for a model or loss that cannot be measured so, or
+    parameters in float16.
     """
 
     def __init__(
@@ -135,6 +136,8 @@ class NoiseTracker:
         self.every, self.estimator, self.why = Every.parse(every), estimator, ""
         self.smoothing, self.n = smoothing_of(optimizer, version), samples
         self.ranks, self.precision = ranks or own_ranks, precision
+        if self.ranks.world > 1 and bn != "eval":
+            check_batch_norm(self.model)
         self.quantities = tuple(quantities)
         self.check_quantities(optimizer)
         self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
@@ -552,6 +555,15 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
         ranks = Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
         return compiled.module, ranks
     return model, Ranks()
+
+
+def check_batch_norm(model: nn.Module) -> None:
+    """Raises NotCovered for one whose batch statistics are those of several processes."""
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise NotCovered(
+            "SyncBatchNorm: the samples of all processes mix, so that no process has the gradient "
+            'of its own: measure with bn="eval", or train with BatchNorm'
+        )
 
 
 @contextmanager
