@@ -160,11 +160,12 @@ CASES = {
     "micro-batches": ({"gradient_accumulation_steps": 2}, {"accumulated": 2}, F.cross_entropy),
     "bfloat16": ({"bf16": True}, {"dtype": torch.bfloat16}, F.cross_entropy),
     "label smoothing": ({"label_smoothing_factor": 0.1}, {}, SMOOTHED),
+    "checkpoints": ({"gradient_checkpointing": True}, {}, F.cross_entropy),
     "a compiler": ({"torch_compile": True, "torch_compile_backend": "eager"}, {}, F.cross_entropy),
 }
 
 
-SLOW = ("label smoothing", "a compiler")
+SLOW = ("label smoothing", "checkpoints", "a compiler")
 
 
 @pytest.mark.parametrize(
