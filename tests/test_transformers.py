@@ -2,10 +2,14 @@
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from forks import assert_same_bits
+from forks import assert_same_bits, free_port
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +18,7 @@ import fastsmooth as fs
 pytest.importorskip("transformers")
 pytestmark = [
     # of the libraries, about each other
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
 ]
@@ -414,3 +419,52 @@ def test_under_float16_gradients_are_those_of_float32():
     model.forward = torch.autocast("cpu", torch.float16)(model.forward)
     assert torch.equal(noise(True), expected)
     assert not torch.allclose(noise(False), expected, rtol=1e-3, atol=0)
+
+
+SHARED = """
+import sys
+import torch
+from test_transformers import digits, seen_by, trained, trainer_of, vit
+out, every = sys.argv[1], int(sys.argv[2]) or None
+trainer = trainer_of(vit(), digits(32), out, ddp_backend="gloo")
+parts = seen_by(trainer)
+state, rows = trained(trainer, every=every)
+rank = torch.distributed.get_rank()
+torch.save({"state": state, "rows": rows, "part": parts[0]}, f"{out}.{rank}.{sys.argv[2]}")
+"""
+
+
+@pytest.mark.full
+def test_two_processes_measure_the_whole_batch(tmp_path):
+    """Each has half of every batch: all log the row of both, and training keeps its bits."""
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    for every in "02":
+        start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+        command = [
+            sys.executable,
+            *start,
+            str(free_port()),
+            str(script),
+            str(tmp_path / "o"),
+            every,
+        ]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, _, found, other = (
+        torch.load(tmp_path / f"o.{rank}.{every}", weights_only=False)
+        for every in "02"
+        for rank in "01"
+    )
+    assert_same_bits(found["state"], alone["state"])
+    assert found["rows"] == other["rows"] and len(found["rows"]) == 1
+    model = vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    noise = fs.NoiseTracker(Logits(model.train()), optimizer, samples=32, every=1)
+    parts = [found["part"], other["part"]]
+    row = noise([p["pixel_values"] for p in parts], [p["labels"] for p in parts])
+    for name in ("c2_sampled", "grad_norm", "delta_measured"):
+        assert found["rows"][0][f"noise/{name}"] == pytest.approx(row[name], rel=1e-6)
