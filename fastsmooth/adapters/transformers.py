@@ -131,7 +131,7 @@ class NoiseCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parts, self.parts = self.parts, []
         if parts and not self.is_mean(parts):
-            self.watch.kept.clear()  # left to the next update
+            self.watch.forget()  # left to the next update
         self.watch.before_update()
 
     def is_mean(self, parts: list[Part]) -> bool:
