@@ -1,10 +1,12 @@
 """`import fastsmooth as fs`: what it costs, what it has, and that the README's ten lines work."""
 
 import json
+import random
 import re
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,38 @@ def test_the_tracker_changes_nothing_of_the_training():
         return [*model.parameters(), *model.buffers(), torch.rand(3)]
 
     assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+
+
+def test_hooks_and_the_other_random_numbers_do_not_notice_either():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            random.random(), numpy.random.rand()  # as one that drops paths by them
+            return super().forward(x)
+
+    model, seen = Noisy(12, 3), []
+    model.weight.register_hook(lambda grad: seen.append(grad) or grad.clamp(-1e-3, 1e-3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    random.seed(1)
+    numpy.random.seed(1)
+    x, y = torch.randn(16, 12), torch.arange(16) % 3
+    for estimator in ("per-sample", "micro-batch"):
+        noise = fs.NoiseTracker(model, optimizer, samples=64, every=1, estimator=estimator)
+        assert noise(x, y)["grad_norm"] > 0.1 and not seen
+    drawn = random.random(), numpy.random.rand()
+    random.seed(1)
+    numpy.random.seed(1)
+    assert drawn == (random.random(), numpy.random.rand())
+    F.cross_entropy(model(x), y).backward()
+    assert len(seen) == 1 and model.weight.grad.abs().max() <= 1e-3
+
+
+def test_a_network_that_is_not_finite_is_said_and_found_out_later():
+    model = nn.Linear(12, 3)
+    noise = fs.NoiseTracker(model, torch.optim.SGD(model.parameters(), 0.1), samples=64, every=1)
+    x, y = torch.randn(16, 12), torch.arange(16) % 3
+    with pytest.raises(FloatingPointError, match="not finite"):
+        noise(x * float("nan"), y)
+    assert noise(x, y)["estimator"] == "per-sample"
 
 
 def test_a_data_set_is_opened_by_plain_arguments():

@@ -265,6 +265,17 @@ def test_rounding_is_no_reason_to_refuse(dtype):
             assert mean_loss(loss, output.to(dtype), y).isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_of_classes_are_found_in_half_precision_too(dtype):
+    torch.manual_seed(0)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.2], dtype=dtype))
+    output, y = torch.randn(32, 3).to(dtype), torch.arange(32) % 3
+    with pytest.raises(NotCovered, match="weighted by class weights"):
+        mean_loss(loss, output, y)
+    same = nn.CrossEntropyLoss()
+    assert mean_loss(same, output, y) == same(output, y)
+
+
 def test_what_is_not_finite_is_not_called_a_wrong_loss():
     output, target = torch.full((6, 3), torch.nan), torch.zeros(6, dtype=torch.int64)
     assert mean_loss(F.cross_entropy, output, target).isnan()

@@ -8,10 +8,12 @@ state are bit for bit afterwards what they were before.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +33,7 @@ FULL_GRADIENT_DRAW = 2**20
 @contextmanager
 def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
     """Measure with BatchNorm's running statistics (`eval`) or those of the batch (anything else),
-    leaving no trace.
+    leaving no trace: hooks of the parameters, as loggers have them, see nothing of it.
 
     `eval` is the whole model's evaluation mode; else it is in training mode, so dropout is on; a
     model that is in it already keeps the modes of its modules, some of which may be frozen.
@@ -39,6 +41,11 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    hooks = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
+    set_aside = [(own, dict(own)) for own in hooks]
+    for own in hooks:
+        own.clear()
+    drawn = random.getstate(), numpy.random.get_state()
     if bn == "eval" or not model.training:
         model.train(bn != "eval")
     try:
@@ -50,6 +57,10 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
                 b.copy_(buffers[name])
         for module, training in modes.items():
             module.training = training
+        for own, before in set_aside:
+            own.update(before)
+        random.setstate(drawn[0])
+        numpy.random.set_state(drawn[1])
 
 
 @contextmanager

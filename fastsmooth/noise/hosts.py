@@ -59,7 +59,11 @@ REENTRANT = "CheckpointFunction"
 
 @contextmanager
 def replaced(name: str, value: Any) -> Iterator[None]:
-    before = getattr(theirs, name)
+    """Where this PyTorch has another way, a model without checkpoints is measured all the same."""
+    before = getattr(theirs, name, None)
+    if before is None:
+        yield
+        return
     setattr(theirs, name, value)
     try:
         yield
@@ -73,7 +77,9 @@ def recomputed(within: Callable[[], AbstractContextManager[Any]]) -> AbstractCon
     Around the forward and the backward pass, since a part that is computed again may have such
     parts itself.
     """
-    original = getattr(theirs, GENERATOR)
+    original = getattr(theirs, GENERATOR, None)
+    if original is None:
+        return nullcontext()
 
     def generator(function: Callable[..., Any], *how: Any, **kwargs: Any) -> Iterator[None]:
         def again(*args: Any, **named: Any) -> Any:

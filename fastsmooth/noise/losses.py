@@ -21,7 +21,9 @@ from fastsmooth.kernels.backend import wide_dtype
 # loss(output [B, ...], target [B, ...]): the mean over the batch, 0-d, or a value a sample, [B] or
 # [B, ...]
 Loss = Callable[..., Tensor]
-ROUNDING = 64  # units of rounding that two ways to the same loss may be apart
+# units of rounding that two ways to the same loss may be apart; of half precision, whose units are
+# large, only so many that class weights are still seen
+ROUNDING, ROUNDING_IN_HALF = 64, 4
 
 
 class NotCovered(ValueError):
@@ -134,11 +136,12 @@ def check_mean(loss: Loss, value: Tensor, values: Tensor) -> None:
 def apart(a: Tensor, b: Tensor, values: Tensor) -> bool:
     """Whether a and b, of one shape, differ by more than rounding in the dtype of `values`.
 
-    The tolerance is ROUNDING units of rounding at the mean of |values|, [B] or [B, ...], plus |b|.
+    The tolerance is so many units of rounding at the mean of |values|, [B] or [B, ...], plus |b|.
     Values that are not finite do not count as apart.
     """
     usual = values.abs().to(wide_dtype(values.device)).mean()
-    tolerance = ROUNDING * torch.finfo(values.dtype).eps * (usual + b.abs())
+    units = ROUNDING_IN_HALF if values.element_size() == 2 else ROUNDING
+    tolerance = units * torch.finfo(values.dtype).eps * (usual + b.abs())
     return bool(((a - b).abs() > tolerance).any())
 
 

@@ -9,6 +9,7 @@ no change of the model, nothing of size B x parameters.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -483,6 +484,8 @@ def check_apart(model: nn.Module, x: Tensor, random: bool) -> None:
         raise NotCovered(f"the output {list(whole.shape)} has no values")
     close = torch.finfo(whole.dtype).eps ** 0.5
     size = whole.abs().max().item()
+    if not math.isfinite(size):
+        raise FloatingPointError("the model's output is not finite")
     if alone.shape != whole.shape or not torch.allclose(
         alone, whole, rtol=close, atol=close * size, equal_nan=True
     ):
