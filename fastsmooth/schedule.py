@@ -1,7 +1,9 @@
-"""What lr, batch size and momentum are at every epoch, and how far the noise smooths the loss.
+"""What lr, batch size and momentum are at every update, and how far the noise smooths the loss.
 
 A method is a row of the table METHODS: how it changes the learning rate and the batch, and which of
-the three is solved for. Loader, optimizer and log read the same Point. Formulas: degree of
+the three is solved for. In the place of a method a schedule may be written (fastsmooth.course), or
+be any function of the epoch. Loader, optimizer and log read the same Point, which most schedules
+have one of for an epoch, and some for every update. Formulas: degree of
 smoothing delta, P1 (arXiv 2311.08745) and P2 (arXiv 2402.02325); schedules with round m = epoch + 1
 of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
 """
@@ -14,10 +16,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import Any
 
+from fastsmooth import course
+from fastsmooth.course import Track, Written
 from fastsmooth.forms import Bound, Form, noise_of
 from fastsmooth.names import about_value
+from fastsmooth.places import Layout, Place, Span, equal, lay_out
 
 INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and hybrid
 HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same factor of delta
@@ -31,9 +37,9 @@ BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 51
 
 @dataclass(frozen=True)
 class Point:
-    """What the optimizer and the loader use during one epoch: the learning rate, how many samples a
+    """What the optimizer and the loader use for an update: the learning rate, how many samples a
     batch has, the momentum beta, which is 0 for plain SGD, and the nu of qhm where that changes
-    from one epoch to another; None: the optimizer's own."""
+    over a run; None: the optimizer's own."""
 
     lr: float
     batch_size: int
@@ -155,12 +161,13 @@ class Smoothing:
 
 @dataclass(frozen=True, init=False)
 class Schedule:
-    """A method with its numbers. Call it with an epoch, counted from 0, for the Point in force
-    during that epoch.
+    """A method with its numbers. Call it with an epoch, counted from 0, for the Point in force at
+    its beginning, which for most is that of the whole epoch.
 
     Args:
         method: a row of METHODS: constant, lr, batch, hybrid, poly, cosine, exp, step, beta,
-            lr-beta, beta-batch or lr-batch.
+            lr-beta, beta-batch or lr-batch. Or a function that gives the Point of an epoch: then
+            lr, batch_size, momentum and nu are its own, and no other number has a meaning.
         epochs, lr, batch_size, momentum: how long, and what the first epoch has.
         optimizer, nu, c2, k2, version: of the noise model behind delta (Smoothing). A method that
             solves for lr or momentum is solved by it; for the others it is what delta() uses. nu is
@@ -173,11 +180,12 @@ class Schedule:
             the factor: torch.optim.lr_scheduler.MultiStepLR.
         shifted: the indices of the published code, to compare with its curves.
 
-    Methods and formulas: arXiv 2311.08745 (lr, batch, hybrid, poly, cosine, exp) and arXiv
-    2402.02325 (what is solved). Raises ValueError for a method or an optimizer that is no row, with
-    what may have been meant; for a number out of range; for a momentum that the optimizer has no
-    use for, or that a method which lowers it has not got; for a method that is solved and an
-    optimizer without a noise bound; and for a nu that changes where the optimizer has none.
+    `Schedule.written` makes one of a text. Methods and formulas: arXiv 2311.08745 (lr, batch,
+    hybrid, poly, cosine, exp) and arXiv 2402.02325 (what is solved). Raises ValueError for a method
+    or an optimizer that is no row, with what may have been meant; for a number out of range; for a
+    momentum that the optimizer has no use for, or that a method which lowers it has not got; for a
+    method that is solved and an optimizer without a noise bound; and for a nu that changes where
+    the optimizer has none.
     """
 
     method: str
@@ -192,14 +200,16 @@ class Schedule:
     factor: float
     shifted: bool
     nus: Callable[[int], float] | None  # where nu changes
+    function: Callable[[int], Point] | None  # in the place of a method
+    text: Written | None  # likewise
 
     def __init__(
         self,
-        method: str,
+        method: str | Callable[[int], Point],
         *,
         epochs: int,
-        lr: float,
-        batch_size: int,
+        lr: float | None = None,
+        batch_size: int | None = None,
         optimizer: str = "sgd",
         momentum: float = 0.0,
         nu: float | Callable[[int], float] = 0.5,
@@ -213,15 +223,27 @@ class Schedule:
         milestones: Sequence[int] | None = None,
         factor: float = 0.1,
         shifted: bool = False,
+        text: Written | None = None,
     ):
         if decay_epoch is None:
             decay_epoch = max(1, epochs // 5)
         nus = nu if callable(nu) else None
         first = nu(0) if callable(nu) else nu
+        function = method if callable(method) else None
+        if function is not None:
+            if lr is not None or batch_size is not None or momentum or nus:
+                raise ValueError("a function gives lr, batch_size, momentum and nu by itself")
+            start = checked(function(0), 0)
+            first = first if start.nu is None else start.nu
+            method = "constant"
+        elif lr is None or batch_size is None:
+            raise ValueError(f"{'lr' if lr is None else 'batch_size'} is missing")
+        else:
+            start = Point(lr, batch_size, momentum, first if nus else None)
         vars(self).update(  # which a frozen class lets pass
             method=method,
             epochs=epochs,
-            start=Point(lr, batch_size, momentum, first if nus else None),
+            start=start,
             smoothing=Smoothing(optimizer, c2, k2, first, version),
             nus=nus,
             images=images,
@@ -231,8 +253,64 @@ class Schedule:
             milestones=None if milestones is None else tuple(milestones),
             factor=factor,
             shifted=shifted,
+            function=function,
+            text=text,
         )
         self._check()
+
+    @classmethod
+    def written(
+        cls,
+        text: str | Written,
+        *,
+        epochs: int,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        momentum: float | None = None,
+        nu: float | None = None,
+        **numbers: Any,
+    ) -> Schedule:
+        """The schedule in a text such as "lr: 0.1 @0 ->cos 0 @100%; batch: 32 @0, 64 @40ep", which
+        fastsmooth.course describes; of what it does not name, the values are given. `numbers` are
+        optimizer, c2, k2, version and images, as of any schedule.
+
+        Raises ValueError for a text that says nothing, or what a run of so many epochs does not
+        have, and for a value that is given twice or not at all.
+        """
+        words = course.read(text) if isinstance(text, str) else text
+        given = {"lr": lr, "batch": batch_size, "momentum": momentum, "nu": nu}
+        usual = {"momentum": 0.0, "nu": 0.5}
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name in words.by_name:
+                if value is not None:
+                    raise ValueError(f"{name} is written and given: leave one of them out")
+                value = words.first(name)
+            values[name] = usual.get(name) if value is None else value
+        found = cls(
+            "constant",
+            epochs=epochs,
+            lr=values["lr"],
+            batch_size=values["batch"],
+            momentum=values["momentum"],
+            nu=values["nu"],
+            text=words,
+            **numbers,
+        )
+        if found.images is not None:
+            found.check_written(found.images)
+        return found
+
+    def check_written(self, images: int, drop_last: bool = False) -> None:
+        """Raises ValueError for what is written and no run over so many images comes to."""
+        if self.text is None:
+            return
+        most = max(self.text.by_name["batch"].values) if "batch" in self.text.by_name else 0
+        if most > images:
+            raise ValueError(
+                f"a batch of {most:,} exceeds the {images:,} training images: lower it"
+            )
+        self.text.check(self.layout(images, drop_last))
 
     def _check(self) -> None:
         """Raises ValueError for what no schedule can be made of."""
@@ -242,7 +320,7 @@ class Schedule:
         lr, batch_size, momentum = self.start.lr, self.start.batch_size, self.start.momentum
         numbers = {
             "epochs": (self.epochs, self.epochs >= 1, "1 or more"),
-            "lr": (lr, 0 < lr < math.inf, "above 0"),
+            "lr": (lr, 0 < lr < math.inf or (lr == 0 and not self.by_method), "above 0"),
             "batch_size": (batch_size, batch_size >= 1, "1 or more"),
             "momentum": (momentum, 0 <= momentum < 1, "from 0 to below 1"),
             "images": (self.images, self.images is None or self.images >= 1, "1 or more"),
@@ -257,14 +335,14 @@ class Schedule:
         if METHODS[self.method].uses == "milestones":
             self._check_milestones()
         form = self.smoothing.form
-        if self.nus and not form.uses_nu:
+        if self.changes_nu and not form.uses_nu:
             raise ValueError(f"optimizer {form.name} has no nu: leave it out, or take qhm")
         if METHODS[self.method].solves and not form.bounds:
             raise ValueError(
                 f"method {self.method} is solved for delta, and no noise bound is published for "
                 f"{form.name}: use another method, or another optimizer"
             )
-        if momentum and not form.has_buffer:
+        if (momentum or "momentum" in self.names) and not form.has_buffer:
             raise ValueError(
                 f"optimizer {form.name} has no momentum: leave momentum {momentum} out, or take "
                 "shb, which is PyTorch's SGD with momentum"
@@ -287,10 +365,92 @@ class Schedule:
         if any(after <= before for before, after in pairwise(self.milestones)):
             raise ValueError(f"milestones {self.milestones} do not increase")
 
+    @property
+    def by_method(self) -> bool:
+        """Whether it is neither written nor a function."""
+        return self.text is None and self.function is None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is written of it: lr, batch, momentum, nu."""
+        return tuple(self.text.by_name) if self.text else ()
+
+    @property
+    def changes_nu(self) -> bool:
+        """Whether each Point has a nu of its own."""
+        return self.nus is not None or "nu" in self.names or self.start.nu is not None
+
+    @property
+    def most_momentum(self) -> float:
+        """The largest momentum of any update, as far as it is known before the run."""
+        written = self.text.by_name.get("momentum") if self.text else None
+        if self.function is not None:
+            return max(self(epoch).momentum for epoch in range(self.epochs))
+        return max(written.values) if written else self.start.momentum
+
+    @cached_property
+    def moves(self) -> bool:
+        """Whether the Point may change from one update of an epoch to the next."""
+        return self.text is not None and self.text.within_epochs(self.epochs)
+
+    @cached_property
+    def batch_moves(self) -> bool:
+        """Whether the batch size may."""
+        batch = self.text.by_name.get("batch") if self.text else None
+        return batch is not None and batch.within_epochs(self.epochs)
+
     def __call__(self, epoch: int) -> Point:
-        """The Point of an epoch, counted from 0. Raises ValueError for one that there is not."""
+        """The Point of an epoch, counted from 0, at its first update. Raises ValueError for one
+        that there is not, and where that hangs on how many images there are and they are not given.
+        """
         if not 0 <= epoch < self.epochs:
             raise ValueError(f"epoch {epoch} is none of 0 to {self.epochs - 1}")
+        if self.images is not None and self.counted:
+            return self.at(self.layout(self.images).start(epoch))
+        if self.counted:
+            raise ValueError(
+                "when an update comes, or a sample, only the images tell: give images=N, how many "
+                "there are"
+            )
+        return self.at(Place(epoch))
+
+    @cached_property
+    def counted(self) -> bool:
+        """Whether it counts updates or samples, which lie in the epochs as the batches have it."""
+        knots = [knot for each in (self.text.courses if self.text else ()) for knot in each.knots]
+        return any(knot.begins.measure in ("updates", "samples") for knot in knots)
+
+    def at(self, place: Place) -> Point:
+        """The Point in force at the update that comes at a place."""
+        if self.function is not None:
+            point = checked(self.function(place.epoch), place.epoch)
+            return dataclasses.replace(point, batch_size=self._at_most(point.batch_size))
+        if self.text is not None:
+            return self._written_at(place)
+        return self._by_method(place.epoch)
+
+    def _written_at(self, place: Place) -> Point:
+        tracks, start = self._tracks(place.images), self.start
+        value = {name: track(place) for name, track in tracks.items()}
+        return Point(
+            value.get("lr", start.lr),
+            self._at_most(int(value.get("batch", start.batch_size))),
+            value.get("momentum", start.momentum),
+            value.get("nu", start.nu),
+        )
+
+    def _tracks(self, images: int) -> dict[str, Track]:
+        """What is written, over epochs of so many images."""
+        if images not in self._found_tracks:
+            named = self.text.by_name.items() if self.text else ()
+            self._found_tracks[images] = {name: c.track(self.epochs, images) for name, c in named}
+        return self._found_tracks[images]
+
+    @cached_property
+    def _found_tracks(self) -> dict[int, dict[str, Track]]:
+        return {}
+
+    def _by_method(self, epoch: int) -> Point:
         method, batch = METHODS[self.method], self.batch_solved_for(epoch)
         lr, beta = method.lr(self, epoch), self.start.momentum
         nu = self.nus(epoch) if self.nus else None
@@ -306,9 +466,22 @@ class Schedule:
         return self.smoothing if nu is None else dataclasses.replace(self.smoothing, nu=nu)
 
     def batch_size(self, epoch: int) -> int:
-        """What the loader serves; it never falls from one epoch to the next."""
-        batch = int(METHODS[self.method].batch(self, epoch))
+        """What the loader serves at the beginning of an epoch."""
+        if self.function is not None or self.batch_moves:
+            return self(epoch).batch_size
+        return self.batch_at(Place(epoch))
+
+    def _at_most(self, batch: int) -> int:
         return batch if self.images is None else min(batch, self.images)
+
+    def batch_at(self, place: Place) -> int:
+        """The batch size of the update that comes at a place."""
+        if self.function is not None:
+            return self.at(place).batch_size
+        if self.text is not None:
+            track = self._tracks(place.images).get("batch")
+            return self._at_most(int(track(place)) if track else self.start.batch_size)
+        return self._at_most(int(METHODS[self.method].batch(self, place.epoch)))
 
     def batch_solved_for(self, epoch: int) -> float:
         """The batch of which lr or momentum are solved: the one that is served; the published code
@@ -388,18 +561,48 @@ class Schedule:
     def epoch_of(self, update: int, images: int, drop_last: bool = False) -> int:
         """The epoch of an update, both counted from 0, over `images` training images; the last one
         for what comes after."""
-        done = first = 0
+        return self.layout(images, drop_last).epoch_of(update)
+
+    def layout(self, images: int, drop_last: bool = False) -> Layout:
+        """How the updates over so many training images lie in the epochs."""
+        key = images, drop_last
+        if key not in self._found_layouts:
+            self._found_layouts[key] = Layout(self.spans(images, drop_last), images)
+        return self._found_layouts[key]
+
+    @cached_property
+    def _found_layouts(self) -> dict[tuple[int, bool], Layout]:
+        return {}
+
+    def spans(self, images: int, drop_last: bool = False) -> Iterator[Span]:
+        """Stretches of epochs that have the same batches, over so many training images. Nothing is
+        solved for it."""
+        track = self._tracks(images).get("batch")
+        if track is not None:
+            yield from lay_out(
+                lambda place: min(self._at_most(int(track(place))), images),
+                track.piece,
+                self.epochs,
+                images,
+                drop_last,
+            )
+            return
         for epochs, size in self.stages():
-            in_each = updates_of(images, size, drop_last)
-            if update < done + epochs * in_each:
-                return first + (update - done) // in_each
-            done, first = done + epochs * in_each, first + epochs
-        return self.epochs - 1
+            yield equal(epochs, size, images, drop_last)
 
     def stages(self) -> Iterator[tuple[int, int]]:
-        """(how many epochs, batch size) of every stretch of epochs that have one batch size.
+        """(how many epochs, batch size) of every stretch of epochs that begin with one batch size.
         Nothing is solved for it."""
-        first = 0
+        if self.function is not None or self.batch_moves:
+            for size, alike in groupby(map(self.batch_size, range(self.epochs))):
+                yield len(list(alike)), size
+            return
+        track = self._tracks(1).get("batch")
+        if track is not None:  # which changes between epochs
+            for start, end in pairwise([*sorted(track.firsts), self.epochs]):
+                yield end - start, self.batch_at(Place(start))
+            return
+        first = 0  # no method lowers the batch
         while first < self.epochs:
             size, last, step = self.batch_size(first), first, 1
             reached = False  # the end of the stretch: until then the steps double, then they halve
@@ -414,14 +617,25 @@ class Schedule:
     def updates(self, images: int, drop_last: bool = False) -> list[int]:
         """Parameter updates in each epoch over `images` training images."""
         found: list[int] = []
-        for epochs, size in self.stages():
-            found += [updates_of(images, size, drop_last)] * epochs
+        for span in self.spans(images, drop_last):
+            found += [span.updates] * span.epochs
         return found
 
 
-def updates_of(images: int, batch_size: int, drop_last: bool) -> int:
-    """Parameter updates in one epoch."""
-    return images // batch_size if drop_last else -(-images // batch_size)
+def checked(point: object, epoch: int) -> Point:
+    """What a function gives as the Point of an epoch. Raises ValueError for what is none."""
+    if not isinstance(point, Point):
+        raise ValueError(f"the function gives {point!r} for epoch {epoch}, which is no Point")
+    fits = {
+        "lr": isinstance(point.lr, int | float) and 0 <= point.lr < math.inf,
+        "batch_size": isinstance(point.batch_size, int) and point.batch_size >= 1,
+        "momentum": 0 <= point.momentum < 1,
+        "nu": point.nu is None or 0 <= point.nu <= 1,
+    }
+    for name, fine in fits.items():
+        if not fine:
+            raise ValueError(f"{name} {getattr(point, name)!r} of epoch {epoch} is out of range")
+    return point
 
 
 # What a method does to the learning rate and to the batch

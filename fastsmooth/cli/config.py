@@ -306,6 +306,11 @@ class Config:
         return (unit, int(amount)) if unit else None
 
     @property
+    def smallest_batch(self) -> int:
+        """Of all updates, but for what epochs leave over."""
+        return self.batch_size
+
+    @property
     def warmup_length(self) -> tuple[int, str]:
         """What --warmup says: how many, and of what: updates or epochs."""
         said = self.warmup or "0"
