@@ -110,7 +110,8 @@ class Knot:
     way: str = "step"
 
     def __str__(self) -> str:
-        return f"{self.value!r} @{self.begins}"
+        short = f"{self.value:g}"
+        return f"{short if float(short) == self.value else repr(self.value)} @{self.begins}"
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,17 @@ class Written:
 
     def within_epochs(self, epochs: int) -> bool:
         return any(course.within_epochs(epochs) for course in self.courses)
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raises ValueError, with what to do, for a knot that lies behind so many epochs."""
+        for course in self.courses:
+            for before, knot in pairwise(course.knots):
+                point = knot.begins.of(epochs) if knot.begins.measure == "epochs" else 0
+                if point > epochs or (point == epochs and before.way == "step"):
+                    raise ValueError(
+                        f"{knot} of {course.name} is not reached: the run ends after {epochs:,} "
+                        "epochs: lower the point, or train for more epochs"
+                    )
 
     def check(self, layout: Layout) -> None:
         """Raises ValueError, with what to do, for a knot that the run does not come to, or that no

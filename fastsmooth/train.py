@@ -42,7 +42,7 @@ from fastsmooth.training.ending import (
     still_there,
     watch,
 )
-from fastsmooth.training.plan import print_plan
+from fastsmooth.training.printed import print_plan
 
 
 def main(argv: list[str] | None = None) -> int:

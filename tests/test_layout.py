@@ -31,7 +31,10 @@ ALLOWED = {
     "optim": {"forms", "schedule", "kernels"},
     "foreign": {"optim", "schedule", "kernels", "names", "owncode"},
     # the last two to examine them
-    "cli": {"forms", "schedule", "course", "runfolder", "names", "owncode", "processors", "data", "kernels"},
+    "cli": {
+        "forms", "schedule", "course", "runfolder", "names", "owncode", "processors", "data",
+        "kernels",
+    },
     "data": {"kernels", "runfolder", "processors", "names"},
     "noise": {"kernels", "schedule", "ranks", "optim", "foreign", "names"},
     "adapters": {"noise", "schedule"},

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsmooth import owncode
+from fastsmooth import course, owncode
 from fastsmooth.cli.config import (
     FIELDS,
     FREE_ON_RESUME,
+    NAMED,
     RESOLVED_ONCE,
     WITH_CODE,
     Config,
@@ -131,13 +132,13 @@ def parse(argv: list[str]) -> Request:
 
 def over(read: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What was read with what is given over it."""
-    lengths = {"epochs", "budget"}  # two ways to say one thing
-    kept = {
-        name: value
-        for name, value in read.items()
-        if not (name in lengths and lengths & given.keys())
-    }
-    return kept | given
+    dropped: set[str] = set()
+    for ways in ({"epochs", "budget"}, {"method", "schedule"}):  # two ways to say one thing
+        dropped |= ways if ways & given.keys() else set()
+    if "schedule" in given:
+        names = course.read(given["schedule"]).by_name
+        dropped |= {NAMED[name] for name in names}
+    return {name: value for name, value in read.items() if name not in dropped} | given
 
 
 def configured(given: dict[str, Any]) -> Config:
@@ -229,6 +230,8 @@ def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
         # argparse would split "lr=1", and take "" for the end of all flags
         if not re.fullmatch(r"[\w-]+", key, re.ASCII):
             raise ConfigError(f"{source}: {key[:100]!r} is no flag: --help lists them")
+        if key == "schedule" and isinstance(value, dict):
+            value = "; ".join(f"{of}: {knots}" for of, knots in value.items())
         if isinstance(value, dict):
             raise ConfigError(
                 f"{source}: [{key[:100]}] is a table: write plain lines such as lr = 0.1"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
@@ -15,10 +13,8 @@ from fastsmooth.cli import stages
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.stages import ByEpoch
-from fastsmooth.messages import show
 from fastsmooth.places import Layout, Place, Span
 from fastsmooth.schedule import SOLVED, Point, Schedule, memory
-from fastsmooth.terminal import Table, columns
 
 
 def make_schedule(c: Config, images: int | None) -> Schedule:
@@ -41,6 +37,7 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
         milestones=steps_of(c),
         factor=c.factor,
         shifted=c.compat == "original",
+        text=c.written,
     )
 
 
@@ -235,6 +232,7 @@ def make_plan(c: Config, images: int) -> Plan:
     plan = Plan(c, make_schedule(c, images), images)
     _ = plan.sizes  # which must all begin within the epochs
     configs.check_length(c)
+    configs.refuse(plan.schedule.check_written, images, c.drop_last)
     total = plan.layout.updates
     if plan.warmup > total:
         raise ConfigError(
@@ -293,70 +291,12 @@ def within_budget(c: Config, images: int) -> Config:
     return lasting(enough)
 
 
-def print_plan(c: Config, as_json: bool) -> None:
-    """Point and delta of every epoch that the run begins; equal epochs share a line."""
-    if c.limit and c.images is None:
-        raise ConfigError(
-            f"--plan: how many epochs --budget {c.budget} takes, only the images in "
-            f"{c.data_dir} tell"
-        )
-    plan = None if c.images is None else make_plan(c, c.images)
-    c = plan.config if plan else c
-    schedule = plan.schedule if plan else make_schedule(c, None)
-    done = list(plan.epochs()) if plan else []
-    epochs = len(done) if plan else c.epochs
-    sizes = c.sizes
-    if as_json:
-        begun = 0  # updates before the epoch
-        for epoch, p in enumerate(map(schedule, range(epochs))):
-            row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": delta_of(c, schedule, p)}
-            if p.nu is None:
-                del row["nu"]
-            if c.foreign:
-                row["momentum"] = None
-            row |= {"image_size": sizes(epoch)} if sizes.changes else {}
-            if plan and plan.moves(begun):
-                last = begun + done[epoch][0] - 1
-                row |= {"lr_first": plan.point(epoch, begun).lr}
-                row |= {"lr_last": plan.point(epoch, last).lr}
-            begun += done[epoch][0] if done else 0
-            show(json.dumps(row), whole=True)
-        return
-    layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
-    layout |= {"nu": ">6"} if schedule.nus else {}
-    layout |= {"pixels": ">9"} if sizes.changes else {}
-    layout |= {"updates": ">9"} if done else {}
-    table = Table(layout, least_first=("updates", "momentum"))
-    show(table.heading(columns(sys.stdout)))
-    for (p, side), alike in itertools.groupby(range(epochs), lambda e: (schedule(e), sizes(e))):
-        first, *rest = alike
-        last = rest[-1] if rest else first
-        name = f"{first}-{last}" if rest else f"{first}"
-        cells = [
-            name,
-            f"{p.lr:.6g}",
-            f"{p.batch_size}",
-            "-" if c.foreign else f"{p.momentum:.4g}",
-            "-" if (delta := delta_of(c, schedule, p)) is None else f"{delta:.4g}",
-        ]
-        cells += [] if p.nu is None else [f"{p.nu:.4g}"]
-        cells += [f"{side}x{side}"] if sizes.changes else []
-        cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
-        show(table.row(cells, columns(sys.stdout)))
-    said = [*units(c), *warming(c, plan), *notes(c, schedule)]
-    for line in [*said, cost(plan) if plan else cost_of_a_folder(c)]:
-        show(line)
-    if not c.image_size:
-        show(
-            "the images, which --plan does not open, decide what --image-size and --model are "
-            "where they are not given"
-        )
-
-
 def cost(plan: Plan) -> str:
     """What the run will compute."""
     c = plan.config
-    updates, samples = (sum(column) for column in zip(*plan.epochs(), strict=True))
+    spans = list(plan.spans())
+    updates = sum(span.epochs * span.updates for span in spans)
+    samples = sum(span.epochs * span.samples for span in spans)
     samples *= 2 if c.sam else 1
     most = "at most " if c.mode == "critical" else ""
     line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
@@ -365,9 +305,9 @@ def cost(plan: Plan) -> str:
         for step, size in plan.measured.items():
             # with momentum each direction ends a history of its own, which has its batches and a
             # full gradient to itself
-            replayed = min(step, memory(c.momentum))
+            replayed = min(step, memory(plan.schedule.most_momentum))
             more += (c.draws if replayed else 1) * plan.images + c.draws * (1 + replayed) * size
-        about = "about " * (c.momentum > 0)
+        about = "about " * (plan.schedule.most_momentum > 0)
         line += f", and {about}{more:,} more to measure at {len(c.steps)} of them"
     return line
 
