@@ -65,10 +65,10 @@ from fastsmooth.cli.flags import (
 from fastsmooth.cli.stages import ByEpoch, Moment, Stage, Stages
 from fastsmooth.course import Written
 from fastsmooth.forms import FORMS, Form, is_foreign, noise_of
-from fastsmooth.schedule import METHODS, SOLVED
+from fastsmooth.schedule import METHODS, SMOOTH, SOLVED, Method
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
-BETA_METHODS = {name for name, method in METHODS.items() if method.solves == "momentum"}
+BETA_METHODS = {name for name, method in METHODS.items() if method.changes_momentum}
 WITH_BUFFER = {name for name, form in FORMS.items() if form.has_buffer}
 WITH_BOUND = {name for name, form in FORMS.items() if form.bounds}
 WITH_NU = {name for name, form in FORMS.items() if form.uses_nu}
@@ -82,6 +82,8 @@ CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
 # the rows of fastsmooth.noise.quantities.QUANTITIES
 QUANTITIES = ("layers", "norm-test", "inner-product", "orthogonality", "cabs", "snr")
 WITH_DATA_DIR = SETS.keys() - {"digits"}
+# the methods whose rows follow other code than that of --compat original
+UNPUBLISHED = {"beta-step", "batch-poly", "exp-batch", "seesaw", "growth"}
 # the fields that --schedule may say the values of, by what it calls them
 NAMED = {"lr": "lr", "batch": "batch_size", "momentum": "beta", "nu": "nu"}
 # the fields that may name own code
@@ -107,7 +109,7 @@ class Optimizers(tuple[str, ...]):
 
 def using(name: str) -> set[str]:
     """The methods that take this number."""
-    return {method for method, row in METHODS.items() if row.uses == name}
+    return {method for method, row in METHODS.items() if row.takes(name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +154,11 @@ class Config:
     decay_epoch: int = option(FILLED, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
     power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", using("power")))
     gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", using("gamma")))
-    milestones: tuple[str, ...] | None = option(None, "schedule", "epochs at which step multiplies lr by --factor: 60 120 160, or 30% 60%", milestone, metavar="WHEN", many=True, only=("method", using("milestones")))
-    factor: float = option(0.1, "schedule", "of step, at each of --milestones", real(0, 1, open_low=True), metavar="X", only=("method", using("milestones")))
+    milestones: tuple[str, ...] | None = option(None, "schedule", "epochs of the steps, in the place of --decay-epoch: 60 120 160, or 30% 60%", milestone, metavar="WHEN", many=True, only=("method", using("milestones")))
+    factor: float = option(FILLED, "schedule", "at every step, of lr (step 0.1, lr 0.707, seesaw 0.5 of its cut), batch (2, hybrid 1.5) or momentum (0.9)", positive, metavar="X", only=("method", using("factor")))
+    lr_factor: float = option(1.4, "schedule", "of lr at every step of growth", positive, metavar="X", only=("method", using("lr_factor")))
+    lr_min: float = option(0.0, "schedule", "where cosine and poly end", real(0), metavar="X", only=("method", using("lr_min")))
+    per: str = option("epoch", "schedule", "how often smooth methods change: with every epoch or every update", choices=("epoch", "update"), only=("method", SMOOTH))
     warmup: str | None = option(None, "schedule", "lr rises from near 0 over so many updates (500) or epochs (5ep)", warmup, metavar="N|Nep")
     patience: int | None = option(None, "schedule", "end the run after so many epochs without a better test accuracy", whole(1, MOST_EPOCHS), metavar="N")
     c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X", only=("optimizer", WITH_BOUND))
@@ -363,6 +368,10 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# what says how a method goes, and the method
+OF_METHOD = {"method"} | {
+    name for name, f in FIELDS.items() if (f.metadata["only"] or ("",))[0] == "method"
+}
 # Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it
 # again.
 RESOLVED_ONCE = (
@@ -404,6 +413,11 @@ def check(c: Config) -> None:
         raise ConfigError(
             f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise "
             "--beta"
+        )
+    if c.compat == "original" and c.method in UNPUBLISHED:
+        raise ConfigError(
+            f"--compat original has the curves of published code, and --method {c.method} is none "
+            "of them: leave --compat out"
         )
     if c.mode == "critical" and c.method != "constant":
         raise ConfigError(
@@ -553,7 +567,19 @@ def check_schedule(c: Config) -> None:
             f"--patience ends a run by its test accuracy, --mode {c.mode} by what it measures: "
             "leave --patience out"
         )
-    if c.method in using("milestones") and not c.milestones:
+    row = METHODS[c.method]
+    if row.takes("factor") and not row.takes_factor(c.factor):
+        raise ConfigError(
+            f"--factor {c.factor:g} is out of range: of --method {c.method} it is {row.factors}"
+        )
+    if row.takes("lr_min") and c.lr_min > c.lr:
+        raise ConfigError(
+            f"--lr-min {c.lr_min:g} is above --lr {c.lr:g}, from which --method {c.method} falls to "
+            "it: lower it"
+        )
+    if c.per == "update" and c.compat == "original":
+        raise ConfigError("--compat original changes with every epoch: leave it or --per out")
+    if row.uses == "milestones" and not c.milestones:
         raise ConfigError(
             f"--method {c.method} needs the epochs of its steps: give --milestones, such as 30% "
             "60% 80%"
@@ -693,6 +719,11 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     # a budget's epochs are not known yet
+    values.setdefault("factor", METHODS.get(values.get("method", "constant"), Method()).factor)
+    if "decay_epoch" in given and "milestones" in given:
+        raise ConfigError(
+            "--decay-epoch and --milestones both say when steps are: give one of them"
+        )
     values.setdefault("decay_epoch", 0 if "budget" in given else max(1, values["epochs"] // 5))
     try:
         return given, follow_augmentation(Config(**values))
@@ -725,8 +756,9 @@ def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
     """What --recipe adds to the flags that were given: of its own those that they leave an
     effect."""
     recipe = RECIPES.get(given.get("recipe", ""), {})
-    if given.get("schedule") is not None:  # which takes the place of a method
-        recipe = {name: value for name, value in recipe.items() if name != "method"}
+    by_hand = given.get("schedule") is not None
+    if by_hand or given.get("method", recipe.get("method")) != recipe.get("method"):
+        recipe = {name: value for name, value in recipe.items() if name not in OF_METHOD}
     values = recipe | given
     limits = {name: FIELDS[name].metadata["only"] for name in recipe.keys() - given.keys()}
     others = {name: only for name, only in limits.items() if only is not None}

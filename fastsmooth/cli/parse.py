@@ -16,6 +16,7 @@ from fastsmooth.cli.config import (
     FIELDS,
     FREE_ON_RESUME,
     NAMED,
+    OF_METHOD,
     RESOLVED_ONCE,
     WITH_CODE,
     Config,
@@ -39,6 +40,7 @@ from fastsmooth.cli.page import SHORT
 from fastsmooth.messages import command
 from fastsmooth.runfolder.files import read_file, read_object
 from fastsmooth.runfolder.read import read_status
+from fastsmooth.schedule import METHODS
 
 
 def parser() -> Parser:
@@ -182,6 +184,8 @@ def over_finished(given: dict[str, Any]) -> dict[str, Any]:
                 f"{folder}"
             )
     inherited = flags_of(saved)
+    if given.get("method", saved.method) != saved.method:  # whose numbers are not the other's
+        inherited = {name: value for name, value in inherited.items() if name not in OF_METHOD}
     for name in ("init", "extend", "warmup"):  # how that run began
         inherited.pop(name, None)
     both = over(inherited, given)
@@ -273,6 +277,9 @@ def saved_config(given: dict[str, Any], source: str) -> Config:
         raise ConfigError(
             f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}"
         )
+    method = given.get("method")
+    if "per" not in given and method in METHODS and method != "step":
+        given = given | {"factor": METHODS[method].factor}  # step alone had one then
     values = from_table(parser(), given, source)
     stranger = next((name for name in values if name not in FIELDS), None)
     if stranger:
@@ -315,6 +322,8 @@ def flags_of(c: Config) -> dict[str, Any]:
     }
     left = {name: value for name, value in left.items() if name not in ("out", "resume")}
     left["dataset"] = c.dataset  # else --data-dir would say to recognise it
+    if c.milestones is not None:  # in the place of which it stands
+        left.pop("decay_epoch", None)
     if c.budget is not None:  # the images said how many epochs that is
         steps = {"decay_epoch"} if c.decay_epoch == max(1, c.epochs // 5) else set()
         left = {name: value for name, value in left.items() if name not in {"epochs"} | steps}

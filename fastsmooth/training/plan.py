@@ -36,6 +36,9 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
         gamma=c.gamma,
         milestones=steps_of(c),
         factor=c.factor,
+        lr_factor=c.lr_factor,
+        lr_min=c.lr_min,
+        per=c.per,
         shifted=c.compat == "original",
         text=c.written,
     )

@@ -130,7 +130,8 @@ def inside(plan: Plan) -> Iterator[Stretch]:
     """Stretches within which nothing changes, or everything goes one way, of a schedule that
     changes within epochs."""
     updates = sum(span.epochs * span.updates for span in plan.spans())
-    starts = {plan.layout.start(epoch).update for epoch in plan.sizes.starts}
+    epochs = range(plan.layout.epochs) if plan.schedule.text is None else plan.sizes.starts
+    starts = {plan.layout.start(epoch).update for epoch in epochs}
     for course in plan.schedule.text.courses if plan.schedule.text else ():
         starts |= {first for _, _, first in steps(course, plan.layout) if first is not None}
     starts = {first for first in starts if first < updates}
