@@ -39,8 +39,8 @@ ALLOWED = {
     "noise": {"kernels", "schedule", "ranks", "optim", "foreign", "names"},
     "adapters": {"noise", "schedule"},
     "training": {
-        "noise", "data", "optim", "foreign", "owncode", "models", "schedule", "places", "ranks",
-        "cli", "runfolder", "kernels", "processors", "freezing",
+        "noise", "data", "optim", "foreign", "owncode", "models", "schedule", "course", "places",
+        "figures", "ranks", "cli", "runfolder", "kernels", "processors", "freezing",
     },
     "train": {"training", "ranks", "cli", "runfolder", "processors"},
     "prepare": {"data", "cli", "runfolder", "processors"},

@@ -720,7 +720,7 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     # a budget's epochs are not known yet
     values.setdefault("factor", METHODS.get(values.get("method", "constant"), Method()).factor)
-    if "decay_epoch" in given and "milestones" in given:
+    if "decay_epoch" in given and given.get("milestones") is not None:
         raise ConfigError(
             "--decay-epoch and --milestones both say when steps are: give one of them"
         )

@@ -86,6 +86,9 @@ def parser() -> Parser:
     )
     other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
     other.add_argument(
+        "--html", metavar="FILE", type=text, help="with --plan: draw it, in a page of its own"
+    )
+    other.add_argument(
         "--doctor",
         action="store_true",
         help="say what is installed and usable here, and what is missing",
@@ -107,6 +110,7 @@ class Request:
     doctor: bool = False
     check_data: bool = False
     json: bool = False
+    html: str | None = None
     help: bool | str = False  # "all": the longer page
     version: bool = False
 
@@ -119,13 +123,16 @@ def parse(argv: list[str]) -> Request:
     """Flags (dashes or underscores) over the file that --config names. Raises ConfigError."""
     p = parser()
     values = vars(p.parse_args([plain(word) for word in argv]))
-    extra = {key: values.pop(key, False) for key in REQUESTS}
+    extra = {key: values.pop(key, False) for key in REQUESTS - {"html"}}
+    extra["html"] = values.pop("html", None)
     path = values.pop("config", None)
     asked = [flag(key) for key in ("plan", "doctor", "check_data") if extra[key]]
     if len(asked) > 1:
         raise ConfigError(f"{asked[0]} and {asked[1]} do not go together: give one of them")
     if extra["json"] and not extra["plan"]:
         raise ConfigError("--json goes with --plan")
+    if extra["html"] is not None and (not extra["plan"] or extra["json"]):
+        raise ConfigError("--html FILE goes with --plan, without --json")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if path is not None:
         given = over(read_flags(p, path), given)

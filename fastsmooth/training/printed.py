@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsmooth.cli.config import Config
@@ -15,6 +16,7 @@ from fastsmooth.course import steps
 from fastsmooth.messages import show
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.terminal import Table, columns
+from fastsmooth.training.pictured import write_page
 from fastsmooth.training.plan import (
     Plan,
     cost,
@@ -28,9 +30,18 @@ from fastsmooth.training.plan import (
 )
 
 
-def print_plan(c: Config, as_json: bool) -> None:
-    """Point and delta of every epoch that the run begins; equal epochs share a line."""
+def print_plan(c: Config, as_json: bool, html: str | None = None) -> None:
+    """Point and delta of every epoch that the run begins; equal epochs share a line. `html`: the
+    file that it is drawn in, in the place of a table."""
     plan, schedule, c = planned(c)
+    if html is not None:
+        if plan is None:
+            raise ConfigError(f"--html: over how many images, only those in {c.data_dir} tell")
+        write_page(
+            plan, [*units(c), *warming(c, plan), *notes(c, schedule), cost(plan)], Path(html)
+        )
+        show(f"{html}: the plan over {plan.layout.epochs:,} epochs")
+        return
     if as_json:
         for row in rows(c, plan, schedule):
             show(json.dumps(row), whole=True)
