@@ -22,6 +22,7 @@ bench: $(VENV)/installed-test  # it runs the tests of what it measures first
 	$(RUN) -m benchmarks.bench_train
 	$(RUN) -m benchmarks.bench_kernels
 	$(RUN) -m benchmarks.bench_noise
+	$(RUN) -m benchmarks.bench_hosts
 	$(RUN) -m benchmarks.bench_loader
 	$(RUN) -m benchmarks.bench_index
 	$(RUN) -m benchmarks.bench_smooth

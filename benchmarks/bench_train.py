@@ -48,7 +48,7 @@ from fastsmooth.messages import warn
 from fastsmooth.optim import NoisySGD
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.machine import environment
-from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.trackers import Trackers
 from fastsmooth.runfolder.write import RunFolder
 from fastsmooth.training.clock import Clock
 from fastsmooth.training.loop import Run
@@ -245,9 +245,9 @@ class Ours:
         step = Step(model, optimizer, device, "fp32", c.compile == "on")
         out = Path(self.scratch.name) / "run"
         folder = RunFolder.create(out, c.to_json(), environment())
-        tracker = Tracker(c.to_json(), out, warn)
+        trackers = Trackers((), c.to_json(), out, warn)
         checkpoints = Checkpoints(out / "checkpoints", warn)
-        run = Run(plan, images, model, step, device, folder, checkpoints, tracker, Clock())
+        run = Run(plan, images, model, step, device, folder, checkpoints, trackers, Clock())
         run.progress = Progress(
             c.epochs, len(images.train), c.epochs * len(images.train), 0, "this CPU"
         )

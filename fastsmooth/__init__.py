@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastsmooth.data import Data
+    from fastsmooth.driving import BatchSchedule, torch_lr_scheduler
     from fastsmooth.models import build as build_model
     from fastsmooth.noise import estimators
     from fastsmooth.noise.estimators import Estimate
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from fastsmooth.noise.persample import sample_norms
     from fastsmooth.noise.sharpness import loss_sharpness
     from fastsmooth.optim import NoisySGD
+    from fastsmooth.report.runs import load_runs
     from fastsmooth.schedule import Point, Schedule, Smoothing
     from fastsmooth.trained import load_run
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchSchedule",
     "Estimate",
     "NoiseTracker",
     "NoisySGD",
@@ -44,9 +47,11 @@ __all__ = [
     "estimators",
     "full_gradient",
     "load_run",
+    "load_runs",
     "loss_sharpness",
     "open_data",
     "sample_norms",
+    "torch_lr_scheduler",
 ]
 
 # The kernels stand in a top-level folder of the checkout; an installed copy has them inside the
@@ -57,6 +62,7 @@ if (_root / "pyproject.toml").is_file():
 
 # name here -> the module it is in, and its name there; without one it is the module
 _HOMES = {
+    "BatchSchedule": ("driving", "BatchSchedule"),
     "Estimate": ("noise.estimators", "Estimate"),
     "NoiseTracker": ("noise.online", "NoiseTracker"),
     "NoisySGD": ("optim", "NoisySGD"),
@@ -67,8 +73,10 @@ _HOMES = {
     "estimators": ("noise.estimators", ""),
     "full_gradient": ("noise.gradients", "full_gradient"),
     "load_run": ("trained", "load_run"),
+    "load_runs": ("report.runs", "load_runs"),
     "loss_sharpness": ("noise.sharpness", "loss_sharpness"),
     "sample_norms": ("noise.persample", "sample_norms"),
+    "torch_lr_scheduler": ("driving", "torch_lr_scheduler"),
 }
 
 

@@ -10,7 +10,9 @@ head, a closed terminal), a disk that is full. What it is there to print (`show`
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import logging
 import os
 import signal
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -257,6 +259,13 @@ def escaped(c: str) -> str:
     # a byte of a file name that is not UTF-8 comes as one of these surrogates
     how = "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass"
     return "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", how))
+
+
+def csv_line(values: Iterable[str]) -> str:
+    """A line of RFC 4180. What cannot be shown, as a line break, is written as \\xHH."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(map(printable, values))
+    return text.getvalue()
 
 
 def printable_path(path: str) -> str:

@@ -169,9 +169,17 @@ FLAGS = spread({
     "--gpu --gpus --gpu-id --gpu-ids --cuda --use-cuda --use-gpu --n-gpu --ngpu --ngpus --num-gpus --devices --device-id --device-ids --accelerator --device-modules --platform --mps --cpu --no-cuda --no-gpu --use-cpu --no-mps": "--device auto, cpu, cuda, cuda:N or mps takes one device; torchrun starts a process for each of several GPUs",
     "--world-size --rank --local-rank --dist-url --dist-backend --dist-on-itp --dist --distributed --multiprocessing-distributed --ddp --ddp-backend --use-ddp --fsdp --deepspeed --strategy --num-nodes --nnodes --nodes --num-processes --nproc-per-node --nproc --master-port --master-addr --init-method --data-parallel --dp": "torchrun starts several processes",
     "--time-limit --max-hours --max-minutes --max-seconds --walltime --timeout": "--max-time",
-    "--wandb --use-wandb --log-wandb --enable-wandb --with-wandb --report-to --logger --track-wandb --wandb-offline --offline": "--wandb-mode",
+    "--wandb --use-wandb --log-wandb --enable-wandb --with-wandb --track-wandb": "--tracker wandb",
+    "--wandb-offline --offline": "--wandb-mode offline",
+    "--trackio --use-trackio --log-trackio": "--tracker trackio",
+    "--tensorboard --tb --use-tensorboard --log-tensorboard --writer --tensorboard-dir --tb-dir": "--tracker tensorboard",
+    "--report-to --logger --loggers --log-with --trackers": "--tracker",
     "--wandb-name --wandb-run-name --wandb-id --wandb-resume-id --wandb-group --wandb-tags --wandb-dir": "Weights & Biases gets the name of the run folder, --out",
-    "--tensorboard --tb --use-tensorboard --writer --mlflow --comet --neptune --csv --log-csv": "metrics.jsonl in the run folder holds every row; --wandb-mode sends them to Weights & Biases too",
+    "--mlflow --comet --neptune --csv --log-csv": "metrics.jsonl in the run folder holds every row; --tracker sends them to wandb, trackio or tensorboard too",
+    # the report
+    "--live --follow --serve --server --browser --refresh --auto-refresh": "--watch",
+    "--interval --poll --poll-interval --refresh-interval --reload-interval": "--every",
+    "--bind --host": "--watch answers this machine alone, at --port: ssh -L brings the page elsewhere",
     "-c --cfg --config-file --config-path --cfg-path --yaml --yaml-file --params --hparams --opts --args-file": "--config",
 })  # fmt: skip
 # The same of the values of a flag. An answer that is no value of the flag says why there is none.
@@ -221,6 +229,7 @@ VALUES = {
     "--augment": spread({"standard flip-crop crop flip default": "crop-flip", "imagenet inception": "resized-crop-flip", "off no": "none"}),
     "--compile": spread({"true yes 1 default": "on", "false no 0 none": "off"}),
     "--graphs": spread({"true yes 1 default": "on", "false no 0 none": "off"}),
+    "--tracker": spread({"tb": "tensorboard", "weights-and-biases": "wandb", "off no false disabled": "none", "mlflow comet neptune csv": "metrics.jsonl in the run folder holds every row, for any other"}),
     "--wandb-mode": spread({"disabled none no false": "off"}),
     "--loader": spread({"dataloader pytorch pil": "torch", "memory gpu ram": "resident"}),
 }  # fmt: skip

@@ -5,8 +5,6 @@ A line a file, as they come: however many there are, few are held.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import os
@@ -23,6 +21,7 @@ from fastsmooth.messages import (
     BAD_INPUT,
     DONE,
     command,
+    csv_line,
     end_with,
     exit_code,
     printable,
@@ -127,7 +126,7 @@ def carry_out(argv: list[str]) -> int:
     found = inference.predictions(run, named, width, named.unread)
     heard = True
     if request.csv:
-        heard = show(in_csv(header(width)), whole=True)
+        heard = show(csv_line(header(width)), whole=True)
     while heard and (some := list(itertools.islice(found, inference.BATCH))):
         heard = show(*(written(prediction, request) for prediction in some), whole=True)
     if heard and not named.count:
@@ -196,7 +195,7 @@ class Named:
 
 def written(prediction: Prediction, request: Request) -> str:
     if request.csv:
-        return in_csv(row(prediction))
+        return csv_line(row(prediction))
     if request.json:
         return in_json(prediction)
     likely = (f"{printable(each.name)} {each.probability:.4f}" for each in prediction.likely)
@@ -212,13 +211,6 @@ def header(width: int) -> list[str]:
 def row(prediction: Prediction) -> list[str]:
     pairs = ((each.name, f"{each.probability:.6g}") for each in prediction.likely)
     return [prediction.path, *itertools.chain.from_iterable(pairs)]
-
-
-def in_csv(values: list[str]) -> str:
-    """A line of RFC 4180. What cannot be shown, as a line break, is written as \\xHH."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(map(printable, values))
-    return text.getvalue()
 
 
 def in_json(prediction: Prediction) -> str:

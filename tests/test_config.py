@@ -1022,7 +1022,7 @@ def test_what_auto_chose_before_is_chosen_again(tmp_path):
 
 
 def test_only_places_times_and_trackers_are_free_on_resume():
-    trackers = {"wandb_mode", "wandb_project", "wandb_entity"}
+    trackers = {"tracker", "wandb_mode", "wandb_project", "wandb_entity"}
     places = {"out", "resume", "max_time", "data_dir", "workers", "graphs"}
     assert places | trackers == FREE_ON_RESUME
 

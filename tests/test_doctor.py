@@ -97,6 +97,8 @@ def test_a_python_without_packages_is_told_what_to_install(bare):
         "dali": "dali",
         "timm": "timm",
         "wandb": "wandb",
+        "trackio": "trackio",
+        "tensorboard": "tensorboard",
         "rich": "progress",
         "ray": "ray",
     }.items():
@@ -120,7 +122,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def test_every_pip_line_names_an_extra(bare):
     extras = PROJECT["optional-dependencies"].keys()
     asked = re.findall(r"fastsmooth\[(\w+)\]", " ".join(bare[1].values()))
-    assert len(asked) == 6 and set(asked) <= extras
+    assert len(asked) == 8 and set(asked) <= extras
 
 
 @pytest.mark.parametrize("name", ["torch", "torchvision", "numpy"])
@@ -187,13 +189,13 @@ def test_a_broken_optional_package_is_a_note_unless_the_run_asks_for_it(tmp_path
 
 def test_heavy_packages_are_not_imported_for_their_version(tmp_path):
     packages = HERE | BROKEN
-    for name in ("timm", "wandb", "ray"):
+    for name in ("timm", "wandb", "trackio", "tensorboard", "ray"):
         packages[f"{name}.py"] = b"open('imported', 'w')"
         packages[f"{name}-9.8.7.dist-info/METADATA"] = (
             f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.8.7\n".encode()
         )
     _, rows, _ = doctor(tmp_path, packages)
-    for name in ("timm", "wandb", "ray"):
+    for name in ("timm", "wandb", "trackio", "tensorboard", "ray"):
         assert rows[name].startswith("ok 9.8.7, not tried")
 
 

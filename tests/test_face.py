@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fastsmooth as fs
 from fastsmooth.train import main
 
-WITHOUT_TORCH = {"Schedule", "Point", "Smoothing", "load_run"}
+WITHOUT_TORCH = {"Schedule", "Point", "Smoothing", "load_run", "load_runs"}
 
 
 def python(code: str) -> str:

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 # What each part may import of the others; all may say something, by messages and terminal.
 ALLOWED = {
     # what it exports, each loaded when it is asked for
-    "__init__": {"schedule", "optim", "noise", "models", "data", "cli", "names", "trained"},
+    "__init__": {
+        "schedule", "optim", "noise", "models", "data", "cli", "names", "trained", "driving",
+        "report",
+    },
     "__main__": {"names"},
     "terminal": set(),
     "messages": set(),
@@ -37,7 +40,8 @@ ALLOWED = {
     },
     "data": {"kernels", "runfolder", "processors", "names"},
     "noise": {"kernels", "schedule", "ranks", "optim", "foreign", "names"},
-    "adapters": {"noise", "schedule"},
+    "adapters": {"noise", "schedule", "cli"},
+    "driving": {"data", "optim", "schedule"},
     "training": {
         "noise", "data", "optim", "foreign", "owncode", "models", "schedule", "course", "places",
         "figures", "ranks", "cli", "runfolder", "kernels", "processors", "freezing",
@@ -54,7 +58,7 @@ ALLOWED = {
     "export": {"trained", "models", "data", "report", "schedule", "cli", "runfolder"},
     "sweep": {"cli", "forms", "runfolder", "schedule", "processors"},
     "smooth": {"figures", "cli", "runfolder", "processors"},
-    "report": {"figures", "cli", "forms", "runfolder", "schedule", "sweep"},
+    "report": {"figures", "cli", "forms", "names", "runfolder", "schedule", "sweep"},
 }  # fmt: skip
 
 
@@ -118,6 +122,8 @@ QUICK = [
     ("sweep", "--out o --lr nan", 2),
     ("report", "--help", 0),
     ("report", "--outt o", 2),
+    ("report", "RUNS --table --csv", 2),
+    ("report", "RUNS --watch --out o", 2),
     ("sharpness", "--help", 0),
     ("sharpness", "RUN --algorithm avg_l2", 2),
     ("export", "--help", 0),

@@ -214,7 +214,7 @@ COMMANDS = {
     "sweep": (sweep.main, ["--plan", "--out", "o", "--lr", "0.1"], "grid_runs"),
     "sharpness": (sharpness.main, ["run"], "fastsmooth.saved.ready_device"),
     "sharpness of a run": (sharpness.main, ["run", "--json"], "fastsmooth.saved.measure_sharpness"),
-    "report": (report.main, ["run"], "find_runs"),
+    "report": (report.main, ["run"], "read_runs"),
     "smooth": (smooth.main, ["--out", "o"], "parse"),
 }
 

@@ -14,11 +14,13 @@ from fastsmooth.cli.parse import parse, parser
 from fastsmooth.forms import FORMS
 from fastsmooth.models import BUILDERS, ModelError, build
 from fastsmooth.names import FLAGS, VALUES, about_flag, bare, hint
+from fastsmooth.report import __main__ as report
 from fastsmooth.schedule import METHODS
 from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.sweep import grid
 
 KNOWN = [name for action in parser()._actions for name in action.option_strings]
+OF_THE_REPORT = [name for action in report.parser()._actions for name in action.option_strings]
 # The flags of other trainers, as their programs and manuals list them.
 TORCHVISION = """
     --data-path --model --device -b --batch-size --epochs -j --workers --opt --lr --momentum --wd --weight-decay --norm-weight-decay
@@ -105,7 +107,7 @@ def test_the_commonest_are_answered_in_words(flag, said):
 def test_answers_name_flags_that_there_are_and_none_has_the_name_of_one():
     for name, said in FLAGS.items():
         assert bare(name) not in map(bare, KNOWN), f"{name} would be understood without the table"
-        assert set(re.findall(r"--[a-z][\w-]*", said)) <= set(KNOWN), said
+        assert set(re.findall(r"--[a-z][\w-]*", said)) <= {*KNOWN, *OF_THE_REPORT}, said
         if re.fullmatch(r"--\S+ [a-z]\S*", said):  # a value too
             assert parse(said.replace("N", "9").split()).given, said
 

@@ -17,7 +17,7 @@ from exact import EXACT
 from rows import read_rows
 
 from fastsmooth.runfolder.read import read_status
-from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.trackers import Trackers
 from fastsmooth.runfolder.write import TIMES
 from fastsmooth.train import main
 from fastsmooth.training import loop
@@ -203,6 +203,7 @@ def fake_wandb(**faults):
             "dir": f"{kwargs['dir']}/wandb/offline-run-1-{kwargs['id']}/files",
             "url": f"https://wandb/{kwargs['id']}",
         }
+        Path(at["dir"]).mkdir(parents=True, exist_ok=True)
         return types.SimpleNamespace(
             summary=types.SimpleNamespace(update=call("summary")), **methods, **at
         )
@@ -252,7 +253,6 @@ def test_a_run_that_does_not_end_well_is_not_marked_as_done(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("flag", "environment", "mode"),
     [
-        ("off", {"WANDB_API_KEY": "k"}, None),
         ("auto", {}, "offline"),
         ("auto", {"WANDB_API_KEY": "k"}, "online"),
         ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
@@ -260,6 +260,7 @@ def test_a_run_that_does_not_end_well_is_not_marked_as_done(tmp_path, monkeypatc
         ("auto", {"WANDB_MODE": "disabled"}, None),
         ("offline", {"WANDB_API_KEY": "k"}, "offline"),
         ("online", {}, "online"),
+        (None, {}, "offline"),
     ],
 )
 def test_where_the_rows_go(flag, environment, mode, tmp_path, monkeypatch):
@@ -272,10 +273,11 @@ def test_where_the_rows_go(flag, environment, mode, tmp_path, monkeypatch):
     module, calls = fake_wandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
     tracker = tracked(tmp_path / "run", flag)
+    where_told = tracker.where
     tracker.finish({}, 0)
     if mode is None:
         assert (
-            calls == [] and tracker.where == "" and not (tmp_path / "run" / "wandb.json").exists()
+            calls == [] and tracker.where == [] and not (tmp_path / "run" / "wandb.json").exists()
         )
         return
     assert calls[0][0] == "init" and calls[0][2]["mode"] == mode
@@ -284,18 +286,18 @@ def test_where_the_rows_go(flag, environment, mode, tmp_path, monkeypatch):
         f"offline, in {tmp_path}/run/wandb; to send it: wandb sync "
         f"{tmp_path}/run/wandb/offline-run-*"
     )
-    assert tracker.where == f"wandb: {where if mode == 'offline' else 'https://wandb/' + known}"
+    assert where_told == [f"wandb: {where if mode == 'offline' else 'https://wandb/' + known}"]
     assert (os.environ["WANDB_ERROR_REPORTING"] == "false") == (mode == "offline")
 
 
-def tracked(folder: Path, mode: str = "online") -> Tracker:
-    """A tracker of the run with seed 0 in this folder, which is there."""
+def tracked(folder: Path, mode: str | None = "online", warn=pytest.fail) -> Trackers:
+    """The tracker of the run with seed 0 in this folder, which is there, after its start."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Tracker(
-        {"wandb_mode": mode, "wandb_project": "p", "wandb_entity": None, "seed": 0},
-        folder,
-        pytest.fail,
-    )
+    (folder / "metrics.jsonl").touch()
+    config = {"wandb_mode": mode, "wandb_project": "p", "wandb_entity": None, "seed": 0}
+    trackers = Trackers(("wandb",), config, folder, warn)
+    trackers.start()
+    return trackers
 
 
 def test_two_runs_of_one_name_and_seed_are_two_and_a_resumed_one_is_itself(tmp_path, monkeypatch):
@@ -310,6 +312,18 @@ def test_two_runs_of_one_name_and_seed_are_two_and_a_resumed_one_is_itself(tmp_p
     assert ids[:3] == ids[3:] and len(set(ids)) == 3
     assert all(kwargs["resume"] == "allow" and kwargs["name"] == "run" for kwargs in given)
     assert ("define_metric", ("*",), {"step_metric": "update"}) in calls
+
+
+def test_a_run_that_wandb_did_not_know_is_told_whole_and_another_one_from_there_on(
+    tmp_path, monkeypatch
+):
+    module, calls = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "lr": 0.5}\n{"kind": 1}\n')
+    for _ in range(2):
+        tracked(tmp_path).row("step", {"step": 4, "lr": 0.25})
+    told = [args[0] for name, args, _ in calls if name == "log"]
+    assert [row["update"] for row in told] == [3, 4, 4] and told[0]["step/lr"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -337,7 +351,8 @@ def test_a_tracker_that_cannot_begin_is_one_warning(what, tmp_path, monkeypatch)
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
     said: list[str] = []
-    config = {"wandb_mode": "online", "wandb_project": "p", "wandb_entity": None, "seed": 0}
-    tracker = Tracker(config, tmp_path / "gone" if "id" in what else tmp_path, said.append)
+    if "id" in what:
+        (tmp_path / "wandb.json").mkdir()
+    tracker = tracked(tmp_path, warn=said.append)
     tracker.row("step", {"step": 1})
-    assert len(said) == 1 and "going on without it" in said[0] and tracker.where == ""
+    assert len(said) == 1 and "going on without it" in said[0] and tracker.where == []

@@ -4,13 +4,16 @@ measured, measure it before the update is made, and hand on the numbers."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastsmooth.noise.losses import Loss, NotCovered, name_of
 from fastsmooth.noise.online import NoiseTracker
+from fastsmooth.noise.quantities import PLAIN_SGD
 
 Numbers = dict[str, float]
 
@@ -32,31 +35,57 @@ class Watch:
     ):
         self.noise, self.log, self.autocast = noise, log, autocast
         self.kept: list[tuple[Tensor, Tensor]] = []
+        self.seen = 0  # micro-batches of the update to come
 
     def batch(self, x: Tensor, y: Tensor) -> None:
         """Of each micro-batch x [B, ...], y [B, ...] of the update to come, in the form in which
         the model gets it. Kept until the update, where that is measured."""
-        if self.noise.wants_next:
+        # none where a measurement falls due between two of them, as an epoch may begin there: those
+        # that are left are not the batch
+        if self.noise.wants_next and len(self.kept) == self.seen:
             self.kept.append((x, y))
+        self.seen += 1
 
-    def before_update(self) -> None:
-        """Before each update, while the parameters are still those of its batch.
+    def forget(self) -> None:
+        """Where the gradient of the micro-batches so far is set to zero before an update."""
+        self.kept, self.seen = [], 0
 
-        A gradient that is not finite is a warning: what becomes of the training is the host's to
-        say. Raises NotCovered for a model or loss that cannot be measured.
+    def before_update(self, divisor: int | None = None) -> dict[str, Any] | None:
+        """Before each update, while the parameters are still those of its batch: the row of a
+        measurement, None where none is due.
+
+        divisor: what the host divides the sum of its micro-batches' mean gradients by; None: their
+        number. A gradient that is not finite is a warning: what becomes of the training is the
+        host's to say. Raises NotCovered for a model or loss that cannot be measured.
         """
-        kept, self.kept = self.kept, []
+        kept, seen = self.kept, self.seen
+        self.forget()
         if not kept:
-            return self.noise.skip()
+            self.noise.skip()
+            return None
         xs, ys = zip(*kept, strict=True)
         try:
             with self.autocast():
-                row = self.noise(xs, ys)
+                row = self.noise(xs, ys, scale=seen / (divisor or seen))
         except FloatingPointError as error:
             warnings.warn(f"gradient noise not measured: {error}", stacklevel=2)
-            return
+            return None
         if row:
             self.log(numbers_of(row))
+        return row
+
+
+def pair_of(batch: Any, remedy: str) -> tuple[Tensor, Tensor]:
+    """x [B, ...] and y [B, ...] of a batch that is such a pair. Raises NotCovered for any other;
+    `remedy` says what to do then."""
+    parts = tuple(batch) if isinstance(batch, list | tuple) else ()
+    if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
+        return parts
+    of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
+    raise NotCovered(
+        f"a batch is a {type(batch).__name__}{of}, not two tensors x [B, ...] and y [B, ...]: "
+        f"{remedy}"
+    )
 
 
 def numbers_of(row: dict[str, Any]) -> Numbers:
@@ -66,3 +95,52 @@ def numbers_of(row: dict[str, Any]) -> Numbers:
         for name, value in row.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+class OfEach:
+    """A loss of a host that gives one number for a batch and has no reduction: its values for the
+    single samples are what it gives for each alone, whose mean NoiseTracker compares with it.
+
+    Raises NotCovered, a ValueError, for one that fails for a sample alone.
+    """
+
+    def __init__(self, loss: Loss):
+        self.loss = loss
+        self.__name__ = name_of(loss).removeprefix("the loss ")
+
+    def __call__(self, output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        """Of output [B, ...] and target [B, ...]: 0-d, or [B] with reduction="none"."""
+        if reduction != "none":
+            return self.loss(output, target)
+        try:
+            each = zip(output.split(1), target.split(1), strict=True)
+            return torch.stack([self.loss(o, t).mean() for o, t in each])
+        except Exception as error:
+            raise NotCovered(
+                f"{name_of(self)} fails for a sample alone, so that no gradient belongs to one "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+
+@contextmanager
+def instead(holder: object, name: str, value: Any) -> Iterator[None]:
+    """Have `value` as the attribute `name` of an object, and afterwards what it was before."""
+    own = name in vars(holder)
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(holder, name, before)
+        else:
+            delattr(holder, name)
+
+
+def clipped(noise: NoiseTracker) -> None:
+    """Where the host clips gradients: no published delta holds, and there is none. Raises
+    ValueError for quantities whose rule is that of an update that is not clipped."""
+    for name in noise.quantities:
+        if name in PLAIN_SGD:
+            raise ValueError(f"quantities {name}: its rule is that of SGD without clipping")
+    noise.smoothing = None

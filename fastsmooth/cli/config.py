@@ -65,6 +65,7 @@ from fastsmooth.cli.flags import (
 from fastsmooth.cli.stages import ByEpoch, Moment, Stage, Stages
 from fastsmooth.course import Written
 from fastsmooth.forms import FORMS, Form, is_foreign, noise_of
+from fastsmooth.runfolder.trackers import TRACKERS
 from fastsmooth.schedule import METHODS, SMOOTH, SOLVED, Method
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
@@ -214,8 +215,9 @@ class Config:
     checkpoint_every: int | None = option(None, "run", "updates between checkpoints (an epoch)", whole(1), metavar="N")
     log_every: int = option(50, "run", "updates between step rows", whole(1), metavar="N")
     max_time: float | None = option(None, "run", "save and stop after: 90, 45s, 30m, 1.5h", duration, metavar="T")
-    wandb_mode: str = option("off", "run", "Weights & Biases; auto: online with a key, else offline", choices=("off", "auto", "offline", "online"))
-    wandb_project: str = option("fastsmooth", "run", "wandb project", text, metavar="NAME")
+    tracker: tuple[str, ...] | None = option(None, "run", "where rows go besides the run folder", choices=(*TRACKERS, "none"), metavar="NAME", many=True)
+    wandb_mode: str | None = option(None, "run", "of wandb; auto: online with a key, else offline", choices=("off", "auto", "offline", "online"))
+    wandb_project: str = option("fastsmooth", "run", "project, of wandb and trackio", text, names=("--tracker-project",), metavar="NAME")
     wandb_entity: str | None = option(None, "run", "wandb entity", text, metavar="NAME")
     # fmt: on
 
@@ -361,6 +363,16 @@ class Config:
         """What follows a delta: nothing where its constants are known."""
         return {(): "", ("c2",): " C"}.get(self.assumed, f" ({' = '.join([*self.assumed, '1'])})")
 
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where rows go besides the run folder. --wandb-mode alone says wandb, as it did before
+        there was --tracker; `off` takes wandb out."""
+        named = self.tracker or ()
+        if self.tracker is None and self.wandb_mode is not None:
+            named = ("wandb",)
+        left = {"none", "wandb"} if self.wandb_mode == "off" else {"none"}
+        return tuple(name for name in named if name not in left)
+
     def to_json(self) -> dict[str, Any]:
         """The fields as config.json holds them."""
         values = dataclasses.asdict(self).items()
@@ -379,8 +391,8 @@ RESOLVED_ONCE = (
 )  # fmt: skip
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its
 # result.
-FREE_ON_RESUME = {"out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity"}
-FREE_ON_RESUME |= {"data_dir", "workers", "graphs"}
+FREE_ON_RESUME = {"out", "resume", "max_time", "data_dir", "workers", "graphs"}
+FREE_ON_RESUME |= {"tracker", "wandb_mode", "wandb_project", "wandb_entity"}
 
 
 def check(c: Config) -> None:
@@ -434,7 +446,10 @@ def check(c: Config) -> None:
         check_beginning(c)
     if len(c.image_stages) > 1:
         check_stages(c)
-    for name, thing in (("steps", "update"), ("eps", "threshold"), ("quantities", "quantity")):
+    if "none" in (c.tracker or ()) and len(c.tracker or ()) > 1:
+        raise ConfigError("--tracker none goes with no other: leave it or the others out")
+    things = {"steps": "update", "eps": "threshold", "quantities": "quantity", "tracker": "tracker"}
+    for name, thing in things.items():
         values = getattr(c, name) or ()
         twice = next((value for value in values if values.count(value) > 1), None)
         if twice is not None:
@@ -870,6 +885,11 @@ def refuse_idle(given: dict[str, Any], c: Config) -> None:
     The published command lines have theirs always, so under --compat original those pass; not the
     --power of exp, which was its factor there.
     """
+    if "wandb" not in c.trackers and given.get("wandb_mode") not in (None, "off"):
+        raise ConfigError(
+            f"--wandb-mode {c.wandb_mode} has no effect with --tracker {shown(c.tracker)}: name "
+            "wandb there too, or leave --wandb-mode out"
+        )
     for name in idle(given, c):
         published = name in PUBLISHED_FLAGS and (name, c.method) != ("power", "exp")
         if c.compat == "original" and published:

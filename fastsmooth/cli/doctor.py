@@ -31,6 +31,7 @@ from fastsmooth.cli.flags import ConfigError
 from fastsmooth.messages import one_line, show
 from fastsmooth.processors import THREADS, keep_within_quota, processors, quota
 from fastsmooth.runfolder.files import cache_folder, only_mine
+from fastsmooth.runfolder.trackers import TRACKERS
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +110,10 @@ EXTRAS = (
     ),
     Extra("timm", "timm", ("timm",), "--model timm/NAME", "'fastsmooth[timm]'", heavy=True),
     Extra("matplotlib", "matplotlib", ("matplotlib",), "PDF figures", "'fastsmooth[plot]'"),
-    Extra("wandb", "wandb", ("wandb",), "--wandb-mode", "'fastsmooth[wandb]'", heavy=True),
+    *(
+        Extra(name, name, (name,), f"--tracker {name}", f"'fastsmooth[{name}]'", heavy=True)
+        for name in TRACKERS
+    ),
     Extra("rich", "rich", ("rich",), "a progress bar", "'fastsmooth[progress]'"),
     Extra("ray", "ray", ("ray",), "fastsmooth.sweep --ray", "'fastsmooth[ray]'", heavy=True),
 )
@@ -298,7 +302,7 @@ def extra(package: Extra, c: Config, torch: ModuleType | None) -> Row:
     if not present(package.module):
         return Row(package.name, f"missing, for {package.use}: pip install {pip}", wrong)
     versions = " and ".join(installed.values())
-    if package.heavy and installed and not asked:
+    if package.heavy and installed and not asked and package.name not in c.trackers:
         return Row(package.name, f"{versions}, not tried; for {package.use}")
     module, why = attempt(package.module)
     if module is None:

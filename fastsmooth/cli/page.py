@@ -46,7 +46,7 @@ SHORT = {
     "resume": "go on with the run in --out",
     "extend": "a finished run to train on, for --epochs more",
     "max_time": "save and stop after: 90, 45s, 30m, 1.5h",
-    "wandb_mode": "off auto offline online (off)",
+    "tracker": "rows go there too: wandb trackio tensorboard",
     "config": "a TOML file of flags, or config.json of a run",
     "plan": "print the schedule and its cost, touch no data",
     "doctor": "say what is usable here, and what is missing",

@@ -356,6 +356,8 @@ def resumed(given: dict[str, Any]) -> Config:
         given["mode"] = "sampling"
     if given.get("dataset") == "auto":  # as what it was recognised
         given = {key: value for key, value in given.items() if key != "dataset"}
+    if "tracker" in given and saved.wandb_mode == "off":  # of no tracker that was asked for then
+        given = {"wandb_mode": None} | given
     # what auto chose may give way to what is asked for
     free = FREE_ON_RESUME | {name for name in RESOLVED_ONCE if getattr(saved, name) == "auto"}
     free |= {name for name in WITH_CODE if same_code(given.get(name), getattr(saved, name))}

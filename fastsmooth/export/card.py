@@ -35,8 +35,8 @@ MOST_CLASSES = 20  # that are named
 CODE = ("model", "optimizer", "loss")  # flags that may name a Python file
 FILES = ("labels", "init", "extend")  # flags that name a file or a folder
 # what a command line has of a machine, an account or an interruption
-LEFT_OUT = ("workers", "device", "resume", "max_time", "wandb_mode", "wandb_project",
-            "wandb_entity")  # fmt: skip
+LEFT_OUT = ("workers", "device", "resume", "max_time", "tracker", "wandb_mode",
+            "wandb_project", "wandb_entity")  # fmt: skip
 NOT_MEASURED = "not measured"
 Row = tuple[str, ...]
 

@@ -29,7 +29,7 @@ FILES = {EXPORTED, "config.json", MODEL, "README.md"}  # of every such folder
 # what a config.json says of a machine, an account or a person's folders
 PRIVATE = (
     "out", "data_dir", "labels", "init", "extend", "resume", "max_time", "device", "workers",
-    "wandb_mode", "wandb_project", "wandb_entity",
+    "tracker", "wandb_mode", "wandb_project", "wandb_entity",
 )  # fmt: skip
 MOST_IMAGES = 10**8  # whose order is computed: it takes seconds
 

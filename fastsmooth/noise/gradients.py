@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fastsmooth.foreign import Driven
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.noise import hosts
 from fastsmooth.noise.estimators import Estimate, sampled
 from fastsmooth.noise.losses import Loss, mean_loss
 from fastsmooth.noise.persample import unchanged
@@ -111,8 +112,9 @@ def batch_gradient(
     objective f_S is the mean cross-entropy, with y int64 [B]. Raises NotCovered for a loss that is
     no mean over samples, and RuntimeError for a trainable parameter that plays no part in the loss.
     """
-    value = (objective or objective_of(model, F.cross_entropy))(x, y)
-    return list(torch.autograd.grad(value * share, trainable(model)))
+    with hosts.differentiable():
+        value = (objective or objective_of(model, F.cross_entropy))(x, y)
+        return list(torch.autograd.grad(value * share, trainable(model)))
 
 
 def full_gradient(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch.nn import functional as F
 
 from fastsmooth.foreign import Foreign
 from fastsmooth.names import about_value
-from fastsmooth.noise import estimators, gradients
+from fastsmooth.noise import estimators, gradients, hosts
 from fastsmooth.noise.estimators import PARTS, Estimate
 from fastsmooth.noise.losses import Loss
-from fastsmooth.noise.persample import BN, NotCovered, SampleNorms, sample_norms
+from fastsmooth.noise.persample import BN, NotCovered, SampleNorms, Unused, sample_norms
 from fastsmooth.noise.quantities import PLAIN_SGD, QUANTITIES, measured_of
 from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
@@ -86,7 +87,9 @@ class NoiseTracker:
     Under autocast to bfloat16 gradients are measured in bfloat16 as they are trained. Under
     autocast to float16, whose gradients vanish without a scaled loss, they are measured without
     autocast, in float32. What torch.compile has made of the model is left out of it: a measurement
-    runs as plain PyTorch does.
+    runs as plain PyTorch does. Under gradient checkpointing micro-batches, and batches whose
+    per-sample gradients go by layers, are computed again part by part as in training; else all
+    that the pass computes is kept (sample_norms).
 
     A row has, of the batch of B samples with mean gradient g, squared gradient norms as unit:
     c2_sampled, an unbiased estimate of C2 = E||g_i - grad f||^2; c2_sampled_se, its standard error,
@@ -99,10 +102,11 @@ class NoiseTracker:
     parameters have several of one of them and no point says which; estimator and bn.
 
     Raises ValueError for an estimator, bn, `every` or quantity that there is not, and for
-    quantities that cannot be had: with the micro-batch
-    estimator or several processes, and cabs with momentum; NotCovered, a ValueError, for a model
-    whose parameters are not whole in every process (FSDP, DeepSpeed, DataParallel), and at the
-    first batch for a model or loss that cannot be measured so.
+    quantities that cannot be had: with the micro-batch estimator or several processes, and cabs
+    with momentum; NotCovered, a ValueError, for a model whose parameters are not whole in every
+    process (FSDP, DeepSpeed, DataParallel) or whose batch statistics are those of several
+    (SyncBatchNorm), and at the first batch for a model or loss that cannot be measured so, or
+    parameters in float16.
     """
 
     def __init__(
@@ -132,10 +136,13 @@ class NoiseTracker:
         self.every, self.estimator, self.why = Every.parse(every), estimator, ""
         self.smoothing, self.n = smoothing_of(optimizer, version), samples
         self.ranks, self.precision = ranks or own_ranks, precision
+        if self.ranks.world > 1 and bn != "eval":
+            check_batch_norm(self.model)
         self.quantities = tuple(quantities)
         self.check_quantities(optimizer)
         self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
         self.last_period = -1
+        self.too_small = 0  # batches in a row that a measurement was due for
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
         # sums over measurements of ||g||^2 and of estimates of ||grad f||^2
         self.norm_squares = self.full_squares = 0.0
@@ -143,7 +150,12 @@ class NoiseTracker:
         self.epoch_c2: list[float] = []
 
     def __call__(
-        self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], point: Point | None = None
+        self,
+        x: Tensor | Sequence[Tensor],
+        y: Tensor | Sequence[Tensor],
+        point: Point | None = None,
+        *,
+        scale: float = 1.0,
     ) -> dict[str, Any] | None:
         """Call it once before each update, with its batch x [B, ...], y [B, ...]: the row of a
         measurement, None where none is due.
@@ -151,26 +163,63 @@ class NoiseTracker:
         A batch whose gradient is accumulated over micro-batches comes as two lists, of their x and
         of their y; they are measured one after the other, each about its own mean, so that one at a
         time is in memory. Several processes give their shares of the batch, each as many tensors.
+        Per-sample C2 is then the mean square about the micro-batches' own means, that of the
+        micro-batch estimator between them (between GROUPS groups of neighbours, where there are
+        more).
         `point` is what is in force for the update; None: what the optimizer's groups say, at the
-        size of this batch.
+        size of this batch, with `scale` times their lr: the update gets so much of the batch's mean
+        gradient, where a trainer divides few micro-batches by the usual number of them.
 
-        A batch too small to measure (the last of an epoch) leaves it to the next. Raises ValueError
-        where all batches of the point's size are too small, NotCovered and FloatingPointError.
+        A batch too small to measure, or with a micro-batch that is (the last of an epoch), leaves
+        it to the next; a second one in a row is a warning. Raises ValueError where all batches of
+        the point's size are too small, NotCovered, on every process where one of them does, and
+        FloatingPointError.
         """
         update, self.update = self.update, self.update + 1
         xs, ys = (list(given) if not isinstance(given, Tensor) else [given] for given in (x, y))
-        if self.estimator == "auto" and len(ys[0]) > 1:
-            with as_measured(ys[0].device):
-                self.settle(xs[0], ys[0])
-        if point is not None:
-            self.check_size(point.batch_size)
         if not self.every.period(update, self.epoch) > self.last_period:
             return None
-        size = sum(sum(sizes) for sizes in self.ranks.gather([len(part) for part in ys]))
-        if not self.due(update, self.epoch, size):
-            return None
+        sizes = self.ranks.gather([len(part) for part in ys])
+        size = sum(map(sum, sizes))
         with as_measured(ys[0].device):
-            return self.measure(xs, ys, point or self.own_point(size), update, self.epoch, size)
+            if self.estimator == "auto" and min(map(min, sizes)) > 1:
+                self.settle_together(xs[0], ys[0])
+            if point is not None and len(ys) == 1:
+                self.check_size(point.batch_size)
+            if not self.fits(sizes):
+                self.leave_out(sizes)
+                return None
+            self.too_small = 0
+            point = point or self.own_point(size, scale)
+            return self.measure(xs, ys, point, update, self.epoch, size)
+
+    def settle_together(self, x: Tensor, y: Tensor) -> None:
+        """settle(), the same on every process: per-sample where all can."""
+        with self.ranks.together((NotCovered,), NotCovered):
+            self.settle(x, y)
+        # in the order of the alphabet
+        self.estimator, self.why = min(self.ranks.gather((self.estimator, self.why)))
+
+    def fits(self, sizes: list[list[int]]) -> bool:
+        """Whether a batch, of micro-batches of so many samples on each process, can be measured."""
+        if self.estimator == "micro-batch":
+            return all(min(own) >= (2 * GROUPS if len(own) == 1 else 1) for own in sizes)
+        return min(map(min, sizes)) >= 2
+
+    def leave_out(self, sizes: list[list[int]]) -> None:
+        """A batch that does not fit, as the last of an epoch; the second in a row is a warning."""
+        self.too_small += 1
+        if self.too_small == 2:
+            least = (
+                f"the micro-batch estimator needs batches of {2 * GROUPS} samples, or two "
+                "micro-batches"
+                if self.estimator == "micro-batch"
+                else "per-sample gradients need two samples in every micro-batch"
+            )
+            warnings.warn(
+                f"gradient noise not measured: {least}, on each process; this batch has {sizes}",
+                stacklevel=3,
+            )
 
     @property
     def wants_next(self) -> bool:
@@ -181,10 +230,10 @@ class NoiseTracker:
         """In the place of a call, before an update that no measurement is due for."""
         self.update += 1
 
-    def own_point(self, batch_size: int) -> Point | None:
+    def own_point(self, batch_size: int, scale: float) -> Point | None:
         """What the optimizer's groups say of the update to come, None where they differ."""
         found = {
-            (float(group["lr"]), group.get("momentum", 0.0), group.get("nu"))
+            (scale * float(group["lr"]), group.get("momentum", 0.0), group.get("nu"))
             for group in self.optimizer.param_groups
         }
         lr, momentum, nu = found.pop()
@@ -267,9 +316,11 @@ class NoiseTracker:
         """
         xs, ys = (given if isinstance(given, list) else [given] for given in (x, y))
         size = size or sum(map(len, ys))
+        hosts.check_precision(self.model)
         if self.estimator == "auto":
             self.settle(xs[0], ys[0])
-        self.check_size(size)
+        if len(ys) == 1:
+            self.check_size(size)
         if size > self.n:
             raise ValueError(f"a batch of {size} samples, where the training set has {self.n}")
         with gradients.undisturbed(self.model, self.bn):
@@ -340,7 +391,8 @@ class NoiseTracker:
             xs, ys = list(xs[0].split(sizes)), list(ys[0].split(sizes))
         groups = in_groups(list(zip(xs, ys, strict=True)))
         sizes = [sum(len(y) for _, y in group) for group in groups]
-        grads = [self.mean_gradient(group) for group in groups]
+        with self.ranks.together((NotCovered,), NotCovered):
+            grads = [self.mean_gradient(group) for group in groups]
         mean = self.over_all(estimators.weighted_mean(grads, sizes), sum(sizes) / size)
         c2 = estimators.micro_batch(grads, mean, sizes, self.n, self.ranks.gather)
         return c2, gradients.norm(mean).item() ** 2, None
@@ -368,15 +420,16 @@ class NoiseTracker:
             )
         noises: list[list[float]] = []
         mean: list[Tensor] = []
-        for x, y in zip(xs, ys, strict=True):
-            found = norms(self.model, x, y, self.bn, self.loss, self.precision)
-            assert found.noise is not None  # it was asked for
-            noises.append(found.noise.tolist())
-            if alone:
-                c2 = estimators.per_sample(noises, self.n)
-                return c2, found.grad_square.item(), found
-            share = torch._foreach_mul(found.grads, len(y) / size)
-            mean = list(torch._foreach_add(mean, share) if mean else share)
+        with self.ranks.together((NotCovered,), NotCovered):
+            for x, y in zip(xs, ys, strict=True):
+                found = norms(self.model, x, y, self.bn, self.loss, self.precision)
+                assert found.noise is not None  # it was asked for
+                noises.append(found.noise.tolist())
+                if alone:
+                    c2 = estimators.per_sample(noises, self.n)
+                    return c2, found.grad_square.item(), found
+                share = torch._foreach_mul(found.grads, len(y) / size)
+                mean = list(torch._foreach_add(mean, share) if mean else share)
         everyone = [noise for process in self.ranks.gather(noises) for noise in process]
         self.ranks.sum_(mean)
         c2 = estimators.per_sample(everyone, self.n)
@@ -493,18 +546,30 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
         )
     if isinstance(compiled, nn.parallel.DistributedDataParallel):
         group = compiled.process_group
+        world = torch.distributed.get_world_size()
+        if torch.distributed.get_world_size(group) != world:
+            raise NotCovered(
+                f"DistributedDataParallel over a part of the {world} processes: the whole batch "
+                "is nowhere then: measure with one process, or over all of them"
+            )
         ranks = Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
         return compiled.module, ranks
     return model, Ranks()
 
 
+def check_batch_norm(model: nn.Module) -> None:
+    """Raises NotCovered for one whose batch statistics are those of several processes."""
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise NotCovered(
+            "SyncBatchNorm: the samples of all processes mix, so that no process has the gradient "
+            'of its own: measure with bn="eval", or train with BatchNorm'
+        )
+
+
 @contextmanager
 def as_measured(device: torch.device) -> Iterator[None]:
     """Around a measurement in a training loop that may have its own precision and compiler."""
-    kind = device.type
-    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    plain = torch.autocast(kind, enabled=False) if half else nullcontext()
-    with torch.compiler.set_stance("force_eager"), plain:
+    with torch.compiler.set_stance("force_eager"), hosts.precise(device):
         yield
 
 
@@ -551,6 +616,8 @@ def choose_estimator(
     try:
         with gradients.undisturbed(model, bn):
             found = norms(model, x, y, bn, loss)
+    except Unused:
+        raise  # of a part of the batch it would have no gradient either
     except NotCovered as error:
         if wanted == "per-sample" or bn in BN:
             raise

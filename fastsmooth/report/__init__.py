@@ -1,2 +1,3 @@
-"""Run folders in, figures and one page out: python -m fastsmooth.report RUNS... [--out DIR].
+"""Run folders in, figures, tables and one page out: python -m fastsmooth.report RUNS...
+
 Nothing here imports torch."""

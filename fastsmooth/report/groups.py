@@ -182,17 +182,21 @@ def has_effect(name: str, config: dict[str, Any]) -> bool:
 
 
 def names_of(configs: list[dict[str, Any]], fields: list[str]) -> list[str]:
-    """A name for each, made of the settings that differ: as few as tell all apart, beyond those
-    that are always said."""
-    if not fields:
-        return [spoken(config, ("method", "optimizer")) for config in configs]
+    """A name for each, made of the settings that tell them apart."""
+    used = telling(configs, fields)
+    return [spoken(config, used) for config in configs]
+
+
+def telling(configs: list[dict[str, Any]], fields: list[str]) -> list[str]:
+    """Of the settings that differ those that are always said, and as few of the others as tell all
+    apart; method and optimizer where none differs."""
     used = list(fields)
     for name in reversed(fields):
         fewer = [f for f in used if f != name]
         distinct = {spoken(config, fewer) for config in configs}
         if name not in SPOKEN and len(distinct) == len(configs):
             used = fewer
-    return [spoken(config, used) for config in configs]
+    return used or ["method", "optimizer"]
 
 
 def spoken(config: dict[str, Any], fields: Iterable[str]) -> str:
@@ -201,9 +205,12 @@ def spoken(config: dict[str, Any], fields: Iterable[str]) -> str:
 
 def setting(name: str, value: Any) -> str:
     """A setting in words: method hybrid, sgd, lr 0.1, batch 32."""
-    if name in BARE and value is not None:
-        return shown(value)
-    return f"{WORDS.get(name, shown(name.replace('_', ' ')))} {shown(value)}"
+    return shown(value) if name in BARE and value is not None else f"{word(name)} {shown(value)}"
+
+
+def word(name: str) -> str:
+    """What a setting is called."""
+    return WORDS.get(name, shown(name.replace("_", " ")))
 
 
 def shown(value: Any) -> str:

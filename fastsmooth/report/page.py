@@ -1,8 +1,11 @@
 """One page out of runs: sections of figures and tables as HTML that is well-formed XML, needs no
-script and loads nothing."""
+script and loads nothing. Served while runs go on, it has a script that renews it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
@@ -264,6 +267,10 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
+def counts(runs: list[SavedRun], grouped: list[Group]) -> str:
+    return f"{count(len(runs), 'run')}, {count(len(grouped), 'configuration')}"
+
+
 def plus_minus(sample: Sample | None, digits: str, factor: float = 1) -> str:
     if sample is None:
         return ""
@@ -425,7 +432,7 @@ def short_paths(paths: list[Path]) -> list[str]:
     parents = [p.parts[:-1] for p in paths]
     same = next(
         (i for i, parts in enumerate(zip(*parents, strict=False)) if len(set(parts)) > 1),
-        min(map(len, parents)),
+        min(map(len, parents), default=0),
     )
     return [str(Path(*p.parts[same:])) for p in paths]
 
@@ -446,26 +453,61 @@ def remarks(run: SavedRun) -> list[str]:
 # The page
 
 
+@dataclass(frozen=True)
+class Live:
+    """A page that renews itself: which version of it this is, and how often to ask for another."""
+
+    version: str
+    every: float  # seconds
+
+
 def html(runs: list[SavedRun], parts: list[Section]) -> str:
-    grouped = groups.group(runs)
+    beside = (
+        "The figures lie beside this page in figures/, as SVG and, where matplotlib was there, as "
+        "PDF."
+    )
+    return document(title(groups.group(runs)), body(runs, parts, beside))
+
+
+def document(name: str, inside: str, live: Live | None = None) -> str:
+    """A whole page. One that is live has a script; where scripts are off it is loaded again."""
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    main = "\n".join(map(section, parts))
-    contents = "".join(f'<a href="#{part.name}">{text(part.title)}</a>' for part in parts)
+    policy, head = "default-src 'none'; style-src 'unsafe-inline'; img-src data:", ""
+    if live is not None:
+        script = Path(__file__).with_name("watch.js").read_text(encoding="utf-8")
+        summed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{summed}'; connect-src 'self'"
+        head = (
+            f'<meta name="version" content="{live.version}"/>\n'
+            f'<meta name="every" content="{live.every:g}"/>\n'
+            f'<noscript><meta http-equiv="refresh" content="{math.ceil(live.every)}"/></noscript>\n'
+            f"<script>{script}</script>\n"
+        )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8"/>
 <meta http-equiv="Content-Security-Policy"
-content="default-src 'none'; style-src 'unsafe-inline'; img-src data:"/>
+content="{policy}"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <meta name="color-scheme" content="light dark"/>
-<title>{text(title(grouped))}</title>
+{head}<title>{text(name)}</title>
 <style>
 {variables()}{style}{svg.dark_rules()}
 </style>
 </head>
 <body>
-<header>
+{inside}</body>
+</html>
+"""
+
+
+def body(runs: list[SavedRun], parts: list[Section], beside: str = "") -> str:
+    """What the page shows; `beside` says what lies beside it."""
+    grouped = groups.group(runs)
+    main = "\n".join(map(section, parts))
+    contents = "".join(f'<a href="#{part.name}">{text(part.title)}</a>' for part in parts)
+    return f"""<header>
 <p class="from">fastsmooth report</p>
 <h1>{text(title(grouped))}</h1>
 {facts(runs, grouped)}
@@ -480,11 +522,8 @@ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:"/>
 <p>δ, the degree of smoothing: how far the noise of the updates smooths the loss; lr √(C²/b) for
 plain SGD, with C² the variance of the gradient of one sample and b the batch size
 (arXiv 2311.08745, arXiv 2402.02325). “In units of √C²”: no C² was given or published.</p>
-<p>fastsmooth {__version__}. The figures lie beside this page in figures/, as SVG and, where
-matplotlib was there, as PDF.</p>
+<p>{" ".join(filter(None, (f"fastsmooth {__version__}.", beside)))}</p>
 </footer>
-</body>
-</html>
 """
 
 
@@ -560,16 +599,19 @@ def facts(runs: list[SavedRun], grouped: list[Group]) -> str:
 
 
 def settings(grouped: list[Group]) -> str:
-    """What all runs have in common, of what names speak of."""
+    words = same_settings(grouped)
+    return f'<p class="settings">{text(words)}</p>' if words else ""
+
+
+def same_settings(grouped: list[Group]) -> str:
+    """What all runs have in common, of what names speak of; empty of one configuration."""
     same = groups.shared([g.config for g in grouped])
     words = [
         groups.setting(name, value)
         for name, value in same.items()
         if groups.told(name, value, grouped)
     ]
-    if not words or len(grouped) < 2:
-        return ""
-    return f'<p class="settings">All runs: {text(", ".join(words))}.</p>'
+    return f"All runs: {', '.join(words)}." if words and len(grouped) > 1 else ""
 
 
 def warnings(runs: list[SavedRun], grouped: list[Group]) -> str:
@@ -589,9 +631,13 @@ def warnings(runs: list[SavedRun], grouped: list[Group]) -> str:
             f"Left out: {count(torn, 'torn line')}, the NaN or infinite values of "
             f"{count(bad, 'row')}, {count(damaged, 'file')} that cannot be read (see Runs)."
         )
-    seeds = [{groups.shown(run.config.get("seed")) for run in g.done} for g in grouped]
-    twice = [g.name for g, some in zip(grouped, seeds, strict=True) if len(some) < len(g.done)]
-    if twice:
-        notes.append(f"Several runs of one seed in {', '.join(twice[:3])}: n counts runs.")
+    notes += seeds_twice(grouped)
     items = "".join(f"<li>{text(note)}</li>" for note in notes)
     return f'<ul class="warnings">{items}</ul>' if notes else ""
+
+
+def seeds_twice(grouped: list[Group]) -> list[str]:
+    """A line where a configuration has several finished runs of one seed."""
+    seeds = [{groups.shown(run.config.get("seed")) for run in g.done} for g in grouped]
+    twice = [g.name for g, some in zip(grouped, seeds, strict=True) if len(some) < len(g.done)]
+    return [f"Several runs of one seed in {', '.join(twice[:3])}: n counts runs."] if twice else []

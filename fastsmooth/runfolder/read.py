@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastsmooth.runfolder.files import finite, lines_of, read_object
 
+OBJECTS = ("status", "summary", "critical", "noise", "sharpness", "layers")
+FILES = ("config.json", "metrics.jsonl", *(f"{name}.json" for name in OBJECTS))  # that are read
 EXPORTED = "model.safetensors"  # the weights in a folder for the Hub; no run has any of this name
 
 
@@ -72,7 +74,7 @@ def read_run(path: Path | str) -> SavedRun:
         )
     files: dict[str, dict[str, Any]] = {}
     damaged = []
-    for name in ("status", "summary", "critical", "noise", "sharpness", "layers"):
+    for name in OBJECTS:
         value = read_object(path / f"{name}.json")
         if value is None and (path / f"{name}.json").exists():
             damaged.append(f"{name}.json")
@@ -109,6 +111,23 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             )
         runs |= dict.fromkeys(inside)
     return list(runs)
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[SavedRun], list[str]]:
+    """The runs among and below `paths`; and a line for each folder below them that is left out, as
+    its config.json cannot be read. Raises RunError where a path is such a folder itself, or where
+    no run is left."""
+    runs, left_out = [], []
+    for path in find_runs(paths):
+        try:
+            runs.append(read_run(path))
+        except RunError:
+            if path in paths:
+                raise
+            left_out.append(f"{path} is left out: its config.json is damaged")
+    if not runs:
+        raise RunError(f"{left_out[0]}, and there is no other run: name a folder that holds one")
+    return runs, left_out
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int, int]:

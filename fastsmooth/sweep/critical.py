@@ -32,8 +32,8 @@ from fastsmooth.sweep.table import name_failed
 # constants that only scale delta.
 WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
 NO_RESULT = {
-    "out", "resume", "max_time", "wandb_mode", "wandb_project", "wandb_entity", "data_dir",
-    "workers", "chunk", "loader",
+    "out", "resume", "max_time", "tracker", "wandb_mode", "wandb_project", "wandb_entity",
+    "data_dir", "workers", "chunk", "loader",
     "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "measure", "device",
     "kernels", "graphs", "ema", "keep", "top5", "recipe",
     "decay_epoch", "epochs", "budget",

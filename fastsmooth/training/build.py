@@ -34,7 +34,7 @@ from fastsmooth.optim import NoisySGD
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import CheckpointError, Checkpoints
 from fastsmooth.runfolder.machine import environment
-from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.trackers import Trackers
 from fastsmooth.runfolder.weights import MODEL, ModelFacts
 from fastsmooth.runfolder.write import RunFolder, RunFolderError, Unwritten, check_unused, claim
 from fastsmooth.training import device as machine
@@ -162,7 +162,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             folder = RunFolder.create(out, c.to_json() | said, environment() | about)
         if ranks.leader:
             owncode.keep(out / "code", trained.code)
-        tracker = Tracker(c.to_json() | ({} if ranks.leader else {"wandb_mode": "off"}), out, warn)
+        trackers = Trackers(c.trackers if ranks.leader else (), c.to_json(), out, warn)
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         run = Run(
             plan,
@@ -172,7 +172,7 @@ def prepare(c: Config, device: torch.device, ranks: Ranks) -> tuple[Run, State |
             device,
             folder,
             before.checkpoints or Checkpoints(out / "checkpoints", warn),
-            tracker,
+            trackers,
             Clock(wait),
             ranks=ranks,
             instruments=instruments,
@@ -340,6 +340,7 @@ def begin(run: Run, state: State | None, decided: list[str]) -> None:
                 differ = "what was trained before was trained otherwise"
             warn(f"going on with {changes}: {differ}")
     run.begun = True
+    run.trackers.start()
     name = machine.device_name(run.device) if ranks.world == 1 else f"{ranks.world} processes"
     run.progress = Progress(
         c.epochs,
@@ -712,8 +713,8 @@ def introduce(run: Run, decided: list[str]) -> None:
     for instrument in run.instruments:
         for line in instrument.introduction():
             say(line)
-    if run.tracker.where:
-        say(run.tracker.where)
+    for line in run.trackers.where:
+        say(line)
     if run.origin:
         say(
             f"going on from the end of {run.origin.run} ({run.origin.epochs:,} epochs, "

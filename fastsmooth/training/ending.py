@@ -80,7 +80,7 @@ def report(run: Run, seconds: float) -> None:
     run.folder.write("summary.json", summary)
     early = ended_early(run)
     run.folder.status("done", early, run.update)
-    run.tracker.finish(summary, DONE)
+    run.trackers.finish(summary, DONE)
     say = run.progress.say
     if run.step.compile:
         say(
@@ -144,7 +144,7 @@ def conclude(ended: Ending, run: Run | None, ranks: Ranks | None) -> None:
             # a folder that was not gone on with stays as it was
             if run.begun or not run.config.resume:
                 steps += [lambda: run.folder.status(ended.state, ended.reason, run.update)]
-            steps += [lambda: run.tracker.finish({}, 1), lambda: run.folder.close()]
+            steps += [lambda: run.trackers.finish({}, 1), lambda: run.folder.close()]
         for step in steps:
             # what failed once may fail again; the exit code says it
             with contextlib.suppress(Exception):

@@ -26,7 +26,7 @@ from fastsmooth.noise.instrument import Asked, Instrument, Values
 from fastsmooth.places import Place
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import Checkpoints
-from fastsmooth.runfolder.tracker import Tracker
+from fastsmooth.runfolder.trackers import Trackers
 from fastsmooth.runfolder.write import RunFolder, Unwritten
 from fastsmooth.schedule import Point, Schedule
 from fastsmooth.training.clock import Clock
@@ -125,7 +125,7 @@ class Run:
     device: torch.device
     folder: RunFolder | Unwritten
     checkpoints: Checkpoints
-    tracker: Tracker
+    trackers: Trackers
     clock: Clock
     progress: Progress = field(init=False)  # once it is known where the run goes on
     stop_asked: Callable[[], int] = lambda: 0  # a signal's number, OUT_OF_TIME, or 0
@@ -423,7 +423,7 @@ class Run:
         row |= {} if point.nu is None else {"nu": point.nu}
         row |= {"delta": self.plan.delta(point)} | values
         self.folder.row(kind, row)
-        self.tracker.row(kind, row)
+        self.trackers.row(kind, row)
         return row
 
     def check_finite(self) -> None:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError
 
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.kernels.conv_noise import check_precision
 from fastsmooth.names import about_value
+from fastsmooth.noise import hosts
 from fastsmooth.noise.losses import Loss, NotCovered, is_cross_entropy, mean_loss, other_size
 from fastsmooth.noise.persample.alone import alone_norms
 from fastsmooth.noise.persample.passes import (
@@ -37,7 +39,9 @@ from fastsmooth.noise.persample.passes import (
 )
 from fastsmooth.noise.persample.rules import Wanted
 
-__all__ = ["BN", "NotCovered", "SampleNorms", "sample_norms", "training_norms", "unchanged"]
+__all__ = [
+    "BN", "NotCovered", "SampleNorms", "Unused", "sample_norms", "training_norms", "unchanged",
+]  # fmt: skip
 
 BN = ("batch", "frozen")
 LIFTED_BYTES = 1 << 30  # of parameters that are one a sample; beyond, a few samples at a time
@@ -85,10 +89,12 @@ def sample_norms(
 
     Args:
         model: in the mode in which it is to be measured; its output is a tensor [B, ...].
-        x: [B, ...], y: [B, ...]: a batch of two or more. Under autocast the model computes in its
-            dtype, in which the operands are of which norms are made; their sums are in float32 or
-            wider. In bfloat16 norms and distances are as far from those of float64 as plain
-            PyTorch's are, some 1e-2; a noise below a thousandth of ||g||^2 is lost in its rounding.
+        x: [B, ...], y: [B, ...]: a batch of two or more. Under autocast to bfloat16 the model
+            computes in its dtype (under autocast to float16, whose gradients vanish without a
+            scaled loss, in that of its parameters), in which the operands are of which norms are
+            made; their sums are in float32 or wider. In bfloat16 norms and distances are as far
+            from those of float64 as plain PyTorch's are, some 1e-2; a noise below a thousandth of
+            ||g||^2 is lost in its rounding.
         loss: loss(output, target) as training calls it: F.cross_entropy (also with label_smoothing
             or class probabilities), F.mse_loss, a module like nn.CrossEntropyLoss(), or any that
             is the mean over the samples of a value each, or gives these values (losses.mean_loss).
@@ -104,10 +110,14 @@ def sample_norms(
             of two TF32 parts of each operand. Everywhere else they are ieee.
 
     Raises ValueError for a precision that there is not; NotCovered, a ValueError, for fewer than
-    two samples, BatchNorm in training mode without `bn`, a model that mixes the samples in another
-    way or whose output does not begin with them, parameters that take no part, a loss that is no
-    mean over samples, and cross-entropy of one class, which is 0. Leaves .grad and the buffers
-    alone.
+    two samples, parameters in float16, BatchNorm in training mode without `bn`, a model that mixes
+    the samples in another way or whose output does not begin with them, parameters that take no
+    part, a loss that is no mean over samples, and cross-entropy of one class, which is 0. Leaves
+    .grad and the buffers alone.
+
+    Under gradient checkpointing (torch.utils.checkpoint.checkpoint) a batch that goes by layers is
+    computed again part by part, as in training; where parameters are one a sample or torch.vmap
+    makes the rows, all that the pass computes is kept, as without checkpointing.
     """
     if not isinstance(x, Tensor):
         raise NotCovered(
@@ -129,7 +139,7 @@ def sample_norms(
     def mean_of(output: Tensor) -> Tensor:
         return loss_of(names, loss, output, y)
 
-    with unchanged(list(model.buffers())):
+    with unchanged(list(model.buffers())), beside_training(x.device):
         way = way_for(model, names, x, bn)
         if way.written_out:
             return written_out(model, names, x, y, loss, noise, way)
@@ -167,13 +177,16 @@ def training_norms(
     def mean_of(output: Tensor) -> Tensor:
         return loss(output.float(), y)
 
-    way = way_for(model, names, x, bn)
-    if not way.written_out:
-        return measured(model, names, x, mean_of, wanted, way)
+    with beside_training(x.device):
+        way = way_for(model, names, x, bn)
+        if not way.written_out:
+            return measured(model, names, x, mean_of, wanted, way)
     raise NotCovered(f"the gradients of samples are written out: {way.written_out}")
 
 
 def trainable_names(model: nn.Module) -> Names:
+    """Raises NotCovered for parameters in float16."""
+    hosts.check_precision(model)
     return {p: n for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -186,17 +199,38 @@ def measured(
     way: Way,
 ) -> tuple[SampleNorms, Tensor]:
     """The norms of mean_of(output), the mean loss of the batch, and the output [B, ...]."""
-    with torch.enable_grad():
-        output, probes = forward(model, names, x, wanted, way)
-        mean = mean_of(output)
-    inputs = [*names, *probes.by_module.values()]
-    # as in training: autocast, where it is on, has chosen the dtypes in the forward pass
-    with torch.autocast(x.device.type, enabled=False):
-        # a weight that is made of parameters of several modules reports to the first of them
-        slopes = list(torch.autograd.grad(mean, inputs, allow_unused=True, materialize_grads=True))
+    with forward(model, names, x, wanted, way) as (output, probes):
+        with torch.enable_grad():
+            mean = mean_of(output)
+        inputs = [*names, *probes.by_module.values()]
+        slopes = backward(mean, inputs)
     layers = dict(zip(probes.by_module, slopes[len(names) :], strict=True))
     found = gathered(mean, slopes[: len(names)], layers, wanted.noise, "")
     return found, output.detach()
+
+
+def backward(mean: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The gradients of `mean`, 0-d, by `inputs`, [...] each: zeros of those that play no part, as a
+    weight that is made of parameters of several modules reports to the first of them."""
+    # as in training: autocast, where it is on, has chosen the dtypes in the forward pass
+    with torch.autocast(mean.device.type, enabled=False):
+        return list(torch.autograd.grad(mean, inputs, allow_unused=True, materialize_grads=True))
+
+
+@contextmanager
+def beside_training(device: torch.device) -> Iterator[None]:
+    """Around passes under autocast and gradient checkpointing of a training loop, both of which are
+    left as they were.
+
+    Raises NotCovered for checkpoints of a kind that cannot be measured.
+    """
+    with hosts.precise(device), hosts.differentiable() as cut:
+        try:
+            yield
+        except Unused as error:
+            raise Unused(f"{error}{cut.words}") from None
+        except CheckpointError:
+            raise NotCovered(hosts.OTHERWISE) from None
 
 
 @contextmanager
@@ -213,15 +247,23 @@ def unchanged(buffers: list[Tensor]) -> Iterator[None]:
             b.copy_(value)
 
 
+@contextmanager
 def forward(
     model: nn.Module, names: Names, x: Tensor, wanted: Wanted, way: Way
-) -> tuple[Tensor, Probes]:
-    """The output [B, ...] of a model for x [B, ...], with its graph, and its probes."""
-    if way.plan is None:
-        with Batched(names, len(x), x.device, wanted) as layers, caches_aside(model):
-            return model(x), layers.probes
-    lifted = Lifted(names, len(x), x.device, wanted, way.plan)
-    return lifted(uncompiled(model), x), lifted.probes
+) -> Iterator[tuple[Tensor, Probes]]:
+    """The output [B, ...] of a model for x [B, ...], with its graph, and its probes; the backward
+    pass is to be inside too."""
+    if way.plan is not None:
+        lifted = Lifted(names, len(x), x.device, wanted, way.plan)
+        with torch.enable_grad():
+            output = lifted(uncompiled(model), x)
+        yield output, lifted.probes
+        return
+    layers = Batched(names, len(x), x.device, wanted)
+    with hosts.recomputed(layers.again):
+        with torch.enable_grad(), layers, caches_aside(model):
+            output = model(x)
+        yield output, layers.probes
 
 
 def gathered(
@@ -304,7 +346,7 @@ def bytes_of(params: set[Tensor]) -> int:
 def find_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: str) -> Way:
     """As way_for, for a few samples x [few, ...]."""
     random = bn is not None or is_random(model, x)
-    with torch.enable_grad():
+    with torch.enable_grad(), hosts.kept():
         if not why:
             try:
                 output, used = batched_output(model, names, x, bn)
@@ -389,8 +431,9 @@ def lifted_way(model: nn.Module, names: Names, x: Tensor, bn: str | None, why: s
         with caches_aside(model):
             check_use(model, names, survey.met, model(x))
         way = Way(survey.plan())
-        output, probes = forward(model, names, x, Wanted(True, bn), way)
-        torch.autograd.grad(output.sum(), [*names, *probes.by_module.values()], allow_unused=True)
+        with forward(model, names, x, Wanted(True, bn), way) as (output, probes):
+            inputs = [*names, *probes.by_module.values()]
+            torch.autograd.grad(output.sum(), inputs, allow_unused=True)
         return way
     except Unseen as error:
         why = f"{why}; {error}"
@@ -461,10 +504,10 @@ def same_norms(model: nn.Module, names: Names, x: Tensor, way: Way) -> bool:
         rows = output.reshape(len(output), -1)
         return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device).cos().to(rows.dtype)
 
-    output, probes = forward(model, names, x, Wanted(False), way)
-    found = torch.autograd.grad(
-        values(output).mean(), list(probes.by_module.values()), allow_unused=True
-    )
+    with forward(model, names, x, Wanted(False), way) as (output, probes):
+        found = torch.autograd.grad(
+            values(output).mean(), list(probes.by_module.values()), allow_unused=True
+        )
     with caches_aside(model):
         losses = values(model(x))
     exact = []

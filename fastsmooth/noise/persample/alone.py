@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastsmooth.noise import hosts
 from fastsmooth.noise.losses import Loss
 from fastsmooth.noise.persample.layers import norms
 
@@ -60,7 +61,9 @@ def by_vmap(
     size = sum(p.numel() * p.element_size() for p in values.values())
     count = max(1, ROWS_BYTES // max(size, 1))
     for xs, ys in zip(x.split(count), y.split(count), strict=True):
-        yield list(gradients(values, xs, ys).values())
+        with hosts.kept():
+            rows = gradients(values, xs, ys)
+        yield list(rows.values())
 
 
 def one_by_one(

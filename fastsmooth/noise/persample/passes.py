@@ -10,6 +10,7 @@ Lifted      the model sees one sample at a time, under torch.vmap, which batches
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.noise import hosts
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.persample.layers import Lift, Made
 from fastsmooth.noise.persample.rules import COMPOSED, RULES, Covered, Report, Wanted
@@ -140,6 +142,12 @@ class Batched(TorchFunctionMode):
         self.names, self.batch, self.wanted = names, batch, wanted
         self.probes = Probes(names, batch, device)
         self.used: set[Tensor] = set()
+
+    def again(self) -> Batched:
+        """The same, reporting to the same probes, where a part of the pass is computed again."""
+        other = copy.copy(self)
+        other.used = set()
+        return other
 
     def __torch_function__(
         self,
@@ -294,7 +302,7 @@ class Lifted(TorchFunctionMode):
 
         def one(x: Tensor, *lifted: Tensor) -> Tensor:
             self.inside = dict(zip(order, lifted, strict=True))
-            with self, caches_aside(model):
+            with self, caches_aside(model), hosts.kept():
                 output = model(x[None])
             if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != 1:
                 shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
