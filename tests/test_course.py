@@ -11,12 +11,13 @@ import pytest
 import torch
 from said import refused, said
 
-from fastsmooth import Point, Schedule
+from fastsmooth import BatchSchedule, Point, Schedule, torch_lr_scheduler
 from fastsmooth.cli.config import resolve
 from fastsmooth.cli.flags import ConfigError, written
 from fastsmooth.cli.parse import from_table, parse, parser
 from fastsmooth.course import read
 from fastsmooth.places import Place
+from fastsmooth.sweep import grid
 from fastsmooth.train import main
 from fastsmooth.training.plan import make_plan
 
@@ -177,6 +178,33 @@ def test_a_recipe_keeps_what_a_schedule_does_not_say():
     assert (c.method, c.milestones, c.warmup, c.lr, c.batch_size) == (
         "constant", None, "1ep", 0.2, 128,
     )  # fmt: skip
+
+
+def test_a_sweep_is_over_schedules(tmp_path):
+    texts = ["lr: 0.1 @0 ->cos 0 @100%", "lr: 0.2 @0, 0.1 @50%; batch: 8 @0"]
+    asked = vars(grid.parser().parse_args(["--schedule", *texts, "--seed", "0", "1"]))
+    runs = grid.grid_runs(asked, {}, tmp_path)
+    assert [(run.differs["schedule"], run.differs["seed"]) for run in runs] == [
+        (text, seed) for text in texts for seed in (0, 1)
+    ]
+    assert [config(*run.flags).lr for run in runs] == [0.1, 0.1, 0.2, 0.2]
+    assert len({run.name for run in runs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--batch-size-schedule=1", "--schedule"),
+        ("--lr-boundaries=1", "--schedule"),
+        ("--lr-scheduler-type=cosine", "--method"),
+        ("--decay-milestones=3", "--milestones"),
+        ("--min-lr=0", "--lr-min"),
+        ("--sched-on-updates=1", "--per update"),
+        ("--shcedule=1", "--schedule"),
+    ],
+)
+def test_what_others_call_it_is_understood(flag, meant):
+    assert meant in refused(main, [flag])
 
 
 def test_the_json_of_a_config_gives_it_again(tmp_path):
@@ -468,3 +496,32 @@ def test_a_text_is_used_from_python():
             Schedule.written(counted, epochs=3, **options)
     with pytest.raises(ValueError, match="only the images tell"):
         Schedule.written(counted, epochs=3, batch_size=9)(1)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_loop_of_ones_own_has_the_batches_and_the_lr_of_each_update(drop_last):
+    text = "lr: 0 @0 -> 0.1 @2 ->cos 0.01 @100%; batch: 16 @0 -> 30 @1.3, 8 @2.4"
+    s, n = Schedule.written(text, epochs=3), 101
+    layout = s.layout(n, drop_last)
+    expected = [s.at(layout.at(update)) for update in range(layout.updates)]
+    batches = BatchSchedule(s, n, drop_last=drop_last)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch_lr_scheduler(optimizer, s, samples=n, drop_last=drop_last)
+    served, lrs = [], []
+    for epoch in range(3):
+        assert len(batches) == layout.span_of(epoch).updates
+        drawn = list(batches)  # ahead of the training, as a DataLoader may
+        for batch in drawn:
+            assert batches.point == expected[len(served)]
+            served.append(len(batch))
+            lrs.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+            batches.step()
+    places = [layout.at(update) for update in range(layout.updates)]
+    assert served == [
+        min(p.batch_size, n - place.cursor) for p, place in zip(expected, places, strict=True)
+    ]
+    assert lrs == pytest.approx([p.lr for p in expected], rel=1e-12)
+    with pytest.raises(ValueError, match="this schedule changes within epochs: give samples=N"):
+        torch_lr_scheduler(optimizer, s)
