@@ -463,7 +463,7 @@ class Schedule:
             value.get("lr", start.lr),
             self._at_most(int(value.get("batch", start.batch_size))),
             value.get("momentum", start.momentum),
-            value.get("nu", start.nu),
+            value.get("nu", self.nus(place.epoch) if self.nus else start.nu),
         )
 
     def _tracks(self, images: int) -> dict[str, Track]:

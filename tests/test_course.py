@@ -426,6 +426,20 @@ def test_a_budget_takes_the_fewest_epochs_also_where_batches_fall(unit, amounts)
         assert plan.config.epochs == len(of_epochs) == whole.epoch_of(updates - 1) + 1
 
 
+def test_what_is_not_written_may_have_stages_of_its_own():
+    flags = ["--optimizer", "qhm", "--nu", "0.9 @0, 0.4 @50%", "--epochs", "4"]
+    text = "lr: 0.1 @0 -> 0.02 @3"
+    plan = plan_of(text, *flags)
+    found = {(p.nu, place.epoch // 2) for p, place in zip(
+        points(plan), map(plan.layout.at, range(plan.layout.updates)), strict=True
+    )}  # fmt: skip
+    assert found == {(0.9, 0), (0.4, 1)}
+    rows = said(main, ["--plan", *flags, "--schedule", text]).out.splitlines()
+    assert [row.split()[0] for row in rows[1:4]] == ["0-2", "2-3", "3-4"]
+    words = ["--plan", "--optimizer", "qhm", "--schedule", "nu: 0.7 @0", "--nu", "0.5"]
+    assert "--nu 0.5 is not what --schedule begins with (0.7)" in refused(main, words)
+
+
 def test_the_rows_of_a_plan_say_first_and_last():
     line = ["--plan", "--batchsize", "100", "--epochs", "4", "--schedule"]
     text = "lr: 0.1 @0 -> 0.02 @2; batch: 100 @0, 200 @2.5"
@@ -472,6 +486,12 @@ def test_any_function_of_the_epoch_is_a_schedule():
         Schedule(mine, epochs=3, lr=0.1)
     with pytest.raises(ValueError, match="batch_size is missing"):
         Schedule("constant", epochs=3, lr=0.1)
+
+
+def test_a_function_is_the_lambda_of_bs_scheduler():
+    s = Schedule(lambda e: Point(1.0, round(8 * 1.3**e), 0.0), epochs=15)
+    theirs = batches(lambda b, loader: b.LambdaBS(loader, lambda e: 1.3**e))
+    assert [p.batch_size for p in s.points()] == theirs
 
 
 def test_a_lambda_is_pytorchs_lambda_lr():

@@ -673,7 +673,8 @@ def introduce(run: Run, decided: list[str]) -> None:
         f"{c.dataset}{about}: {len(run.data.train):,} training and {len(run.data.test):,} test "
         f"images, {run.data.choice}"
     )
-    course = f"method {c.method}" if c.schedule is None else f"schedule {c.schedule!r}"
+    course = f"method {c.method}" + " per update" * (c.per == "update")
+    course = course if c.schedule is None else f"schedule {c.schedule!r}"
     say(
         f"{c.model} ({parameters}), {c.optimizer}, {course}, {c.epochs} "
         f"epochs from lr {c.lr:g}, batch {c.batch_size}"

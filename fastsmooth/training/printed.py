@@ -142,7 +142,8 @@ def inside(plan: Plan) -> Iterator[Stretch]:
     changes within epochs."""
     updates = sum(span.epochs * span.updates for span in plan.spans())
     epochs = range(plan.layout.epochs) if plan.schedule.text is None else plan.sizes.starts
-    starts = {plan.layout.start(epoch).update for epoch in epochs}
+    nus = plan.config.nus.starts if plan.schedule.nus else ()
+    starts = {plan.layout.start(epoch).update for epoch in (*epochs, *nus)}
     for course in plan.schedule.text.courses if plan.schedule.text else ():
         starts |= {first for _, _, first in steps(course, plan.layout) if first is not None}
     starts = {first for first in starts if first < updates}
