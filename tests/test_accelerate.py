@@ -150,6 +150,7 @@ def test_fp16_is_measured_in_float32():
     assert model.forward is prepared
 
 
+@pytest.mark.full
 def test_a_compiled_model_is_compiled_no_more_than_without():
     graphs = []
 

@@ -54,6 +54,9 @@ FOREIGN = {
         "--time",
     ),  # Slurm
     "--full",  # of the tests
+    *("--smoothing", "--bce-sum", "--jsd-loss", "--naflex-loader", "--train-img-sizes"),  # train.py
+    *("--grad-accum-steps", "--amp", "--model-ema", "--channels-last", "--torchcompile"),
+    *("--grad-checkpointing", "--opt", "--clip-grad"),
 }
 # Flags of other trainers that a page names to say how they are answered.
 ANSWERED = {"--wd", "--amp", "--swa", "--lr-milestones", "--accum-iter"}

@@ -501,6 +501,19 @@ def test_what_cannot_be_measured_is_refused(methods, noise, said, tmp_path):
         fit(tmp_path, module, DataLoader(DATA, 8), noise=noise)
 
 
+def test_half_precision_and_shares_of_another_kind_are_refused(tmp_path, monkeypatch):
+    from fastsmooth.adapters.lightning import NoiseCallback
+
+    data = DataLoader(DATA, 8)
+    with pytest.raises(NotCovered, match=r"precision '16-true'.*32-true, bf16-true"):
+        fit(tmp_path, module_of(plainloop.network()), data, precision="16-true")
+    trainer, module = trainer_of(tmp_path), module_of(plainloop.network())
+    trainer.fit(module, data)
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    with pytest.raises(NotCovered, match="SingleDeviceStrategy: 2 processes share every batch"):
+        NoiseCallback().on_train_start(trainer, module)
+
+
 def test_a_module_without_forward_is_refused(tmp_path):
     module = module_of(plainloop.network())
     del type(module).mro()[1].forward

@@ -367,25 +367,67 @@ def test_train_py_keeps_its_bits_and_writes_the_numbers(more, folder, caplog):
 NUMBERS = ("train_noise_c2", "train_noise_delta", "train_noise_scale")
 
 
-@pytest.mark.full
-def test_two_processes_of_train_py_measure_the_whole_batch(folder):
-    """Each has half of every batch: the row is that of both, and the weights keep their bits."""
-    script = train_py()
+# train.py gives DistributedDataParallel its device, which may be no CPU
+ON_CPUS = """
+import runpy, sys
+from timm.task import ClassificationTask
+plain = ClassificationTask.prepare_distributed
+ClassificationTask.prepare_distributed = lambda task, device_ids, **kw: plain(task, **kw)
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "fastsmooth.adapters.timm":
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def in_two_processes(*command):
+    """What they say, started by torchrun, on stderr."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent.parent)}
-    environment.pop("PYTEST_XDIST_WORKER", None)
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    line = [sys.executable, *start, str(free_port()), *map(str, command)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
-    def both(out, *command):
-        start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-        line = [sys.executable, *start, str(free_port()), *command, *arguments(folder, out)]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stderr
 
-    both("alone", script)
-    log = both(
-        "watched", "-m", "fastsmooth.adapters.timm", "--track-noise", "every=2", "--", script
+@pytest.mark.full
+def test_two_processes_measure_the_whole_batch(tmp_path):
+    """Each has half of every batch: the row is that of both, and training keeps its bits."""
+    in_two_processes(SCRIPTS / "tasks.py", tmp_path / "alone.pt")
+    log = in_two_processes(
+        "-m",
+        "fastsmooth.adapters.timm",
+        *("--track-noise", "every=1", "--", SCRIPTS / "tasks.py", tmp_path / "watched.pt"),
     )
+    alone, found, other = (
+        torch.load(tmp_path / name, weights_only=False)
+        for name in ("alone.pt", "watched.pt", "watched.pt.1")
+    )
+    assert_same_bits(found["state"], alone["state"])
+    assert log.count("Noise: 0 [") == 1
+    import timm.utils
+
+    sys.path.insert(0, str(SCRIPTS))
+    import tasks
+
+    timm.utils.random_seed(0)
+    net = tasks.network(Namespace(model="test_vit"))
+    optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
+    noise = fs.NoiseTracker(net, optimizer, samples=32, every=1, loss=LOSSES["smoothing"])
+    row = noise(*map(list, zip(found["batch"], other["batch"], strict=True)))
+    assert found["metrics"][0]["noise_c2"] == pytest.approx(row["c2_sampled"], rel=1e-6)
+    assert found["metrics"][0]["noise_delta"] == pytest.approx(row["delta_measured"], rel=1e-6)
+
+
+@pytest.mark.full
+def test_two_processes_of_train_py_keep_their_bits(folder):
+    script = train_py()
+    shim = folder / "on_cpus.py"
+    shim.write_text(ON_CPUS)
+    in_two_processes(shim, script, *arguments(folder, "alone"))
+    command = ("fastsmooth.adapters.timm", "--track-noise", "every=2", "--", script)
+    log = in_two_processes(shim, *command, *arguments(folder, "watched"))
     state, rows = last(folder, "watched")
     alone, _ = last(folder, "alone")
     assert_same_bits(state, alone)
-    assert log.count("Noise: 0 [") == 2 and float(rows[0]["train_noise_c2"]) > 0
+    assert log.count("Noise: 0 [") == 1 and float(rows[0]["train_noise_c2"]) > 0

@@ -156,7 +156,8 @@ def check(trainer: Trainer, pl_module: LightningModule) -> None:
         )
     if trainer.precision not in PRECISIONS:
         raise NotCovered(
-            f"precision {trainer.precision!r}: its layers are not PyTorch's: measure under one of "
+            f"precision {trainer.precision!r}: gradients vanish in float16 where the loss is not "
+            "scaled, and layers that are not PyTorch's have none of single samples: use one of "
             f"{', '.join(PRECISIONS)}"
         )
     if not trainer.optimizers or not trainer.optimizers[0].param_groups:

@@ -162,7 +162,7 @@ class EpochWatch:
         update = self.watch.noise.update
         result = plain(*args, **kwargs)
         if kwargs.get("need_update", True) and self.watch.noise.update == update:
-            self.watch.kept.clear()
+            self.watch.forget()
             self.watch.before_update()
         return result
 

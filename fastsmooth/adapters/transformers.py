@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -132,7 +131,7 @@ class NoiseCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parts, self.parts = self.parts, []
         if parts and not self.is_mean(parts):
-            self.watch.kept.clear()  # left to the next update
+            self.watch.forget()  # left to the next update
         self.watch.before_update()
 
     def is_mean(self, parts: list[Part]) -> bool:
@@ -270,12 +269,13 @@ def loss_of(trainer: Any) -> Loss:
     if trainer.label_smoother is not None:
         shift = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         return OfEach(functools.partial(smoothed, trainer.label_smoother, shift))
-    if getattr(model, "loss_type", None) not in LOSS_MAPPING:
+    own = getattr(model, "loss_function", None)
+    if own is None:
         raise ValueError(
             f"loss: of a {type(model).__name__} it is not known what it makes of logits and labels"
             ": give NoiseCallback loss=, a function of both"
         )
-    return OfEach(functools.partial(by_model, model))
+    return OfEach(functools.partial(by_model, own, model.config))
 
 
 def by_function(function: Callable[..., Tensor], logits: Tensor, labels: Tensor) -> Tensor:
@@ -291,10 +291,15 @@ def smoothed(
     return smoother({"logits": logits}, labels, shift_labels=shift)
 
 
-def by_model(model: Any, logits: Tensor, labels: Tensor) -> Tensor:
-    """A model's loss_function, for logits [B, ...] and labels [B, ...]."""
-    config = model.config
+def by_model(own: Callable[..., Tensor], config: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """A model's loss_function, for logits [B, ...] and labels [B, ...]. Raises NotCovered for one
+    that needs more than those."""
     given = {"logits": logits, "pooled_logits": logits, "labels": labels, "config": config}
     given["vocab_size"] = getattr(config, "vocab_size", None)
-    wanted = inspect.signature(model.loss_function).parameters
-    return model.loss_function(**{name: v for name, v in given.items() if name in wanted})
+    wanted = inspect.signature(own).parameters
+    try:
+        return own(**{name: value for name, value in given.items() if name in wanted})
+    except TypeError as error:
+        raise NotCovered(
+            f"{own.__name__} is not made of logits and labels alone: {error}"
+        ) from error

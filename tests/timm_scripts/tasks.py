@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import os
 from collections import OrderedDict
 
 import timm.utils
@@ -75,6 +76,7 @@ def loader_of(args):
         use_prefetcher=False,
         no_aug=True,
         num_workers=0,
+        distributed=torch.distributed.is_initialized(),
     )
 
 
@@ -135,6 +137,9 @@ def train_one_epoch(
 def main():
     logging.basicConfig(level=logging.INFO)
     args = parse()
+    args.rank = int(os.environ.get("RANK", 0))
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
     timm.utils.random_seed(0)
     made = {"device": torch.device("cpu"), "verbose": False}
     criterion = LOSSES[args.loss]()
@@ -147,6 +152,8 @@ def main():
         task.setup_ema(decay=0.9)
     if args.torchcompile:
         task.compile(backend=args.torchcompile)
+    if "RANK" in os.environ:
+        task.prepare_distributed()
     autocast = contextlib.suppress
     if args.amp_dtype:
         dtype = getattr(torch, args.amp_dtype)
@@ -170,7 +177,10 @@ def main():
         for epoch in range(args.start_epoch, args.epochs)
     ]
     state = [task.state_dict(), optimizer.state_dict(), torch.get_rng_state()]
-    torch.save({"state": state, "metrics": metrics}, args.out)
+    saved = {"state": state, "metrics": metrics, "batch": next(iter(loader_of(args)))}
+    torch.save(saved, args.out + (f".{args.rank}" if args.rank else ""))
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
