@@ -426,6 +426,17 @@ def test_a_budget_takes_the_fewest_epochs_also_where_batches_fall(unit, amounts)
         assert plan.config.epochs == len(of_epochs) == whole.epoch_of(updates - 1) + 1
 
 
+@pytest.mark.parametrize(
+    ("point", "first"),
+    [("2.5", 50), ("50%", 50), ("2.501", 60), ("50.000001%", 60), ("250samples", 50), ("26up", 60)],
+)
+def test_a_point_is_reached_exactly(point, first):
+    s = Schedule.written(f"lr: 0.1 @0, 0.2 @{point}", epochs=5, batch_size=10, images=100)
+    for cursor in range(0, 100, 10):
+        place = Place(2, 20 + cursor // 10, 200 + cursor, cursor, 100)
+        assert s.at(place).lr == (0.2 if cursor >= first else 0.1), cursor
+
+
 def test_what_is_not_written_may_have_stages_of_its_own():
     flags = ["--optimizer", "qhm", "--nu", "0.9 @0, 0.4 @50%", "--epochs", "4"]
     text = "lr: 0.1 @0 -> 0.02 @3"
