@@ -118,7 +118,7 @@ def killed_at(monkeypatch, name, update):
     ("name", "update"),
     [
         ("after_update", 11),
-        ("end_epoch", 6),
+        pytest.param("end_epoch", 6, marks=pytest.mark.full),
         *(pytest.param("after_update", n, marks=pytest.mark.full) for n in range(2, 24)),
     ],
 )
@@ -146,6 +146,8 @@ def test_the_same_schedule_may_be_given_again_to_a_run_and_no_other(little, tmp_
 
 def test_all_loaders_end_in_the_same_bits(little, tmp_path):
     for loader, workers in LOADERS:
+        if (loader, workers) == ("torch", 2):
+            continue  # whose batches are those of one process, by tests/test_loaders.py
         more = [] if loader == "resident" else ["--workers", str(workers), "--chunk", "9"]
         out = tmp_path / f"{loader}{workers}"
         assert main([*little, *FLAGS, "--loader", loader, *more, "--out", str(out)]) == 0
@@ -203,15 +205,9 @@ def test_histories_have_the_batches_of_the_run(little, tmp_path, monkeypatch):
     assert (point["lr"], point["batch_size"]) == (expected[14].lr, expected[14].batch_size)
 
 
-def test_a_constant_schedule_ends_in_the_bits_of_its_flags(little, tmp_path):
-    line = [*little, "--epochs", "2"]
-    assert main([*line, "--lr", "0.05", "--batchsize", "9", "--out", str(tmp_path / "a")]) == 0
-    text = "lr: 0.05 @0; batch: 9 @0"
-    assert main([*line, "--schedule", text, "--out", str(tmp_path / "b")]) == 0
+def test_steps_between_epochs_end_in_the_bits_of_a_method(little, tmp_path):
+    line = [*little, "--epochs", "2", "--out"]
+    by_method = ["--method", "batch", "--decay-epoch", "1", "--batchsize", "20"]
+    assert main([*line, str(tmp_path / "a"), *by_method]) == 0
+    assert main([*line, str(tmp_path / "b"), "--schedule", "batch: 20 @0, 40 @50%"]) == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
-    # steps between epochs are those of a method
-    line += ["--epochs", "4"]
-    by_method = ["--method", "batch", "--decay-epoch", "2", "--batchsize", "10"]
-    assert main([*line, *by_method, "--out", str(tmp_path / "c")]) == 0
-    assert main([*line, "--schedule", "batch: 10 @0, 20 @50%", "--out", str(tmp_path / "d")]) == 0
-    assert_same_run(tmp_path / "c", tmp_path / "d")
