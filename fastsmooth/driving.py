@@ -3,6 +3,7 @@ any optimizer."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -235,6 +236,8 @@ class BatchSchedule(Sampler[list[int]]):
 
     def _found(self, epoch: int, update: int) -> Point | int:
         """What the schedule says of a batch; asked once, so that what is told is what was drawn."""
+        if isinstance(self.schedule, Schedule) and self.schedule.moves:
+            return self._within(self.schedule, epoch, self.batch + update - self.update)
         number = epoch if self.every == "epoch" else update
         if number not in self._points:
             found = self.schedule(number)
@@ -246,6 +249,14 @@ class BatchSchedule(Sampler[list[int]]):
                 )
             self._points[number] = found
         return self._points[number]
+
+    def _within(self, schedule: Schedule, epoch: int, batch: int) -> Point:
+        """The Point of a batch of an epoch within which the schedule changes."""
+        layout = schedule.layout(self.samples, self.drop_last)
+        point = schedule.at(layout.place(epoch, layout.start(epoch).update + batch))
+        if batch < layout.span_of(epoch).updates:
+            return point
+        return dataclasses.replace(point, batch_size=self.samples)  # so many are not left
 
     def _size(self, epoch: int, update: int) -> int:
         found = self._found(epoch, update)
@@ -325,6 +336,11 @@ class ScheduledLR(LRScheduler):
                     "and give a function of what step() counts"
                 )
             self.ends = list(accumulate(schedule.updates(samples, drop_last)))
+        if isinstance(schedule, Schedule) and schedule.moves and samples is None:
+            raise ValueError(
+                "this schedule changes within epochs: give samples=N, how many an epoch has, and "
+                "call step() after every update"
+            )
         start = self.point_at(0)
         check_momentum(optimizer, start.momentum)
         self.base = base_of(optimizer, start.lr)
@@ -337,6 +353,8 @@ class ScheduledLR(LRScheduler):
 
     def point_at(self, count: int) -> Point:
         """Of so many calls of step(). After the end of a Schedule its last epoch stays in force."""
+        if isinstance(self.schedule, Schedule) and self.schedule.moves and self.samples:
+            return self.schedule.at(self.schedule.layout(self.samples, self.drop_last).at(count))
         epoch = bisect_right(self.ends, count) if self.ends else count
         if isinstance(self.schedule, Schedule):
             epoch = min(epoch, self.schedule.epochs - 1)

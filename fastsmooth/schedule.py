@@ -1,7 +1,9 @@
-"""What lr, batch size and momentum are at every epoch, and how far the noise smooths the loss.
+"""What lr, batch size and momentum are at every update, and how far the noise smooths the loss.
 
 A method is a row of the table METHODS: how it changes the learning rate and the batch, and which of
-the three is solved for. Loader, optimizer and log read the same Point. Formulas: degree of
+the three is solved for. In the place of a method a schedule may be written (fastsmooth.course), or
+be any function of the epoch. Loader, optimizer and log read the same Point, which most schedules
+have one of for an epoch, and some for every update. Formulas: degree of
 smoothing delta, P1 (arXiv 2311.08745) and P2 (arXiv 2402.02325); schedules with round m = epoch + 1
 of M = epochs, so that delta at epoch e is delta_0 ((M - e) / M)^power.
 """
@@ -14,13 +16,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import Any
 
+from fastsmooth import course
+from fastsmooth.course import Track, Written
 from fastsmooth.forms import Bound, Form, noise_of
 from fastsmooth.names import about_value
+from fastsmooth.places import Layout, Place, Span, equal, lay_out
 
 INV_SQRT2 = math.sqrt(0.5)  # the factor of delta at every step of lr, batch and hybrid
-HYBRID_LR = math.sqrt(3) / 2  # with a batch 1.5 times as large this is the same factor of delta
 
 MOST = 2**62  # a batch that no data set can fill
 SLACK = 1e-13  # of a target delta, far above the rounding of delta and far below what matters
@@ -31,9 +36,9 @@ BALANCE = {16: 1.503, 32: 1.335, 64: 1.169, 128: 1.0, 256: 0.835421888053467, 51
 
 @dataclass(frozen=True)
 class Point:
-    """What the optimizer and the loader use during one epoch: the learning rate, how many samples a
+    """What the optimizer and the loader use for an update: the learning rate, how many samples a
     batch has, the momentum beta, which is 0 for plain SGD, and the nu of qhm where that changes
-    from one epoch to another; None: the optimizer's own."""
+    over a run; None: the optimizer's own."""
 
     lr: float
     batch_size: int
@@ -155,29 +160,38 @@ class Smoothing:
 
 @dataclass(frozen=True, init=False)
 class Schedule:
-    """A method with its numbers. Call it with an epoch, counted from 0, for the Point in force
-    during that epoch.
+    """A method with its numbers. Call it with an epoch, counted from 0, for the Point in force at
+    its beginning, which for most is that of the whole epoch.
 
     Args:
         method: a row of METHODS: constant, lr, batch, hybrid, poly, cosine, exp, step, beta,
-            lr-beta, beta-batch or lr-batch.
+            lr-beta, beta-batch, lr-batch, beta-step, batch-poly, exp-batch, seesaw or growth. Or a
+            function that gives the Point of an epoch: then lr, batch_size, momentum and nu are its
+            own, and no other number has a meaning.
         epochs, lr, batch_size, momentum: how long, and what the first epoch has.
         optimizer, nu, c2, k2, version: of the noise model behind delta (Smoothing). A method that
             solves for lr or momentum is solved by it; for the others it is what delta() uses. nu is
             a number, or a function that gives the nu of an epoch, which each Point has then.
         images: in the training set; no batch is larger. None: no end of them.
-        decay_epoch: epochs between the steps of lr, batch and hybrid; None: a fifth of `epochs`.
-        power: the exponent of poly and of the methods that are solved.
-        gamma: the factor an epoch of exp.
-        milestones, factor: the epochs of step, which increase, at each of which lr is multiplied by
-            the factor: torch.optim.lr_scheduler.MultiStepLR.
+        decay_epoch: epochs between the steps of lr, batch, hybrid, beta-step, seesaw and growth;
+            None: a fifth of `epochs`.
+        milestones: in the place of decay_epoch the epochs of the steps, which increase; step needs
+            them.
+        factor: of lr, batch, momentum ... at every step, as the row of METHODS says; None: its own.
+        lr_factor: of lr at every step of growth.
+        power: the exponent of poly, batch-poly and of the methods that are solved.
+        gamma: the factor an epoch of exp, and of delta under exp-batch.
+        lr_min: where cosine and poly end.
+        per: epoch or update: how often a method that changes smoothly is asked for its Point. At an
+            update it counts the share of the epoch's samples that are done as part of an epoch.
         shifted: the indices of the published code, to compare with its curves.
 
-    Methods and formulas: arXiv 2311.08745 (lr, batch, hybrid, poly, cosine, exp) and arXiv
-    2402.02325 (what is solved). Raises ValueError for a method or an optimizer that is no row, with
-    what may have been meant; for a number out of range; for a momentum that the optimizer has no
-    use for, or that a method which lowers it has not got; for a method that is solved and an
-    optimizer without a noise bound; and for a nu that changes where the optimizer has none.
+    `Schedule.written` makes one of a text. Methods and formulas: arXiv 2311.08745 (lr, batch,
+    hybrid, poly, cosine, exp) and arXiv 2402.02325 (what is solved). Raises ValueError for a method
+    or an optimizer that is no row, with what may have been meant; for a number out of range; for a
+    momentum that the optimizer has no use for, or that a method which lowers it has not got; for a
+    method that is solved and an optimizer without a noise bound; and for a nu that changes where
+    the optimizer has none.
     """
 
     method: str
@@ -190,16 +204,21 @@ class Schedule:
     gamma: float
     milestones: tuple[int, ...] | None
     factor: float
+    lr_factor: float
+    lr_min: float
+    per: str
     shifted: bool
     nus: Callable[[int], float] | None  # where nu changes
+    function: Callable[[int], Point] | None  # in the place of a method
+    text: Written | None  # likewise
 
     def __init__(
         self,
-        method: str,
+        method: str | Callable[[int], Point],
         *,
         epochs: int,
-        lr: float,
-        batch_size: int,
+        lr: float | None = None,
+        batch_size: int | None = None,
         optimizer: str = "sgd",
         momentum: float = 0.0,
         nu: float | Callable[[int], float] = 0.5,
@@ -211,17 +230,32 @@ class Schedule:
         power: float = 0.9,
         gamma: float = 0.9,
         milestones: Sequence[int] | None = None,
-        factor: float = 0.1,
+        factor: float | None = None,
+        lr_factor: float = 1.4,
+        lr_min: float = 0.0,
+        per: str = "epoch",
         shifted: bool = False,
+        text: Written | None = None,
     ):
         if decay_epoch is None:
             decay_epoch = max(1, epochs // 5)
         nus = nu if callable(nu) else None
         first = nu(0) if callable(nu) else nu
+        function = method if callable(method) else None
+        if function is not None:
+            if lr is not None or batch_size is not None or momentum or nus:
+                raise ValueError("a function gives lr, batch_size, momentum and nu by itself")
+            start = checked(function(0), 0)
+            first = first if start.nu is None else start.nu
+            method = "constant"
+        elif lr is None or batch_size is None:
+            raise ValueError(f"{'lr' if lr is None else 'batch_size'} is missing")
+        else:
+            start = Point(lr, batch_size, momentum, first if nus else None)
         vars(self).update(  # which a frozen class lets pass
             method=method,
             epochs=epochs,
-            start=Point(lr, batch_size, momentum, first if nus else None),
+            start=start,
             smoothing=Smoothing(optimizer, c2, k2, first, version),
             nus=nus,
             images=images,
@@ -229,47 +263,110 @@ class Schedule:
             power=power,
             gamma=gamma,
             milestones=None if milestones is None else tuple(milestones),
-            factor=factor,
+            factor=METHODS.get(str(method), Method()).factor if factor is None else factor,
+            lr_factor=lr_factor,
+            lr_min=lr_min,
+            per=per,
             shifted=shifted,
+            function=function,
+            text=text,
         )
         self._check()
+
+    @classmethod
+    def written(
+        cls,
+        text: str | Written,
+        *,
+        epochs: int,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        momentum: float | None = None,
+        nu: float | None = None,
+        **numbers: Any,
+    ) -> Schedule:
+        """The schedule in a text such as "lr: 0.1 @0 ->cos 0 @100%; batch: 32 @0, 64 @40ep", which
+        fastsmooth.course describes; of what it does not name, the values are given. `numbers` are
+        optimizer, c2, k2, version and images, as of any schedule.
+
+        Raises ValueError for a text that says nothing, or what a run of so many epochs does not
+        have, and for a value that is given twice or not at all.
+        """
+        words = course.read(text) if isinstance(text, str) else text
+        given = {"lr": lr, "batch": batch_size, "momentum": momentum, "nu": nu}
+        usual = {"momentum": 0.0, "nu": 0.5}
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name in words.by_name:
+                if value is not None:
+                    raise ValueError(f"{name} is written and given: leave one of them out")
+                value = words.first(name)
+            values[name] = usual.get(name) if value is None else value
+        found = cls(
+            "constant",
+            epochs=epochs,
+            lr=values["lr"],
+            batch_size=values["batch"],
+            momentum=values["momentum"],
+            nu=values["nu"],
+            text=words,
+            **numbers,
+        )
+        if found.images is not None:
+            found.check_written(found.images)
+        return found
+
+    def check_written(self, images: int, drop_last: bool = False) -> None:
+        """Raises ValueError for what is written and no run over so many images comes to."""
+        if self.text is None:
+            return
+        most = max(self.text.by_name["batch"].values) if "batch" in self.text.by_name else 0
+        if most > images:
+            raise ValueError(
+                f"a batch of {most:,} exceeds the {images:,} training images: lower it"
+            )
+        self.text.check(self.layout(images, drop_last))
 
     def _check(self) -> None:
         """Raises ValueError for what no schedule can be made of."""
         if self.method not in METHODS:
             meant = about_value("--method", str(self.method), METHODS)
             raise ValueError(f"method {self.method!r}: {meant}")
+        row = METHODS[self.method]
         lr, batch_size, momentum = self.start.lr, self.start.batch_size, self.start.momentum
         numbers = {
             "epochs": (self.epochs, self.epochs >= 1, "1 or more"),
-            "lr": (lr, 0 < lr < math.inf, "above 0"),
+            "lr": (lr, 0 < lr < math.inf or (lr == 0 and not self.by_method), "above 0"),
             "batch_size": (batch_size, batch_size >= 1, "1 or more"),
             "momentum": (momentum, 0 <= momentum < 1, "from 0 to below 1"),
             "images": (self.images, self.images is None or self.images >= 1, "1 or more"),
             "decay_epoch": (self.decay_epoch, self.decay_epoch >= 1, "1 or more"),
             "power": (self.power, 0 < self.power < math.inf, "above 0"),
             "gamma": (self.gamma, 0 < self.gamma <= 1, "above 0, at most 1"),
-            "factor": (self.factor, 0 < self.factor <= 1, "above 0, at most 1"),
+            "factor": (self.factor, row.takes_factor(self.factor), row.factors),
+            "lr_factor": (self.lr_factor, 0 < self.lr_factor < math.inf, "above 0"),
+            "lr_min": (self.lr_min, 0 <= self.lr_min <= lr, f"from 0 to lr ({lr})"),
+            "per": (self.per, self.per in ("epoch", "update"), "epoch or update"),
         }
         for name, (value, fits, range_) in numbers.items():
             if not fits:
                 raise ValueError(f"{name} {value} is out of range: it is {range_}")
-        if METHODS[self.method].uses == "milestones":
+        if row.uses == "milestones" or (self.milestones is not None and "milestones" in row.also):
             self._check_milestones()
         form = self.smoothing.form
-        if self.nus and not form.uses_nu:
+        if self.changes_nu and not form.uses_nu:
             raise ValueError(f"optimizer {form.name} has no nu: leave it out, or take qhm")
-        if METHODS[self.method].solves and not form.bounds:
+        if row.solves and not form.bounds:
             raise ValueError(
                 f"method {self.method} is solved for delta, and no noise bound is published for "
                 f"{form.name}: use another method, or another optimizer"
             )
-        if momentum and not form.has_buffer:
+        if (momentum or "momentum" in self.names) and not form.has_buffer:
             raise ValueError(
                 f"optimizer {form.name} has no momentum: leave momentum {momentum} out, or take "
                 "shb, which is PyTorch's SGD with momentum"
             )
-        if METHODS[self.method].solves == "momentum" and not momentum:
+        if row.changes_momentum and not momentum:
             raise ValueError(
                 f"method {self.method} lowers the momentum: give an optimizer that has one "
                 "(shb, nshb or qhm) and a momentum above 0"
@@ -287,33 +384,141 @@ class Schedule:
         if any(after <= before for before, after in pairwise(self.milestones)):
             raise ValueError(f"milestones {self.milestones} do not increase")
 
+    @property
+    def by_method(self) -> bool:
+        """Whether it is neither written nor a function."""
+        return self.text is None and self.function is None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is written of it: lr, batch, momentum, nu."""
+        return tuple(self.text.by_name) if self.text else ()
+
+    @property
+    def changes_nu(self) -> bool:
+        """Whether each Point has a nu of its own."""
+        return self.nus is not None or "nu" in self.names or self.start.nu is not None
+
+    @property
+    def most_momentum(self) -> float:
+        """The largest momentum of any update, as far as it is known before the run."""
+        written = self.text.by_name.get("momentum") if self.text else None
+        if self.function is not None:
+            return max(self(epoch).momentum for epoch in range(self.epochs))
+        return max(written.values) if written else self.start.momentum  # no method raises it
+
+    @cached_property
+    def moves(self) -> bool:
+        """Whether the Point may change from one update of an epoch to the next."""
+        if self.text is not None:
+            return self.text.within_epochs(self.epochs)
+        return self.by_method and self.per == "update" and METHODS[self.method].smooth
+
+    @cached_property
+    def batch_moves(self) -> bool:
+        """Whether the batch size may."""
+        if self.text is not None:
+            batch = self.text.by_name.get("batch")
+            return batch is not None and batch.within_epochs(self.epochs)
+        return self.moves and METHODS[self.method].batch is not same_batch
+
     def __call__(self, epoch: int) -> Point:
-        """The Point of an epoch, counted from 0. Raises ValueError for one that there is not."""
+        """The Point of an epoch, counted from 0, at its first update. Raises ValueError for one
+        that there is not, and where that hangs on how many images there are and they are not given.
+        """
         if not 0 <= epoch < self.epochs:
             raise ValueError(f"epoch {epoch} is none of 0 to {self.epochs - 1}")
+        if self.images is not None and self.counted:
+            return self.at(self.layout(self.images).start(epoch))
+        if self.counted:
+            raise ValueError(
+                "when an update comes, or a sample, only the images tell: give images=N, how many "
+                "there are"
+            )
+        return self.at(Place(epoch))
+
+    @cached_property
+    def counted(self) -> bool:
+        """Whether it counts updates or samples, which lie in the epochs as the batches have it."""
+        knots = [knot for each in (self.text.courses if self.text else ()) for knot in each.knots]
+        return any(knot.begins.measure in ("updates", "samples") for knot in knots)
+
+    def at(self, place: Place) -> Point:
+        """The Point in force at the update that comes at a place."""
+        if self.function is not None:
+            point = checked(self.function(place.epoch), place.epoch)
+            return dataclasses.replace(point, batch_size=self._at_most(point.batch_size))
+        if self.text is not None:
+            return self._written_at(place)
+        return self._by_method(self._time(place))
+
+    def _time(self, place: Place) -> float:
+        """The epochs that are done, as far as the method counts them."""
+        return place.epochs if self.per == "update" else place.epoch
+
+    def _written_at(self, place: Place) -> Point:
+        tracks, start = self._tracks(place.images), self.start
+        value = {name: track(place) for name, track in tracks.items()}
+        return Point(
+            value.get("lr", start.lr),
+            self._at_most(int(value.get("batch", start.batch_size))),
+            value.get("momentum", start.momentum),
+            value.get("nu", self.nus(place.epoch) if self.nus else start.nu),
+        )
+
+    def _tracks(self, images: int) -> dict[str, Track]:
+        """What is written, over epochs of so many images."""
+        if images not in self._found_tracks:
+            named = self.text.by_name.items() if self.text else ()
+            self._found_tracks[images] = {name: c.track(self.epochs, images) for name, c in named}
+        return self._found_tracks[images]
+
+    @cached_property
+    def _found_tracks(self) -> dict[int, dict[str, Track]]:
+        return {}
+
+    def _by_method(self, epoch: float) -> Point:
         method, batch = METHODS[self.method], self.batch_solved_for(epoch)
-        lr, beta = method.lr(self, epoch), self.start.momentum
-        nu = self.nus(epoch) if self.nus else None
+        lr, beta = method.lr(self, epoch), method.momentum(self, epoch)
+        nu = self.nus(int(epoch)) if self.nus else None
         smoothing = self.smoothing_with(nu)
         if method.solves == "lr" and epoch > 0:
             lr = self.target(epoch) / smoothing.bounded(1.0, batch, beta)
         if method.solves == "momentum" and epoch > 0:
             beta = smoothing.solve_momentum(self.target(epoch), lr, batch, beta)
-        return Point(lr, self.batch_size(epoch), beta, nu)
+        return Point(lr, self._batch_by_method(epoch), beta, nu)
 
     def smoothing_with(self, nu: float | None) -> Smoothing:
         """The noise model at the nu of a Point."""
         return self.smoothing if nu is None else dataclasses.replace(self.smoothing, nu=nu)
 
     def batch_size(self, epoch: int) -> int:
-        """What the loader serves; it never falls from one epoch to the next."""
-        batch = int(METHODS[self.method].batch(self, epoch))
+        """What the loader serves at the beginning of an epoch."""
+        if self.function is not None or (self.text is not None and self.batch_moves):
+            return self(epoch).batch_size
+        return self.batch_at(Place(epoch))
+
+    def _at_most(self, batch: int) -> int:
         return batch if self.images is None else min(batch, self.images)
 
-    def batch_solved_for(self, epoch: int) -> float:
+    def batch_at(self, place: Place) -> int:
+        """The batch size of the update that comes at a place."""
+        if self.function is not None:
+            return self.at(place).batch_size
+        if self.text is not None:
+            track = self._tracks(place.images).get("batch")
+            return self._at_most(int(track(place)) if track else self.start.batch_size)
+        return self._batch_by_method(self._time(place))
+
+    def _batch_by_method(self, epoch: float) -> int:
+        return self._at_most(int(METHODS[self.method].batch(self, epoch)))
+
+    def batch_solved_for(self, epoch: float) -> float:
         """The batch of which lr or momentum are solved: the one that is served; the published code
         took the fraction."""
-        return METHODS[self.method].batch(self, epoch) if self.shifted else self.batch_size(epoch)
+        if self.shifted:
+            return METHODS[self.method].batch(self, epoch)
+        return self._batch_by_method(epoch)
 
     def delta(self, point: Point) -> float | None:
         """The degree of smoothing at a Point (Smoothing.degree); None where no bound is known."""
@@ -324,11 +529,11 @@ class Schedule:
         smoothing = self.smoothing_with(point.nu)
         return smoothing.bounded(point.lr, point.batch_size, point.momentum)
 
-    def target(self, epoch: int) -> float:
+    def target(self, epoch: float) -> float:
         """The delta that a solved method aims at (P1, optimal decay rate)."""
         return self.bounded(self.start) * self.remaining(epoch) ** self.power
 
-    def remaining(self, epoch: int) -> float:
+    def remaining(self, epoch: float) -> float:
         """(M - e) / M, the product of the papers' decay factors; 1 at the first epoch."""
         # factors (M - m) / (M - m + 1) from m = 0: the epoch after round m has the product up to m
         if self.shifted:
@@ -342,8 +547,8 @@ class Schedule:
             return None
         if METHODS[self.method].solves == "momentum":
             goal_of, reached_of = self.target, self.floor
-        elif METHODS[self.method].uses == "decay_epoch":
-            goal_of, reached_of = self.stepped_target, lambda epoch: self.bounded(self(epoch))
+        elif METHODS[self.method].uses == "decay_epoch" and METHODS[self.method].falls:
+            goal_of, reached_of = self.stepped_target, self.reached
         else:
             return None
         worst, ratio = None, 1.02
@@ -353,22 +558,30 @@ class Schedule:
                 worst, ratio = (epoch, goal, reached), reached / goal if goal else math.inf
         return worst
 
-    def floor(self, epoch: int) -> float:
+    def reached(self, epoch: float) -> float:
+        """delta of a method."""
+        return self.bounded(self._by_method(epoch))
+
+    def floor(self, epoch: float) -> float:
         """delta without momentum, below which a method that solves for the momentum cannot fall."""
         return self.smoothing.bounded(
             METHODS[self.method].lr(self, epoch), self.batch_solved_for(epoch), 0.0
         )
 
-    def stepped_target(self, epoch: int) -> float:
-        """delta of lr, batch and hybrid under plain SGD: 1/sqrt(2) at every step."""
-        return self.bounded(self.start) * INV_SQRT2 ** self.steps_taken(epoch)
+    def stepped_target(self, epoch: float) -> float:
+        """delta of a method of steps under plain SGD: lr, batch and hybrid lower it by 1/sqrt(2) at
+        each, unless they are given a factor."""
+        falls = METHODS[self.method].falls
+        return self.bounded(self.start) * (falls(self) if falls else 1) ** self.steps_taken(epoch)
 
-    def steps_taken(self, epoch: int) -> int:
-        return epoch // self.decay_epoch
+    def steps_taken(self, epoch: float) -> int:
+        if self.milestones is not None:
+            return bisect_right(self.milestones, epoch)
+        return int(epoch // self.decay_epoch)
 
-    def batch_steps_taken(self, epoch: int) -> int:
+    def batch_steps_taken(self, epoch: float) -> int:
         """The same epochs as the learning rate; the published code was one epoch late."""
-        return max(0, epoch - 1) // self.decay_epoch if self.shifted else self.steps_taken(epoch)
+        return self.steps_taken(max(0, epoch - 1) if self.shifted else epoch)
 
     @cached_property
     def published_batches(self) -> list[float]:
@@ -388,18 +601,57 @@ class Schedule:
     def epoch_of(self, update: int, images: int, drop_last: bool = False) -> int:
         """The epoch of an update, both counted from 0, over `images` training images; the last one
         for what comes after."""
-        done = first = 0
+        return self.layout(images, drop_last).epoch_of(update)
+
+    def layout(self, images: int, drop_last: bool = False) -> Layout:
+        """How the updates over so many training images lie in the epochs."""
+        key = images, drop_last
+        if key not in self._found_layouts:
+            self._found_layouts[key] = Layout(self.spans(images, drop_last), images)
+        return self._found_layouts[key]
+
+    @cached_property
+    def _found_layouts(self) -> dict[tuple[int, bool], Layout]:
+        return {}
+
+    def spans(self, images: int, drop_last: bool = False) -> Iterator[Span]:
+        """Stretches of epochs that have the same batches, over so many training images. Nothing is
+        solved for it."""
+        track = self._tracks(images).get("batch")
+        if track is not None:
+            yield from lay_out(
+                lambda place: min(self._at_most(int(track(place))), images),
+                track.piece,
+                self.epochs,
+                images,
+                drop_last,
+            )
+            return
+        if self.batch_moves:  # of a method, which never lowers it
+            yield from lay_out(
+                lambda place: min(self.batch_at(place), images),
+                lambda place: 0,
+                self.epochs,
+                images,
+                drop_last,
+            )
+            return
         for epochs, size in self.stages():
-            in_each = updates_of(images, size, drop_last)
-            if update < done + epochs * in_each:
-                return first + (update - done) // in_each
-            done, first = done + epochs * in_each, first + epochs
-        return self.epochs - 1
+            yield equal(epochs, size, images, drop_last)
 
     def stages(self) -> Iterator[tuple[int, int]]:
-        """(how many epochs, batch size) of every stretch of epochs that have one batch size.
+        """(how many epochs, batch size) of every stretch of epochs that begin with one batch size.
         Nothing is solved for it."""
-        first = 0
+        if self.function is not None or (self.text is not None and self.batch_moves):
+            for size, alike in groupby(map(self.batch_size, range(self.epochs))):
+                yield len(list(alike)), size
+            return
+        track = self._tracks(1).get("batch")
+        if track is not None:  # which changes between epochs
+            for start, end in pairwise([*sorted(track.firsts), self.epochs]):
+                yield end - start, self.batch_at(Place(start))
+            return
+        first = 0  # no method lowers the batch
         while first < self.epochs:
             size, last, step = self.batch_size(first), first, 1
             reached = False  # the end of the stretch: until then the steps double, then they halve
@@ -414,55 +666,84 @@ class Schedule:
     def updates(self, images: int, drop_last: bool = False) -> list[int]:
         """Parameter updates in each epoch over `images` training images."""
         found: list[int] = []
-        for epochs, size in self.stages():
-            found += [updates_of(images, size, drop_last)] * epochs
+        for span in self.spans(images, drop_last):
+            found += [span.updates] * span.epochs
         return found
 
 
-def updates_of(images: int, batch_size: int, drop_last: bool) -> int:
-    """Parameter updates in one epoch."""
-    return images // batch_size if drop_last else -(-images // batch_size)
+def checked(point: object, epoch: int) -> Point:
+    """What a function gives as the Point of an epoch. Raises ValueError for what is none."""
+    if not isinstance(point, Point):
+        raise ValueError(f"the function gives {point!r} for epoch {epoch}, which is no Point")
+    fits = {
+        "lr": isinstance(point.lr, int | float) and 0 <= point.lr < math.inf,
+        "batch_size": isinstance(point.batch_size, int) and point.batch_size >= 1,
+        "momentum": 0 <= point.momentum < 1,
+        "nu": point.nu is None or 0 <= point.nu <= 1,
+    }
+    for name, fine in fits.items():
+        if not fine:
+            raise ValueError(f"{name} {getattr(point, name)!r} of epoch {epoch} is out of range")
+    return point
 
 
 # What a method does to the learning rate and to the batch
 
 
-def same_lr(s: Schedule, epoch: int) -> float:
+def same_lr(s: Schedule, epoch: float) -> float:
     return s.start.lr
 
 
-def stepped_lr(s: Schedule, epoch: int, factor: float) -> float:
-    return s.start.lr * factor ** s.steps_taken(epoch)
+def stepped_lr(s: Schedule, epoch: float) -> float:
+    return s.start.lr * s.factor ** s.steps_taken(epoch)
 
 
-def poly(s: Schedule, epoch: int) -> float:
-    return s.start.lr * (1 - epoch / s.epochs) ** s.power
+def hybrid_lr(s: Schedule, epoch: float) -> float:
+    """With a batch that grows by the factor, so that delta falls by 1/sqrt(2) at every step."""
+    return s.start.lr * math.sqrt(s.factor / 2) ** s.steps_taken(epoch)
 
 
-def cosine(s: Schedule, epoch: int) -> float:
-    return s.start.lr * (1 + math.cos(math.pi * epoch / s.epochs)) / 2
+def seesaw_lr(s: Schedule, epoch: float) -> float:
+    """The square root of what a scheduler would cut lr by."""
+    return s.start.lr * math.sqrt(s.factor) ** s.steps_taken(epoch)
 
 
-def exponential(s: Schedule, epoch: int) -> float:
+def growing_lr(s: Schedule, epoch: float) -> float:
+    return s.start.lr * s.lr_factor ** s.steps_taken(epoch)
+
+
+def poly(s: Schedule, epoch: float) -> float:
+    return s.lr_min + (s.start.lr - s.lr_min) * (1 - epoch / s.epochs) ** s.power
+
+
+def cosine(s: Schedule, epoch: float) -> float:
+    return s.lr_min + (s.start.lr - s.lr_min) * (1 + math.cos(math.pi * epoch / s.epochs)) / 2
+
+
+def exponential(s: Schedule, epoch: float) -> float:
     return s.start.lr * s.gamma**epoch
 
 
-def multistep(s: Schedule, epoch: int) -> float:
-    return s.start.lr * s.factor ** bisect_right(s.milestones or (), epoch)
-
-
-def half_of_decay(s: Schedule, epoch: int) -> float:
+def half_of_decay(s: Schedule, epoch: float) -> float:
     """The square root of the target's decay, so that the momentum takes up the other half."""
     return s.start.lr * s.remaining(epoch) ** (s.power / 2)
 
 
-def same_batch(s: Schedule, epoch: int) -> float:
+def same_momentum(s: Schedule, epoch: float) -> float:
+    return s.start.momentum
+
+
+def stepped_momentum(s: Schedule, epoch: float) -> float:
+    return s.start.momentum * s.factor ** s.steps_taken(epoch)
+
+
+def same_batch(s: Schedule, epoch: float) -> float:
     return s.start.batch_size
 
 
-def stepped_batch(s: Schedule, epoch: int, factor: float) -> float:
+def stepped_batch(s: Schedule, epoch: float, factor: float | None = None) -> float:
     """b factor^steps rounded down; the published code rounds down at every step."""
-    steps = s.batch_steps_taken(epoch)
+    steps, factor = s.batch_steps_taken(epoch), s.factor if factor is None else factor
     return (
         grown_by_steps(s.start.batch_size, factor, steps)
         if s.shifted
@@ -470,11 +751,25 @@ def stepped_batch(s: Schedule, epoch: int, factor: float) -> float:
     )
 
 
-def grown_batch(s: Schedule, epoch: int) -> float:
+def seesaw_batch(s: Schedule, epoch: float) -> float:
+    return stepped_batch(s, epoch, 1 / s.factor)
+
+
+def grown_batch(s: Schedule, epoch: float) -> float:
     """b (M / (M - e))^(power balance), whole; the fraction under the published indices."""
     if s.shifted:
-        return s.published_batches[epoch]
+        return s.published_batches[int(epoch)]
     return grown(s.start.batch_size, s.remaining(epoch), -s.power * balance(s.start.batch_size))
+
+
+def poly_batch(s: Schedule, epoch: float) -> float:
+    """b (M / (M - e))^(2 power), whole: delta, which falls with its root, is that of poly."""
+    return grown(s.start.batch_size, s.remaining(epoch), -2 * s.power)
+
+
+def exponential_batch(s: Schedule, epoch: float) -> float:
+    """b gamma^(-2 e), whole: the delta of exp."""
+    return grown(s.start.batch_size, s.gamma, -2 * epoch)
 
 
 def grown(batch_size: int, factor: float, power: float) -> int:
@@ -503,32 +798,73 @@ def balance(batch_size: int) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """How lr and batch go with the epoch, and which of lr and momentum is solved to meet the target
-    delta, if any."""
+    """How lr, batch and momentum go with the epochs that are done, and which of lr and momentum is
+    solved to meet the target delta, if any."""
 
-    lr: Callable[[Schedule, int], float] = same_lr
-    batch: Callable[[Schedule, int], float] = same_batch
+    lr: Callable[[Schedule, float], float] = same_lr
+    batch: Callable[[Schedule, float], float] = same_batch
+    momentum: Callable[[Schedule, float], float] = same_momentum
     solves: str = ""
     # the number that it takes beside the start: decay_epoch, power, gamma or milestones
     uses: str = ""
+    also: tuple[str, ...] = ()  # further ones
+    factor: float = 0.1  # where none is given
+    # the factor of plain SGD's delta at a step; None: it is not what the method goes by
+    falls: Callable[[Schedule], float] | None = lambda s: INV_SQRT2
+    smooth: bool = False  # whether it may be asked at every update
+
+    @property
+    def changes_momentum(self) -> bool:
+        return self.solves == "momentum" or self.momentum is not same_momentum
+
+    def takes(self, name: str) -> bool:
+        """Whether a number, such as decay_epoch, has an effect on it."""
+        return name == self.uses or name in self.also
+
+    def takes_factor(self, factor: float) -> bool:
+        """Whether it may go by a factor: one that grows goes by no smaller one than 1."""
+        return 1 <= factor < math.inf if self.factor > 1 else 0 < factor <= 1
+
+    @property
+    def factors(self) -> str:
+        return "1 or more" if self.factor > 1 else "above 0, at most 1"
+
+
+def in_steps(*also: str, **parts: Any) -> Method:
+    """A method that changes at every so many epochs, or at milestones."""
+    return Method(uses="decay_epoch", also=("milestones", "factor", *also), **parts)
 
 
 METHODS = {
     "constant": Method(),
-    "lr": Method(lr=partial(stepped_lr, factor=INV_SQRT2), uses="decay_epoch"),
-    "batch": Method(batch=partial(stepped_batch, factor=2), uses="decay_epoch"),
-    "hybrid": Method(
-        lr=partial(stepped_lr, factor=HYBRID_LR),
-        batch=partial(stepped_batch, factor=1.5),
-        uses="decay_epoch",
+    # arXiv 2311.08745; by a factor of one's own where one is given
+    "lr": in_steps(lr=stepped_lr, factor=INV_SQRT2, falls=lambda s: s.factor),
+    "batch": in_steps(batch=stepped_batch, factor=2.0, falls=lambda s: math.sqrt(1 / s.factor)),
+    "hybrid": in_steps(lr=hybrid_lr, batch=stepped_batch, factor=1.5),
+    "poly": Method(lr=poly, uses="power", also=("lr_min",), smooth=True),
+    "cosine": Method(lr=cosine, also=("lr_min",), smooth=True),
+    "exp": Method(lr=exponential, uses="gamma", smooth=True),
+    "step": Method(lr=stepped_lr, uses="milestones", also=("factor",)),
+    # arXiv 2402.02325
+    "beta": Method(solves="momentum", uses="power", smooth=True),
+    "lr-beta": Method(lr=half_of_decay, solves="momentum", uses="power", smooth=True),
+    "beta-batch": Method(batch=grown_batch, solves="momentum", uses="power", smooth=True),
+    "lr-batch": Method(batch=grown_batch, solves="lr", uses="power", smooth=True),
+    # by the code of a later paper of the same authors (igo-aaai25, main.py at 1849b3a), whose
+    # batch-poly grows by the exponent power: half as fast as delta of poly asks for
+    "beta-step": in_steps(momentum=stepped_momentum, factor=0.9, falls=None),
+    "batch-poly": Method(batch=poly_batch, uses="power", smooth=True),
+    "exp-batch": Method(batch=exponential_batch, uses="gamma", smooth=True),
+    # arXiv 2510.14717: where a scheduler would cut lr by the factor
+    "seesaw": in_steps(lr=seesaw_lr, batch=seesaw_batch, factor=0.5, falls=lambda s: s.factor),
+    # arXiv 2508.05297: both grow exponentially, lr by less than the root of what the batch does
+    "growth": in_steps(
+        "lr_factor",
+        lr=growing_lr,
+        batch=stepped_batch,
+        factor=2.0,
+        falls=lambda s: s.lr_factor / math.sqrt(s.factor),
     ),
-    "poly": Method(lr=poly, uses="power"),
-    "cosine": Method(lr=cosine),
-    "exp": Method(lr=exponential, uses="gamma"),
-    "step": Method(lr=multistep, uses="milestones"),
-    "beta": Method(solves="momentum", uses="power"),
-    "lr-beta": Method(lr=half_of_decay, solves="momentum", uses="power"),
-    "beta-batch": Method(batch=grown_batch, solves="momentum", uses="power"),
-    "lr-batch": Method(batch=grown_batch, solves="lr", uses="power"),
 }
 SOLVED = {name for name, method in METHODS.items() if method.solves}
+SMOOTH = {name for name, method in METHODS.items() if method.smooth}

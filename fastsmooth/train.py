@@ -42,7 +42,7 @@ from fastsmooth.training.ending import (
     still_there,
     watch,
 )
-from fastsmooth.training.plan import print_plan
+from fastsmooth.training.printed import print_plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def carry_out(argv: list[str]) -> int:
         elif request.version:
             show(f"fastsmooth {__version__}")
         elif request.plan:
-            print_plan(parsing.configured(request.given), request.json)
+            print_plan(parsing.configured(request.given), request.json, request.html)
         elif request.doctor:
             doctor.examine(parsing.configured(request.given))
         elif request.check_data:

@@ -74,7 +74,7 @@ def other(name, now):
         if bool in kinds(name)
         else ("cpu",)
         if name == "device"
-        else ("9", "0.7", "x", "every=9", "updates=9", "2,9", "rho=9", ".")
+        else ("9", "0.7", "x", "every=9", "updates=9", "2,9", "rho=9", "lr: 9 @0", ".")
     ):
         if value is True:
             return True
@@ -213,6 +213,8 @@ def test_the_real_valued_flags_are_all_there():
         "beta",
         "nu",
         "weight_decay",
+        "lr_factor",
+        "lr_min",
         "eps",
         "max_time",
         "hw_decoder_load",
@@ -231,7 +233,9 @@ BOUNDS = {  # flag: (values outside, values at the edge that are allowed)
     "--lr": (["0", "-1"], ["1e-100", "1e100"]),
     "--power": (["0", "-1"], ["0.1", "8"]),
     "--gamma": (["0", "1.0001", "-0.5"], ["1", "1e-9"]),
-    "--factor": (["0", "1.0001", "-0.5"], ["1", "1e-9"]),
+    "--factor": (["0", "-0.5"], ["1", "1e-9", "9"]),  # by method: tests/test_growth.py
+    "--lr-factor": (["0", "-0.5"], ["1", "1e-9", "9"]),
+    "--lr-min": (["-0.5"], ["0", "1e-9"]),
     "--warmup": (["0", "-1", "0ep", "1.5", "5 ep", "ep", "5e", "9" * 10], ["1", "500", "5ep"]),
     "--milestones": (["0", "0%", "100%", "1.5", "60,120", "%"], ["1", "60", "99%"]),
     "--patience": (["0", "-1", "1000001"], ["1", "1000000"]),
@@ -399,6 +403,10 @@ def test_a_flag_without_effect_is_refused_and_one_with_effect_is_not(name):
         }
         if needs == "method" and METHODS[chosen].uses == "milestones":
             context["method"] |= {"milestones": ("50%",)}
+        if name == "factor":
+            value = METHODS[chosen].factor
+        if name == "lr_min":
+            value = 0.05
         enough = context.get(needs, {}) | {needs: chosen, name: value}
         assert getattr(resolve(enough), name) == value
 
@@ -720,7 +728,7 @@ def test_a_file_holds_lists_switches_and_aliases(tmp_path):
         ('drop_last = "yes"', "--drop-last"),
         ("epochs = 1.5", "not a whole number"),
         ("eps = []", "--eps"),
-        ("[schedule]\nlr = 0.1", "[schedule] is a table"),
+        ("[method]\nlr = 0.1", "[method] is a table"),
         ("method = 'batchs'", "did you mean batch?"),
         ("resume = true", "belongs on the command line"),
         ("plan = true", "belongs on the command line"),

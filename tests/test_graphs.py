@@ -37,6 +37,13 @@ RUNS = {
     "lr and batch": ["--method", "lr-batch", "--optimizer", "shb", "--c2", "50", "--k2", "4"],
     "augmented, group norm": ["--augment", "crop-flip-rotate", "--norm", "group", *HYBRID],
     "warm-up": ["--warmup", "60", "--method", "step", "--milestones", "2", "--optimizer", "shb"],
+    "batches that change within epochs": [
+        *(
+            "--schedule",
+            "lr: 0 @0 -> 0.05 @2; batch: 64 @0, 40 @0.5, 64 @1.4; beta: 0.5 @0, 0.9 @9up",
+        ),
+        *("--optimizer", "shb"),
+    ],
     "drop last": ["--drop-last", "--method", "poly", "--power", "0.5"],
     "micro-batches": ["--micro-batch", "16", *HYBRID],
     "threads": ["--loader", "threads", "--augment", "crop-flip", "--chunk", "100", *HYBRID],
@@ -86,7 +93,7 @@ RUNS = {
 QUICK = [
     "shb, hybrid", "warm-up", "micro-batches", "threads", "dropout", "bf16", "critical", "sampling",
     "per-sample", "measured steps", "measured steps, batch statistics", "measured steps, tokens",
-    "GSAM, clipped, averaged",
+    "GSAM, clipped, averaged", "batches that change within epochs",
 ]  # fmt: skip
 full = pytest.mark.full
 

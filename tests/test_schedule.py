@@ -788,7 +788,8 @@ def test_batch_never_exceeds_the_data_set(method):
     images = 1437
     s = momentum(method, images=images)
     # 648 = 128 * 1.5^4
-    grows_to = {"batch": images, "beta-batch": images, "lr-batch": images, "hybrid": 648}
+    growing = ("batch", "beta-batch", "lr-batch", "batch-poly", "exp-batch", "seesaw", "growth")
+    grows_to = dict.fromkeys(growing, images) | {"hybrid": 648}
     assert max(p.batch_size for p in s.points()) == grows_to.get(method, 128)
 
 

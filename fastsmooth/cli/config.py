@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
+from fastsmooth import course
 from fastsmooth.cli import stages
 from fastsmooth.cli.facts import (
     ARRAY_SETS,
@@ -58,14 +60,16 @@ from fastsmooth.cli.flags import (
     warmup,
     weights,
     whole,
+    written,
 )
 from fastsmooth.cli.stages import ByEpoch, Moment, Stage, Stages
+from fastsmooth.course import Written
 from fastsmooth.forms import FORMS, Form, is_foreign, noise_of
 from fastsmooth.runfolder.trackers import TRACKERS
-from fastsmooth.schedule import METHODS, SOLVED
+from fastsmooth.schedule import METHODS, SMOOTH, SOLVED, Method
 
 MOST_EPOCHS = 1_000_000  # every epoch is planned before the first
-BETA_METHODS = {name for name, method in METHODS.items() if method.solves == "momentum"}
+BETA_METHODS = {name for name, method in METHODS.items() if method.changes_momentum}
 WITH_BUFFER = {name for name, form in FORMS.items() if form.has_buffer}
 WITH_BOUND = {name for name, form in FORMS.items() if form.bounds}
 WITH_NU = {name for name, form in FORMS.items() if form.uses_nu}
@@ -79,6 +83,10 @@ CHUNKED, DALI = {"auto", "dali", "threads", "torch"}, {"auto", "dali"}
 # the rows of fastsmooth.noise.quantities.QUANTITIES
 QUANTITIES = ("layers", "norm-test", "inner-product", "orthogonality", "cabs", "snr")
 WITH_DATA_DIR = SETS.keys() - {"digits"}
+# the methods whose rows follow other code than that of --compat original
+UNPUBLISHED = {"beta-step", "batch-poly", "exp-batch", "seesaw", "growth"}
+# the fields that --schedule may say the values of, by what it calls them
+NAMED = {"lr": "lr", "batch": "batch_size", "momentum": "beta", "nu": "nu"}
 # the fields that may name own code
 WITH_CODE = ("model", "optimizer", "loss")
 
@@ -102,7 +110,7 @@ class Optimizers(tuple[str, ...]):
 
 def using(name: str) -> set[str]:
     """The methods that take this number."""
-    return {method for method, row in METHODS.items() if row.uses == name}
+    return {method for method, row in METHODS.items() if row.takes(name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,7 @@ class Config:
     freeze: tuple[str, ...] | None = option(None, "model", "parameters that stay as they are, by name: stem, '*.bias'", text, metavar="PATTERN", many=True)
 
     method: str = option("constant", "schedule", "how lr, batch and momentum change", choices=(*METHODS, "sampling"), metavar="METHOD")
+    schedule: str | None = option(None, "schedule", "in place of --method: 'lr: 0.1 @0, 0.05 @40ep; batch: 32 @0, 64 @50%'; -> ->cos ->exp: ramps", written, metavar="TEXT")
     epochs: int = option(FILLED, "schedule", "passes over the data", whole(1, MOST_EPOCHS), metavar="N")
     budget: str | None = option(None, "schedule", "in place of --epochs: epochs=N, updates=N or samples=N", budget, metavar="WHAT=N")
     lr: float = option(FILLED, "schedule", "learning rate at the start", positive, metavar="X")
@@ -146,8 +155,11 @@ class Config:
     decay_epoch: int = option(FILLED, "schedule", "epochs between steps (a fifth of --epochs)", whole(1), metavar="N", only=("method", using("decay_epoch")))
     power: float = option(0.9, "schedule", "exponent of poly and of the momentum schedules", positive, metavar="P", only=("method", using("power")))
     gamma: float = option(0.9, "schedule", "factor an epoch of exp", real(0, 1, open_low=True), metavar="G", only=("method", using("gamma")))
-    milestones: tuple[str, ...] | None = option(None, "schedule", "epochs at which step multiplies lr by --factor: 60 120 160, or 30% 60%", milestone, metavar="WHEN", many=True, only=("method", using("milestones")))
-    factor: float = option(0.1, "schedule", "of step, at each of --milestones", real(0, 1, open_low=True), metavar="X", only=("method", using("milestones")))
+    milestones: tuple[str, ...] | None = option(None, "schedule", "epochs of the steps, in the place of --decay-epoch: 60 120 160, or 30% 60%", milestone, metavar="WHEN", many=True, only=("method", using("milestones")))
+    factor: float = option(FILLED, "schedule", "at every step, of lr (step 0.1, lr 0.707, seesaw 0.5 of its cut), batch (2, hybrid 1.5) or momentum (0.9)", positive, metavar="X", only=("method", using("factor")))
+    lr_factor: float = option(1.4, "schedule", "of lr at every step of growth", positive, metavar="X", only=("method", using("lr_factor")))
+    lr_min: float = option(0.0, "schedule", "where cosine and poly end", real(0), metavar="X", only=("method", using("lr_min")))
+    per: str = option("epoch", "schedule", "how often smooth methods change: with every epoch or every update", choices=("epoch", "update"), only=("method", SMOOTH))
     warmup: str | None = option(None, "schedule", "lr rises from near 0 over so many updates (500) or epochs (5ep)", warmup, metavar="N|Nep")
     patience: int | None = option(None, "schedule", "end the run after so many epochs without a better test accuracy", whole(1, MOST_EPOCHS), metavar="N")
     c2: float | None = option(None, "schedule", "gradient variance C^2 behind delta", positive, metavar="X", only=("optimizer", WITH_BOUND))
@@ -231,7 +243,22 @@ class Config:
     @property
     def keeps_history(self) -> bool:
         """Whether a direction may depend on the updates before it."""
-        return self.momentum > 0 or self.foreign
+        return self.momentum > 0 or self.foreign or max(self.values("momentum"), default=0) > 0
+
+    @cached_property
+    def written(self) -> Written | None:
+        """What --schedule says."""
+        return None if self.schedule is None else course.read(self.schedule)
+
+    def values(self, name: str) -> tuple[float, ...]:
+        """Of what --schedule says of lr, batch, momentum or nu; none where it says nothing."""
+        named = self.written.by_name if self.written else {}
+        return named[name].values if name in named else ()
+
+    @property
+    def followed(self) -> str:
+        """The method, or what takes its place, in a word."""
+        return self.method if self.schedule is None else "schedule"
 
     @property
     def own_code(self) -> dict[str, str]:
@@ -308,6 +335,16 @@ class Config:
         return (unit, int(amount)) if unit else None
 
     @property
+    def smallest_batch(self) -> int:
+        """Of all updates, but for what epochs leave over."""
+        return int(min(self.values("batch"), default=self.batch_size))
+
+    @property
+    def largest_batch(self) -> int:
+        """That is asked for by name: a method may come to a larger one."""
+        return int(max(self.values("batch"), default=self.batch_size))
+
+    @property
     def warmup_length(self) -> tuple[int, str]:
         """What --warmup says: how many, and of what: updates or epochs."""
         said = self.warmup or "0"
@@ -343,6 +380,10 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# what says how a method goes, and the method
+OF_METHOD = {"method"} | {
+    name for name, f in FIELDS.items() if (f.metadata["only"] or ("",))[0] == "method"
+}
 # Whose `auto` is resolved once: what it chose is in the checkpoints, and a run that goes on uses it
 # again.
 RESOLVED_ONCE = (
@@ -356,11 +397,8 @@ FREE_ON_RESUME |= {"tracker", "wandb_mode", "wandb_project", "wandb_entity"}
 
 def check(c: Config) -> None:
     """Refuse contradictions that no default can resolve."""
-    if c.images is not None and c.batch_size > c.images:
-        raise ConfigError(
-            f"--batchsize {c.batch_size} exceeds the {c.images} training images of {c.dataset}: "
-            "lower --batchsize"
-        )
+    if c.images is not None:
+        check_largest_batch(c, c.images)
     if c.method in SOLVED and c.optimizer not in WITH_BOUND:
         fitting = WITH_BOUND & WITH_BUFFER if c.method in BETA_METHODS else WITH_BOUND
         raise ConfigError(
@@ -387,6 +425,11 @@ def check(c: Config) -> None:
         raise ConfigError(
             f"--method {c.method} lowers the momentum, which --beta 0 leaves no room for: raise "
             "--beta"
+        )
+    if c.compat == "original" and c.method in UNPUBLISHED:
+        raise ConfigError(
+            f"--compat original has the curves of published code, and --method {c.method} is none "
+            "of them: leave --compat out"
         )
     if c.mode == "critical" and c.method != "constant":
         raise ConfigError(
@@ -467,6 +510,20 @@ def check(c: Config) -> None:
             raise ConfigError(f"{flag(name)} {value} needs image files: {c.dataset} has none")
 
 
+def check_largest_batch(c: Config, images: int) -> None:
+    """Refuse a batch of more than there are."""
+    if c.batch_size > images:
+        raise ConfigError(
+            f"--batchsize {c.batch_size} exceeds the {images} training images of {c.dataset}: lower "
+            "--batchsize"
+        )
+    if c.largest_batch > images:
+        raise ConfigError(
+            f"--schedule: batch {c.largest_batch} exceeds the {images} training images of "
+            f"{c.dataset}: lower it"
+        )
+
+
 def check_mixed(c: Config, name: str) -> None:
     """Refuse what has no meaning for a batch of mixed images: its samples are not independent, so
     its variance is not that of one of them by the number of them."""
@@ -476,10 +533,11 @@ def check_mixed(c: Config, name: str) -> None:
                 f"{flag(other)} {value} measures the noise of independent samples, and those of a "
                 f"batch that {flag(name)} mixes are not: leave one of them out"
             )
-    if c.batch_size == 1:
+    if c.smallest_batch == 1:
+        where = "--batchsize 1" if c.batch_size == 1 else "--schedule with batch 1"
         raise ConfigError(
-            f"{flag(name)} mixes the images of a batch, and --batchsize 1 has but one: raise "
-            "--batchsize"
+            f"{flag(name)} mixes the images of a batch, and {where} has but one: raise "
+            f"{where.removesuffix(' 1')}"
         )
 
 
@@ -512,6 +570,8 @@ def check_step(c: Config) -> None:
 
 def check_schedule(c: Config) -> None:
     """Refuse steps, a warm-up and a patience that the run cannot have."""
+    if c.written is not None:
+        check_written(c, c.written)
     if c.mode == "critical" and c.warmup is not None:
         raise ConfigError(
             f"--mode critical holds the noise fixed, which --warmup {c.warmup} changes: leave "
@@ -522,7 +582,19 @@ def check_schedule(c: Config) -> None:
             f"--patience ends a run by its test accuracy, --mode {c.mode} by what it measures: "
             "leave --patience out"
         )
-    if c.method in using("milestones") and not c.milestones:
+    row = METHODS[c.method]
+    if row.takes("factor") and not row.takes_factor(c.factor):
+        raise ConfigError(
+            f"--factor {c.factor:g} is out of range: of --method {c.method} it is {row.factors}"
+        )
+    if row.takes("lr_min") and c.lr_min > c.lr:
+        raise ConfigError(
+            f"--lr-min {c.lr_min:g} is above --lr {c.lr:g}, from which --method {c.method} falls to "
+            "it: lower it"
+        )
+    if c.per == "update" and c.compat == "original":
+        raise ConfigError("--compat original changes with every epoch: leave it or --per out")
+    if row.uses == "milestones" and not c.milestones:
         raise ConfigError(
             f"--method {c.method} needs the epochs of its steps: give --milestones, such as 30% "
             "60% 80%"
@@ -531,8 +603,30 @@ def check_schedule(c: Config) -> None:
         check_length(c)
 
 
+def check_written(c: Config, written: Written) -> None:
+    """Refuse a --schedule of what the optimizer or the mode has no use for."""
+    for name, having in (("momentum", WITH_BUFFER), ("nu", WITH_NU)):
+        if name in written.by_name and c.optimizer not in having:
+            one = FORMS[c.optimizer].name if c.optimizer in FORMS else c.optimizer
+            raise ConfigError(
+                f"--schedule says what {name} is, and {one} has none: leave it out, or use "
+                f"--optimizer {listed(having) if len(having) > 1 else next(iter(having))}"
+            )
+    if c.mode == "critical" and written.changes:
+        raise ConfigError(
+            f"--mode critical holds the noise fixed, which --schedule {c.schedule!r} changes: leave "
+            "--schedule out"
+        )
+    if c.compat == "original":
+        raise ConfigError(
+            "--compat original is of the published methods: leave it or --schedule out"
+        )
+
+
 def check_length(c: Config) -> None:
     """Refuse steps and a warm-up that the epochs of the run, which are known, do not hold."""
+    if c.written is not None:
+        refuse(c.written.check_epochs, c.epochs)
     if c.milestones and c.method in using("milestones"):
         stages.increasing_epochs(c.milestones, c.epochs, flag("milestones"))
     amount, unit = c.warmup_length
@@ -541,6 +635,14 @@ def check_length(c: Config) -> None:
             f"--warmup {c.warmup} is longer than the run of {c.epochs} epochs: lower it, or train "
             "for more epochs"
         )
+
+
+def refuse(check: Callable[..., None], *given: Any) -> None:
+    """Raises ConfigError where a check of --schedule raises ValueError."""
+    try:
+        check(*given)
+    except ValueError as error:
+        raise ConfigError(f"--schedule: {error}") from None
 
 
 def check_beginning(c: Config) -> None:
@@ -620,6 +722,8 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         given.setdefault("dataset", "auto")
     recipe = recipe_of(given)
     values = defaults_of(given.get("dataset", "digits")) | recipe | given
+    if values.get("schedule") is not None:
+        values = by_schedule(given, values)
     if values["image_size"]:
         values = suited(values)
     # without momentum all draws share one full gradient; with it each draw is the end of a history
@@ -630,6 +734,11 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
     if "budget" in given and "epochs" in given:
         raise ConfigError("--epochs and --budget both say how long to train: give one of them")
     # a budget's epochs are not known yet
+    values.setdefault("factor", METHODS.get(values.get("method", "constant"), Method()).factor)
+    if "decay_epoch" in given and given.get("milestones") is not None:
+        raise ConfigError(
+            "--decay-epoch and --milestones both say when steps are: give one of them"
+        )
     values.setdefault("decay_epoch", 0 if "budget" in given else max(1, values["epochs"] // 5))
     try:
         return given, follow_augmentation(Config(**values))
@@ -639,10 +748,32 @@ def fill(given: dict[str, Any]) -> tuple[dict[str, Any], Config]:
         raise
 
 
+def by_schedule(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values with what --schedule begins with. Raises ConfigError where something else that is
+    given says it too."""
+    if given.get("method", "constant") != "constant":
+        raise ConfigError(
+            f"--schedule and --method {given['method']} both say how lr and batch go: give one of "
+            "them"
+        )
+    words = course.read(values["schedule"])
+    firsts = {NAMED[name]: words.first(name) for name in words.by_name}
+    for name, value in firsts.items():
+        if name in given and given[name] != value:
+            raise ConfigError(
+                f"{flag(name)} {given[name]} is not what --schedule begins with ({value:g}): leave "
+                f"{flag(name)} out"
+            )
+    return values | firsts
+
+
 def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
     """What --recipe adds to the flags that were given: of its own those that they leave an
     effect."""
     recipe = RECIPES.get(given.get("recipe", ""), {})
+    by_hand = given.get("schedule") is not None
+    if by_hand or given.get("method", recipe.get("method")) != recipe.get("method"):
+        recipe = {name: value for name, value in recipe.items() if name not in OF_METHOD}
     values = recipe | given
     limits = {name: FIELDS[name].metadata["only"] for name in recipe.keys() - given.keys()}
     others = {name: only for name, only in limits.items() if only is not None}

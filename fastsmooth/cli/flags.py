@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from fastsmooth import course
 from fastsmooth.messages import show
 from fastsmooth.names import about_flag, about_value, hint
 from fastsmooth.runfolder.files import read_file
@@ -121,6 +122,14 @@ every = like(r"every=[1-9]\d{0,8}(ep)?", "not every=N (updates) or every=Nep (ep
 budget = like(r"(epochs|updates|samples)=[1-9]\d{0,17}", "not epochs=N, updates=N or samples=N")
 warmup = like(r"[1-9]\d{0,8}(ep)?", "not N (updates) or Nep (epochs)")
 milestone = like(r"[1-9]\d{0,6}|[1-9]\d?%", "no epoch such as 60, nor a share such as 30%")
+
+
+def written(value: str) -> str:
+    """A schedule, in the one way in which it is written out again."""
+    try:
+        return str(course.read(text(value)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def micro_batch(value: str) -> int | str:

@@ -14,6 +14,7 @@ SHORT = {
     "micro_batch": "samples through the model together, or auto",
     "init": "weights to begin with, or pretrained",
     "method": "constant lr batch hybrid poly cosine exp step ...",
+    "schedule": "by hand: 'lr: 0.1 @0 ->cos 0 @100%; batch: ...'",
     "epochs": "passes over the data",
     "lr": "learning rate at the start",
     "batch_size": "batch size at the start",

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsmooth import owncode
+from fastsmooth import course, owncode
 from fastsmooth.cli.config import (
     FIELDS,
     FREE_ON_RESUME,
+    NAMED,
+    OF_METHOD,
     RESOLVED_ONCE,
     WITH_CODE,
     Config,
@@ -38,6 +40,7 @@ from fastsmooth.cli.page import SHORT
 from fastsmooth.messages import command
 from fastsmooth.runfolder.files import read_file, read_object
 from fastsmooth.runfolder.read import read_status
+from fastsmooth.schedule import METHODS
 
 
 def parser() -> Parser:
@@ -83,6 +86,9 @@ def parser() -> Parser:
     )
     other.add_argument("--json", action="store_true", help="with --plan: one JSON object an epoch")
     other.add_argument(
+        "--html", metavar="FILE", type=text, help="with --plan: draw it, in a page of its own"
+    )
+    other.add_argument(
         "--doctor",
         action="store_true",
         help="say what is installed and usable here, and what is missing",
@@ -104,6 +110,7 @@ class Request:
     doctor: bool = False
     check_data: bool = False
     json: bool = False
+    html: str | None = None
     help: bool | str = False  # "all": the longer page
     version: bool = False
 
@@ -116,13 +123,16 @@ def parse(argv: list[str]) -> Request:
     """Flags (dashes or underscores) over the file that --config names. Raises ConfigError."""
     p = parser()
     values = vars(p.parse_args([plain(word) for word in argv]))
-    extra = {key: values.pop(key, False) for key in REQUESTS}
+    extra = {key: values.pop(key, False) for key in REQUESTS - {"html"}}
+    extra["html"] = values.pop("html", None)
     path = values.pop("config", None)
     asked = [flag(key) for key in ("plan", "doctor", "check_data") if extra[key]]
     if len(asked) > 1:
         raise ConfigError(f"{asked[0]} and {asked[1]} do not go together: give one of them")
     if extra["json"] and not extra["plan"]:
         raise ConfigError("--json goes with --plan")
+    if extra["html"] is not None and (not extra["plan"] or extra["json"]):
+        raise ConfigError("--html FILE goes with --plan, without --json")
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     if path is not None:
         given = over(read_flags(p, path), given)
@@ -131,13 +141,13 @@ def parse(argv: list[str]) -> Request:
 
 def over(read: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What was read with what is given over it."""
-    lengths = {"epochs", "budget"}  # two ways to say one thing
-    kept = {
-        name: value
-        for name, value in read.items()
-        if not (name in lengths and lengths & given.keys())
-    }
-    return kept | given
+    dropped: set[str] = set()
+    for ways in ({"epochs", "budget"}, {"method", "schedule"}):  # two ways to say one thing
+        dropped |= ways if ways & given.keys() else set()
+    if "schedule" in given:
+        names = course.read(given["schedule"]).by_name
+        dropped |= {NAMED[name] for name in names}
+    return {name: value for name, value in read.items() if name not in dropped} | given
 
 
 def configured(given: dict[str, Any]) -> Config:
@@ -181,6 +191,8 @@ def over_finished(given: dict[str, Any]) -> dict[str, Any]:
                 f"{folder}"
             )
     inherited = flags_of(saved)
+    if given.get("method", saved.method) != saved.method:  # whose numbers are not the other's
+        inherited = {name: value for name, value in inherited.items() if name not in OF_METHOD}
     for name in ("init", "extend", "warmup"):  # how that run began
         inherited.pop(name, None)
     both = over(inherited, given)
@@ -229,6 +241,8 @@ def from_table(p: Parser, table: dict[str, Any], source: str) -> dict[str, Any]:
         # argparse would split "lr=1", and take "" for the end of all flags
         if not re.fullmatch(r"[\w-]+", key, re.ASCII):
             raise ConfigError(f"{source}: {key[:100]!r} is no flag: --help lists them")
+        if key == "schedule" and isinstance(value, dict):
+            value = "; ".join(f"{of}: {knots}" for of, knots in value.items())
         if isinstance(value, dict):
             raise ConfigError(
                 f"{source}: [{key[:100]}] is a table: write plain lines such as lr = 0.1"
@@ -270,6 +284,9 @@ def saved_config(given: dict[str, Any], source: str) -> Config:
         raise ConfigError(
             f"{source} is damaged, so the run cannot be identified: it lacks {', '.join(lacking)}"
         )
+    method = given.get("method")
+    if "per" not in given and method in METHODS and method != "step":
+        given = given | {"factor": METHODS[method].factor}  # step alone had one then
     values = from_table(parser(), given, source)
     stranger = next((name for name in values if name not in FIELDS), None)
     if stranger:
@@ -312,6 +329,8 @@ def flags_of(c: Config) -> dict[str, Any]:
     }
     left = {name: value for name, value in left.items() if name not in ("out", "resume")}
     left["dataset"] = c.dataset  # else --data-dir would say to recognise it
+    if c.milestones is not None:  # in the place of which it stands
+        left.pop("decay_epoch", None)
     if c.budget is not None:  # the images said how many epochs that is
         steps = {"decay_epoch"} if c.decay_epoch == max(1, c.epochs // 5) else set()
         left = {name: value for name, value in left.items() if name not in {"epochs"} | steps}

@@ -6,39 +6,23 @@ samples (1e6samples). The first is @0, and they increase.
 
 from __future__ import annotations
 
-import re
 from argparse import ArgumentTypeError
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import ROUND_HALF_UP
 from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
+from fastsmooth import course
 from fastsmooth.cli.flags import ConfigError, whole
+from fastsmooth.course import Moment
 
 T = TypeVar("T")
 
 MOST_STAGES = 100
-UNITS = {"": "epochs", "ep": "epochs", "%": "percent", "up": "updates", "samples": "samples"}
-SUFFIXES = {"epochs": "", "percent": "%", "updates": "up", "samples": "samples"}
-# the digits are few, so that all arithmetic is exact
-POINT = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?(?:e[0-9])?) *([a-z%]*)")
 SIZES = '"128 @0, 192 @50%, 224 @80%"'  # an example
 NUMBERS = '"0.9 @0, 0.5 @50%"'
-
-
-class Moment(NamedTuple):
-    """A point of a run: so many epochs, updates or samples, or percent of its epochs."""
-
-    amount: Decimal
-    unit: str
-
-    def __str__(self) -> str:
-        digits = f"{self.amount:f}"
-        if "." in digits:
-            digits = digits.rstrip("0").rstrip(".")
-        return digits + (SUFFIXES[self.unit] if self.amount else "")
 
 
 class Stage(NamedTuple, Generic[T]):
@@ -95,14 +79,13 @@ def stage(text: str, value: Callable[[str], T], example: str) -> Stage[T]:
 
 
 def moment(text: str) -> Moment:
-    match = POINT.fullmatch(text)
-    unit = UNITS.get(match[2]) if match else None
-    if match is None or unit is None:
-        raise ArgumentTypeError(f"{text[:60]!r} is no point of a run such as 40, 40ep or 50%")
-    amount = Decimal(match[1])
-    if unit == "percent" and amount >= 100:
+    try:
+        found = course.moment(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    if found.unit == "percent" and found.amount >= 100:
         raise ArgumentTypeError(f"at {text} the run is over")
-    return Moment(amount, unit)
+    return found
 
 
 def staged(

@@ -209,7 +209,7 @@ def training(
         ("augmentation", config.changes or "none"),
         ("mixing", mixing(config)),
         ("began from", began_from(config)),
-        ("method", config.method),
+        ("method", config.schedule or config.method),
         ("learning rate", first_and_last(run, "lr")),
         ("batch size", first_and_last(run, "batch_size")),
         ("momentum", first_and_last(run, "momentum")),

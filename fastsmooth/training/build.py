@@ -477,15 +477,12 @@ def planned(c: Config, n: int, processes: int) -> Plan:
 
 
 def check_batch(c: Config, n: int, processes: int) -> None:
-    if c.batch_size > n:
+    configs.check_largest_batch(c, n)
+    if c.smallest_batch < processes:
+        named = "--batchsize" if c.smallest_batch == c.batch_size else "--schedule: batch"
         raise ConfigError(
-            f"--batchsize {c.batch_size} exceeds the {n} training images of {c.dataset}: lower "
-            "--batchsize"
-        )
-    if c.batch_size < processes:
-        raise ConfigError(
-            f"--batchsize {c.batch_size} is less than one sample for each of the {processes} "
-            "processes: raise --batchsize (it is that of all processes together)"
+            f"{named} {c.smallest_batch} is less than one sample for each of the {processes} "
+            f"processes: raise {named.split()[-1]} (it is that of all processes together)"
         )
 
 
@@ -622,7 +619,7 @@ def check_lone_samples(plan: Plan, processes: int) -> None:
 
 def default_out(c: Config) -> Path:
     """A new folder, which no other run that starts now gets."""
-    dataset, what = c.dataset.replace("/", "-"), c.method if c.mode == "normal" else c.mode
+    dataset, what = c.dataset.replace("/", "-"), c.followed if c.mode == "normal" else c.mode
     return claim(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}-{what}")
 
 
@@ -676,8 +673,10 @@ def introduce(run: Run, decided: list[str]) -> None:
         f"{c.dataset}{about}: {len(run.data.train):,} training and {len(run.data.test):,} test "
         f"images, {run.data.choice}"
     )
+    course = f"method {c.method}" + " per update" * (c.per == "update")
+    course = course if c.schedule is None else f"schedule {c.schedule!r}"
     say(
-        f"{c.model} ({parameters}), {c.optimizer}, method {c.method}, {c.epochs} "
+        f"{c.model} ({parameters}), {c.optimizer}, {course}, {c.epochs} "
         f"epochs from lr {c.lr:g}, batch {c.batch_size}"
         + (f", momentum {c.momentum:g}" if c.momentum else "")
         + f", seed {c.seed}, {PRECISIONS[run.step.precision]}"

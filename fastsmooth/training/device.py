@@ -97,7 +97,7 @@ def set_numerics(c: Config, precision: str, schedule: Schedule) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # cuDNN's search for the fastest algorithm takes seconds at every new batch size (LOG.md)
-    same_batch = len(list(schedule.stages())) == 1
+    same_batch = not schedule.batch_moves and len(list(schedule.stages())) == 1
     torch.backends.cudnn.benchmark = same_batch and not c.deterministic
     torch.backends.cudnn.benchmark_limit = 4  # algorithms that it tries, of ten
 

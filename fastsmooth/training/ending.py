@@ -179,11 +179,7 @@ def out_of_memory(error: BaseException, run: Run | None, c: Config, torch: Any) 
     """What to do about memory that ran out; None for another error."""
     if not ran_out_of_memory(error, torch):
         return None
-    batch = (
-        run.schedule.batch_size(min(run.epoch, run.config.epochs - 1))
-        if run is not None
-        else c.batch_size
-    )
+    batch = run.stream.batch_size or c.batch_size if run is not None else c.batch_size
     gpu = isinstance(error, torch.OutOfMemoryError)
     line = f"out of memory {'on the GPU' if gpu else 'in main memory'} at batch {batch}"
     together = 1 if run is None else run.config.samples_at_once or batch

@@ -28,11 +28,13 @@ def largest_share(
 ) -> tuple[int, tuple[int, int, int, int]]:
     """(samples, their shape [B, C, S, S]) of a process in the batch of the plan that takes most
     memory."""
-    sizes = plan.sizes
-    batches = {
-        (plan.schedule.batch_size(epoch), sizes(epoch) if sizes.changes else images.size)
-        for epoch, _ in enumerate(plan.epochs())
-    }
+    sizes, epoch = plan.sizes, 0
+    batches = {(size, images.size) for size in plan.measured.values()}
+    for span in plan.spans():
+        epochs = range(epoch, epoch + span.epochs)
+        sides = {sizes(e) for e in epochs} if sizes.changes else {images.size}
+        batches |= {(size, side) for _, size in span.batches for side in sides}
+        epoch = epochs.stop
     samples, side = max(batches, key=lambda batch: (batch[0] * batch[1] ** 2, batch))
     share = -(-samples // processes)
     return share, (share, images.channels, side, side)

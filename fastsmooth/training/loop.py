@@ -23,6 +23,7 @@ from fastsmooth.data.order import in_order
 from fastsmooth.data.stream import Batch
 from fastsmooth.messages import CannotWrite, warn
 from fastsmooth.noise.instrument import Asked, Instrument, Values
+from fastsmooth.places import Place
 from fastsmooth.ranks import Ranks
 from fastsmooth.runfolder.checkpoint import Checkpoints
 from fastsmooth.runfolder.trackers import Trackers
@@ -202,13 +203,17 @@ class Run:
             # that of the update before, the last of the epoch where only its test is left to do
             point = self.plan.point(self.epoch, max(self.update - 1, 0))
             self.step.optimizer.set_point(point)
-            self.stream.batch_size = point.batch_size
             yield point
+
+    def place(self, behind: int = 0) -> Place:
+        """Where the run stands, so many samples before the end of what the stream has given."""
+        cursor = self.stream.cursor - behind
+        return Place(self.epoch, self.update, self.samples, cursor, self.plan.images)
 
     def at_update(self, point: Point) -> Point:
         """The Point in force at the update to come, where `point` was at the one before it."""
         if self.plan.moves(self.update):
-            point = self.plan.point(self.epoch, self.update)
+            point = self.plan.at(self.place(behind=self.stream.size))
             self.step.optimizer.set_point(point)
         return point
 
@@ -217,10 +222,14 @@ class Run:
         up. With several processes this one's share of it may be empty."""
         if self.spent():
             return
+        size_at = self.plan.schedule.batch_at
+        self.stream.batch_size = size_at(self.place())
         for batch in self.stream.batches():
             yield batch
             if self.spent():
                 return
+            if self.plan.schedule.batch_moves:
+                self.stream.batch_size = size_at(self.place())
 
     def spent(self) -> bool:
         return self.plan.spent(self.update, self.samples)

@@ -17,6 +17,7 @@ from fastsmooth.data import Stream
 from fastsmooth.data.order import subset
 from fastsmooth.noise import gradients
 from fastsmooth.noise.instrument import Asked
+from fastsmooth.places import Place
 from fastsmooth.ranks import Ranks
 from fastsmooth.schedule import Point
 from fastsmooth.training.loop import Run
@@ -57,21 +58,29 @@ def ahead(run: Run, updates: int, history: int) -> Iterator[None]:
 
 def follow(run: Run, stream: Stream, updates: int) -> None:
     """Do so many updates on the batches of a stream, and nothing else that a run does."""
-    done = 0
+    plan, done, samples = run.plan, 0, 0
+
+    def place() -> Place:
+        return Place(
+            stream.epoch, run.update + done, run.samples + samples, stream.cursor, plan.images
+        )
+
     while done < updates:
-        point = run.plan.point(stream.epoch, run.update + done)
-        run.step.optimizer.set_point(point)
-        stream.batch_size = point.batch_size
+        here = place()
+        run.step.optimizer.set_point(plan.at(here))
+        stream.batch_size = plan.schedule.batch_at(here)
         for x, y in stream.rest_of_epoch():
             heed(run)
-            if run.plan.moves(run.update + done):
-                point = run.plan.point(stream.epoch, run.update + done)
-                run.step.optimizer.set_point(point)
+            if plan.moves(here.update):
+                run.step.optimizer.set_point(plan.at(here))
             run.step.gradient(x.to(run.step.dtype), y, stream.size)
             run.step.update()
-            done += 1
+            done, samples = done + 1, samples + stream.size
             if done == updates:
                 break
+            here = place()
+            if plan.schedule.batch_moves:
+                stream.batch_size = plan.schedule.batch_at(here)
 
 
 def heed(run: Run) -> None:

@@ -366,7 +366,7 @@ class Sampling(Instrument):
     def __init__(self, plan: Plan):
         c = plan.config
         self.steps, self.draws, self.save_omega = sorted(c.steps), c.draws, c.save_omega
-        self.reach = memory(c.momentum)  # updates that a history replays
+        self.reach = memory(plan.schedule.most_momentum)  # updates that a history replays
         self.points: list[dict[str, Any]] = []  # of noise.json, some not yet told
         self.told = 0  # steps, the first so many
         # what a measurement that was asked to stop has of the histories that are done

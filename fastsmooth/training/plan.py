@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
@@ -15,9 +13,8 @@ from fastsmooth.cli import stages
 from fastsmooth.cli.config import Config
 from fastsmooth.cli.flags import ConfigError, flag
 from fastsmooth.cli.stages import ByEpoch
-from fastsmooth.messages import show
-from fastsmooth.schedule import SOLVED, Point, Schedule, memory, updates_of
-from fastsmooth.terminal import Table, columns
+from fastsmooth.places import Layout, Place, Span
+from fastsmooth.schedule import SOLVED, Point, Schedule, memory
 
 
 def make_schedule(c: Config, images: int | None) -> Schedule:
@@ -39,7 +36,11 @@ def make_schedule(c: Config, images: int | None) -> Schedule:
         gamma=c.gamma,
         milestones=steps_of(c),
         factor=c.factor,
+        lr_factor=c.lr_factor,
+        lr_min=c.lr_min,
+        per=c.per,
         shifted=c.compat == "original",
+        text=c.written,
     )
 
 
@@ -75,25 +76,40 @@ class Plan:
         amount, unit = self.config.warmup_length
         if unit == "updates":
             return amount
-        return sum(self.schedule.updates(self.images, self.config.drop_last)[:amount])
+        if amount >= self.layout.epochs:
+            return self.layout.updates + (amount > self.layout.epochs)
+        return self.layout.start(amount).update
 
     @cached_property
-    def _of_epoch(self) -> Callable[[int], Point]:
+    def layout(self) -> Layout:
+        """How the updates lie in all epochs of the schedule, those of a run that ends early too."""
+        return self.schedule.layout(self.images, self.config.drop_last)
+
+    @cached_property
+    def _in_force(self) -> Callable[[Place], Point]:
         # a warm-up asks at every update, and some schedules are solved
-        return lru_cache(maxsize=2)(self.schedule)
+        found = lru_cache(maxsize=2)(self.schedule.at)
+        if self.schedule.moves:
+            return found
+        return lambda place: found(place._replace(update=0, samples=0, cursor=0))
+
+    def at(self, place: Place) -> Point:
+        """What is in force at the update that comes at a place: that of the schedule, whose lr a
+        warm-up of W updates multiplies by (update + 1) / W."""
+        point = self._in_force(place)
+        if place.update >= self.warmup:
+            return point
+        return dataclasses.replace(point, lr=point.lr * (place.update + 1) / self.warmup)
 
     def point(self, epoch: int, update: int) -> Point:
-        """What is in force at an update of an epoch, both counted from 0: that of the schedule,
-        whose lr a warm-up of W updates multiplies by (update + 1) / W."""
-        point = self._of_epoch(epoch)
-        if update >= self.warmup:
-            return point
-        return dataclasses.replace(point, lr=point.lr * (update + 1) / self.warmup)
+        """The same at an update of an epoch, both counted from 0; at the nearest of the epoch's
+        where it is in another."""
+        return self.at(self.layout.place(epoch, update))
 
     def moves(self, update: int) -> bool:
         """Whether the Point of an update may be another than that of the update before it in the
         same epoch."""
-        return self.warmup > 0 and update <= self.warmup
+        return self.schedule.moves or (self.warmup > 0 and update <= self.warmup)
 
     @cached_property
     def limit(self) -> tuple[str, int]:
@@ -108,7 +124,7 @@ class Plan:
         """The batch size at each of --steps at which --mode sampling measures."""
         c = self.config
         steps = c.steps if c.mode == "sampling" else ()
-        return {step: self.schedule.batch_size(self.epoch_of(step)) for step in steps}
+        return {step: self.schedule.batch_at(self.layout.at(step)) for step in steps}
 
     @cached_property
     def samples(self) -> int:
@@ -118,12 +134,12 @@ class Plan:
     @cached_property
     def updates_at_first(self) -> int:
         """Of the first epoch."""
-        return updates_of(self.images, self.config.batch_size, self.config.drop_last)
+        return self.layout.spans[0].updates
 
     @property
     def samples_at_first(self) -> int:
         """Of the first epoch."""
-        return min(self.updates_at_first * self.config.batch_size, self.images)
+        return self.layout.spans[0].samples
 
     def delta(self, point: Point) -> float | None:
         """delta at a Point; None where the update is not one that it is defined for."""
@@ -131,7 +147,7 @@ class Plan:
 
     def epoch_of(self, update: int) -> int:
         """The epoch of an update, both counted from 0; the last one for what comes after."""
-        return self.schedule.epoch_of(update, self.images, self.config.drop_last)
+        return self.layout.epoch_of(update)
 
     def spent(self, updates: int, samples: int) -> bool:
         """Whether the --budget is used up, which ends the last epoch early."""
@@ -142,37 +158,41 @@ class Plan:
     def epochs(self) -> Iterator[tuple[int, int]]:
         """(updates, samples) of every epoch that the run begins: to its last, to the end of
         --budget or the largest of --steps."""
+        for span in self.spans():
+            yield from itertools.repeat((span.updates, span.samples), span.epochs)
+
+    def spans(self) -> Iterator[Span]:
+        """Stretches of equal epochs as far as the run goes, which may end inside its last one."""
         unit, amount = self.limit
         sampling = self.config.mode == "sampling"
         done = {"epochs": 0, "updates": 0, "samples": 0}
-        for epochs, size in self.schedule.stages():
-            in_each = updates_of(self.images, size, self.config.drop_last)
-            for _ in range(epochs):
-                # which measures once the next batch is there
-                if done[unit] >= amount and not sampling:
-                    return
-                left = {
-                    "epochs": in_each,
-                    "updates": amount - done["updates"],
-                    "samples": -(-(amount - done["samples"]) // size),
-                }
-                updates = min(in_each, left[unit])
-                samples = min(updates * size, self.images)
-                yield updates, samples
-                if updates < in_each:
-                    return
-                done["epochs"] += 1
-                done["updates"] += updates
-                done["samples"] += samples
+        for span in self.layout.spans:
+            each = {"epochs": 1, "updates": span.updates, "samples": span.samples}
+            # so many epochs are whole; the one that reaches the amount is too, if it does not go on
+            whole = min(span.epochs, (amount - done[unit]) // max(each[unit], 1))
+            if whole:
+                yield span._replace(epochs=whole)
+            for name in done:
+                done[name] += whole * each[name]
+            # --mode sampling measures once the next batch is there
+            if whole < span.epochs and (sampling or done[unit] < amount):
+                left = amount - done[unit]
+                yield cut(span, left if unit == "updates" else span.holding(left))
+            if whole < span.epochs:
+                return
 
     def lasting(self, least: int, largest: int) -> frozenset[int]:
         """The batch sizes of at most `largest` samples of which the run will make at least `least`
         updates; the last batches of epochs, which are smaller, are left out."""
-        updates: Counter[int] = Counter()
-        for epoch, (_, samples) in enumerate(self.epochs()):
-            size = self.schedule.batch_size(epoch)
-            updates[size] += samples // size
-        return frozenset(s for s, count in updates.items() if count >= least and s <= largest)
+        most: Counter[int] = Counter()  # updates of a size that follow each other
+        size = count = 0
+        for span in self.spans():
+            alone = len(span.batches) == 1
+            for many, its in span.batches:
+                count = (count if its == size else 0) + many * (span.epochs if alone else 1)
+                size = its
+                most[size] = max(most[size], count)
+        return frozenset(s for s, count in most.items() if count >= least and s <= largest)
 
     def in_training_mode(self) -> Iterator[tuple[str, int, list[str]]]:
         """(what, of how many samples, what else avoids it) of all that will go through the model in
@@ -187,21 +207,25 @@ class Plan:
         for size in self.measured.values() if c.bn == "train" else ():
             yield "a drawn batch", size, []
             yield "the last chunk of the full gradient", n % size, []
-        unit, amount = self.limit
-        done = {"epochs": 0, "updates": 0, "samples": 0}
-        for epochs, size in self.schedule.stages():
-            rest = n % size
-            batches: list[tuple[str, int, int, list[str]]] = [("a batch", size, n // size, [])]
-            if rest and not c.drop_last:
-                batches.append(("the last batch of an epoch", rest, 1, ["--drop-last"]))
-            for _ in range(epochs):
-                for what, samples, count, remedies in batches:
-                    if done[unit] >= amount:
-                        return
-                    yield what, samples, remedies
-                    done["updates"] += count
-                    done["samples"] += count * samples
-                done["epochs"] += 1
+        for span in self.spans():
+            for _, size in span.batches:
+                yield "a batch", size, []
+            if span.rest:
+                yield "the last batch of an epoch", span.rest, ["--drop-last"]
+
+    def batch_sizes(self) -> set[int]:
+        """Of all updates of the run, but for what is left over at the end of epochs."""
+        return {size for span in self.spans() for _, size in span.batches}
+
+
+def cut(span: Span, updates: int) -> Span:
+    """An epoch of a span that ends after so many of its updates."""
+    batches = []
+    for count, size in span.batches:
+        taken = min(count, updates)
+        batches += [(taken, size)] * (taken > 0)
+        updates -= taken
+    return Span(1, tuple(batches), span.rest if updates else 0)
 
 
 def make_plan(c: Config, images: int) -> Plan:
@@ -211,7 +235,8 @@ def make_plan(c: Config, images: int) -> Plan:
     plan = Plan(c, make_schedule(c, images), images)
     _ = plan.sizes  # which must all begin within the epochs
     configs.check_length(c)
-    total = sum(plan.schedule.updates(images, c.drop_last))
+    configs.refuse(plan.schedule.check_written, images, c.drop_last)
+    total = plan.layout.updates
     if plan.warmup > total:
         raise ConfigError(
             f"--warmup {c.warmup} is longer than the run of {total:,} updates: lower it, or train "
@@ -233,12 +258,8 @@ def make_plan(c: Config, images: int) -> Plan:
 
 def totals(c: Config, schedule: Schedule, images: int) -> dict[str, int]:
     """How many epochs, and the updates and samples of all of them."""
-    updates = samples = 0
-    for epochs, size in schedule.stages():
-        in_each = updates_of(images, size, c.drop_last)
-        updates += epochs * in_each
-        samples += epochs * min(in_each * size, images)
-    return {"epochs": c.epochs, "updates": updates, "samples": samples}
+    layout = schedule.layout(images, c.drop_last)
+    return {"epochs": c.epochs, "updates": layout.updates, "samples": layout.samples}
 
 
 def within_budget(c: Config, images: int) -> Config:
@@ -258,8 +279,8 @@ def within_budget(c: Config, images: int) -> Config:
         lasts = dataclasses.replace(lasting(epochs), nu=c.nu_stages[0].value)
         return totals(lasts, make_schedule(lasts, images), images)[unit]
 
-    # what an epoch holds at most: the first one's updates, since the batch never falls
-    most = images if unit == "samples" else held(1)
+    # what an epoch holds at most: no batch is smaller than this
+    most = images if unit == "samples" else -(-images // c.smallest_batch)
     longest = configs.MOST_EPOCHS
     few = (amount - 1) // most  # so many epochs are too few
     enough = few + 1
@@ -273,70 +294,12 @@ def within_budget(c: Config, images: int) -> Config:
     return lasting(enough)
 
 
-def print_plan(c: Config, as_json: bool) -> None:
-    """Point and delta of every epoch that the run begins; equal epochs share a line."""
-    if c.limit and c.images is None:
-        raise ConfigError(
-            f"--plan: how many epochs --budget {c.budget} takes, only the images in "
-            f"{c.data_dir} tell"
-        )
-    plan = None if c.images is None else make_plan(c, c.images)
-    c = plan.config if plan else c
-    schedule = plan.schedule if plan else make_schedule(c, None)
-    done = list(plan.epochs()) if plan else []
-    epochs = len(done) if plan else c.epochs
-    sizes = c.sizes
-    if as_json:
-        begun = 0  # updates before the epoch
-        for epoch, p in enumerate(map(schedule, range(epochs))):
-            row = {"epoch": epoch} | dataclasses.asdict(p) | {"delta": delta_of(c, schedule, p)}
-            if p.nu is None:
-                del row["nu"]
-            if c.foreign:
-                row["momentum"] = None
-            row |= {"image_size": sizes(epoch)} if sizes.changes else {}
-            if plan and plan.moves(begun):
-                last = begun + done[epoch][0] - 1
-                row |= {"lr_first": plan.point(epoch, begun).lr}
-                row |= {"lr_last": plan.point(epoch, last).lr}
-            begun += done[epoch][0] if done else 0
-            show(json.dumps(row), whole=True)
-        return
-    layout = {"epochs": ">9", "lr": ">11", "batch": ">6", "momentum": ">8", "delta": ">10"}
-    layout |= {"nu": ">6"} if schedule.nus else {}
-    layout |= {"pixels": ">9"} if sizes.changes else {}
-    layout |= {"updates": ">9"} if done else {}
-    table = Table(layout, least_first=("updates", "momentum"))
-    show(table.heading(columns(sys.stdout)))
-    for (p, side), alike in itertools.groupby(range(epochs), lambda e: (schedule(e), sizes(e))):
-        first, *rest = alike
-        last = rest[-1] if rest else first
-        name = f"{first}-{last}" if rest else f"{first}"
-        cells = [
-            name,
-            f"{p.lr:.6g}",
-            f"{p.batch_size}",
-            "-" if c.foreign else f"{p.momentum:.4g}",
-            "-" if (delta := delta_of(c, schedule, p)) is None else f"{delta:.4g}",
-        ]
-        cells += [] if p.nu is None else [f"{p.nu:.4g}"]
-        cells += [f"{side}x{side}"] if sizes.changes else []
-        cells += [f"{sum(n for n, _ in done[first : last + 1]):,}"] if done else []
-        show(table.row(cells, columns(sys.stdout)))
-    said = [*units(c), *warming(c, plan), *notes(c, schedule)]
-    for line in [*said, cost(plan) if plan else cost_of_a_folder(c)]:
-        show(line)
-    if not c.image_size:
-        show(
-            "the images, which --plan does not open, decide what --image-size and --model are "
-            "where they are not given"
-        )
-
-
 def cost(plan: Plan) -> str:
     """What the run will compute."""
     c = plan.config
-    updates, samples = (sum(column) for column in zip(*plan.epochs(), strict=True))
+    spans = list(plan.spans())
+    updates = sum(span.epochs * span.updates for span in spans)
+    samples = sum(span.epochs * span.samples for span in spans)
     samples *= 2 if c.sam else 1
     most = "at most " if c.mode == "critical" else ""
     line = f"cost: {most}{updates:,} updates, {samples:,} gradient evaluations of {c.model}"
@@ -345,9 +308,9 @@ def cost(plan: Plan) -> str:
         for step, size in plan.measured.items():
             # with momentum each direction ends a history of its own, which has its batches and a
             # full gradient to itself
-            replayed = min(step, memory(c.momentum))
+            replayed = min(step, memory(plan.schedule.most_momentum))
             more += (c.draws if replayed else 1) * plan.images + c.draws * (1 + replayed) * size
-        about = "about " * (c.momentum > 0)
+        about = "about " * (plan.schedule.most_momentum > 0)
         line += f", and {about}{more:,} more to measure at {len(c.steps)} of them"
     return line
 
