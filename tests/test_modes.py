@@ -79,12 +79,12 @@ def test_a_measurement_leaves_no_trace(bn):
     x, y = torch.randn(20, 3, 8, 8), torch.randint(0, 10, (20,))
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    model[1].eval()  # a mode that the measurement must give back as it was
+    model[1].eval()  # as a module that is frozen: measured so, whatever the mode of the others
     before = [t.clone() for t in (*model.parameters(), *model.buffers(), torch.get_rng_state())]
     grads = [p.grad.clone() for p in model.parameters()]
     buffers = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
     with gradients.undisturbed(model, bn):
-        assert model.training == model[1].training == (bn == "train")
+        assert model.training == model[0].training == (bn == "train") and not model[1].training
         full = gradients.full_gradient(model, [(x[:12], y[:12]), (x[12:], y[12:])])
         gradient = drawn(model, lambda draw: (x[draw : draw + 4], y[draw : draw + 4]))
         gradients.direction_noise(optimizer, gradient, 4, there(full), 3, 20)
