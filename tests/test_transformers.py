@@ -370,7 +370,8 @@ def test_micro_batches_that_count_the_same_at_several_sizes_are_left_to_the_next
     assert [row["step"] for row in rows] == [0, 2]
 
 
-def test_tensors_come_back_from_their_bytes():
+@pytest.mark.parametrize("count", [1, 3])
+def test_tensors_come_back_from_their_bytes(count):
     from fastsmooth.adapters.transformers import OneInput
 
     class Echo(nn.Module):
@@ -379,16 +380,16 @@ def test_tensors_come_back_from_their_bytes():
             return {"logits": inputs["b"]}
 
     inputs = {
-        "a": torch.tensor([True, False, True]),
-        "b": torch.randn(3, 2, 5, dtype=torch.float64).mT,
-        "c": torch.arange(6).view(3, 2),
-        "d": torch.randn(3, 3).bfloat16(),
-        "labels": torch.arange(3),
+        "a": torch.tensor([True, False, True])[:count],
+        "b": torch.randn(count, 2, 5, dtype=torch.float64).mT,
+        "c": torch.arange(2 * count).view(count, 2),
+        "d": torch.randn(count, 3).bfloat16(),
+        "labels": torch.arange(count),
         "flag": None,
     }
     model = OneInput(Echo(), scaled=False)
     x, y = model.taken(inputs, ["labels", "start_positions"])
-    assert x.shape == (3, 1 + 80 + 16 + 6) and torch.equal(y, inputs["labels"])
+    assert x.shape == (count, 1 + 80 + 16 + 6) and torch.equal(y, inputs["labels"])
     model(x)
     back = model.model.seen
     assert back.pop("flag") is None and list(back) == ["a", "b", "c", "d"]

@@ -190,7 +190,7 @@ class EpochWatch:
 
 def check_batches(given: Mapping[str, Any]) -> None:
     """Raises NotCovered for arguments of train_one_epoch by which the gradient of an update is not
-    the mean of those of its samples."""
+    the mean of those of its samples, or these are no independent draws."""
     args = given["args"]
     if given.get("naflex_mode"):
         raise NotCovered(
@@ -204,6 +204,21 @@ def check_batches(given: Mapping[str, Any]) -> None:
                 "accumulated, are no mean over their samples: measure without "
                 "--variable-batch-loss-scale and --grad-accum-steps"
             )
+    for name in ("aug_repeats", "aug_splits"):
+        if getattr(args, name, 0):
+            flag = f"--{name.replace('_', '-')}"
+            raise NotCovered(
+                f"{flag}: a batch has the same sample several times, which are no independent "
+                f"draws: measure without {flag}"
+            )
+    mixed = getattr(args, "mixup", 0) or getattr(args, "cutmix", 0)
+    off = getattr(args, "mixup_off_epoch", 0)
+    if (mixed or getattr(args, "cutmix_minmax", None)) and not 0 < off <= given["epoch"]:
+        raise NotCovered(
+            "--mixup, --cutmix: the samples of a batch are mixed in pairs, by a number that they "
+            "share, and are no independent draws: measure without, or a training that is taken up "
+            "after --mixup-off-epoch"
+        )
 
 
 # The command

@@ -235,7 +235,10 @@ def of_bytes(x: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     start = 0
     for name, dtype, shape in layout.tensors:
         end = start + shape.numel() * dtype.itemsize
-        yield name, x[:, start:end].contiguous().view(dtype).reshape(len(x), *shape)
+        # a copy, as a view of another dtype begins at a multiple of its size; a single row of x is
+        # contiguous already
+        own = x[:, start:end].clone(memory_format=torch.contiguous_format)
+        yield name, own.view(dtype).reshape(len(x), *shape)
         start = end
 
 
