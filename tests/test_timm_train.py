@@ -287,6 +287,16 @@ def test_a_loss_that_compares_samples_is_refused():
         mean_loss(OfEach(centred), output, soft)
 
 
+def test_memory_that_runs_out_is_no_matter_of_the_loss():
+    from fastsmooth.adapters.common import OfEach
+
+    def full(output, target):
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        OfEach(full)(torch.randn(2, 4), torch.zeros(2), reduction="none")
+
+
 def test_the_scripts_own_errors_and_exit_codes_are_its_own(tmp_path):
     script = tmp_path / "script.py"
     head = "def train_one_epoch(epoch, model, loader, optimizer, args, task):\n    pass\n"

@@ -361,6 +361,33 @@ def test_a_network_of_ones_own(tmp_path):
     assert "the Trainer trains on a loss of" in words and "give NoiseCallback the loss" in words
 
 
+def test_the_trainers_step_is_its_own_but_while_it_trains(tmp_path):
+    from fastsmooth.adapters.transformers import NoiseCallback
+
+    trainer = trainer_of(vit(), digits(16), tmp_path)
+    callback = NoiseCallback(trainer, every=1)
+    assert "training_step" not in vars(trainer)
+    trained(trainer)  # without the callback, which was not added
+    trainer.add_callback(callback)
+    plain, trainer.data_collator = trainer.data_collator, None
+    with pytest.raises(TypeError):  # an exception of the host's
+        trainer.train()
+    trainer.data_collator = plain
+    callback.parts.append("left by it")
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "noise/c2_sampled" in row]
+    assert len(rows) == 2 and "training_step" not in vars(trainer)
+    trainer.data_collator = None
+    with pytest.raises(TypeError):
+        trainer.train()
+    trainer.data_collator = plain
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert callback.watch.noise.count == 0 and not callback.watch.kept
+    trainer.add_callback(callback)
+    assert "two NoiseCallbacks" in refusal(trainer)
+
+
 def test_micro_batches_that_count_the_same_at_several_sizes_are_left_to_the_next(tmp_path):
     """A network of one's own takes no num_items_in_batch: the means of 8 and 4 samples are averaged
     in the last update of an epoch."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsmooth.adapters.common import Numbers, OfEach, Watch, clipped, instead
+from fastsmooth.adapters.common import Numbers, OfEach, Watch, instead
 from fastsmooth.cli.flags import ConfigError, Parser
 from fastsmooth.messages import BAD_INPUT, DONE, command, show, tell
 from fastsmooth.noise.losses import NotCovered
@@ -90,16 +90,17 @@ class EpochWatch:
         model = given["model"] if task is None else task.get_trainable_module()
         try:
             noise = NoiseTracker(
-                model, given["optimizer"], samples=len(loader.dataset), loss=loss, **self.options
+                model,
+                given["optimizer"],
+                samples=len(loader.dataset),
+                loss=loss,
+                clips=getattr(args, "clip_grad", None) is not None,
+                **self.options,
             )
-            if getattr(args, "clip_grad", None) is not None:
-                clipped(noise)
         except ValueError as error:
             raise NotCovered(str(error)) from error
-        if given["epoch"]:  # a training that is taken up again is measured at the same updates
-            updates = -(-len(loader) // getattr(args, "grad_accum_steps", 1))
-            noise.epoch, noise.update = given["epoch"], given["epoch"] * updates
-            noise.last_period = noise.every.period(noise.update - 1, noise.epoch - 1)
+        updates = -(-len(loader) // getattr(args, "grad_accum_steps", 1))
+        noise.resume_at(given["epoch"] * updates, given["epoch"])
         log = functools.partial(self.log, getattr(args, "rank", 0) == 0)
         self.watch = Watch(noise, log, given.get("amp_autocast") or contextlib.nullcontext)
         self.began = True
