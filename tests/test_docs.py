@@ -55,6 +55,7 @@ FOREIGN = {
     ),  # Slurm
     "--full",  # of the tests
     *("--smoothing", "--bce-sum", "--jsd-loss", "--naflex-loader", "--train-img-sizes"),  # train.py
+    *("--mixup-off-epoch", "--aug-repeats", "--aug-splits"),
     *("--grad-accum-steps", "--amp", "--model-ema", "--channels-last", "--torchcompile"),
     *("--grad-checkpointing", "--opt", "--clip-grad"),
 }

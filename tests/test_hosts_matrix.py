@@ -17,6 +17,7 @@ import pytest
 import torch
 from forks import SERVER, free_port
 from torch import nn
+from torch.distributed.algorithms import Join
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -449,7 +450,11 @@ def test_a_micro_batch_of_one_sample_leaves_a_measurement_to_the_next():
 @pytest.mark.parametrize(
     ("estimator", "words"),
     [
-        ("per-sample", r"need two samples in every micro-batch, .* this batch has \[\[1\]\]"),
+        (
+            "per-sample",
+            r"need two samples in every micro-batch, .*\"micro-batch\" takes them of one sample\); "
+            r"this batch has \[\[1\]\]",
+        ),
         ("micro-batch", r"needs batches of 8 samples, or two micro-batches, .* has \[\[7\]\]"),
     ],
 )
@@ -462,6 +467,47 @@ def test_batches_that_are_all_too_small_are_a_warning(estimator, words):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert noise(*batch) is None  # said once
+
+
+def test_micro_batches_that_weigh_alike_have_one_size():
+    noise, (x, y) = tracker(net(), "auto"), samples(8)
+    parts = [x[:5], x[5:]], [y[:5], y[5:]]
+    assert noise(*parts, alike=True) is None
+    with pytest.warns(UserWarning, match=r"several sizes weigh alike .* has \[\[5, 3\]\]"):
+        assert noise(*parts, alike=True) is None
+    assert noise([x[:4], x[4:]], [y[:4], y[4:]], alike=True) is not None
+    assert noise(*parts) is not None  # by their samples
+
+
+@pytest.mark.parametrize(
+    ("every", "update", "epoch", "due"),
+    [
+        (4, 0, 0, [0, 4]),
+        (4, 3, 0.5, [4]),
+        (4, 4, 1, [4]),
+        (4, 5, 1, []),
+        ("2ep", 6, 2, [6]),
+        ("2ep", 7, 2.3, []),
+        ("2ep", 3, 1, [6]),
+    ],
+)
+def test_a_tracker_that_goes_on_keeps_its_rhythm(every, update, epoch, due):
+    """Updates up to the seventh that are measured, of three an epoch."""
+    noise, found = tracker(net(), every=every), []
+    noise.resume_at(update, epoch)
+    for at in range(update, 8):
+        if at % 3 == 0 and at > update:
+            noise.end_epoch()
+        if noise(*samples(4)):
+            found.append(at)
+    assert found == due
+
+
+def test_a_clipped_gradient_has_no_delta_and_no_rule_of_plain_sgd():
+    row = tracker(net(), clips=True)(*samples(8))
+    assert row == tracker(net())(*samples(8)) | {"delta_measured": None}
+    with pytest.raises(ValueError, match="cabs: its rule is that of SGD without clipping"):
+        tracker(net(), clips=True, quantities=["cabs"])
 
 
 # Frozen parts, groups of parameters, optimizers
@@ -627,6 +673,11 @@ def as_rank(rank: int, port: int, folder: Path) -> None:
     part = DDP(net(), process_group=torch.distributed.new_group([0, 1]))
     found["a group of all"] = tracker(part)(*samples(8, rank))["c2_sampled"]
     alone = [torch.distributed.new_group([r]) for r in range(2)][rank]
+    joined = DDP(net())
+    noise = tracker(joined)
+    with pytest.raises(NotCovered) as refused, Join([joined]):
+        noise(*samples(8))
+    found["join"] = str(refused.value)
     found["a part"] = words_of(lambda: tracker(DDP(net(), process_group=alone)))
     for name in WRAPPED:
         plain, _ = trained_by_ranks(rank, name, measure=False)
@@ -708,3 +759,4 @@ def test_models_that_are_sharded_or_wrapped_in_part_are_refused(two):
         assert found["sharded"].startswith("a model whose parameters are DTensors: no process")
         assert found["a part"].startswith("DistributedDataParallel over a part of the 2 processes")
         assert isinstance(found["a group of all"], float)
+        assert found["join"].startswith("inside torch.distributed's Join")

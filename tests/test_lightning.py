@@ -389,6 +389,45 @@ def test_a_fit_that_goes_on_and_a_fit_anew(tmp_path):
     assert callback.watch.noise.count == 1
 
 
+def test_a_test_of_a_checkpoint_leaves_the_tracker(tmp_path):
+    from fastsmooth.adapters.lightning import NoiseCallback
+
+    def test_step(self, batch, batch_idx):
+        self.net(batch[0])
+
+    callback, data = NoiseCallback(every=3), DataLoader(DATA, 35)
+    trainer = trainer_of(tmp_path, [callback])
+    module = module_of(plainloop.network(), test_step=test_step)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    trainer.test(module, data, ckpt_path=tmp_path / "saved.ckpt", verbose=False)
+    assert callback.watch.noise.count == 1
+
+
+def test_micro_batches_of_several_sizes_are_left_to_the_next(tmp_path):
+    """Which Lightning weighs alike: of 8, 8 | 8, 8 | 8, 6 the last, which is due, is left out."""
+    data = DataLoader(torch.utils.data.Subset(DATA, range(46)), 8)
+    how = {"every": 2, "max_epochs": 2, "accumulate_grad_batches": 2, "noise": {"samples": 70}}
+    found, _ = fit(tmp_path, module_of(plainloop.network()), data, **how)
+    assert [update for update, _ in found] == [0, 3, 4]
+    last = DataLoader(torch.utils.data.Subset(DATA, range(14)), 8)
+    with pytest.warns(UserWarning, match=r"several sizes weigh alike.* has \[\[8, 6\]\]"):
+        assert fit(tmp_path, module_of(plainloop.network()), last, **how)[0] == []
+
+
+def test_a_checkpoint_of_a_fit_without_the_callback_keeps_the_rhythm(tmp_path):
+    from fastsmooth.adapters.lightning import NoiseCallback
+
+    trainer = trainer_of(tmp_path)
+    trainer.fit(module_of(plainloop.network()), DataLoader(DATA, 8))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    logger = memory()
+    trainer = trainer_of(tmp_path, [NoiseCallback(every=4)], logger=logger, max_epochs=2)
+    module = module_of(plainloop.network())
+    trainer.fit(module, DataLoader(DATA, 8), ckpt_path=tmp_path / "saved.ckpt")
+    assert [update for update, _ in logger.noise] == [12, 16]  # and not 9, where it began
+
+
 @pytest.mark.filterwarnings("ignore:Deprecated call to")
 def test_under_its_other_name(tmp_path):
     from fastsmooth.adapters.lightning import NoiseCallback

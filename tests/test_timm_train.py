@@ -95,6 +95,7 @@ def in_a_plain_loop(
     loader = tasks.loader_of(args)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     mix = Mixup(0.2, num_classes=10) if mixup else lambda x, y: (x, y)
+    mix.mixup_enabled = False  # class probabilities alone are left
     noise = fs.NoiseTracker(net.train(), optimizer, samples=images, every=1, loss=LOSSES[loss])
     autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
     rows, parts = [], []
@@ -125,7 +126,11 @@ def same(rows, expected):
 CASES = {
     "a task": ("tasks.py", "", {}),
     "a loss": ("losses.py", "", {}),
-    "class probabilities": ("tasks.py", "--loss soft --mixup", {"loss": "soft", "mixup": True}),
+    "class probabilities": (
+        "tasks.py",
+        "--loss soft --mixup --mixup-off-epoch 1 --start-epoch 1 --epochs 2",
+        {"loss": "soft", "mixup": True},
+    ),
     "binary cross-entropy": ("losses.py", "--loss bce", {"loss": "bce"}),
     "micro-batches and BatchNorm": (
         "tasks.py",
@@ -237,20 +242,29 @@ def test_what_cannot_be_measured_is_one_line(tmp_path):
     "given, words",
     [
         ({"naflex_mode": True}, "--naflex-loader"),
-        ({"scheduled_batch_mode": True, "scale": "linear"}, "--train-img-sizes"),
-        ({"scheduled_batch_mode": True, "steps": 2}, "--train-img-sizes"),
+        (
+            {"scheduled_batch_mode": True, "variable_batch_loss_scale": "linear"},
+            "--train-img-sizes",
+        ),
+        ({"scheduled_batch_mode": True, "grad_accum_steps": 2}, "--train-img-sizes"),
         ({"scheduled_batch_mode": True}, ""),
+        ({"aug_repeats": 3.0}, "--aug-repeats: a batch has the same sample"),
+        ({"aug_splits": 3}, "--aug-splits: a batch has the same sample"),
+        ({"mixup": 0.8}, "--mixup, --cutmix: the samples of a batch are mixed"),
+        ({"cutmix": 1.0, "mixup_off_epoch": 3}, "--mixup, --cutmix"),
+        ({"cutmix_minmax": [0.2, 0.8]}, "--mixup, --cutmix"),
+        ({"mixup": 0.8, "mixup_off_epoch": 2}, ""),
+        ({"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "aug_repeats": 0.0}, ""),
         ({}, ""),
     ],
 )
 def test_batches_that_weigh_otherwise_are_refused(given, words):
     from fastsmooth.adapters.timm import NotCovered, check_batches
 
-    args = Namespace(
-        variable_batch_loss_scale=given.pop("scale", "none"), grad_accum_steps=given.pop("steps", 1)
-    )
+    modes = {name: given.pop(name) for name in [*given] if name.endswith("_mode")}
+    facts = {"variable_batch_loss_scale": "none", "grad_accum_steps": 1} | given
     with pytest.raises(NotCovered, match=words) if words else contextlib.nullcontext():
-        check_batches({"args": args, **given})
+        check_batches({"args": Namespace(**facts), "epoch": 2, **modes})
 
 
 def test_a_loss_that_compares_samples_is_refused():
@@ -271,6 +285,16 @@ def test_a_loss_that_compares_samples_is_refused():
 
     with pytest.raises(NotCovered, match="the loss centred gives"):
         mean_loss(OfEach(centred), output, soft)
+
+
+def test_memory_that_runs_out_is_no_matter_of_the_loss():
+    from fastsmooth.adapters.common import OfEach
+
+    def full(output, target):
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        OfEach(full)(torch.randn(2, 4), torch.zeros(2), reduction="none")
 
 
 def test_the_scripts_own_errors_and_exit_codes_are_its_own(tmp_path):
@@ -334,7 +358,7 @@ def last(folder, out):
     "more",
     [
         "--smoothing 0.1 --log-interval 1",
-        "--mixup 0.2 --bce-loss --grad-accum-steps 2 --model-ema --amp --amp-dtype bfloat16",
+        "--smoothing 0.1 --bce-loss --grad-accum-steps 2 --model-ema --amp --amp-dtype bfloat16",
         pytest.param("--torchcompile eager --smoothing 0", marks=pytest.mark.full),
     ],
 )

@@ -361,6 +361,33 @@ def test_a_network_of_ones_own(tmp_path):
     assert "the Trainer trains on a loss of" in words and "give NoiseCallback the loss" in words
 
 
+def test_the_trainers_step_is_its_own_but_while_it_trains(tmp_path):
+    from fastsmooth.adapters.transformers import NoiseCallback
+
+    trainer = trainer_of(vit(), digits(16), tmp_path)
+    callback = NoiseCallback(trainer, every=1)
+    assert "training_step" not in vars(trainer)
+    trained(trainer)  # without the callback, which was not added
+    trainer.add_callback(callback)
+    plain, trainer.data_collator = trainer.data_collator, None
+    with pytest.raises(TypeError):  # an exception of the host's
+        trainer.train()
+    trainer.data_collator = plain
+    callback.parts.append("left by it")
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "noise/c2_sampled" in row]
+    assert len(rows) == 2 and "training_step" not in vars(trainer)
+    trainer.data_collator = None
+    with pytest.raises(TypeError):
+        trainer.train()
+    trainer.data_collator = plain
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert callback.watch.noise.count == 0 and not callback.watch.kept
+    trainer.add_callback(callback)
+    assert "two NoiseCallbacks" in refusal(trainer)
+
+
 def test_micro_batches_that_count_the_same_at_several_sizes_are_left_to_the_next(tmp_path):
     """A network of one's own takes no num_items_in_batch: the means of 8 and 4 samples are averaged
     in the last update of an epoch."""
@@ -370,7 +397,8 @@ def test_micro_batches_that_count_the_same_at_several_sizes_are_left_to_the_next
     assert [row["step"] for row in rows] == [0, 2]
 
 
-def test_tensors_come_back_from_their_bytes():
+@pytest.mark.parametrize("count", [1, 3])
+def test_tensors_come_back_from_their_bytes(count):
     from fastsmooth.adapters.transformers import OneInput
 
     class Echo(nn.Module):
@@ -379,16 +407,16 @@ def test_tensors_come_back_from_their_bytes():
             return {"logits": inputs["b"]}
 
     inputs = {
-        "a": torch.tensor([True, False, True]),
-        "b": torch.randn(3, 2, 5, dtype=torch.float64).mT,
-        "c": torch.arange(6).view(3, 2),
-        "d": torch.randn(3, 3).bfloat16(),
-        "labels": torch.arange(3),
+        "a": torch.tensor([True, False, True])[:count],
+        "b": torch.randn(count, 2, 5, dtype=torch.float64).mT,
+        "c": torch.arange(2 * count).view(count, 2),
+        "d": torch.randn(count, 3).bfloat16(),
+        "labels": torch.arange(count),
         "flag": None,
     }
     model = OneInput(Echo(), scaled=False)
     x, y = model.taken(inputs, ["labels", "start_positions"])
-    assert x.shape == (3, 1 + 80 + 16 + 6) and torch.equal(y, inputs["labels"])
+    assert x.shape == (count, 1 + 80 + 16 + 6) and torch.equal(y, inputs["labels"])
     model(x)
     back = model.model.seen
     assert back.pop("flag") is None and list(back) == ["a", "b", "c", "d"]

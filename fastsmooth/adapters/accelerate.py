@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from fastsmooth.adapters.common import Numbers, Watch, clipped, instead, pair_of
+from fastsmooth.adapters.common import Numbers, Watch, instead, pair_of
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.online import NoiseTracker
 
@@ -34,9 +34,8 @@ class AcceleratedTracker:
         accelerator: whose log() gets the numbers of a row as noise/..., at the number of updates
             before this one.
         model, optimizer: what accelerator.prepare gave.
-        samples, every, options: as NoiseTracker has them.
-        clips: whether the loop clips the gradient: then delta_measured is None, and the rest is of
-            the gradient before it.
+        samples, every, options: as NoiseTracker has them; clips=True for a loop that clips the
+            gradient.
 
     In a row the batch is that of an update: all its micro-batches, of all processes. Gradients are
     measured in the precision in which the prepared model makes them; under fp16, where they vanish
@@ -54,7 +53,6 @@ class AcceleratedTracker:
         *,
         samples: int,
         every: int | str,
-        clips: bool = False,
         **options: Any,
     ):
         if accelerator.mixed_precision == "fp8":
@@ -70,8 +68,6 @@ class AcceleratedTracker:
                 f"{accelerator.num_processes} processes share every batch, of which this model "
                 "knows nothing: give the one that accelerator.prepare returned"
             )
-        if clips:
-            clipped(noise)
         half = accelerator.mixed_precision == "fp16"
         self.accelerator = accelerator
         self.watch = Watch(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsmooth.noise.losses import Loss, NotCovered, name_of
 from fastsmooth.noise.online import NoiseTracker
-from fastsmooth.noise.quantities import PLAIN_SGD
 
 Numbers = dict[str, float]
 
@@ -55,7 +54,8 @@ class Watch:
         measurement, None where none is due.
 
         divisor: what the host divides the sum of its micro-batches' mean gradients by; None: their
-        number. A gradient that is not finite is a warning: what becomes of the training is the
+        number. An update whose micro-batches have several sizes, on any process, is left to the
+        next. A gradient that is not finite is a warning: what becomes of the training is the
         host's to say. Raises NotCovered for a model or loss that cannot be measured.
         """
         kept, seen = self.kept, self.seen
@@ -66,7 +66,7 @@ class Watch:
         xs, ys = zip(*kept, strict=True)
         try:
             with self.autocast():
-                row = self.noise(xs, ys, scale=seen / (divisor or seen))
+                row = self.noise(xs, ys, scale=seen / (divisor or seen), alike=True)
         except FloatingPointError as error:
             warnings.warn(f"gradient noise not measured: {error}", stacklevel=2)
             return None
@@ -115,6 +115,8 @@ class OfEach:
         try:
             each = zip(output.split(1), target.split(1), strict=True)
             return torch.stack([self.loss(o, t).mean() for o, t in each])
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise NotCovered(
                 f"{name_of(self)} fails for a sample alone, so that no gradient belongs to one "
@@ -135,12 +137,3 @@ def instead(holder: object, name: str, value: Any) -> Iterator[None]:
             setattr(holder, name, before)
         else:
             delattr(holder, name)
-
-
-def clipped(noise: NoiseTracker) -> None:
-    """Where the host clips gradients: no published delta holds, and there is none. Raises
-    ValueError for quantities whose rule is that of an update that is not clipped."""
-    for name in noise.quantities:
-        if name in PLAIN_SGD:
-            raise ValueError(f"quantities {name}: its rule is that of SGD without clipping")
-    noise.smoothing = None

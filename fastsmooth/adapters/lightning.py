@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsmooth.adapters.common import Numbers, Watch, clipped, pair_of
+from fastsmooth.adapters.common import Numbers, Watch, pair_of
 from fastsmooth.noise.losses import Loss, NotCovered
 from fastsmooth.noise.online import Every, NoiseTracker, unwrapped
 
@@ -81,19 +81,20 @@ class NoiseCallback(Callback):
                 f"{type(trainer.strategy).__name__}: {trainer.world_size} processes share every "
                 "batch, but not by DistributedDataParallel: use strategy='ddp'"
             )
+        clips = bool(
+            trainer.gradient_clip_val or overrides(pl_module, "configure_gradient_clipping")
+        )
         noise = NoiseTracker(
             network_of(network, self.model),
             trainer.optimizers[0],
             samples=self.samples or samples_of(trainer),
             ranks=ranks,
-            **self.options,
+            **{"clips": clips, **self.options},
         )
-        if trainer.gradient_clip_val or overrides(pl_module, "configure_gradient_clipping"):
-            clipped(noise)
-        state = self.state_dict()
+        noise.resume_at(trainer.global_step, trainer.current_epoch)
+        state, self.state = self.state or self.state_dict(), {}
         if trainer.global_step and state:  # this fit goes on with one before
-            noise.load_state_dict(state)
-        noise.update = trainer.global_step
+            noise.load_state_dict(state | {"update": trainer.global_step})
         context = trainer.precision_plugin.train_step_context
         self.watch = Watch(noise, partial(write, trainer), context)
 
@@ -134,7 +135,7 @@ class NoiseCallback(Callback):
         return self.watch.noise.state_dict() if self.watch else self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.watch, self.state = None, state_dict
+        self.state = state_dict
 
 
 def write(trainer: Trainer, numbers: Numbers) -> None:

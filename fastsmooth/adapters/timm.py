@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsmooth.adapters.common import Numbers, OfEach, Watch, clipped, instead
+from fastsmooth.adapters.common import Numbers, OfEach, Watch, instead
 from fastsmooth.cli.flags import ConfigError, Parser
 from fastsmooth.messages import BAD_INPUT, DONE, command, show, tell
 from fastsmooth.noise.losses import NotCovered
@@ -90,16 +90,17 @@ class EpochWatch:
         model = given["model"] if task is None else task.get_trainable_module()
         try:
             noise = NoiseTracker(
-                model, given["optimizer"], samples=len(loader.dataset), loss=loss, **self.options
+                model,
+                given["optimizer"],
+                samples=len(loader.dataset),
+                loss=loss,
+                clips=getattr(args, "clip_grad", None) is not None,
+                **self.options,
             )
-            if getattr(args, "clip_grad", None) is not None:
-                clipped(noise)
         except ValueError as error:
             raise NotCovered(str(error)) from error
-        if given["epoch"]:  # a training that is taken up again is measured at the same updates
-            updates = -(-len(loader) // getattr(args, "grad_accum_steps", 1))
-            noise.epoch, noise.update = given["epoch"], given["epoch"] * updates
-            noise.last_period = noise.every.period(noise.update - 1, noise.epoch - 1)
+        updates = -(-len(loader) // getattr(args, "grad_accum_steps", 1))
+        noise.resume_at(given["epoch"] * updates, given["epoch"])
         log = functools.partial(self.log, getattr(args, "rank", 0) == 0)
         self.watch = Watch(noise, log, given.get("amp_autocast") or contextlib.nullcontext)
         self.began = True
@@ -190,7 +191,7 @@ class EpochWatch:
 
 def check_batches(given: Mapping[str, Any]) -> None:
     """Raises NotCovered for arguments of train_one_epoch by which the gradient of an update is not
-    the mean of those of its samples."""
+    the mean of those of its samples, or these are no independent draws."""
     args = given["args"]
     if given.get("naflex_mode"):
         raise NotCovered(
@@ -204,6 +205,21 @@ def check_batches(given: Mapping[str, Any]) -> None:
                 "accumulated, are no mean over their samples: measure without "
                 "--variable-batch-loss-scale and --grad-accum-steps"
             )
+    for name in ("aug_repeats", "aug_splits"):
+        if getattr(args, name, 0):
+            flag = f"--{name.replace('_', '-')}"
+            raise NotCovered(
+                f"{flag}: a batch has the same sample several times, which are no independent "
+                f"draws: measure without {flag}"
+            )
+    mixed = getattr(args, "mixup", 0) or getattr(args, "cutmix", 0)
+    off = getattr(args, "mixup_off_epoch", 0)
+    if (mixed or getattr(args, "cutmix_minmax", None)) and not 0 < off <= given["epoch"]:
+        raise NotCovered(
+            "--mixup, --cutmix: the samples of a batch are mixed in pairs, by a number that they "
+            "share, and are no independent draws: measure without, or a training that is taken up "
+            "after --mixup-off-epoch"
+        )
 
 
 # The command

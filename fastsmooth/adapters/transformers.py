@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastsmooth.adapters.common import OfEach, Watch, clipped, instead
+from fastsmooth.adapters.common import OfEach, Watch, instead
 from fastsmooth.noise.losses import Loss, NotCovered
 from fastsmooth.noise.online import Every, NoiseTracker, unwrapped
 
@@ -38,8 +39,8 @@ class NoiseCallback(TrainerCallback):
         trainer.add_callback(NoiseCallback(trainer, every=50))
 
     Args:
-        trainer: whose training_step this takes the place of, and calls. Its model gets a dict of
-            tensors [B, ...], labels among them, and gives logits [B, ...].
+        trainer: whose training_step this takes the place of while it trains, and calls. Its model
+            gets a dict of tensors [B, ...], labels among them, and gives logits [B, ...].
         every: so many updates, or epochs as in "2ep".
         loss: loss(logits, labels), as NoiseTracker takes it; None: what the Trainer takes, its
             compute_loss_func, its label smoothing, or that of the model's kind.
@@ -71,11 +72,13 @@ class NoiseCallback(TrainerCallback):
         self.trainer, self.loss, self.samples = trainer, loss, samples
         self.options = {"every": every, **options}
         self.parts: list[Part] = []
-        self.plain_step = trainer.training_step
-        trainer.training_step = self.training_step
+        self.patched = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        own = [c for c in trainer.callback_handler.callbacks if isinstance(c, NoiseCallback)]
+        if len(own) > 1:
+            raise ValueError("two NoiseCallbacks in a Trainer, whose checkpoints have one state")
         _, ranks = unwrapped(trainer.model_wrapped)
         noise = NoiseTracker(
             OneInput(trainer.model, scaled=args.fp16),
@@ -83,19 +86,26 @@ class NoiseCallback(TrainerCallback):
             samples=self.samples or length_of(trainer.train_dataset),
             loss=self.loss or loss_of(trainer),
             ranks=ranks,
-            **self.options,
+            **{"clips": bool(args.max_grad_norm), **self.options},
         )
         if KEY in state.stateful_callbacks:
             noise.load_state_dict(state.stateful_callbacks[KEY])
         else:  # of a checkpoint from before anything was measured
-            noise.update, noise.epoch = state.global_step, int(state.epoch or 0)
-        if args.max_grad_norm:
-            clipped(noise)
-        self.watch = Watch(noise, trainer.log)
+            noise.resume_at(state.global_step, state.epoch or 0)
+        self.watch, self.parts = Watch(noise, trainer.log), []
+        left = getattr(trainer.training_step, "__self__", None)
+        if isinstance(left, NoiseCallback):  # of a training that an exception ended
+            left.patched.close()
+        self.plain_step = trainer.training_step
+        self.patched.enter_context(instead(trainer, "training_step", self.training_step))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.patched.close()
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, watched where the update to come is to be measured."""
-        if not self.watch.noise.wants_next:
+        present = self in self.trainer.callback_handler.callbacks
+        if not (present and self.watch.noise.wants_next):
             return self.plain_step(model, inputs, *args, **kwargs)
         seen: list[tuple[float, int]] = []
         watched = functools.partial(self.compute_loss, self.trainer.compute_loss, seen)
@@ -130,32 +140,30 @@ class NoiseCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parts, self.parts = self.parts, []
-        if parts and not self.is_mean(parts):
-            self.watch.forget()  # left to the next update
+        if parts:
+            self.check_mean(parts)
         self.watch.before_update()
 
-    def is_mean(self, parts: list[Part]) -> bool:
-        """Whether what was trained on is the mean over all samples of the update; no where its
-        micro-batches of several sizes count the same. Raises NotCovered where it is something else.
-        """
+    def check_mean(self, parts: list[Part]) -> None:
+        """Raises NotCovered where what was trained on is not the mean over all samples of the
+        update, whose micro-batches have one size: others are not measured."""
         ranks, args = self.watch.noise.ranks, self.trainer.args
         everywhere = [part for own in ranks.gather(parts) for part in own]
-        total = sum(part.samples for part in everywhere) / ranks.world
+        if len({part.samples for part in everywhere}) > 1:
+            return
+        share = ranks.world / len(everywhere)
         near = APART_IN_HALF if args.bf16 or args.fp16 else APART
         for part in everywhere:
-            mean = part.mean * part.samples / total
+            mean = part.mean * share
             # what is not finite is said by the measurement
             if not math.isfinite(part.trained) or math.isclose(part.trained, mean, rel_tol=near):
                 continue
-            if len({part.samples for part in everywhere}) > 1:
-                return False
             raise NotCovered(
                 f"the Trainer trains on a loss of {part.trained:.4g} for a micro-batch whose mean "
                 f"over the samples, as its share of the update, is {mean:.4g}: give NoiseCallback "
                 "the loss, or, where the first is a multiple of the second because the model does "
                 "not divide by num_items_in_batch, use gradient_accumulation_steps=1"
             )
-        return True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.stateful_callbacks[KEY] = self.watch.noise.state_dict()
@@ -235,7 +243,10 @@ def of_bytes(x: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     start = 0
     for name, dtype, shape in layout.tensors:
         end = start + shape.numel() * dtype.itemsize
-        yield name, x[:, start:end].contiguous().view(dtype).reshape(len(x), *shape)
+        # a copy, as a view of another dtype begins at a multiple of its size; a single row of x is
+        # contiguous already
+        own = x[:, start:end].clone(memory_format=torch.contiguous_format)
+        yield name, own.view(dtype).reshape(len(x), *shape)
         start = end
 
 

@@ -83,6 +83,8 @@ class NoiseTracker:
         quantities: of QUANTITIES (fastsmooth.noise.quantities), whose columns join the row; they
             come out of the same norms, so that "auto" means per-sample then.
         precision: of per-sample products of float32 on a GPU, as sample_norms takes it.
+        clips: whether the gradient is clipped before the update: then no published delta holds, and
+            delta_measured is None; the rest of a row is of the gradient before it.
 
     Under autocast to bfloat16 gradients are measured in bfloat16 as they are trained. Under
     autocast to float16, whose gradients vanish without a scaled loss, they are measured without
@@ -103,8 +105,8 @@ class NoiseTracker:
 
     Raises ValueError for an estimator, bn, `every` or quantity that there is not, and for
     quantities that cannot be had: with the micro-batch estimator or several processes, and cabs
-    with momentum; NotCovered, a ValueError, for a model whose parameters are not whole in every
-    process (FSDP, DeepSpeed, DataParallel) or whose batch statistics are those of several
+    with momentum or clipping; NotCovered, a ValueError, for a model whose parameters are not whole
+    in every process (FSDP, DeepSpeed, DataParallel) or whose batch statistics are those of several
     (SyncBatchNorm), and at the first batch for a model or loss that cannot be measured so, or
     parameters in float16.
     """
@@ -123,6 +125,7 @@ class NoiseTracker:
         ranks: Ranks | None = None,
         quantities: Sequence[str] = (),
         precision: str = "tf32x3",
+        clips: bool = False,
     ):
         given = [("estimator", estimator, ESTIMATORS), ("bn", bn, MODES)]
         given += [("quantities", name, tuple(QUANTITIES)) for name in quantities]
@@ -131,18 +134,19 @@ class NoiseTracker:
                 raise ValueError(f"{name} {value!r}: {about_value(f'--{name}', str(value), known)}")
         if samples < 1:
             raise ValueError(f"samples {samples} is out of range: it is 1 or more")
+        self.wrapped = model
         self.model, own_ranks = unwrapped(model)
         self.loss, self.bn, self.optimizer = loss, bn, optimizer
         self.every, self.estimator, self.why = Every.parse(every), estimator, ""
-        self.smoothing, self.n = smoothing_of(optimizer, version), samples
+        self.smoothing, self.n = None if clips else smoothing_of(optimizer, version), samples
         self.ranks, self.precision = ranks or own_ranks, precision
         if self.ranks.world > 1 and bn != "eval":
             check_batch_norm(self.model)
         self.quantities = tuple(quantities)
-        self.check_quantities(optimizer)
+        self.check_quantities(optimizer, clips)
         self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
         self.last_period = -1
-        self.too_small = 0  # batches in a row that a measurement was due for
+        self.left_out = 0  # batches in a row that a measurement was due for
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
         # sums over measurements of ||g||^2 and of estimates of ||grad f||^2
         self.norm_squares = self.full_squares = 0.0
@@ -156,6 +160,7 @@ class NoiseTracker:
         point: Point | None = None,
         *,
         scale: float = 1.0,
+        alike: bool = False,
     ) -> dict[str, Any] | None:
         """Call it once before each update, with its batch x [B, ...], y [B, ...]: the row of a
         measurement, None where none is due.
@@ -170,15 +175,20 @@ class NoiseTracker:
         size of this batch, with `scale` times their lr: the update gets so much of the batch's mean
         gradient, where a trainer divides few micro-batches by the usual number of them.
 
+        Micro-batches of several sizes count by their samples. `alike` says that each has the same
+        weight in the training, whatever its size: such a batch is left to the next then, as its
+        update is not by the mean over the samples.
+
         A batch too small to measure, or with a micro-batch that is (the last of an epoch), leaves
         it to the next; a second one in a row is a warning. Raises ValueError where all batches of
         the point's size are too small, NotCovered, on every process where one of them does, and
-        FloatingPointError.
+        inside torch's Join, and FloatingPointError.
         """
         update, self.update = self.update, self.update + 1
         xs, ys = (list(given) if not isinstance(given, Tensor) else [given] for given in (x, y))
         if not self.every.period(update, self.epoch) > self.last_period:
             return None
+        check_joined(self.wrapped)
         sizes = self.ranks.gather([len(part) for part in ys])
         size = sum(map(sum, sizes))
         with as_measured(ys[0].device):
@@ -186,10 +196,10 @@ class NoiseTracker:
                 self.settle_together(xs[0], ys[0])
             if point is not None and len(ys) == 1:
                 self.check_size(point.batch_size)
-            if not self.fits(sizes):
-                self.leave_out(sizes)
+            if why := self.why_left(sizes, alike):
+                self.leave_out(why, sizes)
                 return None
-            self.too_small = 0
+            self.left_out = 0
             point = point or self.own_point(size, scale)
             return self.measure(xs, ys, point, update, self.epoch, size)
 
@@ -200,25 +210,34 @@ class NoiseTracker:
         # in the order of the alphabet
         self.estimator, self.why = min(self.ranks.gather((self.estimator, self.why)))
 
-    def fits(self, sizes: list[list[int]]) -> bool:
-        """Whether a batch, of micro-batches of so many samples on each process, can be measured."""
-        if self.estimator == "micro-batch":
-            return all(min(own) >= (2 * GROUPS if len(own) == 1 else 1) for own in sizes)
-        return min(map(min, sizes)) >= 2
-
-    def leave_out(self, sizes: list[list[int]]) -> None:
-        """A batch that does not fit, as the last of an epoch; the second in a row is a warning."""
-        self.too_small += 1
-        if self.too_small == 2:
-            least = (
-                f"the micro-batch estimator needs batches of {2 * GROUPS} samples, or two "
-                "micro-batches"
-                if self.estimator == "micro-batch"
-                else "per-sample gradients need two samples in every micro-batch"
+    def why_left(self, sizes: list[list[int]], alike: bool) -> str:
+        """Why a batch, of micro-batches of so many samples on each process, is left to the next;
+        empty where it can be measured."""
+        if alike and len({size for own in sizes for size in own}) > 1:
+            return (
+                "micro-batches of several sizes weigh alike in the training, whose gradient is not "
+                "the mean over the samples then"
             )
+        if self.estimator == "micro-batch":
+            if all(min(own) >= (2 * GROUPS if len(own) == 1 else 1) for own in sizes):
+                return ""
+            return (
+                f"the micro-batch estimator needs batches of {2 * GROUPS} samples, or two "
+                "micro-batches, on each process"
+            )
+        if min(map(min, sizes)) >= 2:
+            return ""
+        return (
+            "per-sample gradients need two samples in every micro-batch, on each process (where it "
+            'has two micro-batches or more, estimator="micro-batch" takes them of one sample)'
+        )
+
+    def leave_out(self, why: str, sizes: list[list[int]]) -> None:
+        """A batch that is left to the next; the second in a row is a warning."""
+        self.left_out += 1
+        if self.left_out == 2:
             warnings.warn(
-                f"gradient noise not measured: {least}, on each process; this batch has {sizes}",
-                stacklevel=3,
+                f"gradient noise not measured: {why}; this batch has {sizes}", stacklevel=3
             )
 
     @property
@@ -230,6 +249,13 @@ class NoiseTracker:
         """In the place of a call, before an update that no measurement is due for."""
         self.update += 1
 
+    def resume_at(self, update: int, epoch: float) -> None:
+        """Go on after so many updates and epochs (with a fraction, within one), where nothing else
+        is known of a training that is taken up again: it is measured at the updates at which it
+        would have been."""
+        self.update, self.epoch = update, int(epoch)
+        self.last_period = self.every.period(update - 1, math.ceil(epoch) - 1)
+
     def own_point(self, batch_size: int, scale: float) -> Point | None:
         """What the optimizer's groups say of the update to come, None where they differ."""
         found = {
@@ -239,7 +265,7 @@ class NoiseTracker:
         lr, momentum, nu = found.pop()
         return None if found else Point(lr, batch_size, momentum, nu)
 
-    def check_quantities(self, optimizer: torch.optim.Optimizer | Foreign) -> None:
+    def check_quantities(self, optimizer: torch.optim.Optimizer | Foreign, clips: bool) -> None:
         """Raises ValueError where they cannot be had."""
         if not self.quantities:
             return
@@ -255,8 +281,9 @@ class NoiseTracker:
             group["momentum"] for group in optimizer.param_groups
         )
         for name in self.quantities:
-            if name in PLAIN_SGD and not plain:
-                raise ValueError(f"quantities {name}: its rule is that of SGD without momentum")
+            if name in PLAIN_SGD and (clips or not plain):
+                but = "momentum" if not plain else "clipping"
+                raise ValueError(f"quantities {name}: its rule is that of SGD without {but}")
 
     def settle(self, x: Tensor, y: Tensor) -> None:
         """Decide which estimator "auto" means, by the first two samples of x [B, ...] and y [B,
@@ -555,6 +582,17 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
         ranks = Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
         return compiled.module, ranks
     return model, Ranks()
+
+
+def check_joined(model: nn.Module) -> None:
+    """Raises NotCovered inside torch's Join, where a process that has run out of batches answers
+    the others' reductions of gradients, and none of a measurement."""
+    config = getattr(getattr(model, "_orig_mod", model), "_join_config", None)
+    if config is not None and config.enable:
+        raise NotCovered(
+            "inside torch.distributed's Join, where processes may have unequal numbers of batches, "
+            "the others would wait for one that has none left: give all as many, without Join"
+        )
 
 
 def check_batch_norm(model: nn.Module) -> None:

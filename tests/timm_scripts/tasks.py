@@ -33,6 +33,7 @@ def parse():
     p.add_argument("--grad-accum-steps", type=int, default=1)
     p.add_argument("--loss", choices=LOSSES, default="smoothing")
     p.add_argument("--mixup", action="store_true")
+    p.add_argument("--mixup-off-epoch", type=int, default=0)
     p.add_argument("--amp-dtype")
     p.add_argument("--scaler", action="store_true")
     p.add_argument("--clip-grad", type=float)
@@ -97,6 +98,8 @@ def train_one_epoch(
     loss_scaler=None,
     mixup_fn=None,
 ):
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and mixup_fn is not None:
+        mixup_fn.mixup_enabled = False
     task.get_trainable_module().train()
     accum_steps = args.grad_accum_steps
     last_accum_steps = len(loader) % accum_steps
