@@ -143,6 +143,7 @@ def test_a_killed_and_resumed_run_is_told_whole_and_once_and_is_the_same(
     assert "warning" not in logs(out) and "* " not in logs(out)
 
 
+@pytest.mark.full
 def test_a_tracker_that_a_resumed_run_gets_is_told_what_was_before(tmp_path, store, undisturbed):
     out, flags = tmp_path / "run", [*FLAGS, "--tracker", "tensorboard"]
     run(flags, out, store, 75, 18, signal.SIGTERM)

@@ -348,10 +348,12 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 RESOLVED_ONCE = (
     "device", "loader", "compile", "precision", "kernels", "estimator", "measure", "micro_batch",
 )  # fmt: skip
+# Where a run's files and rows go, and when it stops.
+WHEREABOUTS = {"out", "resume", "max_time"}
+WHEREABOUTS |= {"tracker", "wandb_mode", "wandb_project", "wandb_entity"}
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its
 # result.
-FREE_ON_RESUME = {"out", "resume", "max_time", "data_dir", "workers", "graphs"}
-FREE_ON_RESUME |= {"tracker", "wandb_mode", "wandb_project", "wandb_entity"}
+FREE_ON_RESUME = WHEREABOUTS | {"data_dir", "workers", "graphs"}
 
 
 def check(c: Config) -> None:

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.cli.config import FIELDS
+from fastsmooth.cli.config import FIELDS, WHEREABOUTS
 from fastsmooth.names import about_value
 from fastsmooth.report import curves, grid, groups, noise, page
 from fastsmooth.report.groups import SPOKEN, Group, real
@@ -22,8 +22,7 @@ Row = dict[str, Any]
 
 KINDS = ("epoch", "step", "measure")
 # Settings that say where files lie and how often they are written: no comparison is about them.
-KEEPING = {"out", "resume", "max_time", "checkpoint_every", "log_every", "keep"}
-KEEPING |= {"wandb_mode", "wandb_project", "wandb_entity"}
+KEEPING = WHEREABOUTS | {"checkpoint_every", "log_every", "keep"}
 PREFIX = "config_"  # of settings in rows of metrics.jsonl, which have an lr of their own
 HEADING = ("run", "configuration", "state")
 FIRST = [*(name for name in SPOKEN if name in FIELDS), "seed"]

@@ -54,7 +54,6 @@ EXPLAINED = {
     ("C2 sampled", "noise scale", "delta measured", "noise norm"): "of the last measurement",
 }
 UNIT = " C"  # of delta, as the lines of a run have it
-MOST_REMARKS = 12  # runs of which a line says what is not right
 
 
 def in_csv(runs: list[SavedRun]) -> Iterator[str]:
