@@ -165,11 +165,16 @@ def whole(value: float | None) -> float | None:
     return int(value) if value is not None and value == int(value) else value
 
 
+def measurements(run: SavedRun) -> list[Row]:
+    """Those of --track-noise, else of --mode sampling."""
+    return [row for row in run.of_kind("measure") if curves.tracked(row)] or noise.points(run)
+
+
 def measured(run: SavedRun) -> Row:
     """The constants of its noise by schedule and as they were measured; what else its files say."""
     found: Row = {"delta_start": groups.first(run, "delta"), "delta_end": groups.last(run, "delta")}
     found |= dict.fromkeys(f"{name}_{end}" for name in (*CONSTANTS, "measured_at") for end in ENDS)
-    rows = [row for row in run.of_kind("measure") if curves.tracked(row)] or noise.points(run)
+    rows = measurements(run)
     for end, row in zip(ENDS, (rows[0], rows[-1]), strict=True) if rows else ():
         found |= {f"{name}_{end}": real(row.get(name)) for name in CONSTANTS}
         found[f"measured_at_{end}"] = whole(real(row.get("step")))
