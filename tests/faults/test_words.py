@@ -71,7 +71,7 @@ COMMANDS = [
     (train.main, ["--method", "lr", "batch"]),
     (train.main, ["--ema"]),
     (sweep.main, ["--plan", "--out", "s", "--method", "lr", "hybrid", "--batchsize", "8..64x2",
-        "--wandb-project", "a b"]),
+        "--tracker", "wandb", "--wandb-project", "a b"]),
 ]  # fmt: skip
 
 
