@@ -155,7 +155,7 @@ FLAGS = spread({
     "--grid --sweep --jobs --slurm --sbatch --ray --n-jobs --parallel": "fastsmooth.sweep does many runs",
     "--rho --algorithm --adaptive --sharpness": "--sam rho=X trains with SAM; fastsmooth.sharpness measures the sharpness of saved runs",
     # the run
-    "-o --output --output-dir --outdir --out-dir --save-dir --savedir --save --save-path --save-model --save-model-path --log-dir --logdir --log-path --logs --results-dir --result-dir --work-dir --workdir --checkpoint-dir --ckpt-dir --default-root-dir --exp --exp-name --exp-dir --experiment --experiment-name --expname --name --run-name --tag --project-dir --logging-dir --tensorboard-dir --summary-dir": "--out",
+    "-o --output --output-dir --outdir --out-dir --save-dir --savedir --save --save-path --save-model --save-model-path --log-dir --logdir --log-path --logs --results-dir --result-dir --work-dir --workdir --checkpoint-dir --ckpt-dir --default-root-dir --exp --exp-name --exp-dir --experiment --experiment-name --expname --name --run-name --tag --project-dir --logging-dir --summary-dir": "--out",
     "-p --print-freq --print-every --print-interval --log-freq --log-interval --log-steps --log-every-n-steps --logging-steps --logging-strategy --report-freq --display --verbose-step": "--log-every",
     "--save-freq --save-every --save-interval --save-steps --save-period --checkpoint-freq --checkpoint-interval --checkpoint-epochs --checkpoint-hist --ckpt-interval --save-epoch --save-strategy --save-total-limit --recovery-interval": "--checkpoint-every N saves every N updates, and the last two checkpoints are kept",
     "--random-seed --manual-seed --manualseed --seed-everything --rng-seed --data-seed --torch-seed --random-state": "--seed",

@@ -99,11 +99,9 @@ AUTOCAST = {"context": lambda: torch.autocast("cpu", torch.bfloat16)}
     [
         ({}, {}, False),
         ({"gradient_accumulation_steps": 4}, {"micro_batches": 4}, False),
-        ({"mixed_precision": "bf16"}, AUTOCAST, False),
         ({"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, AUTOCAST, True),
-        ({"mixed_precision": "fp16"}, {}, False),  # which is nothing on a CPU
     ],
-    ids=["plain", "accumulated", "bf16", "bf16 about the loop", "fp16"],
+    ids=["plain", "accumulated", "bf16 about the loop"],
 )
 def test_the_noise_is_that_of_a_plain_loop(options, host, inside):
     count = options.get("gradient_accumulation_steps", 1)
@@ -202,7 +200,10 @@ def test_delta_is_that_of_the_optimizer_that_was_prepared():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_accumulation_steps": 2, "mixed_precision": "bf16"}],
+    [
+        pytest.param({}, marks=pytest.mark.full),
+        {"gradient_accumulation_steps": 2, "mixed_precision": "bf16"},
+    ],
     ids=["plain", "all at once"],
 )
 def test_training_keeps_its_bits(options):

@@ -123,7 +123,15 @@ def test_a_training_is_taken_up_at_any_batch(size, every):
         first.step()
 
 
-@pytest.mark.parametrize(("workers", "persistent"), LOADERS)
+@pytest.mark.parametrize(
+    ("workers", "persistent"),
+    [
+        loader
+        if loader in ((0, False), (2, True))
+        else pytest.param(*loader, marks=pytest.mark.full)
+        for loader in LOADERS
+    ],
+)
 def test_an_epoch_left_early_goes_on_with_the_batch_after_the_last_trained_on(workers, persistent):
     """In the same loader, and from the state in a new one."""
     whole, seen = list(uninterrupted(by_update, "update", 2)), []
@@ -147,7 +155,12 @@ def test_an_epoch_left_early_goes_on_with_the_batch_after_the_last_trained_on(wo
 
 @pytest.mark.parametrize(
     ("kind", "workers", "ahead"),
-    [("LambdaBS", 0, 0), ("LambdaBS", 2, 1), ("StepBS", 2, 2), ("StepBS", 4, 2)],
+    [
+        pytest.param("LambdaBS", 0, 0, marks=pytest.mark.full),
+        pytest.param("LambdaBS", 2, 1, marks=pytest.mark.full),
+        pytest.param("StepBS", 2, 2, marks=pytest.mark.full),
+        ("StepBS", 4, 2),
+    ],
 )
 def test_beside_bs_scheduler_whose_change_is_late_by_what_was_drawn_ahead(kind, workers, ahead):
     """Measured with bs-scheduler 1.0: late by prefetch_factor batches for each worker, which by

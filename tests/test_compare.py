@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from said import refused, said, seen
-from test_report import HOSTILE, critical_folder, everything, noise_folder, run_folder
+from test_report import (
+    CONFIG,
+    HOSTILE,
+    critical_folder,
+    epoch_rows,
+    everything,
+    noise_folder,
+    run_folder,
+)
 
 import fastsmooth as fs
 from fastsmooth.cli.config import FIELDS
@@ -281,6 +289,41 @@ def test_only_runs_that_are_done_are_in_a_mean_and_the_others_are_named(many):
     assert critical["updates to eps 0.5"] == mean_and_error(at, ",.0f", ",.0f")
     sampled = next(r for r in rows if r["mode"] == "sampling" and r["batch"] == "64")
     assert (sampled["noise norm"], sampled["C2 sampled"]) == ("1", "64")
+
+
+def measuring(path, seed, *values, estimator="per-sample"):
+    """A run of --track-noise that measured these C^2, none where it was off."""
+    rows = epoch_rows(CONFIG | {"seed": seed}, 2)
+    for i, c2 in enumerate(values):
+        row = {"kind": "measure", "step": 10 * i, "c2_sampled": c2, "noise_scale": 2 * c2}
+        rows.append(row | {"estimator": estimator, "bn": "train"})
+    run_folder(path, seed=seed, rows=rows, estimator=estimator, track_noise="10" * bool(values))
+
+
+def test_a_mean_of_fewer_runs_than_are_done_says_of_how_many(tmp_path):
+    for seed, values in enumerate([(1.0, 3.0), (7.5,), (), (4.0, 5.0, 6.5)]):
+        measuring(tmp_path / str(seed), seed, *values)
+    found = said(main, [str(tmp_path), "--table"]).out
+    (row,) = cells_by_heading(found)
+    last = np.array([3.0, 7.5, 6.5])
+    error = last.std(ddof=1) / math.sqrt(3)
+    assert row["n"] == "4"
+    assert row["C2 sampled"].split() == f"{last.mean():.4g} +- {error:.2g} (of 3)".split()
+    assert "(of" not in row["test acc %"] and "(of k): over the k of them" in found
+
+
+def test_no_mean_is_taken_over_two_ways_to_measure(tmp_path):
+    measuring(tmp_path / "0", 0, 1.0)
+    measuring(tmp_path / "1", 1, 3.0, estimator="micro-batch")
+    measuring(tmp_path / "2", 0, 5.0)
+    config = json.loads((tmp_path / "2" / "config.json").read_text()) | {"lr": 0.2}
+    (tmp_path / "2" / "config.json").write_text(json.dumps(config))
+    found = said(main, [str(tmp_path), "--table"]).out
+    both, one = cells_by_heading(found)
+    assert both["n"] == "2" and both["C2 sampled"] == both["noise scale"] == "-"
+    assert one["C2 sampled"] == "5"
+    (line,) = [line for line in found.splitlines() if "of which no mean is taken" in line]
+    assert line.startswith("lr 0.1: its noise was measured micro-batch with BatchNorm train and ")
 
 
 def test_c2_given_and_delta_without_units(tmp_path):

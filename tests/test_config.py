@@ -910,7 +910,18 @@ ODD = {  # values whose text form is easily mangled
         "--out",
         "runs/a b\u00e9",
     ],
-    "folder": ["--optimizer", "qhm", "--nu", 0, "--wandb-entity", "[x]", "--lr", 1e22],
+    "folder": [
+        "--optimizer",
+        "qhm",
+        "--nu",
+        0,
+        "--tracker",
+        "wandb",
+        "--wandb-entity",
+        "[x]",
+        "--lr",
+        1e22,
+    ],
 }
 
 

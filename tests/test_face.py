@@ -53,7 +53,6 @@ def test_every_name_is_there_and_listed():
 
 def test_sharpness_is_never_the_function_whatever_was_imported_before():
     code = """
-import fastsmooth as fs
 {before}
 from fastsmooth import sharpness
 import fastsmooth.sharpness as module
@@ -61,12 +60,23 @@ assert sharpness is module is fs.sharpness and module.main
 from fastsmooth.noise import sharpness as measured
 assert fs.loss_sharpness is measured.loss_sharpness
 """
-    for before in ("", "fs.loss_sharpness", "import fastsmooth.sharpness"):
-        python(code.format(before=before))
-    python(
-        "import fastsmooth as fs\ntry:\n    fs.sharpness\nexcept AttributeError as error:\n"
+    none = (
+        "try:\n    fs.sharpness\nexcept AttributeError as error:\n"
         "    assert 'loss_sharpness' in str(error)\nelse:\n    raise SystemExit('no error')"
     )
+    befores = ("", "fs.loss_sharpness", "import fastsmooth.sharpness")
+    cases = [none, *(code.format(before=before) for before in befores)]
+    python(f"""
+import os, sys, torch
+for case in {cases!r}:  # each in a process of its own, which has torch already
+    if child := os.fork():
+        if os.waitpid(child, 0)[1]:
+            sys.exit(case)
+    else:
+        import fastsmooth as fs
+        exec(case)
+        sys.exit()
+""")
 
 
 @pytest.mark.parametrize("optimizer_of", ["NoisySGD", "torch.optim.SGD"])

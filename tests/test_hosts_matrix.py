@@ -198,7 +198,7 @@ def graphs_of(made: Callable[[], Any]) -> tuple[Any, int]:
 
 
 # which take seconds each to compile
-SLOW = ("compiled in place", "a compiled function", "compiled, checkpoints")
+SLOW = ("compiled in place", "a compiled part", "a compiled function", "compiled, checkpoints")
 
 
 # of Dynamo's own look at a tensor inside a graph

@@ -177,7 +177,8 @@ def test_fp16_is_measured_in_float32(tmp_path):
     plainloop.assert_same_rows(found, rows)
 
 
-@pytest.mark.parametrize("of", ["module", pytest.param("network", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("of", ["module", "network"])
 def test_a_compiled_model_is_compiled_no_more_than_without(of, tmp_path):
     graphs = []
 
@@ -248,7 +249,10 @@ def bits_of(trainer, module) -> dict:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate_grad_batches": 2, "precision": "bf16-mixed", "gradient_clip_val": 0.5}],
+    [
+        pytest.param({}, marks=pytest.mark.full),
+        {"accumulate_grad_batches": 2, "precision": "bf16-mixed", "gradient_clip_val": 0.5},
+    ],
     ids=["plain", "all at once"],
 )
 def test_training_keeps_its_bits(options, tmp_path):

@@ -32,7 +32,6 @@ pytestmark = [
 def as_before(monkeypatch):
     """What a script changes in this process is changed back."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", sys.modules)
     state = torch.get_rng_state()
     yield
     torch.set_rng_state(state)

@@ -326,6 +326,24 @@ def test_a_run_that_wandb_did_not_know_is_told_whole_and_another_one_from_there_
     assert [row["update"] for row in told] == [3, 4, 4] and told[0]["step/lr"] == 0.5
 
 
+@pytest.mark.parametrize("part", ["init", "define_metric", "log"])
+def test_where_the_first_start_fails_a_resumed_run_tells_the_rows_before(
+    part, tmp_path, monkeypatch
+):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "step", "step": 3, "lr": 0.5}\n{"kind": "step", "step": 4, "lr": 0.5}\n'
+    )
+    said: list[str] = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(**{part: ConnectionError("gone")})[0])
+    tracked(tmp_path, warn=said.append)
+    assert len(said) == 1 and not (tmp_path / "wandb.json").exists()
+    module, calls = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for _ in range(2):
+        tracked(tmp_path)
+    assert [args[0]["update"] for name, args, _ in calls if name == "log"] == [3, 4]
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"id": 3}', b'{"id": "../x"}', b'{"id": ""}', None]
 )

@@ -15,7 +15,7 @@ from exact import EXACT
 from forks import assert_same_run, codes, finish, logs, start, start_ranks
 from rows import read_rows
 
-from fastsmooth.cli.config import resolve
+from fastsmooth.cli.config import resolve, without_idle
 from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.parse import parse, resumed
 from fastsmooth.runfolder.files import replace
@@ -143,6 +143,7 @@ def test_a_killed_and_resumed_run_is_told_whole_and_once_and_is_the_same(
     assert "warning" not in logs(out) and "* " not in logs(out)
 
 
+@pytest.mark.full
 def test_a_tracker_that_a_resumed_run_gets_is_told_what_was_before(tmp_path, store, undisturbed):
     out, flags = tmp_path / "run", [*FLAGS, "--tracker", "tensorboard"]
     run(flags, out, store, 75, 18, signal.SIGTERM)
@@ -352,7 +353,7 @@ def test_a_store_that_is_removed_in_mid_run_is_one_warning(name, tmp_path, store
         ("--wandb-mode auto", ("wandb",)),
         ("--wandb-mode offline", ("wandb",)),
         ("--wandb-mode online --wandb-project p --wandb-entity e", ("wandb",)),
-        ("--tracker wandb trackio --wandb-mode off", ("trackio",)),
+        ("--tracker trackio --wandb-mode off", ("trackio",)),
         ("--tracker trackio --tracker-project p", ("trackio",)),
     ],
 )
@@ -369,6 +370,13 @@ def test_which_trackers_flags_name(flags, names):
         ("--tracker trackio trackio", "names trackio more than once: give every tracker once"),
         ("--tracker trackio --wandb-mode offline", "--wandb-mode offline has no effect with --tra"),
         ("--tracker none --wandb-mode auto", "has no effect with --tracker none"),
+        ("--tracker wandb --wandb-mode off", "names wandb, which --wandb-mode off leaves out"),
+        (
+            "--tracker-project x",
+            "-project x has no effect with --tracker none: name wandb or track",
+        ),
+        ("--tracker tensorboard --tracker-project x", "has no effect with --tracker tensorboard"),
+        ("--tracker trackio --wandb-entity x", "has no effect with --tracker trackio: name wandb"),
         ("--tracker tb", "--tracker tb: fastsmooth calls it tensorboard"),
         ("--tracker wandb,trackio", "choose from wandb, trackio, tensorboard, none"),
         ("--tensorboard", "fastsmooth calls it --tracker tensorboard"),
@@ -379,6 +387,14 @@ def test_what_has_no_meaning_is_refused_in_words(flags, said):
     with pytest.raises(ConfigError) as refusal:
         resolve(parse(flags.split()).given)
     assert said in str(refusal.value)
+
+
+def test_of_a_saved_run_what_says_nothing_of_trackers_is_not_taken_over():
+    """As --extend and fastsmooth.sweep do with its config."""
+    saved = {"tracker": ("wandb",), "wandb_mode": "off", "wandb_project": "p", "lr": 0.2}
+    assert without_idle(saved) == {"wandb_mode": "off", "lr": 0.2}
+    saved |= {"wandb_mode": "offline"}
+    assert without_idle(saved) == saved
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastsmooth.adapters.common import Numbers, OfEach, Watch, instead
 from fastsmooth.cli.flags import ConfigError, Parser
-from fastsmooth.messages import BAD_INPUT, DONE, command, show, tell
+from fastsmooth.messages import BAD_INPUT, DONE, command, end_with, show, tell
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.online import ESTIMATORS, MODES, Every, NoiseTracker
 from fastsmooth.noise.quantities import QUANTITIES
@@ -309,4 +309,4 @@ def logger_of(module: ModuleType) -> logging.Logger:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

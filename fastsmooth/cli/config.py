@@ -389,10 +389,12 @@ OF_METHOD = {"method"} | {
 RESOLVED_ONCE = (
     "device", "loader", "compile", "precision", "kernels", "estimator", "measure", "micro_batch",
 )  # fmt: skip
+# Where a run's files and rows go, and when it stops.
+WHEREABOUTS = {"out", "resume", "max_time"}
+WHEREABOUTS |= {"tracker", "wandb_mode", "wandb_project", "wandb_entity"}
 # What may differ between the two halves of an interrupted run: nothing that changes a bit of its
 # result.
-FREE_ON_RESUME = {"out", "resume", "max_time", "data_dir", "workers", "graphs"}
-FREE_ON_RESUME |= {"tracker", "wandb_mode", "wandb_project", "wandb_entity"}
+FREE_ON_RESUME = WHEREABOUTS | {"data_dir", "workers", "graphs"}
 
 
 def check(c: Config) -> None:
@@ -868,9 +870,21 @@ def idle(given: dict[str, Any], c: Config) -> list[str]:
     """The names of what was given without effect."""
     limits = {name: FIELDS[name].metadata["only"] for name in given}
     limited = [(name, *only) for name, only in limits.items() if only is not None]
-    return [name for name, other, values in limited if not is_among(str(getattr(c, other)), values)]
+    without = [n for n, other, values in limited if not is_among(str(getattr(c, other)), values)]
+    for name, users in OF_TRACKERS.items():
+        if name in given and given[name] != FIELDS[name].default and not users & {*c.trackers}:
+            without += [name] * (given[name] != "off")  # which says that there is none
+    # of a run that was resumed with --wandb-mode off
+    without += ["tracker"] * (c.wandb_mode == "off" and "wandb" in (given.get("tracker") or ()))
+    return without
 
 
+# Flags that say more of trackers, and of which.
+OF_TRACKERS = {
+    "wandb_mode": {"wandb"},
+    "wandb_entity": {"wandb"},
+    "wandb_project": {"wandb", "trackio"},
+}
 HINTS = {  # where a flag has no effect with this value of the flag that it hangs on
     ("power", "exp"): "; the factor of exp is --gamma",
     ("gamma", "poly"): "; the exponent of poly is --power",
@@ -885,12 +899,19 @@ def refuse_idle(given: dict[str, Any], c: Config) -> None:
     The published command lines have theirs always, so under --compat original those pass; not the
     --power of exp, which was its factor there.
     """
-    if "wandb" not in c.trackers and given.get("wandb_mode") not in (None, "off"):
+    if c.wandb_mode == "off" and "wandb" in (c.tracker or ()):
         raise ConfigError(
-            f"--wandb-mode {c.wandb_mode} has no effect with --tracker {shown(c.tracker)}: name "
-            "wandb there too, or leave --wandb-mode out"
+            f"--tracker {shown(c.tracker)} names wandb, which --wandb-mode off leaves out: leave "
+            "one of them out"
         )
     for name in idle(given, c):
+        if name in OF_TRACKERS:
+            users = " or ".join(sorted(OF_TRACKERS[name], reverse=True))
+            trackers = shown(c.tracker) if c.tracker else "none"
+            raise ConfigError(
+                f"{flag(name)} {given[name]} has no effect with --tracker {trackers}: name {users} "
+                f"there too, or leave {flag(name)} out"
+            )
         published = name in PUBLISHED_FLAGS and (name, c.method) != ("power", "exp")
         if c.compat == "original" and published:
             continue

@@ -195,6 +195,8 @@ def over_finished(given: dict[str, Any]) -> dict[str, Any]:
         inherited = {name: value for name, value in inherited.items() if name not in OF_METHOD}
     for name in ("init", "extend", "warmup"):  # how that run began
         inherited.pop(name, None)
+    if "tracker" in given and saved.wandb_mode == "off":  # of no tracker that was asked for then
+        inherited.pop("wandb_mode")
     both = over(inherited, given)
     kept = without_idle(both)  # of what is inherited: another method may not use it
     return {name: value for name, value in both.items() if name in kept or name in given}

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.cli.config import FIELDS
+from fastsmooth.cli.config import FIELDS, WHEREABOUTS
 from fastsmooth.names import about_value
 from fastsmooth.report import curves, grid, groups, noise, page
 from fastsmooth.report.groups import SPOKEN, Group, real
@@ -22,8 +22,7 @@ Row = dict[str, Any]
 
 KINDS = ("epoch", "step", "measure")
 # Settings that say where files lie and how often they are written: no comparison is about them.
-KEEPING = {"out", "resume", "max_time", "checkpoint_every", "log_every", "keep"}
-KEEPING |= {"wandb_mode", "wandb_project", "wandb_entity"}
+KEEPING = WHEREABOUTS | {"checkpoint_every", "log_every", "keep"}
 PREFIX = "config_"  # of settings in rows of metrics.jsonl, which have an lr of their own
 HEADING = ("run", "configuration", "state")
 FIRST = [*(name for name in SPOKEN if name in FIELDS), "seed"]
@@ -166,11 +165,16 @@ def whole(value: float | None) -> float | None:
     return int(value) if value is not None and value == int(value) else value
 
 
+def measurements(run: SavedRun) -> list[Row]:
+    """Those of --track-noise, else of --mode sampling."""
+    return [row for row in run.of_kind("measure") if curves.tracked(row)] or noise.points(run)
+
+
 def measured(run: SavedRun) -> Row:
     """The constants of its noise by schedule and as they were measured; what else its files say."""
     found: Row = {"delta_start": groups.first(run, "delta"), "delta_end": groups.last(run, "delta")}
     found |= dict.fromkeys(f"{name}_{end}" for name in (*CONSTANTS, "measured_at") for end in ENDS)
-    rows = [row for row in run.of_kind("measure") if curves.tracked(row)] or noise.points(run)
+    rows = measurements(run)
     for end, row in zip(ENDS, (rows[0], rows[-1]), strict=True) if rows else ():
         found |= {f"{name}_{end}": real(row.get(name)) for name in CONSTANTS}
         found[f"measured_at_{end}"] = whole(real(row.get("step")))

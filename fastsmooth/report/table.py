@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastsmooth.messages import csv_line
 from fastsmooth.report import groups, page
 from fastsmooth.report.groups import Group, Sample, real
-from fastsmooth.report.runs import Row, by_configuration
+from fastsmooth.report.runs import Row, by_configuration, measurements
 from fastsmooth.runfolder.read import SavedRun
 from fastsmooth.terminal import Table, cells
 
@@ -48,13 +48,15 @@ LEAST_FIRST = (
     "delta measured", "noise norm", "C2 sampled", "test loss",
 )  # fmt: skip
 MEANING = "mean +- standard error (deviation / sqrt n) over the n runs that are done"
+SOME = "(of k): over the k of them that have the number"
+# What depends on how it is measured: no mean is taken over several ways.
+MEASURED = ("c2_sampled_end", "noise_scale_end", "delta_measured_end", "noise_norm_end")
 # What words below the table say of columns that are there.
 EXPLAINED = {
     ("test acc %", "test loss", "train loss"): "of the last epoch",
     ("C2 sampled", "noise scale", "delta measured", "noise norm"): "of the last measurement",
 }
 UNIT = " C"  # of delta, as the lines of a run have it
-MOST_REMARKS = 12  # runs of which a line says what is not right
 
 
 def in_csv(runs: list[SavedRun]) -> Iterator[str]:
@@ -90,7 +92,8 @@ def in_words(runs: list[SavedRun], room: int | None) -> Iterator[str]:
         table.row(row, room)
     yield table.heading(room)
     yield from (table.row(row, room) for row in rows)
-    yield from meaning(set(columns) - table.gone, grouped)
+    left = {heading: column for heading, column in columns.items() if heading not in table.gone}
+    yield from meaning(left, grouped)
     if table.gone:
         left_out = ", ".join(heading for heading in columns if heading in table.gone)
         yield f"no room for: {left_out}; --csv has every number of every run"
@@ -125,10 +128,26 @@ def cells_of(name: str, number: Number, parts: list[tuple[Group, list[Row]]]) ->
     for g, rows in parts:
         values = [real(row[name]) for row in rows if row["state"] == "done"]
         known = tuple(v for v in values if v is not None)
+        if not known or (name in MEASURED and len(ways(g)) > 1):
+            pairs.append(("", ""))
+            continue
         unit = UNIT if name in ("delta_start", "delta_end") and g.unit() else ""
-        pairs.append(pair(Sample(known), number, unit) if known else ("", ""))
+        mean, error = pair(Sample(known), number, unit)
+        pairs.append((mean, error + f" (of {len(known)})" * (len(known) < len(values))))
     wide, wider = (max(map(len, texts)) for texts in zip(*pairs, strict=True))
     return [f"{mean:>{wide}}{error:<{wider}}" if mean else "" for mean, error in pairs]
+
+
+def ways(g: Group) -> list[str]:
+    """How the noise of its finished runs was measured, in words."""
+    rows = [rows[-1] for run in g.done if (rows := measurements(run))]
+    words = (
+        f"{groups.shown(row.get('estimator'))} with BatchNorm {groups.shown(row.get('bn'))}"
+        if "estimator" in row
+        else "by draws"
+        for row in rows
+    )
+    return sorted(set(words))
 
 
 def pair(sample: Sample, number: Number, unit: str) -> tuple[str, str]:
@@ -148,13 +167,15 @@ def layout(heading: str, column: list[str]) -> str:
 # Below the table
 
 
-def meaning(shown: set[str], grouped: list[Group]) -> Iterator[str]:
-    """What the numbers are."""
+def meaning(shown: dict[str, list[str]], grouped: list[Group]) -> Iterator[str]:
+    """What the numbers in the columns are."""
     words = [MEANING]
+    if any(" (of " in text for column in shown.values() for text in column):
+        words.append(SOME)
     for headings, said in EXPLAINED.items():
         there = [heading.removesuffix(" %") for heading in headings if heading in shown]
         words += [f"{', '.join(there)}: {said}"] if there else []
-    if shown & {"delta start", "delta end"} and any(g.unit() for g in grouped):
+    if shown.keys() & {"delta start", "delta end"} and any(g.unit() for g in grouped):
         words.append("C: in units of the root of C2, which was not given")
     yield "; ".join(words)
 
@@ -162,6 +183,12 @@ def meaning(shown: set[str], grouped: list[Group]) -> Iterator[str]:
 def remarks(parts: list[tuple[Group, list[Row]]]) -> Iterator[str]:
     """Runs that are in no mean, or of which something is left out."""
     yield from page.seeds_twice([g for g, _ in parts])
+    for g, _ in parts:
+        if len(several := ways(g)) > 1:
+            yield (
+                f"{g.name}: its noise was measured {' and '.join(several)}, of which no mean is "
+                "taken: --csv has the numbers of each run"
+            )
     rows = [row for _, some in parts for row in some]
     told = [row for row in rows if row["remarks"] or row["state"] != "done"]
     for row in told[:MOST_REMARKS]:

@@ -31,11 +31,10 @@ from fastsmooth.sweep.table import name_failed
 # What does not tell groups apart: the axis, the repetition, what cannot change a result, and
 # constants that only scale delta.
 WITHIN = {"batch_size", "seed", "eps", "c2", "k2", "nshb_delta"}
-NO_RESULT = {
-    "out", "resume", "max_time", "tracker", "wandb_mode", "wandb_project", "wandb_entity",
-    "data_dir", "workers", "chunk", "loader",
+NO_RESULT = configs.FREE_ON_RESUME | {
+    "chunk", "loader",
     "checkpoint_every", "log_every", "track_noise", "draws", "estimator", "measure", "device",
-    "kernels", "graphs", "ema", "keep", "top5", "recipe",
+    "kernels", "ema", "keep", "top5", "recipe",
     "decay_epoch", "epochs", "budget",
 }  # fmt: skip
 # batches whose N exceeds the smallest by less belong to the floor of the minimum: it is published

@@ -9,6 +9,7 @@ from said import refused, said, seen
 from fastsmooth import __main__ as every
 from fastsmooth import train
 from fastsmooth.names import FLAGS
+from fastsmooth.report import __main__ as report
 from fastsmooth.schedule import METHODS
 from fastsmooth.sweep import __main__ as sweep
 from fastsmooth.terminal import cells
@@ -42,14 +43,21 @@ def in_a_file(name: str, value: str) -> list[str]:
 
 
 FORMS = [as_flags, joined, with_underscores, in_a_file]
+OF_REPORT = ("--watch", "--every")  # of whose flags are answers with these
 
 
 def test_flags_of_other_trainers_are_answered_without_a_guess(here, cases):
     rng = random.Random(0)
-    lines = [(name, form) for name in FLAGS for form in FORMS]
+    lines = []
+    for name, answer in FLAGS.items():
+        of_report = any(flag in answer for flag in OF_REPORT)
+        lines += [
+            (report.main if of_report else train.main, ["."] * of_report, name, form)
+            for form in (FORMS[:2] if of_report else FORMS)  # it has neither of the others
+        ]
     count = cases("flags of other trainers", len(lines), 60)
-    for name, form in rng.sample(lines, count):
-        message = refused(train.main, form(name, "1"))
+    for main, before, name, form in rng.sample(lines, count):
+        message = refused(main, [*before, *form(name, "1")])
         answered = (f"unknown flag {name}: fastsmooth calls it --", f"fastsmooth has no {name}: ")
         assert any(words in message for words in answered) and "did you mean" not in message, (
             message
@@ -63,7 +71,7 @@ COMMANDS = [
     (train.main, ["--method", "lr", "batch"]),
     (train.main, ["--ema"]),
     (sweep.main, ["--plan", "--out", "s", "--method", "lr", "hybrid", "--batchsize", "8..64x2",
-        "--wandb-project", "a b"]),
+        "--tracker", "wandb", "--wandb-project", "a b"]),
 ]  # fmt: skip
 
 

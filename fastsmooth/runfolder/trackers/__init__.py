@@ -130,12 +130,17 @@ def told(row: dict[str, Any]) -> Row | None:
     return Row(update, numbers(kind, row))
 
 
-def kept_id(path: Path) -> tuple[str, bool]:
-    """The id by which a tracker knows the run, and whether it was there: random, and kept in the
-    run folder, so that a resumed run goes on as the same one."""
+def known_id(path: Path) -> str | None:
+    """The id by which a tracker knows the run, as the run folder keeps it, so that a resumed run
+    goes on as the same one; None where it has none yet."""
     known = (read_object(path) or {}).get("id")
-    if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{16}", known):
-        return known, True
-    made = secrets.token_hex(8)
+    return known if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{16}", known) else None
+
+
+def new_id() -> str:
+    """A random one."""
+    return secrets.token_hex(8)
+
+
+def keep_id(path: Path, made: str) -> None:
     replace(path, json.dumps({"id": made}).encode() + b"\n")
-    return made, False

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.runfolder.trackers import Row, Tracked, kept_id, numbers
+from fastsmooth.runfolder.trackers import Row, Tracked, keep_id, known_id, new_id, numbers
 
 EVERY = 1.0  # seconds between writes: one takes milliseconds, whatever it holds
 
@@ -38,7 +38,9 @@ class Trackio:
         self._files = fragments.FragmentWriter() if in_files else None
         self._project, self._name = run.config["wandb_project"], run.name
         self._store.validate_project_name(self._project)
-        self._id, _ = kept_id(run.folder / "trackio.json")
+        kept_in = run.folder / "trackio.json"
+        self._id = known_id(kept_in) or new_id()
+        keep_id(kept_in, self._id)  # first: whatever the store lacks of it is added to it later
         self._waiting: list[Row] = []
         self._config: dict[str, Any] | None = None
         self._path: Path | None = None if in_files else self._store.init_db(self._project)

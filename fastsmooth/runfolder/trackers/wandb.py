@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fastsmooth.runfolder.trackers import Row, Tracked, kept_id
+from fastsmooth.runfolder.trackers import Row, Tracked, keep_id, known_id, new_id
 
 
 class Wandb:
@@ -30,7 +30,9 @@ class Wandb:
             os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
-        known, before = kept_id(run.folder / "wandb.json")
+        kept_in = run.folder / "wandb.json"
+        known = known_id(kept_in)
+        made = known or new_id()
         self._run = wandb.init(
             project=run.config["wandb_project"],
             entity=run.config["wandb_entity"],
@@ -38,7 +40,7 @@ class Wandb:
             config=run.config,
             dir=str(run.folder),
             name=run.name,
-            id=known,
+            id=made,
             resume="allow",  # offline too: a later `wandb sync` appends what is of the same id
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -46,8 +48,12 @@ class Wandb:
         self._run.define_metric("*", step_metric="update")
         self._files = Path(self._run.dir) if offline else None
         self.where = where_offline(self._files) if self._files else str(self._run.url)
-        for row in [] if before else run.rows:
-            self.row(row)
+        if known is None:
+            for row in run.rows:
+                self.row(row)
+            # Not before: with the id a resumed run takes these rows for told. Where a kill comes
+            # between, it begins a run anew and tells it all of them.
+            keep_id(kept_in, made)
 
     def row(self, row: Row) -> None:
         if self._files is not None and not self._files.exists():  # wandb says nothing of it
