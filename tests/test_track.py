@@ -373,6 +373,11 @@ def test_groups_of_several_nu_have_no_one_noise_model():
         ({"every": 0}, "every 0: give a number of updates"),
         ({"every": "2 epochs"}, "every '2 epochs': give"),
         ({"samples": 0}, "samples 0 is out of range"),
+        ({"samples": None}, "samples None: give the number of samples"),
+        ({"samples": 320.5}, "samples 320.5: give the number of samples"),
+        ({"loss": "ce"}, "loss 'ce' is no loss(output, target)"),
+        ({"loss": nn.CrossEntropyLoss}, "is no loss(output, target)"),
+        ({"quantities": "layers"}, "quantities 'layers': give a list of names"),
     ],
     ids=str,
 )
@@ -381,6 +386,28 @@ def test_arguments_that_there_are_not_are_refused(wrong, words):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=re.escape(words)):
         NoiseTracker(model, optimizer, **({"samples": 100, "every": 1} | wrong))
+
+
+def test_a_tracker_of_another_model_or_of_half_a_batch_is_refused():
+    model, (x, y) = small(), images(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for stranger, words in (
+        (torch.optim.SGD(small().parameters(), lr=0.1), "no parameter of the model"),
+        (None, "optimizer is a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            NoiseTracker(model, stranger, samples=100, every=1)
+    with pytest.raises(ValueError, match=r"not a torch.nn.Module"):
+        NoiseTracker(optimizer, model, samples=100, every=1)
+    noise = NoiseTracker(model, optimizer, samples=100, every=1)
+    for batch, words in (
+        (([x, x], [y]), "2 x and 1 y"),
+        (([], []), "0 x and 0 y"),
+        ((x.numpy(), y.numpy()), "y is a "),
+        ((x, y, 0.1), "point is a float"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            noise(*batch)
 
 
 def test_batches_that_can_never_be_measured_are_refused():

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -128,12 +129,13 @@ class NoiseTracker:
         clips: bool = False,
     ):
         given = [("estimator", estimator, ESTIMATORS), ("bn", bn, MODES)]
+        if isinstance(quantities, str):
+            raise ValueError(f"quantities {quantities!r}: give a list of names")
         given += [("quantities", name, tuple(QUANTITIES)) for name in quantities]
         for name, value, known in given:
             if value not in known:
                 raise ValueError(f"{name} {value!r}: {about_value(f'--{name}', str(value), known)}")
-        if samples < 1:
-            raise ValueError(f"samples {samples} is out of range: it is 1 or more")
+        check_arguments(model, optimizer, samples, loss)
         self.wrapped = model
         self.model, own_ranks = unwrapped(model)
         self.loss, self.bn, self.optimizer = loss, bn, optimizer
@@ -188,6 +190,7 @@ class NoiseTracker:
         xs, ys = (list(given) if not isinstance(given, Tensor) else [given] for given in (x, y))
         if not self.every.period(update, self.epoch) > self.last_period:
             return None
+        check_batch(xs, ys, point)
         check_joined(self.wrapped)
         sizes = self.ranks.gather([len(part) for part in ys])
         size = sum(map(sum, sizes))
@@ -546,6 +549,34 @@ STATE = (
     "recent_full",
     "epoch_c2",
 )
+
+
+def check_arguments(model: Any, optimizer: Any, samples: Any, loss: Any) -> None:
+    """Raises ValueError for what no tracker can be made of."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if not hasattr(optimizer, "param_groups"):
+        raise ValueError(f"optimizer is a {type(optimizer).__name__}: give the one that trains")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(model.parameters()):
+        raise ValueError("the optimizer has no parameter of the model: give the one that trains it")
+    if not isinstance(samples, Integral) or isinstance(samples, bool):
+        raise ValueError(f"samples {samples!r}: give the number of samples in the training set")
+    if samples < 1:
+        raise ValueError(f"samples {samples} is out of range: it is 1 or more")
+    if not callable(loss) or isinstance(loss, type):
+        raise ValueError(f"loss {loss!r} is no loss(output, target), as F.cross_entropy is")
+
+
+def check_batch(xs: list[Any], ys: list[Any], point: Any) -> None:
+    """Raises ValueError for what is no batch, and for a point that is none."""
+    if not ys or len(xs) != len(ys):
+        raise ValueError(f"a batch of {len(xs)} x and {len(ys)} y: give as many of each")
+    stranger = next((part for part in ys if not isinstance(part, Tensor)), None)
+    if stranger is not None:
+        raise ValueError(f"y is a {type(stranger).__name__}, not a tensor [B, ...]")
+    if point is not None and not isinstance(point, Point):
+        raise ValueError(f"point is a {type(point).__name__}, not a fastsmooth.Point")
 
 
 def in_groups(parts: list[Any]) -> list[list[Any]]:
