@@ -388,6 +388,18 @@ def test_arguments_that_there_are_not_are_refused(wrong, words):
         NoiseTracker(model, optimizer, **({"samples": 100, "every": 1} | wrong))
 
 
+def test_epochs_that_nobody_ends_are_a_warning():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    noise = NoiseTracker(model, optimizer, samples=16, every="1ep")
+    for _ in range(4):
+        noise(*images(8))
+    with pytest.warns(UserWarning, match=r"two epochs of 16 samples .* call it after each epoch"):
+        noise(*images(8))
+    noise.end_epoch()
+    assert noise(*images(8)) and noise.count == 2
+
+
 def test_a_tracker_of_another_model_or_of_half_a_batch_is_refused():
     model, (x, y) = small(), images(8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

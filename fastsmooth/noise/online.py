@@ -148,6 +148,7 @@ class NoiseTracker:
         self.check_quantities(optimizer, clips)
         self.update = self.epoch = 0  # of the calls so far; who calls measure() counts by itself
         self.last_period = -1
+        self.passed = 0  # samples since the epoch began
         self.left_out = 0  # batches in a row that a measurement was due for
         self.count, self.largest = 0, 0.0  # measurements; the largest ||g||
         # sums over measurements of ||g||^2 and of estimates of ||grad f||^2
@@ -188,9 +189,10 @@ class NoiseTracker:
         """
         update, self.update = self.update, self.update + 1
         xs, ys = (list(given) if not isinstance(given, Tensor) else [given] for given in (x, y))
+        check_batch(xs, ys, point)
+        self.look_for_epochs(sum(map(len, ys)) * self.ranks.world)
         if not self.every.period(update, self.epoch) > self.last_period:
             return None
-        check_batch(xs, ys, point)
         check_joined(self.wrapped)
         sizes = self.ranks.gather([len(part) for part in ys])
         size = sum(map(sum, sizes))
@@ -205,6 +207,16 @@ class NoiseTracker:
             self.left_out = 0
             point = point or self.own_point(size, scale)
             return self.measure(xs, ys, point, update, self.epoch, size)
+
+    def look_for_epochs(self, size: int) -> None:
+        """Warn of epochs that are asked for and never end; of a batch of about `size` samples."""
+        before, self.passed = self.passed, self.passed + size
+        if self.every.epochs and before <= 2 * self.n < self.passed:
+            warnings.warn(
+                f"two epochs of {self.n} samples went by without end_epoch(), by which epochs are "
+                "counted: call it after each epoch",
+                stacklevel=3,
+            )
 
     def settle_together(self, x: Tensor, y: Tensor) -> None:
         """settle(), the same on every process: per-sample where all can."""
@@ -523,7 +535,7 @@ class NoiseTracker:
 
     def end_epoch(self) -> float | None:
         """Begin the next epoch; the mean C2 of the measurements in the last one, None if none."""
-        self.epoch += 1
+        self.epoch, self.passed = self.epoch + 1, 0
         mean = math.fsum(self.epoch_c2) / len(self.epoch_c2) if self.epoch_c2 else None
         self.epoch_c2 = []
         return mean

@@ -74,6 +74,12 @@ def load_runs(*paths: str | PathLike[str], rows: str | None = None) -> list[Row]
     """
     if rows is not None and rows not in KINDS:
         raise ValueError(f"load_runs: rows {rows!r}: {about_value('', str(rows), KINDS)}")
+    several = next((path for path in paths if not isinstance(path, str | PathLike)), None)
+    if several is not None:
+        raise ValueError(
+            f"load_runs: a path is a {type(several).__name__}: give each as an argument, as in "
+            "load_runs(*paths)"
+        )
     if not paths:
         raise ValueError("load_runs: no path: name run folders, or folders that hold them")
     runs, left_out = read_runs([Path(path) for path in paths])
