@@ -292,6 +292,7 @@ def test_a_folder_that_is_no_data_set_is_one_line(tmp_path, monkeypatch, capsys)
     assert said.startswith("bench_loader: ") and len(said.splitlines()) == 1
 
 
+@pytest.mark.full
 def test_the_quick_run_writes_well_formed_json(tmp_path, capfd, monkeypatch):
     # each process takes seconds to start
     monkeypatch.setattr(bench_loader, "QUICK", bench_loader.QUICK[:1])

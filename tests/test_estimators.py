@@ -107,6 +107,7 @@ def on_a_rank(rank: int, world: int, port: int, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.full  # three processes
 def test_all_agree_within_their_errors_on_one_network():
     model, x, y = network()
     found = {"per-sample": per_sample([sample_norms(model, x, y).noise.tolist()])}

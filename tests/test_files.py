@@ -21,6 +21,7 @@ WRITERS = {
     ("files.py", "os.replace"): "the one function",
     ("write.py", "open O_CREAT"): "the lock, which is empty",
     ("write.py", "open"): "metrics.jsonl, to which rows are added",
+    ("tensorboard.py", "open"): "an event file, to which events are added",
     ("messages.py", "mkstemp"): "a traceback, into a file of its own",
     ("messages.py", "write_text"): "the same",
     (

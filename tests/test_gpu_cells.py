@@ -192,6 +192,7 @@ def test_a_run_that_is_refused_or_ends_says_so():
 # Loops side by side
 
 
+@pytest.mark.full
 def test_a_lane_answers_from_a_process_of_its_own_and_says_what_fails(capfd):
     lane = Lane()
     try:
@@ -360,6 +361,7 @@ def test_a_cell_that_is_not_there_is_refused(capsys):
     assert "no cell celings" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_dry_cell_by_the_command_line_has_a_header_and_rows_alone_on_stdout(tmp_path):
     command = [
         sys.executable,

@@ -68,7 +68,7 @@ def test_every_method_trains_and_logs_the_points_of_its_schedule(method, tmp_pat
 
     advance = loop.Run.advance
     monkeypatch.setattr(loop.Run, "advance", spy)
-    optimizer = "nshb" if method in SOLVED else "sgd"
+    optimizer = "nshb" if method in {*SOLVED, "beta-step"} else "sgd"
     steps = ["--milestones", "1", "2"] * (METHODS[method].uses == "milestones")
     flags = ["--method", method, *steps, "--optimizer", optimizer, "--epochs", "3"]
     out = train(tmp_path / "run", *flags)
