@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from fastsmooth.adapters.common import Numbers, Watch, instead, pair_of
+from fastsmooth.adapters.common import Numbers, Watch, pair_of
+from fastsmooth.noise.aside import instead
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.online import NoiseTracker
 

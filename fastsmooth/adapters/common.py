@@ -4,8 +4,8 @@ measured, measure it before the update is made, and hand on the numbers."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -122,18 +122,3 @@ class OfEach:
                 f"{name_of(self)} fails for a sample alone, so that no gradient belongs to one "
                 f"({type(error).__name__}: {error})"
             ) from error
-
-
-@contextmanager
-def instead(holder: object, name: str, value: Any) -> Iterator[None]:
-    """Have `value` as the attribute `name` of an object, and afterwards what it was before."""
-    own = name in vars(holder)
-    before = getattr(holder, name)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(holder, name, before)
-        else:
-            delattr(holder, name)

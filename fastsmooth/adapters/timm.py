@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsmooth.adapters.common import Numbers, OfEach, Watch, instead
+from fastsmooth.adapters.common import Numbers, OfEach, Watch
 from fastsmooth.cli.flags import ConfigError, Parser
 from fastsmooth.messages import BAD_INPUT, DONE, command, end_with, show, tell
+from fastsmooth.noise.aside import instead
 from fastsmooth.noise.losses import NotCovered
 from fastsmooth.noise.online import ESTIMATORS, MODES, Every, NoiseTracker
 from fastsmooth.noise.quantities import QUANTITIES

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastsmooth.adapters.common import OfEach, Watch, instead
+from fastsmooth.adapters.common import OfEach, Watch
+from fastsmooth.noise.aside import instead
 from fastsmooth.noise.losses import Loss, NotCovered
 from fastsmooth.noise.online import Every, NoiseTracker, unwrapped
 

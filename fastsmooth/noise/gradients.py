@@ -8,12 +8,10 @@ state are bit for bit afterwards what they were before.
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +19,7 @@ from torch.nn import functional as F
 from fastsmooth.foreign import Driven
 from fastsmooth.kernels.backend import wide_dtype
 from fastsmooth.noise import hosts
+from fastsmooth.noise.aside import same_draws, without_hooks
 from fastsmooth.noise.estimators import Estimate, sampled
 from fastsmooth.noise.losses import Loss, mean_loss
 from fastsmooth.noise.persample import unchanged
@@ -41,15 +40,10 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    hooks = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
-    set_aside = [(own, dict(own)) for own in hooks]
-    for own in hooks:
-        own.clear()
-    drawn = random.getstate(), numpy.random.get_state()
     if bn == "eval" or not model.training:
         model.train(bn != "eval")
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)), same_draws(), without_hooks(model):
             yield
     finally:
         with torch.no_grad():
@@ -57,10 +51,6 @@ def undisturbed(model: nn.Module, bn: str) -> Iterator[None]:
                 b.copy_(buffers[name])
         for module, training in modes.items():
             module.training = training
-        for own, before in set_aside:
-            own.update(before)
-        random.setstate(drawn[0])
-        numpy.random.set_state(drawn[1])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as theirs
 
+from fastsmooth.noise.aside import instead
 from fastsmooth.noise.losses import NotCovered
 
 # Precision
@@ -57,18 +58,9 @@ GENERATOR = f"{GENERATOR}_impl" if hasattr(theirs, f"{GENERATOR}_impl") else GEN
 REENTRANT = "CheckpointFunction"
 
 
-@contextmanager
-def replaced(name: str, value: Any) -> Iterator[None]:
+def replaced(name: str, value: Any) -> AbstractContextManager[None]:
     """Where this PyTorch has another way, a model without checkpoints is measured all the same."""
-    before = getattr(theirs, name, None)
-    if before is None:
-        yield
-        return
-    setattr(theirs, name, value)
-    try:
-        yield
-    finally:
-        setattr(theirs, name, before)
+    return instead(theirs, name, value) if hasattr(theirs, name) else nullcontext()
 
 
 def recomputed(within: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
@@ -78,14 +70,13 @@ def recomputed(within: Callable[[], AbstractContextManager[Any]]) -> AbstractCon
     parts itself.
     """
     original = getattr(theirs, GENERATOR, None)
-    if original is None:
-        return nullcontext()
 
     def generator(function: Callable[..., Any], *how: Any, **kwargs: Any) -> Iterator[None]:
         def again(*args: Any, **named: Any) -> Any:
             with within():
                 return function(*args, **named)
 
+        assert original  # in the place of which this is
         return original(again, *how, **kwargs)
 
     return replaced(GENERATOR, generator)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastsmooth.kernels.backend import wide_dtype
+from fastsmooth.noise.aside import instead
 
 # loss(output [B, ...], target [B, ...]): the mean over the batch, 0-d, or a value a sample, [B] or
 # [B, ...]
@@ -68,7 +68,7 @@ def unreduced(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     Raises NotCovered for a loss without a reduction.
     """
     if isinstance(loss, nn.Module) and isinstance(getattr(loss, "reduction", None), str):
-        with reduction_aside(loss):
+        with instead(loss, "reduction", "none"):
             return loss(output, target)
     if not isinstance(loss, nn.Module) and takes_reduction(loss):
         return loss(output, target, reduction="none")
@@ -76,16 +76,6 @@ def unreduced(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
         f"{name_of(loss)} gives one number for the whole batch and has no reduction: give it an "
         'argument reduction="none", or have it return a value a sample'
     )
-
-
-@contextmanager
-def reduction_aside(loss: nn.Module) -> Iterator[None]:
-    own = loss.reduction
-    loss.reduction = "none"  # type: ignore[assignment]  # a module's attributes are Any
-    try:
-        yield
-    finally:
-        loss.reduction = own
 
 
 def takes_reduction(loss: Loss) -> bool:

@@ -622,8 +622,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
                 f"DistributedDataParallel over a part of the {world} processes: the whole batch "
                 "is nowhere then: measure with one process, or over all of them"
             )
-        ranks = Ranks(torch.distributed.get_rank(group), torch.distributed.get_world_size(group))
-        return compiled.module, ranks
+        return compiled.module, Ranks(torch.distributed.get_rank(group), world)
     return model, Ranks()
 
 

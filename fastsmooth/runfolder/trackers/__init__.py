@@ -73,11 +73,13 @@ class Trackers:
         return [f"{name}: {tracker.where}" for name, tracker in self._trackers.items()]
 
     def start(self) -> None:
+        rows: list[Row] | None = None
         for name in self._names:
             with self._guarded(name):
-                found = map(told, read_rows(self._folder / "metrics.jsonl")[0])
-                rows = [row for row in found if row is not None]
-                self._update = max((row.update for row in rows), default=0)
+                if rows is None:
+                    found = map(told, read_rows(self._folder / "metrics.jsonl")[0])
+                    rows = [row for row in found if row is not None]
+                    self._update = max((row.update for row in rows), default=0)
                 run = Tracked(self._folder, self._folder.absolute().name, self._config, rows)
                 module = importlib.import_module(f"{__name__}.{name}")
                 tracker = getattr(module, TRACKERS[name])(run)
