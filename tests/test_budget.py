@@ -6,6 +6,7 @@ import re
 
 import pytest
 from exact import EXACT
+from killed import Killed, killed_at
 from rows import read_rows
 
 from fastsmooth.cli.config import resolve
@@ -13,7 +14,6 @@ from fastsmooth.cli.flags import ConfigError
 from fastsmooth.cli.parse import parse
 from fastsmooth.schedule import Schedule, Smoothing
 from fastsmooth.train import main
-from fastsmooth.training import loop
 from fastsmooth.training.plan import make_schedule, within_budget
 
 IMAGES = 1437
@@ -167,19 +167,9 @@ def test_a_run_that_is_stopped_at_its_last_update_goes_on_to_the_same_end(tmp_pa
     flags = ["--budget", "updates=60", "--checkpoint-every", "20"]
     whole = train(tmp_path / "whole", *flags)
 
-    class Killed(BaseException):
-        pass
-
-    def die(run, point):
-        if run.update == 60:
-            raise Killed
-        return end_epoch(run, point)
-
-    end_epoch = loop.Run.end_epoch
-    monkeypatch.setattr(loop.Run, "end_epoch", die)
+    killed_at(monkeypatch, "end_epoch", 60)
     with pytest.raises(Killed):
         main([*EXACT, *flags, "--out", str(tmp_path / "killed")])
-    monkeypatch.setattr(loop.Run, "end_epoch", end_epoch)
     rows = train(tmp_path / "killed", "--resume")
     assert [row["test_loss"] for row in rows if row["kind"] == "epoch"] == [
         row["test_loss"] for row in whole if row["kind"] == "epoch"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lrs import torch_lrs
 from said import refused, said
 
 from fastsmooth import BatchSchedule, Point, Schedule, torch_lr_scheduler
@@ -253,16 +254,6 @@ def test_no_text_ends_in_anything_but_a_refusal_or_a_plan():
 
 
 # What it comes to
-
-
-def torch_lrs(make, steps):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler, lrs = make(optimizer), []
-    for _ in range(steps):
-        lrs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return lrs
 
 
 def warm_cosine(optimizer, unit):

@@ -8,13 +8,14 @@ import pytest
 from exact import EXACT
 from forks import assert_same_bits, assert_same_run, final_state, finish, without_times
 from images import LOADERS
+from killed import Killed, killed_at
 from rows import read_rows
 from said import refused
 
 from fastsmooth.cli.config import resolve
 from fastsmooth.cli.parse import parse
 from fastsmooth.train import main
-from fastsmooth.training import loop, step
+from fastsmooth.training import step
 from fastsmooth.training.plan import make_plan
 
 IMAGES = 80
@@ -95,23 +96,6 @@ def test_rows_have_the_point_in_force_and_batches_its_size(little, tmp_path, mon
     last = [k for k, place in enumerate(places) if place.cursor + sizes[k] == IMAGES]
     assert [row["lr"] for row in epochs] == [expected[k].lr for k in last]
     assert [row["samples"] for row in epochs] == [80, 160, 240]
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, name, update):
-    """Runs die in the method of that name, once, at that update."""
-    method = getattr(loop.Run, name)
-
-    def die(run, *given):
-        if run.update == update:
-            monkeypatch.setattr(loop.Run, name, method)
-            raise Killed
-        return method(run, *given)
-
-    monkeypatch.setattr(loop.Run, name, die)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from lrs import torch_lrs
 from said import refused, said
 
 from fastsmooth import Schedule
@@ -30,16 +31,6 @@ def plan_of(*flags, images=80):
 
 def points(plan):
     return [plan.at(plan.layout.at(update)) for update in range(plan.layout.updates)]
-
-
-def torch_lrs(make, steps):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler, lrs = make(optimizer), []
-    for _ in range(steps):
-        lrs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return lrs
 
 
 # Update by update

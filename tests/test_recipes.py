@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from exact import EXACT
+from lrs import torch_lrs
 from said import refused, said
 
 from fastsmooth.cli.config import FIELDS, resolve
@@ -57,16 +58,6 @@ def words_of(recipe):
     return words
 
 
-def lrs(make, epochs):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler, found = make(optimizer), []
-    for _ in range(epochs):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return found
-
-
 # What it sets
 
 
@@ -82,7 +73,7 @@ def test_a_recipe_is_the_flags_that_it_stands_for(recipe):
 
 def test_the_recipe_of_kuangliu_has_the_lr_of_its_scheduler():
     plan = make_plan(config("--dataset", "cifar10", "--recipe", "pytorch-cifar"), IMAGES)
-    theirs = lrs(lambda o: SCHEDULERS.CosineAnnealingLR(o, T_max=200), 200)
+    theirs = torch_lrs(lambda o: SCHEDULERS.CosineAnnealingLR(o, T_max=200), 200)
     assert [p.lr for p in plan.schedule.points()] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
     assert {(p.batch_size, p.momentum) for p in plan.schedule.points()} == {(128, 0.9)}
     assert plan.config.model == "resnet18" and plan.warmup == 0
@@ -90,7 +81,7 @@ def test_the_recipe_of_kuangliu_has_the_lr_of_its_scheduler():
 
 def test_the_recipe_of_weiaicunzai_has_the_lr_of_its_scheduler():
     plan = make_plan(config("--dataset", "cifar100", "--recipe", "weiaicunzai"), IMAGES)
-    theirs = lrs(lambda o: SCHEDULERS.MultiStepLR(o, [60, 120, 160], gamma=0.2), 200)
+    theirs = torch_lrs(lambda o: SCHEDULERS.MultiStepLR(o, [60, 120, 160], gamma=0.2), 200)
     assert [p.lr for p in plan.schedule.points()] == pytest.approx(theirs, rel=1e-12)
     assert plan.warmup == 391  # of an epoch: iter_per_epoch * args.warm
     assert plan.config.augment == "crop-flip-rotate"

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from lrs import torch_lrs
 
 from fastsmooth import schedule
 from fastsmooth.cli.config import resolve
@@ -49,17 +50,6 @@ def agrees(value, printed):
     """True where `value` rounds to the decimal number `printed`."""
     decimals = len(printed.partition(".")[2])
     return abs(value - float(printed)) <= 0.5 * 10**-decimals * (1 + 1e-9)
-
-
-def torch_lrs(make, epochs=EPOCHS):
-    """The learning rate of each epoch under a torch scheduler that starts at 0.1."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler, lrs = make(optimizer), []
-    for _ in range(epochs):
-        lrs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return lrs
 
 
 # The methods of P1
@@ -103,7 +93,7 @@ def test_learning_rate_of_every_epoch_is_that_of_the_torch_scheduler(case, shift
     ours = [p.lr for p in plain(method, shifted=shifted, **options).points()]
     # torch multiplies step by step; only cosine's recursion loses digits as its factors cancel
     absolute = EPOCHS * 0.1 * 2.0**-53 if method == "cosine" else 0.0
-    assert ours == pytest.approx(torch_lrs(make), rel=1e-12, abs=absolute)
+    assert ours == pytest.approx(torch_lrs(make, EPOCHS), rel=1e-12, abs=absolute)
 
 
 @pytest.mark.parametrize("epochs", [1, 7, 37, 300])

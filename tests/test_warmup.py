@@ -8,6 +8,8 @@ import pytest
 import torch
 from exact import EXACT
 from forks import assert_same_run
+from killed import Killed, killed_at
+from lrs import torch_lrs
 from rows import read_rows
 from said import refused, said
 
@@ -35,17 +37,6 @@ def ours(plan):
     lrs = []
     for epoch, (updates, _) in enumerate(plan.epochs()):
         lrs += [plan.point(epoch, len(lrs) + k).lr for k in range(updates)]
-    return lrs
-
-
-def torch_lrs(make, updates):
-    """The lr of each update under a torch scheduler that is stepped after every one."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler, lrs = make(optimizer), []
-    for _ in range(updates):
-        lrs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
     return lrs
 
 
@@ -207,23 +198,6 @@ def test_histories_rise_as_the_run_does(small, tmp_path, monkeypatch):
     assert main([*small, *early, "--out", str(tmp_path / "early")]) == 0
     (point,) = json.loads((tmp_path / "early" / "noise.json").read_text())["points"]
     assert point["lr"] == pytest.approx(0.1 * 6 / 11)
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, name, update):
-    """Runs die in the method of that name, once, at that update."""
-    method = getattr(loop.Run, name)
-
-    def die(run, *given):
-        if run.update == update:
-            monkeypatch.setattr(loop.Run, name, method)
-            raise Killed
-        return method(run, *given)
-
-    monkeypatch.setattr(loop.Run, name, die)
 
 
 @pytest.mark.parametrize(
