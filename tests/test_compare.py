@@ -326,6 +326,15 @@ def test_no_mean_is_taken_over_two_ways_to_measure(tmp_path):
     assert line.startswith("lr 0.1: its noise was measured micro-batch with BatchNorm train and ")
 
 
+def test_a_schedule_by_hand_is_told_in_the_place_of_a_method(tmp_path):
+    text = "lr: 0.1 @0 ->cos 0 @100%"
+    for name, schedule in (("by-hand", text), ("constant", None)):
+        run_folder(tmp_path / name, method="constant", schedule=schedule)
+    table = said(main, [str(tmp_path), "--table"]).out
+    assert {row["method"] for row in cells_by_heading(table)} == {text, "constant"}
+    assert {row["schedule"] for row in fs.load_runs(tmp_path)} == {text, None}
+
+
 def test_c2_given_and_delta_without_units(tmp_path):
     run_folder(tmp_path / "r", c2=20.0)
     found = said(main, [str(tmp_path / "r"), "--table"])

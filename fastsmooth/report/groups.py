@@ -112,9 +112,11 @@ class Group:
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a configuration consists of; a folder of images by its last name, wherever
-    it lies."""
+    """The settings that a configuration consists of; a schedule by hand is its method, and a folder
+    of images goes by its last name, wherever it lies."""
     kept = {name: value for name, value in config.items() if name not in REPETITION}
+    if kept.get("schedule") is not None:  # which stands in the place of a method
+        kept["method"] = kept.pop("schedule")
     if config.get("dataset") in FILE_SETS | {"npz"} and isinstance(config.get("data_dir"), str):
         kept["data"] = Path(config["data_dir"]).name
     return kept
